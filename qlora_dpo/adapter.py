@@ -1,0 +1,142 @@
+"""The adapter directory: claim one for a run, save an adapter into it, find the newest, and open what was saved."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from qlora_dpo.errors import ModelError, RecipeError, RunError
+from qlora_dpo.files import write_whole
+from qlora_dpo.model import base, device, sources
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.sources import Source
+from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
+
+HOME = Path("adapters")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass
+class Opened:
+    """A model that is ready to answer, and what is known of it. `run` and `recipe` are None for a foreign model."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: Device
+    source: Source
+    folder: Path | None = None
+    run: dict[str, Any] | None = None
+    recipe: Recipe | None = None
+
+
+def claim(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> None:
+    """Make `folder` the directory of one run: its recipe as written, and with every default written out.
+
+    Raises RunError if it holds anything already, unless the run resumes there.
+    """
+    if resume and not (folder / "checkpoints").is_dir():
+        raise RunError(f"{folder}: holds no checkpoints to resume from; train without --resume")
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: is not empty; name another folder with -o DIR, remove it, or go on with --resume")
+    if not resume:
+        write_whole(folder / "recipe.toml", loaded.text)
+    write_whole(folder / "resolved.toml", resolved_text(loaded.recipe))
+
+
+def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+    """Write adapter and tokenizer in PEFT's and transformers' own formats; each file appears whole."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = source.hub_id or str(source.folder)
+    config.revision = source.revision
+    with TemporaryDirectory(dir=folder, prefix=".saving.") as work:
+        model.save_pretrained(work, save_embedding_layers=False)
+        tokenizer.save_pretrained(work)
+        Path(work, "README.md").unlink(missing_ok=True)
+        # the config comes last: only with it does the folder count as an adapter
+        for file in sorted(Path(work).iterdir(), key=lambda each: each.name == CONFIG):
+            write_whole(folder / file.name, file.read_bytes())
+
+
+def newest(home: Path = HOME) -> Path:
+    """The adapter in `home` that was saved last; RunError if there is none."""
+    found = sorted(home.glob(f"*/{CONFIG}"), key=lambda file: (file.stat().st_mtime, file))
+    if not found:
+        raise RunError(f"{home}: holds no adapter; train one first: qlora-dpo train recipes/quickstart.toml")
+    return found[-1].parent
+
+
+def open_model(target: str | None, dtype: str = "auto") -> Opened:
+    """Open an adapter folder, a model folder or a hub name; None is the newest adapter.
+
+    Raises RecipeError if there is no such thing, ModelError if it cannot be loaded or does not fit its base.
+    """
+    folder = newest() if target is None else Path(target).expanduser()
+    if (folder / CONFIG).is_file():
+        return open_adapter(folder, dtype)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"{folder}: is neither an adapter ({CONFIG}) nor a model (config.json)")
+        return _open_dense(ModelTable(name=str(folder.resolve()), quantization="none"), dtype, folder)
+    if target is not None and target.count("/") == 1 and not target.startswith((".", "~", "/", "adapters/", "merged/")):
+        return _open_dense(ModelTable(name=target, quantization="none"), dtype, None)
+    raise RecipeError(f"{target}: there is no such folder; name an adapter, a merged model or a hub model")
+
+
+def open_adapter(folder: Path, dtype: str = "auto") -> Opened:
+    """Open the base as it was trained on, with the adapter of `folder`; raise ModelError if either has changed."""
+    table, run, recipe = described(folder)
+    here = device.choose(dtype)  # type: ignore[arg-type]
+    source = sources.fetch(table)
+    if run is not None and source.fingerprint != run["base"]["fingerprint"]:
+        raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now; find the old ones")
+    model = base.load_base(source, table, here)
+    tokenizer = base.load_tokenizer(Source(source.name, folder if (folder / "tokenizer.json").is_file() else source.folder, ""))
+    return Opened(attach_saved(model, folder), tokenizer, here, source, folder, run, recipe)
+
+
+def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Attach the adapter of `folder` to its base, in evaluation mode, and check that every tensor found its place."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            saved = set(file.keys())
+        peft = PeftModel.from_pretrained(model, folder)
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read, convert them first") from error
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {first}") from error
+    if misplaced := saved ^ set(get_peft_model_state_dict(peft, save_embedding_layers=False)):
+        raise ModelError(f"{folder}: {len(misplaced)} tensors do not fit the base, for example {sorted(misplaced)[0]}")
+    return peft.eval()
+
+
+def described(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:
+    """What the folder says of its base: the model table, run.json and the resolved recipe, where they exist."""
+    try:
+        if (folder / "run.json").is_file() and (folder / "resolved.toml").is_file():
+            recipe = Recipe.model_validate(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
+            return recipe.model, json.loads((folder / "run.json").read_text(encoding="utf-8")), recipe
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return _foreign_base(config["base_model_name_or_path"], config.get("revision")), None, None
+    except (ValueError, KeyError, ValidationError) as error:
+        raise ModelError(f"{folder}: its {CONFIG}, run.json or resolved.toml is damaged ({type(error).__name__})") from error
+
+
+def _foreign_base(name: str, revision: str | None) -> ModelTable:
+    """The base of an adapter made elsewhere, which says nothing of quantization: taken dense."""
+    place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return ModelTable(name=place, revision=None if Path(name).is_dir() else revision, quantization="none")
+
+
+def _open_dense(table: ModelTable, dtype: str, folder: Path | None) -> Opened:
+    here = device.choose(dtype)  # type: ignore[arg-type]
+    source = sources.fetch(table)
+    return Opened(base.load_base(source, table, here), base.load_tokenizer(source), here, source, folder)

@@ -1,0 +1,95 @@
+"""`qlora-dpo chat`: a conversation with a model, or one answer to what comes through a pipe."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.talk.settings import Settings, settings_for
+
+if TYPE_CHECKING:
+    from qlora_dpo.adapter import Opened
+    from qlora_dpo.talk.conversation import Conversation
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("-s", "--system", metavar="TEXT", help="System prompt; absent: what the model's template puts there.")
+@click.option(
+    "--temperature",
+    type=float,
+    help=f"0 takes the likeliest token every time. [default: the model's own, else {Settings.temperature}]",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    help=f"Sample from the likeliest tokens that hold this probability. [default: the model's own, else {Settings.top_p}]",
+)
+@click.option(
+    "--max-new-tokens", type=int, help=f"Longest reply, in tokens. [default: {Settings.max_new_tokens}, if it fits]"
+)
+@click.option("--seed", type=int, help="Start of the random draws. [default: another one in every chat]")
+@click.option("--base", is_flag=True, help="Begin with the adapter switched off.")
+def chat(model: str | None, system: str | None, base: bool, **given: Any) -> None:
+    """Talk to MODEL: an adapter folder, a merged folder or a hub name; absent: the newest adapter.
+
+    \b
+    qlora-dpo chat
+    qlora-dpo chat merged/quickstart -s "Answer like a pirate."
+    echo "How do I kill time at the airport?" | qlora-dpo chat --temperature 0
+    """
+    Settings(**{name: value for name, value in given.items() if value is not None})
+    question = None if sys.stdin is not None and sys.stdin.isatty() else _piped()
+    from qlora_dpo.adapter import open_model
+    from qlora_dpo.talk.chat import answer_pipe, talk
+
+    conversation = _conversation(open_model(model), model, system, base, given)
+    if question is None:
+        talk(conversation)
+    else:
+        answer_pipe(conversation, question)
+
+
+def _piped() -> str:
+    """The question on stdin; raise RecipeError if there is none."""
+    given = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    try:
+        text = given.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"stdin is not UTF-8 text (byte {error.start}); send the question as UTF-8") from error
+    if not text:
+        raise RecipeError('stdin is empty; pipe a question in, as in: echo "How are you?" | qlora-dpo chat')
+    return text
+
+
+def _conversation(
+    opened: "Opened", target: str | None, system: str | None, base: bool, given: dict[str, Any]
+) -> "Conversation":
+    from peft import PeftModel
+
+    from qlora_dpo.talk.conversation import Conversation
+    from qlora_dpo.talk.generate import context_tokens
+
+    title = _title(opened.folder, target)
+    adapter = isinstance(opened.model, PeftModel)
+    if base and not adapter:
+        raise RecipeError(f"--base: {title} is a full model, there is no adapter to switch off; leave --base out")
+    return Conversation(
+        title=title,
+        model=opened.model.eval(),
+        tokenizer=opened.tokenizer,
+        device=opened.device,
+        settings=settings_for(getattr(opened.model, "generation_config", None), context_tokens(opened.model), given),
+        voices=("base",) if base else ("tuned",) if adapter else ("model",),
+        system=system,
+    )
+
+
+def _title(folder: Path | None, target: str | None) -> str:
+    """The model's name as the user would type it."""
+    if folder is None:
+        return target or "the model"
+    absolute = folder.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(folder)

@@ -1,0 +1,30 @@
+"""Keeps other libraries' notices, bars and telemetry out of what a command prints; runs before they are imported."""
+
+import logging
+import os
+import sys
+import warnings
+
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # a tokenizer used before a fork warns otherwise
+    "WANDB_SILENT": "true",
+    "BITSANDBYTES_NOWELCOME": "1",
+}
+
+LOGGERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "accelerate", "torch.distributed", "httpx")
+
+
+def silence() -> None:
+    """Set what the libraries read at import; a variable that the user has set stays as it is."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for logger in LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    if not sys.warnoptions and os.environ.get("QLORA_DPO_TRACEBACK") != "1":
+        warnings.simplefilter("ignore")

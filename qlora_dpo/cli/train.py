@@ -1,0 +1,92 @@
+"""`qlora-dpo train`: a recipe becomes an adapter directory."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from qlora_dpo.model.device import Device
+    from qlora_dpo.recipe import LoadedRecipe
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe: lora.r=8")
+@click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the run [adapters/NAME]")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the folder.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is loaded.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many optimizer steps.")
+@click.option("--dropped-rows", is_flag=True, help="List the row numbers of all pairs that are left out.")
+def train(
+    recipe_file: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    resume: bool,
+    dry_run: bool,
+    max_steps: int | None,
+    dropped_rows: bool,
+) -> None:
+    """Tune a model on preference pairs as RECIPE says, and write an adapter directory.
+
+    \b
+    qlora-dpo train recipes/quickstart.toml
+    qlora-dpo train recipes/hh.toml --set train.learning_rate=1e-5 -o adapters/hh-fast
+    """
+    from qlora_dpo import recipe
+
+    steps = () if max_steps is None else (f"train.max_steps={max_steps}",)
+    loaded = recipe.load(recipe_file, (*overrides, *steps))
+    folder = output or Path("adapters") / loaded.name
+
+    from qlora_dpo.model import device
+
+    here = device.choose(loaded.recipe.model.dtype)
+    if dry_run:
+        click.echo("\n".join(_plan(loaded, folder, here)))
+        return
+    click.echo("\n".join(_plan(loaded, folder, here)), err=True)
+
+    from qlora_dpo import adapter
+    from qlora_dpo.cli.train_results import answer, publish
+    from qlora_dpo.training import checkpoint, run
+
+    adapter.claim(folder, loaded, resume=resume)
+    prepared = run.prepare(loaded.recipe)
+    for side in (prepared.train, prepared.heldout):
+        click.echo(side.audit.text(rows=dropped_rows), err=True)
+    resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
+    with run.follow(prepared, loaded, folder, resume_from) as tracker:
+        for sentence in skipped:
+            tracker.note(sentence)
+        outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from)
+        adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
+        answers = answer(outcome, loaded.recipe, here, tracker)
+    command = shlex.join(["qlora-dpo", *sys.argv[1:]])
+    publish(folder, outcome, answers, loaded, run.facts(outcome, loaded, here, command))
+
+
+def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
+    """What the run will do, one decision a line."""
+    recipe = loaded.recipe
+    double = " with double quantization" if recipe.model.double_quant else ""
+    base = f"4-bit NF4{double}" if recipe.model.quantization == "nf4" else f"{here.compute_dtype}, not quantized"
+    heldout = recipe.data.eval or f"{recipe.data.train} [{recipe.data.eval_split}]"
+    epochs, limit = recipe.train.num_train_epochs, recipe.train.max_steps
+    sft = f" + {recipe.dpo.sft_weight:g} * SFT on the chosen answer" if recipe.dpo.sft_weight else ""
+    return [
+        f"recipe      {loaded.path}",
+        f"base        {recipe.model.name}: {base}",
+        *here.lines(),
+        f"lora        r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, dropout {recipe.lora.lora_dropout:g}, "
+        f"modules {recipe.lora.target_modules if isinstance(recipe.lora.target_modules, str) else ' '.join(recipe.lora.target_modules)}",
+        f"data        {recipe.data.train}" + (f" [{recipe.data.train_split}]" if "/" in recipe.data.train else ""),
+        f"held out    {heldout}",
+        f"objective   DPO sigmoid, beta {recipe.dpo.beta:g}{sft}; reference: the same model, adapter off",
+        f"steps       {recipe.train.batch_size} pairs each, {epochs} epoch{'s' if epochs > 1 else ''}"
+        + (f", at most {limit} steps" if limit else "")
+        + f", learning rate {recipe.train.learning_rate:g} {recipe.train.lr_scheduler_type}, engine {recipe.train.engine}",
+        f"output      {folder}",
+    ]

@@ -1,0 +1,82 @@
+"""The end of `train`: base and tuned model answer held-out prompts; tables, card and next commands are written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from qlora_dpo.files import write_json, write_whole
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.report.answers import count_answers
+from qlora_dpo.report.card import model_card
+from qlora_dpo.report.next_commands import next_commands
+from qlora_dpo.report.samples import side_by_side
+from qlora_dpo.report.tables import answers_table, epoch_table, results_table
+from qlora_dpo.talk.generate import answers
+from qlora_dpo.training.run import Outcome, timed
+from qlora_dpo.training.tracker import METRICS, Tracker, read
+
+Samples = list[dict[str, Any]]
+
+
+def answer(outcome: Outcome, recipe: Recipe, device: Device, tracker: Tracker) -> Samples:
+    """Answers of base and tuned model to the first held-out prompts, as samples.jsonl holds them."""
+    pairs = outcome.prepared.heldout.pairs[: recipe.samples.prompts]
+    prompts = [pair.prompt for pair in pairs]
+    tokenizer, limit = outcome.prepared.tokenizer, recipe.samples.max_new_tokens
+    with timed(outcome.seconds, "samples"), tracker.phase("answers", 2 * len(pairs)) as advance, device.autocast():
+        tuned = answers(outcome.model, tokenizer, prompts, limit)
+        advance(len(pairs))
+        with adapter_off(outcome.model):
+            base = answers(outcome.model, tokenizer, prompts, limit)
+        advance(len(pairs))
+    return [
+        {
+            "row": pair.row,
+            "group": pair.extra.get(recipe.samples.group_by) if recipe.samples.group_by else None,
+            "prompt": list(pair.prompt),
+            "chosen": pair.chosen,
+            "base": before.text,
+            "tuned": after.text,
+            "base_tokens": before.tokens,
+            "tuned_tokens": after.tokens,
+            "base_ended": before.ended,
+            "tuned_ended": after.ended,
+        }
+        for pair, before, after in zip(pairs, base, tuned, strict=True)
+    ]
+
+
+def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedRecipe, run: dict[str, Any]) -> None:
+    """Write results.json, samples.jsonl, run.json and the model card, and show the result on stdout."""
+    results = summary(outcome, samples, loaded.recipe)
+    write_json(folder / "results.json", results)
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
+    write_json(folder / "run.json", run)
+    epochs = epoch_table(read(folder / METRICS))
+    write_whole(folder / "README.md", model_card(run, results, samples, epochs, loaded.text))
+    console = Console()
+    console.print(results_table(results))
+    if loaded.recipe.samples.group_by or loaded.recipe.samples.count_matching:
+        console.print(answers_table(results["answers"], samples))
+    console.print(side_by_side(samples, loaded.recipe.samples.show))
+    click.echo(next_commands(folder))
+
+
+def summary(outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+    """What results.json holds; the best evaluation is the one with the lowest loss."""
+    evals = outcome.state.evals
+    return {
+        "evals": evals,
+        "first": evals[0]["step"],
+        "best": min(evals, key=lambda record: record["eval_loss"])["step"],
+        "last": evals[-1]["step"],
+        "baselines": outcome.prepared.heldout.baselines,
+        "pairs": {"train": len(outcome.prepared.train.encoded), "eval": len(outcome.prepared.heldout.encoded)},
+        "answers": count_answers(samples, recipe.samples.count_matching),
+        "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+    }

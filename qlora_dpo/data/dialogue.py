@@ -1,0 +1,82 @@
+"""Turns of a conversation: HH text read into messages, and text made safe to show on a terminal."""
+
+import re
+from collections.abc import Sequence
+
+Message = dict[str, str]
+"""One turn: `role` is system, user or assistant; `content` is its text."""
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+_ESCAPES = re.compile(
+    r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)"  # operating system commands: titles, links, clipboard
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x07\x1b\x9c\n]*(?:\x1b\\|\x9c)"  # device control and private strings
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # control sequences: colour, cursor, erase
+    r"|\x1b[ -/]*[0-~]?"  # all other escapes
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
+
+
+class Unusable(Exception):
+    """A row is no preference pair; the text is the reason, in the words of the audit table."""
+
+
+def is_hh(text: str) -> bool:
+    """True if `text` begins with a Human turn in the marking of Anthropic's HH data."""
+    return text.startswith((HUMAN, HUMAN.lstrip()))
+
+
+def parse_hh(text: str) -> list[Message]:
+    r"""Read "\n\nHuman: ...\n\nAssistant: ..." into messages.
+
+    Exactly one space after a marker belongs to the marker and is left out; all other white space is kept. The blank
+    line before the first marker may be missing. Raises Unusable if the text does not begin with a Human turn.
+    """
+    if not is_hh(text):
+        raise Unusable("no Human turn at the start")
+    parts = _MARKER.split(text if text.startswith("\n\n") else "\n\n" + text)
+    return [
+        {"role": _ROLES[marker], "content": content.removeprefix(" ")}
+        for marker, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def split_hh(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
+    """Split two whole HH dialogues into the common prompt and the two last replies.
+
+    The boundary is the last Assistant marker, and all turns before it must be equal; the common character prefix is
+    never used, because replies often begin alike. Raises Unusable with the reason where this cannot be done.
+    """
+    return split_chats(parse_hh(chosen), parse_hh(rejected))
+
+
+def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[tuple[Message, ...], str, str]:
+    """Split two whole chats into the common prompt and the two last replies; raises Unusable with the reason."""
+    for chat in (chosen, rejected):
+        if not chat or chat[-1]["role"] != "assistant":
+            raise Unusable("last turn is not the assistant's")
+        check_roles(chat[:-1])
+    if list(chosen[:-1]) != list(rejected[:-1]):
+        raise Unusable("prompts differ")
+    return tuple(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
+
+
+def check_roles(prompt: Sequence[Message]) -> None:
+    """Raise Unusable unless `prompt` is an optional system turn, then user and assistant in turn, ending with user."""
+    roles = [turn["role"] for turn in prompt]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns:
+        raise Unusable("no user turn before the answer")
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise Unusable("roles do not alternate")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` without what could steer a terminal: escape sequences, control characters other than \n and \t
+    (C0, DEL and C1), and marks that reorder text from right to left. Half surrogate pairs become U+FFFD."""
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _ESCAPES.sub("", text)))

@@ -1,0 +1,152 @@
+"""Data sets of the Hugging Face hub: downloaded once, read from the cache afterwards, also when the hub is away."""
+
+import errno
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+
+from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
+
+ASK_SECONDS = 10.0
+
+
+def read_hub(name: str, split: str, revision: str | None) -> list[dict[str, Any]]:
+    """Return every row of one split of a hub data set; `split` may be a slice (`train[:5000]`).
+
+    The hub is asked once, without retries, which commit `revision` is. If that commit is in the cache, or the hub
+    does not answer and the cache knows the commit, nothing is downloaded; a full commit hash is not even asked for.
+    No code of the repository is run. Raises RecipeError for a name, revision or split that does not exist,
+    SourceError for a hub or disk that does not do its part, DataError for content that cannot be read.
+    """
+    commit = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
+    if commit is None or _cached(name, commit) is None:
+        commit = _ask(name, revision)
+    with _sentences(name, split):
+        folder = _cached(name, commit)
+        if folder is not None:
+            table: Any = _open(name, folder).as_dataset(split=split)
+        else:
+            if not sys.stderr.isatty():
+                datasets.disable_progress_bars()
+            table = datasets.load_dataset(f"hf://datasets/{name}", split=split, revision=revision or "main")
+        return list(table.to_list())
+
+
+def _ask(name: str, revision: str | None) -> str:
+    """The commit that `revision` (the main branch if None) is now, or was when the hub was last reached."""
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=ASK_SECONDS).sha)
+    except HFValidationError as error:
+        raise RecipeError(
+            f"{name}: is no name of a hub data set (OWNER/NAME); a local path starts with ./ or ends in .jsonl, "
+            ".json, .csv or .parquet"
+        ) from error
+    except GatedRepoError as error:
+        raise RecipeError(
+            f"{name}: is a gated data set; accept its terms on its hub page and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RecipeError(f'{name}: has no revision "{revision}"; correct or remove data.revision') from error
+    except RepositoryNotFoundError as error:
+        raise RecipeError(
+            f"{name}: there is no such data set on the hub, or it is private; correct the name, log in with "
+            "`hf auth login`, or write ./ before a local path"
+        ) from error
+    except HfHubHTTPError as error:
+        raise SourceError(f"{name}: the hub answered with an error ({error.response.status_code}); try later") from error
+    except Exception as error:  # no connection: offline mode, refused, no such host, timeout, each with its own class
+        commit = _remembered(name, revision)
+        if commit is None or _cached(name, commit) is None:
+            which = f'revision "{revision}"' if revision else "it"
+            raise SourceError(
+                f"{name}: the hub cannot be reached, and {which} is not in the cache; connect this machine to the "
+                "network once, or name a local file in the recipe"
+            ) from error
+        return commit
+
+
+def _remembered(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag was when it was last downloaded; a commit hash is itself."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+    reference = home / "refs" / (revision or "main")
+    return reference.read_text().strip() if reference.is_file() else None
+
+
+def _cached(name: str, commit: str) -> Path | None:
+    """The folder in which `datasets` keeps that commit, if it is there in exactly one configuration."""
+    owner, _, short = name.rpartition("/")
+    home = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    stem = "___".join(filter(None, (owner, datasets.naming.camelcase_to_snakecase(short))))
+    folders = [each.parent for each in home.glob(f"{stem}/*/*/{commit}/dataset_info.json")]
+    return folders[0] if len(folders) == 1 else None
+
+
+def _open(name: str, folder: Path) -> Any:
+    configuration, version, commit = folder.parts[-3:]
+    return Cache(
+        repo_id=name, dataset_name=name.rpartition("/")[2], config_name=configuration, version=version, hash=commit
+    )
+
+
+@contextmanager
+def _sentences(name: str, split: str) -> Iterator[None]:
+    """Turn what `datasets` raises while it downloads and reads into one sentence of the right class."""
+    try:
+        yield
+    except QloraDpoError:
+        raise
+    except Exception as error:
+        raise _named(error, name, split) from error
+
+
+def _named(error: Exception, name: str, split: str) -> QloraDpoError:
+    causes = list(_causes(error))
+    text = " ".join(str(error).split())
+    if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in causes):
+        return SourceError(
+            f"{name}: the disk is full; free space in {datasets.config.HF_DATASETS_CACHE}, "
+            "or set HF_HOME to a folder on a larger disk"
+        )
+    if text.startswith("Unknown split"):
+        found = ", ".join(re.findall(r"'([^']+)'", text.partition("Should be one of")[2]))
+        return RecipeError(f'{name}: has no split "{split}"; it has {found}; set data.train_split or data.eval_split')
+    if text.startswith("Config name is missing"):
+        return RecipeError(
+            f"{name}: holds several configurations, and a recipe cannot choose one; download the files of one and "
+            "name them as a local folder"
+        )
+    if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
+        return DataError(f"{name}: needs Python code of its own to be read, and code from a data set is never run")
+    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError | EntryNotFoundError):
+        return DataError(f"{name}: holds no data files that can be read")
+    if isinstance(error, DatasetGenerationError):
+        return DataError(f"{name}: its files cannot be read: {' '.join(str(causes[-1]).split())[:200]}")
+    if isinstance(error, OSError) or any(isinstance(each, OSError) for each in causes):
+        return SourceError(f"{name}: the download failed; try again, and check the network and the disk: {text[:200]}")
+    return DataError(f"{name}: cannot be read: {text[:200]}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,246 @@
+"""Rows become pairs: the shape of the data is recognised, every row is checked, and unusable rows get a reason."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, assert_never
+
+from qlora_dpo.data.dialogue import Message, Unusable, check_roles, is_hh, parse_hh, printable, split_chats, split_hh
+from qlora_dpo.data.files import Row, kind_of
+from qlora_dpo.data.sources import Rows
+from qlora_dpo.errors import DataError, RecipeError
+
+ROLES = ("system", "user", "assistant")
+
+
+class Shape(Enum):
+    """The shapes of preference data that are understood, in the words of messages and tables."""
+
+    HH = "HH dialogues (chosen and rejected strings that hold the whole dialogue)"
+    HH_PROMPT = "HH prompts (prompt, chosen and rejected strings, the prompt marked with Human and Assistant)"
+    STRINGS = "strings (prompt, chosen and rejected)"
+    MESSAGES = "message lists (prompt, chosen and rejected)"
+    CHATS = "whole chats (chosen and rejected message lists that hold the prompt)"
+
+
+UNDERSTOOD = (
+    'understood are "chosen" and "rejected" as whole HH dialogues, as strings beside a "prompt" string, as message '
+    'lists beside a "prompt" list, and as message lists that hold the whole chat'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt (optional system turn, then user and assistant in turn, ending with user) and its two answers."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    row: int
+    """Row number in the source, from 1."""
+    extra: Mapping[str, str]
+    """Values of the columns that were asked for, as text; null is the empty string."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the rows of a source hold: usable pairs in their order, and the numbers of all other rows by reason."""
+
+    shape: Shape
+    pairs: list[Pair]
+    dropped: dict[str, list[int]]
+
+
+def find_pairs(rows: Rows, keep: Sequence[str] = ()) -> Found:
+    """Read every row as a pair of the one shape that the source has.
+
+    A row that is well formed but no pair (equal or empty answers, unequal prompts, roles that do not alternate, a
+    last turn that is not the assistant's, a null) is counted under its reason. Raises DataError with the row's place
+    for a column that is missing or of the wrong type, and RecipeError if a column of `keep` is missing.
+    """
+    shape = recognise(rows)
+    found = Found(shape, [], {})
+    for number, row in enumerate(rows.rows, 1):
+        try:
+            prompt, chosen, rejected = _turns(shape, row, rows.place, number)
+            _check(prompt, chosen, rejected)
+        except Unusable as unusable:
+            found.dropped.setdefault(str(unusable), []).append(number)
+            continue
+        extra = {column: _kept(row, column, rows) for column in keep}
+        found.pairs.append(Pair(prompt, chosen, rejected, number, extra))
+    return found
+
+
+def recognise(rows: Rows) -> Shape:
+    """The shape of the first row whose answers are not null; raises DataError if it is none that is understood."""
+    first = next((row for row in rows.rows if not {"chosen", "rejected"} <= row.keys() or _answered(row)), None)
+    if first is None:
+        raise DataError(f'{rows.name}: "chosen" or "rejected" is null in every row')
+    _columns(first, rows.name)
+    match kind_of(first.get("prompt")), kind_of(first["chosen"]), kind_of(first["rejected"]):
+        case "null", "a string", "a string":
+            return Shape.HH
+        case "a string", "a string", "a string":
+            return Shape.HH_PROMPT if is_hh(first["prompt"]) else Shape.STRINGS
+        case "a list", "a list", "a list":
+            return Shape.CHATS if _holds_user(first["chosen"]) else Shape.MESSAGES
+        case "null" | "a string", "a list", "a list":
+            return Shape.CHATS
+        case prompt, chosen, rejected:
+            raise DataError(
+                f'{rows.place(rows.rows.index(first) + 1)}: "prompt" is {prompt}, "chosen" is {chosen} and "rejected" '
+                f"is {rejected}; {UNDERSTOOD}"
+            )
+
+
+def _answered(row: Row) -> bool:
+    return row["chosen"] is not None and row["rejected"] is not None
+
+
+def _holds_user(messages: Sequence[Any]) -> bool:
+    return any(isinstance(each, dict) and each.get("role") == "user" for each in messages)
+
+
+def _columns(row: Row, place: str) -> None:
+    """Raise DataError if an answer column is missing, with the column that may have been meant."""
+    for column in ("chosen", "rejected"):
+        if column in row:
+            continue
+        names = [printable(str(each))[:40] for each in row]
+        close = difflib.get_close_matches(column, [each for each in names if each not in ("chosen", "rejected")], n=1)
+        hint = f'rename "{close[0]}" if it is meant' if close else UNDERSTOOD
+        has = f"it has {', '.join(names[:12])}" if names else "it has none"
+        raise DataError(f'{place}: has no column "{column}"; {has}; {hint}')
+
+
+Turns = tuple[tuple[Message, ...], str, str]
+
+
+def _turns(shape: Shape, row: Row, place: Any, number: int) -> Turns:
+    """Prompt and two answers of a row of `shape`."""
+    if not {"chosen", "rejected"} <= row.keys():
+        _columns(row, place(number))
+    match shape:
+        case Shape.HH:
+            wanted = {"chosen": "a string", "rejected": "a string"}
+        case Shape.HH_PROMPT | Shape.STRINGS:
+            wanted = {"prompt": "a string", "chosen": "a string", "rejected": "a string"}
+        case Shape.MESSAGES:
+            wanted = {"prompt": "a list", "chosen": "a list", "rejected": "a list"}
+        case Shape.CHATS:
+            wanted = {"chosen": "a list", "rejected": "a list"}
+        case _:
+            assert_never(shape)
+    for column, kind in wanted.items():
+        found = kind_of(row.get(column))
+        if column not in row:
+            raise DataError(f'{place(number)}: has no column "{column}", which the first row has')
+        if found not in (kind, "null"):
+            raise DataError(f'{place(number)}: "{column}" is {found}; as in the first row it must be {kind}')
+    for column in wanted:
+        if row[column] is None:
+            raise Unusable(f"{column} is null")
+    match shape:
+        case Shape.HH:
+            if row.get("prompt") is not None:
+                raise DataError(f'{place(number)}: has a "prompt", which the first row has not')
+            return split_hh(row["chosen"], row["rejected"])
+        case Shape.HH_PROMPT:
+            return _hh_prompt(row["prompt"], row["chosen"], row["rejected"])
+        case Shape.STRINGS:
+            if is_hh(row["prompt"]):
+                raise Unusable("prompt is marked as HH text, unlike the first row's")
+            return ({"role": "user", "content": row["prompt"]},), row["chosen"], row["rejected"]
+        case Shape.MESSAGES:
+            prompt, chosen, rejected = (_messages(row[each], each, place(number)) for each in wanted)
+            return prompt, _one_answer(chosen), _one_answer(rejected)
+        case Shape.CHATS:
+            chosen, rejected = (_messages(row[each], each, place(number)) for each in wanted)
+            split = split_chats(chosen, rejected)
+            _check_prompt_column(row.get("prompt"), split[0], place(number))
+            return split
+        case _:
+            assert_never(shape)
+
+
+def _hh_prompt(prompt: str, chosen: str, rejected: str) -> Turns:
+    """A prompt that ends with an open Assistant marker, and two answers, each after one space."""
+    turns = parse_hh(prompt)
+    if turns[-1]["role"] != "assistant" or turns[-1]["content"].strip():
+        raise Unusable("prompt does not end with an open Assistant turn")
+    answers = [parse_hh("\n\nHuman: \n\nAssistant:" + each) for each in (chosen, rejected)]
+    if any(len(each) != 2 for each in answers):
+        raise Unusable("answer holds more than one turn")
+    check_roles(turns[:-1])
+    return tuple(turns[:-1]), answers[0][1]["content"], answers[1][1]["content"]
+
+
+def _messages(value: list[Any], column: str, place: str) -> tuple[Message, ...]:
+    """Check one message list; keys of a message other than role and content are left out."""
+    return tuple(_message(each, f'{place}: "{column}" message {number}') for number, each in enumerate(value, 1))
+
+
+def _message(value: Any, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise DataError(f'{place} is {kind_of(value)}; it must be an object with "role" and "content"')
+    for key in ("role", "content"):
+        if key not in value:
+            raise DataError(f'{place} has no "{key}"; a message has "role" and "content"')
+        if not isinstance(value[key], str):
+            raise DataError(f'{place}: its "{key}" is {kind_of(value[key])}; it must be a string')
+    if value["role"] not in ROLES:
+        raise DataError(f'{place}: its role is "{printable(value["role"])}"; it must be one of {", ".join(ROLES)}')
+    return {"role": value["role"], "content": value["content"]}
+
+
+def _one_answer(answer: tuple[Message, ...]) -> str:
+    if len(answer) > 1:
+        raise Unusable("answer holds more than one turn")
+    if not answer or answer[0]["role"] != "assistant":
+        raise Unusable("last turn is not the assistant's")
+    return answer[0]["content"]
+
+
+def _check_prompt_column(column: Any, prompt: tuple[Message, ...], place: str) -> None:
+    """A prompt beside whole chats must be found in them: as one of the user turns, or as all turns."""
+    match column:
+        case None:
+            return
+        case str():
+            agrees = column in (turn["content"] for turn in prompt if turn["role"] == "user")
+        case list():
+            agrees = _messages(column, "prompt", place) == prompt
+        case _:
+            raise DataError(f'{place}: "prompt" is {kind_of(column)}; it must be a string or a list of messages')
+    if not agrees:
+        raise Unusable("prompt column is not the prompt of the chats")
+
+
+def _check(prompt: tuple[Message, ...], chosen: str, rejected: str) -> None:
+    """Raise Unusable with the first reason that holds."""
+    check_roles(prompt)
+    if any(not turn["content"].strip() for turn in prompt):
+        raise Unusable("empty turn in the prompt")
+    if not chosen.strip() or not rejected.strip():
+        raise Unusable("empty answer")
+    if chosen.strip() == rejected.strip():
+        raise Unusable("equal answers")
+    if not all(_is_text(each) for each in (chosen, rejected, *(turn["content"] for turn in prompt))):
+        raise Unusable("text with half a surrogate pair")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kept(row: Row, column: str, rows: Rows) -> str:
+    if column not in row:
+        names = ", ".join(printable(str(each))[:40] for each in row)
+        raise RecipeError(f'{rows.name}: has no column "{column}", which samples.group_by names; it has {names}')
+    return "" if row[column] is None else str(row[column])

@@ -1,0 +1,49 @@
+"""Errors a user can act on: one sentence each, with the exit code the command line ends with."""
+
+DONE, FAILED, USAGE, GATE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+class QloraDpoError(Exception):
+    """Base of all errors whose text is meant for the user: where, what was found, what would be right, what to do."""
+
+    exit_code = FAILED
+
+
+class RecipeError(QloraDpoError):
+    """The recipe or the command line asks for something that does not exist or does not fit together."""
+
+    exit_code = USAGE
+
+
+class DataError(QloraDpoError):
+    """The preference data cannot be read or cannot be trained on."""
+
+
+class ModelError(QloraDpoError):
+    """A model, tokenizer or adapter cannot be loaded, or does not do what training relies on."""
+
+
+class SourceError(QloraDpoError):
+    """A hub, a package index or a disk did not give what was asked for."""
+
+
+class RunError(QloraDpoError):
+    """A run directory, a checkpoint or a training step is not in the state that the command needs."""
+
+
+class GateError(QloraDpoError):
+    """A measured figure is below the bar that the user set."""
+
+    exit_code = GATE
+
+
+class DoesNotFitError(QloraDpoError):
+    """The plan needs more memory or disk than there is."""
+
+    exit_code = DOES_NOT_FIT
+
+
+class Interrupted(QloraDpoError):
+    """The user stopped the run; a checkpoint was saved first."""
+
+    exit_code = INTERRUPTED

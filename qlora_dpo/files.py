@@ -1,0 +1,101 @@
+"""Writes files and folders whole or not at all, and knows where cached things live."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_dpo.errors import SourceError
+
+
+def cache_home() -> Path:
+    """The folder for converted models and reference log-probabilities: $QLORA_DPO_CACHE, or in the user's cache."""
+    if own := os.environ.get("QLORA_DPO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora_dpo"
+
+
+@contextmanager
+def full_disk_named(target: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a SourceError that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        match error.errno:
+            case errno.ENOSPC | errno.EDQUOT:
+                sentence = f"{target}: the disk is full; free some space, or set QLORA_DPO_CACHE to another disk"
+            case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR:
+                sentence = f"{target}: cannot be written ({error.strerror}); choose a folder that you may write to"
+            case _:
+                raise
+        raise SourceError(sentence) from error
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it to `path`."""
+    data = content.encode() if isinstance(content, str) else content
+    with full_disk_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _flush_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all; NaN and infinity are refused."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to fill; rename it to `path` at the end, remove it after any error."""
+    with full_disk_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)
+                    _flush_file(file)
+            _flush_folder(temporary)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _flush_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,82 @@
+"""Loads tokenizer and base model, in 4-bit NF4 or dense, so that every later step reads the weights it was given."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from qlora_dpo.errors import ModelError
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.sources import Source
+from qlora_dpo.recipe import ModelTable
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a padding token pads with its end token."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedModel:
+    """Load the base onto `device`, frozen and in evaluation mode: linear layers in NF4, the rest in `weight_dtype`."""
+    quantization: dict[str, Any] = {}
+    if table.quantization == "nf4":
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=table.double_quant,
+            bnb_4bit_compute_dtype=device.torch_dtype,
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=device.weight_dtype,
+            attn_implementation=device.attention,
+            device_map={"": device.type},
+            **quantization,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    keep_weights_in_place(model)
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
+
+
+def keep_weights_in_place(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first CPU forward.
+
+    On CPUs with AVX512-BF16 it would; dequantizing, merging and later gradients would then silently read garbage.
+    """
+    for layer in linear4bit_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False
+
+
+def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
+    """All 4-bit layers of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def dequantized(layer: bnb.nn.Linear4bit) -> Tensor:
+    """The layer's weight as trained against, (out, in) in float32; raises ModelError if it was repacked."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ModelError("a 4-bit weight was repacked for this CPU and cannot be read back; load the base again")
+    kept, state.dtype = state.dtype, torch.float32
+    try:
+        return bnb.functional.dequantize_4bit(weight.data, state).float()
+    finally:
+        state.dtype = kept
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

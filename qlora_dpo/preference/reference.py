@@ -1,0 +1,167 @@
+"""The reference policy: the same model with its adapter off, asked once per pair, and its answers kept on disk.
+
+P pairs. Log-probabilities are float32 sums over an answer, in nats, in the columns chosen and rejected.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.errors import ModelError
+from qlora_dpo.files import cache_home, write_whole
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.model.sources import Source
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.objective import dpo
+from qlora_dpo.preference.pack import collate, micro_batches
+from qlora_dpo.recipe import ModelTable
+
+SECONDS_BETWEEN_SAVES = 60.0
+
+
+def store_folder(source: Source, table: ModelTable, device: Device) -> Path:
+    """Where the log-probabilities of this base lie: one folder per weights, quantization and arithmetic.
+
+    Tokenizer, template, encoding and data need no part in the name, because each entry is found by the SHA-256 of its
+    pair's token ids. Learning rate, rank, seed, beta and the run's name have no part in it at all.
+    """
+    key = {
+        "format": 1,
+        "base": source.fingerprint,
+        "quantization": table.quantization,
+        "double_quant": table.double_quant and table.quantization == "nf4",
+        "device": device.type,
+        "compute_dtype": device.compute_dtype,
+        "attention": device.attention,
+    }
+    return cache_home() / "reference" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def reference_logps(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    folder: Path,
+    token_budget: int,
+    pad_token_id: int,
+    device: Device,
+    advance: Callable[[int], None] = lambda pairs: None,
+) -> tuple[Tensor, int]:
+    """Log-probabilities (P, 2) of `pairs` with the adapter off, and how many pairs had to be computed for it.
+
+    What is missing in `folder` is computed and added there about once a minute, so a run that is stopped goes on
+    where it was. `advance` is told how many pairs each batch finished.
+    """
+    known = read_store(folder)
+    missing = list({pair.digest: pair for pair in pairs if pair.digest not in known}.values())
+    unsaved: dict[bytes, tuple[float, float]] = {}
+    saved_at = time.monotonic()
+    for group in micro_batches(missing, token_budget):
+        batch = [missing[index] for index in group]
+        with adapter_off(model):
+            logps = live_logps(model, batch, pad_token_id, device).tolist()
+        unsaved |= zip((pair.digest for pair in batch), map(tuple, logps), strict=True)
+        advance(len(batch))
+        if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+            add_to_store(folder, unsaved)
+            known, unsaved, saved_at = known | unsaved, {}, time.monotonic()
+    add_to_store(folder, unsaved)
+    known |= unsaved
+    return torch.tensor([known[pair.digest] for pair in pairs], dtype=torch.float32).reshape(-1, 2), len(missing)
+
+
+@torch.no_grad()
+def live_logps(model: nn.Module, pairs: Sequence[EncodedPair], pad_token_id: int, device: Device) -> Tensor:
+    """Log-probabilities (P, 2) of a few pairs by the model as it is now, on the CPU."""
+    scores = score(model, collate(pairs, pad_token_id).to(device.torch_device), device)
+    return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
+
+
+def read_store(folder: Path) -> dict[bytes, tuple[float, float]]:
+    """All entries in `folder`. A file whose content is not what its name's SHA-256 says is left out, never used."""
+    entries: dict[bytes, tuple[float, float]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != file.stem:
+            continue
+        try:
+            tensors = load(content)
+        except SafetensorError:
+            continue
+        digests = [bytes(row) for row in tensors["digest"].tolist()]
+        entries |= zip(digests, map(tuple, tensors["logp"].tolist()), strict=True)
+    return entries
+
+
+def add_to_store(folder: Path, entries: dict[bytes, tuple[float, float]]) -> None:
+    """Write `entries` as one new file, named by the SHA-256 of its content; nothing is written for no entries."""
+    if not entries:
+        return
+    digests = torch.tensor([list(digest) for digest in entries], dtype=torch.uint8)
+    content = save({"digest": digests, "logp": torch.tensor(list(entries.values()), dtype=torch.float32)})
+    write_whole(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
+
+
+def probe(model: nn.Module, pair: EncodedPair, device: Device) -> Tensor:
+    """Logits (L, V) of one pair's prompt and chosen answer, as the model itself computes them."""
+    ids = torch.tensor([pair.prompt + pair.chosen], device=device.torch_device)
+    with torch.no_grad(), device.autocast():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+def guard_adapter(
+    model: nn.Module, before_LV: Tensor, pair: EncodedPair, pad_token_id: int, device: Device, *, fresh: bool = True
+) -> None:
+    """Prove that adapter-off is the base as loaded, bit for bit, and that our log-probabilities are the model's own.
+
+    `before_LV` is the `probe` of the base before the adapter was attached. With a fresh adapter, adapter-on must be
+    the same too. Raises ModelError.
+    """
+    with adapter_off(model):
+        if not torch.equal(probe(model, pair, device), before_LV):
+            raise ModelError(
+                "with its adapter off the model differs from the base as loaded, so it cannot be the DPO reference; "
+                "use an adapter that leaves the base as it is"
+            )
+    if fresh and not torch.equal(probe(model, pair, device), before_LV):
+        raise ModelError("the untrained adapter changes the model, so the first loss would not be ln 2")
+    own_L = before_LV.float().log_softmax(-1)[len(pair.prompt) - 1 : -1]
+    own = own_L.gather(-1, torch.tensor(pair.chosen, device=own_L.device)[:, None]).sum().item()
+    with adapter_off(model):
+        ours = live_logps(model, [pair], pad_token_id, device)[0, 0].item()
+    if not math.isclose(ours, own, rel_tol=_tolerance(device), abs_tol=_tolerance(device)):
+        raise ModelError(
+            f"the log-probability of a probe answer is {own:.4f} by the model and {ours:.4f} by this program: the "
+            "model changes its logits after the output head, which is not supported yet"
+        )
+
+
+def guard_first_loss(live_P2: Tensor, reference_P2: Tensor, beta: float, device: Device) -> None:
+    """Prove that an untrained policy has the reference's log-probabilities, so that the first loss is ln 2.
+
+    In float32 the loss must be ln 2 to 1e-4; in 16 bits another batch may round differently, so the log-probabilities
+    are compared to 2 %. Raises ModelError.
+    """
+    drift_P2 = live_P2 - reference_P2
+    loss = dpo(drift_P2[:, 0] - drift_P2[:, 1], beta).mean().item()
+    exact = abs(loss - math.log(2)) <= 1e-4
+    close = bool((drift_P2.abs() <= _tolerance(device) * (1 + reference_P2.abs())).all())
+    if not (exact or (close and device.compute_dtype != "fp32")):
+        raise ModelError(
+            f"the first DPO loss would be {loss:.6f} instead of ln 2 = 0.693147: the cached reference does not belong "
+            f"to this model; delete {cache_home() / 'reference'} and start again"
+        )
+
+
+def _tolerance(device: Device) -> float:
+    return 1e-4 if device.compute_dtype == "fp32" else 2e-2

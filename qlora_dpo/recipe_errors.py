@@ -1,0 +1,206 @@
+"""Turns what pydantic found wrong in a recipe into sentences with file, line, key and what to write instead."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+OTHER_TOOLS = {
+    "lora_rank": ("LLaMA-Factory's", "lora.r"),
+    "lora_r": ("axolotl's and TRL's", "lora.r"),
+    "rank": ("torchtune's", "lora.r"),
+    "alpha": ("torchtune's", "lora.lora_alpha"),
+    "lora_target": ("LLaMA-Factory's", "lora.target_modules"),
+    "lora_target_modules": ("axolotl's and TRL's", "lora.target_modules"),
+    "lora_target_linear": ("axolotl's", 'lora.target_modules = "all-linear"'),
+    "pref_beta": ("LLaMA-Factory's", "dpo.beta"),
+    "rl_beta": ("axolotl's", "dpo.beta"),
+    "dpo_beta": ("Soup's and unsloth's", "dpo.beta"),
+    "pref_ftx": ("LLaMA-Factory's", "dpo.sft_weight"),
+    "rpo_alpha": ("TRL's", "dpo.sft_weight"),
+    "dpo_label_smoothing": ("LLaMA-Factory's", "dpo.label_smoothing"),
+    "micro_batch_size": ("axolotl's", "train.micro_batch_tokens (tokens, not pairs)"),
+    "per_device_train_batch_size": ("TRL's", "train.batch_size (pairs per optimizer step)"),
+    "gradient_accumulation_steps": ("TRL's", "train.batch_size (pairs per optimizer step)"),
+    "per_device_eval_batch_size": ("TRL's", "train.micro_batch_tokens"),
+    "max_prompt_length": ("TRL's older", 'data.max_length with data.overlong = "cut_prompt"'),
+    "cutoff_len": ("LLaMA-Factory's", "data.max_length"),
+    "sequence_len": ("axolotl's", "data.max_length"),
+    "max_seq_length": ("unsloth's", "data.max_length"),
+    "truncation_mode": ("TRL's", "data.overlong"),
+    "model_name_or_path": ("TRL's", "model.name"),
+    "base_model": ("axolotl's", "model.name"),
+    "load_in_4bit": ("transformers'", 'model.quantization = "nf4"'),
+    "quantization_bit": ("LLaMA-Factory's", 'model.quantization = "nf4"'),
+    "bnb_4bit_use_double_quant": ("transformers'", "model.double_quant"),
+    "torch_dtype": ("transformers'", "model.dtype"),
+    "bf16": ("transformers'", 'model.dtype = "bf16"'),
+    "fp16": ("transformers'", 'model.dtype = "fp16"'),
+    "dataset": ("LLaMA-Factory's", "data.train"),
+    "datasets": ("axolotl's", "data.train"),
+    "dataset_name": ("TRL's", "data.train"),
+    "max_samples": ("LLaMA-Factory's", "data.max_train_samples"),
+    "num_epochs": ("axolotl's", "train.num_train_epochs"),
+    "epochs": ("torchtune's", "train.num_train_epochs"),
+    "lr": ("torchtune's", "train.learning_rate"),
+    "lr_scheduler": ("axolotl's", "train.lr_scheduler_type"),
+    "warmup_ratio": ("transformers' older", "train.warmup_steps"),
+    "wandb_project": ("axolotl's", '[track] wandb = "PROJECT"'),
+    "report_to": ("transformers'", '[track] wandb = "PROJECT"'),
+    "output_dir": ("TRL's", "the command's -o DIR"),
+    "loss_type": ("TRL's", "nothing yet: this version has the sigmoid loss and dpo.sft_weight"),
+}
+
+KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string in quotes",
+    "bool_type": "true or false",
+    "list_type": "a list of strings",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "dict_type": "a table",
+    "finite_number": "a finite number",
+}
+
+
+def sentences(
+    error: ValidationError, recipe: type[BaseModel], path: str, text: str, overrides: Sequence[str]
+) -> Iterator[str]:
+    """Yield one line for every key that is wrong, in the order of the file."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for each in error.errors(include_url=False):
+        keys = tuple(str(part) for part in each["loc"] if isinstance(part, str))[:2]
+        found.setdefault(keys, []).append(dict(each))
+    lines = key_lines(text)
+    placed = []
+    for keys, problems in found.items():
+        line = lines.get(keys) or lines.get(keys[:1]) or 0
+        by_hand = [each for each in overrides if tuple(each.split("=")[0].replace(" ", "").split("."))[:2] == keys]
+        where = f"--set {by_hand[-1]}" if by_hand else f"{path}:{line}" if line else path
+        placed.append((line, f"{where}: {_sentence(keys, problems, recipe)}"))
+    return (sentence for _, sentence in sorted(placed))
+
+
+def key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """The line, counted from 1, on which each table and each of its keys stands in TOML `text`."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    open_string = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if open_string:
+            open_string = "" if open_string in line else open_string
+            continue
+        if header := re.match(r"\s*\[\[?\s*([^\]]+?)\s*\]", line):
+            table = _dotted(header[1])
+            lines.setdefault(table, number)
+        elif pair := re.match(
+            r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=(.*)""", line
+        ):
+            lines.setdefault((*table, *_dotted(pair[1])), number)
+            for quotes in ('"' * 3, "'" * 3):
+                open_string = quotes if pair[2].count(quotes) == 1 else open_string
+    return lines
+
+
+def _dotted(name: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in name.split("."))
+
+
+def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: type[BaseModel]) -> str:
+    first = problems[0]
+    name = ".".join(keys)
+    table = recipe.model_fields[keys[0]].annotation if keys and keys[0] in recipe.model_fields else None
+    match first["type"]:
+        case "extra_forbidden":
+            known = _fields(table) if len(keys) > 1 else list(recipe.model_fields)
+            return _unknown_key(keys, known, recipe)
+        case "missing" if len(keys) == 1:
+            return f"the recipe needs a table [{name}]"
+        case "missing":
+            return f'[{keys[0]}] needs the key "{keys[1]}"'
+        case "value_error" if len(keys) == 1:
+            return f"[{name}] {first['ctx']['error']}"
+        case _:
+            return f"{name} is {_shown(first['input'])}; it must be {_wanted(problems)}"
+
+
+def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
+    place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
+    if key in OTHER_TOOLS:
+        owner, ours = OTHER_TOOLS[key]
+        return f'{place} has no key "{key}": that is {owner} name; here it is {ours}'
+    homes = [table for table, field in recipe.model_fields.items() if key in _fields(field.annotation)]
+    if homes:
+        return f'{place} has no key "{key}"; it belongs to [{"] or [".join(homes)}]'
+    kind = "key" if len(keys) > 1 else "table"
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"it has {', '.join(known)}"
+    return f"{place} has no {kind} {_quoted(key)}; {hint}"
+
+
+def _fields(annotation: Any) -> list[str]:
+    """Keys of a table, also where its annotation is `Table | None`."""
+    for each in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return list(each.model_fields)
+    return []
+
+
+def _wanted(problems: list[dict[str, Any]]) -> str:
+    """What would be right; a union's alternatives are joined by "or"."""
+    return " or ".join(dict.fromkeys(_one_wanted(problem) for problem in problems))
+
+
+def _one_wanted(problem: dict[str, Any]) -> str:
+    context = problem.get("ctx", {})
+    if any(isinstance(part, int) for part in problem["loc"]):
+        return "a list of strings that are not empty"
+    match problem["type"]:
+        case "literal_error":
+            choices = str(context["expected"]).replace("'", '"')
+            return "one of " + choices.replace(" or ", ", ") if " or " in choices else choices
+        case "greater_than":
+            return f"greater than {context['gt']}"
+        case "greater_than_equal":
+            return f"at least {context['ge']}"
+        case "less_than":
+            return f"less than {context['lt']}"
+        case "string_pattern_mismatch":
+            return "64 hexadecimal digits in lower case"
+        case "string_too_short":
+            return "a string that is not empty"
+        case "value_error":
+            return str(context["error"])
+        case "too_short":
+            return "a list that is not empty"
+        case kind:
+            return KINDS.get(kind, str(problem["msg"]))
+
+
+def _shown(value: object) -> str:
+    """The value as the recipe's author would recognise it, on one line and not too long."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return f"the string {_quoted(value)}"
+        case dict():
+            return "a table"
+        case list():
+            return "a list"
+        case int() if abs(value) >= 10**18:
+            return "a number with more than 18 digits"
+        case int() | float():
+            return str(value)
+        case _:
+            return f"the date or time {value}"
+
+
+def _quoted(text: str, most: int = 80) -> str:
+    """`text` in double quotes, with line breaks and control characters written out."""
+    return json.dumps(text if len(text) <= most else f"{text[:most]}...", ensure_ascii=False)

@@ -1,0 +1,205 @@
+"""The model card of a run: its README.md, with the hub's metadata, the figures, samples and how to load the adapter."""
+
+import html
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from qlora_dpo.data.dialogue import printable
+from qlora_dpo.recipe import is_local
+from qlora_dpo.report.samples import prompt_text
+from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_markdown
+
+SAMPLES = 3
+COMPUTE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+QUOTED_PATH = re.compile(r"""(["'])((?:~|[A-Za-z]:)?[/\\][^"'\n]*)\1""")
+BARE_PATH = re.compile(r"""(?<![\w/\\:.~"'-])(?:~|[A-Za-z]:)?[/\\][\w.~-][^\s"'`,;)\]]*""")
+
+Record = Mapping[str, Any]
+
+
+def model_card(run: Record, results: Record, samples: Sequence[Record], epoch_table: str, recipe_text: str) -> str:
+    """The whole README.md of a run directory; no path of the machine it was made on is in it."""
+    sections = [
+        _opening(run),
+        _results(results, samples),
+        f"## By epoch\n\n{epoch_table}",
+        _samples(samples[:SAMPLES]),
+        _loading(run),
+        _making(run, recipe_text),
+    ]
+    body = "\n".join(section for section in sections if section)
+    return str(ModelCard(f"---\n{_metadata(run, results).to_yaml()}\n---\n\n{body}"))
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it can be a name on the hub, None if it is a path, a PyPI package or absent."""
+    if not name or is_local(name) or ":" in name:
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def scrubbed(text: str) -> str:
+    """`text` with every absolute path cut down to its last part: a card tells nothing about its author's disk."""
+    quoted = QUOTED_PATH.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
+    return BARE_PATH.sub(lambda found: _last_part(found[0]), quoted)
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block with a fence longer than any run of backticks in `text`."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
+
+
+def preformatted(text: str) -> str:
+    """Text of a model or a data set in a block that it cannot leave: in HTML's <pre> markdown has no meaning."""
+    lines = [part for line in printable(text).strip().splitlines() for part in textwrap.wrap(line, 96) or [""]]
+    return f"<pre>{html.escape(chr(10).join(lines) or '(nothing)')}</pre>\n"
+
+
+def _metadata(run: Record, results: Record) -> ModelCardData:
+    base, data = run["base"], run["data"]
+    datasets = [name for name in dict.fromkeys((data["train"], data.get("eval"))) if hub_id(name)]
+    return ModelCardData(
+        base_model=hub_id(base["hub_id"]),
+        datasets=datasets or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "dpo", *(["qlora"] if base["quantization"] == "nf4" else [])],
+        model_name=run["name"],
+        eval_results=_eval_results(run, results),
+    )
+
+
+def _eval_results(run: Record, results: Record) -> list[EvalResult]:
+    last = next(record for record in results["evals"] if record["step"] == results["last"])
+    held_out = run["data"].get("eval") or run["data"]["train"]
+    kinds = {"accuracy": ("rewards/accuracies", "Preference accuracy"), "loss": ("loss", "Loss")}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_id(held_out) or "preference-pairs",
+            dataset_name=f"{_last_part(held_out)}, {results['pairs']['eval']} held-out pairs",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(last[f"eval_{key}"], 4),
+        )
+        for kind, (key, name) in kinds.items()
+        if last.get(f"eval_{key}") is not None
+    ]
+
+
+def _opening(run: Record) -> str:
+    base, data = run["base"], run["data"]
+    kind = "4-bit NF4" if base["quantization"] == "nf4" else "full precision"
+    double = ", double quantization" if base["quantization"] == "nf4" and base.get("double_quant") else ""
+    lines = [
+        f"# {markdown_cell(run['name'])}\n",
+        f"A LoRA adapter for {_linked(base['hub_id'], base['name'])} ({kind}{double}), tuned with DPO on"
+        f" {data['train_pairs']} preference pairs of {_linked(data['train'], data['train'], 'datasets/')}.",
+    ]
+    if base.get("note"):
+        lines.append(f"\nThe base: {markdown_cell(scrubbed(base['note']))}")
+    return "\n".join(lines) + "\n"
+
+
+def _results(results: Record, samples: Sequence[Record]) -> str:
+    pairs, answers = results["pairs"]["eval"], results.get("answers")
+    text = f"## Results\n\nOn {pairs} held-out pairs; a tie counts as one half.\n\n{results_markdown(results)}"
+    if answers:
+        text += f"\nGreedy answers to held-out prompts:\n\n{answers_markdown(answers, samples)}"
+    return text
+
+
+def _samples(samples: Sequence[Record]) -> str:
+    if not samples:
+        return ""
+    parts = ["## Samples\n\nHeld-out prompts, answered greedily.\n"]
+    for sample in samples:
+        parts.append(f"Prompt:\n\n{preformatted(prompt_text(sample['prompt']))}")
+        for who in ("base", "tuned"):
+            stopped = "" if sample.get(f"{who}_ended", True) else ", stopped by the token limit"
+            parts.append(
+                f"{who.capitalize()} ({sample[f'{who}_tokens']} tokens{stopped}):\n\n{preformatted(sample[who])}"
+            )
+    return "\n".join(parts)
+
+
+def _loading(run: Record) -> str:
+    folder = f"adapters/{run['name']}"
+    commands = "\n".join(f"qlora-dpo {verb} {shlex.quote(folder)}" for verb in ("chat", "merge"))
+    return f"## Use\n\n{fenced(commands, 'sh')}\nOr with PEFT:\n\n{fenced(_peft_code(run, folder), 'python')}"
+
+
+def _peft_code(run: Record, folder: str) -> str:
+    base = run["base"]
+    found = hub_id(base["hub_id"])
+    lines = [
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    ]
+    dtype = f"dtype=torch.{COMPUTE[run['device']['compute_dtype']]}"
+    if base["quantization"] == "nf4":
+        lines[-1] += ", BitsAndBytesConfig"
+        lines += [
+            "",
+            "nf4 = BitsAndBytesConfig(",
+            f'    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={bool(base["double_quant"])},',
+            f"    bnb_4bit_compute_{dtype},",
+            ")",
+        ]
+        dtype += ", quantization_config=nf4"
+    revision = f", revision={json.dumps(base['revision'])}" if found and base.get("revision") else ""
+    where = found or "FOLDER_OF_THE_BASE"
+    lines += [
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(where)}{revision}, {dtype})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
+    ]
+    return "\n".join(lines)
+
+
+def _making(run: Record, recipe_text: str) -> str:
+    device = run["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    facts = [
+        f"Seed {run['seed']}, {run['steps']} steps, compute in {device['compute_dtype']}"
+        f" on {markdown_cell(device['name'])}, {run['seconds']['total'] / 60:.1f} minutes in all.",
+        f"Versions: {markdown_cell(versions)}.",
+    ]
+    return "\n".join(
+        [
+            "## How it was made\n",
+            fenced(scrubbed(run["command"]), "sh"),
+            "\n".join(facts) + "\n",
+            "The recipe:\n",
+            fenced(scrubbed(printable(recipe_text)), "toml"),
+        ]
+    )
+
+
+def _linked(hub: str | None, name: str, kind: str = "") -> str:
+    """A link to the hub where there is something to link to, else the last part of a path in plain words."""
+    found = hub_id(hub)
+    return f"[{found}](https://huggingface.co/{kind}{found})" if found else markdown_cell(_last_part(name))
+
+
+def _last_part(path: str) -> str:
+    """The last part of a path; a name that is no path comes back as it is."""
+    if hub_id(path):
+        return path
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path

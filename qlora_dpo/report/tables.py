@@ -1,0 +1,239 @@
+"""The tables at the end of a run: step 0 against best and last, the answers by group, and the table per epoch."""
+
+import html
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qlora_dpo.data.dialogue import printable
+
+Record = Mapping[str, Any]
+
+EPOCH_COLUMNS = {
+    "Validation Loss": ("eval_loss", "{:.4f}"),
+    "Rewards/chosen": ("eval_rewards/chosen", "{:.4f}"),
+    "Rewards/rejected": ("eval_rewards/rejected", "{:.4f}"),
+    "Rewards/accuracies": ("eval_rewards/accuracies", "{:.4f}"),
+    "Rewards/margins": ("eval_rewards/margins", "{:.4f}"),
+    "Logps/chosen": ("eval_logps/chosen", "{:.2f}"),
+    "Logps/rejected": ("eval_logps/rejected", "{:.2f}"),
+    "Logits/chosen": ("eval_logits/chosen", "{:.4f}"),
+    "Logits/rejected": ("eval_logits/rejected", "{:.4f}"),
+}
+NOTHING = "-"
+MATCHING = ["base matching", "tuned matching"]
+MATCHING_NOTE = "matching: the share of answers that contain samples.count_matching"
+CUT_OFF_NOTE = ">= : the token limit stopped some of these answers, so the true mean is higher"
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The score interval for a share (Wilson 1927); 95 % with the default `z`. A tie may count as half a success.
+
+    Unlike share +- z * standard error it stays within 0 and 1, and it is not empty at 0 or n successes.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def steps_shown(results: Record) -> list[tuple[str, Record]]:
+    """The evaluations of the results table with their headings; one that is both best and last comes once."""
+    by_step = {record["step"]: record for record in results["evals"]}
+    roles: dict[int, list[str]] = {}
+    for role in ("first", "best", "last"):
+        roles.setdefault(results[role], []).append(role)
+    headings = {step: " and ".join(role for role in names if role != "first") for step, names in roles.items()}
+    return [
+        (f"step {step} ({names})" if names else f"step {step}", by_step[step])
+        for step, names in sorted(headings.items())
+    ]
+
+
+def result_rows(results: Record) -> list[tuple[str, list[str]]]:
+    """Every row of the results table: its label and one cell for each of `steps_shown`."""
+    shown = [record for _, record in steps_shown(results)]
+    with_sft = any("eval_sft_loss" in record for record in shown)
+    rows = [
+        ("loss", [_number(record, "eval_loss", "{:.4f}") for record in shown]),
+        ("DPO loss", [_number(record, "eval_dpo_loss", "{:.4f}") for record in shown] if with_sft else []),
+        ("accuracy", [_number(record, "eval_rewards/accuracies", "{:.3f}") for record in shown]),
+        ("  95 % interval", [_interval(record) for record in shown]),
+        ("  ties", [_ties(record) for record in shown]),
+        ("margin", [_number(record, "eval_rewards/margins", "{:+.3f}") for record in shown]),
+        ("chosen reward", [_number(record, "eval_rewards/chosen", "{:+.3f}") for record in shown]),
+        ("rejected reward", [_number(record, "eval_rewards/rejected", "{:+.3f}") for record in shown]),
+        ("chosen log-prob, nats", [_number(record, "eval_logps/chosen", "{:.2f}") for record in shown]),
+        ("rejected log-prob, nats", [_number(record, "eval_logps/rejected", "{:.2f}") for record in shown]),
+    ]
+    return [(label, cells) for label, cells in rows if cells]
+
+
+def baseline_rows(results: Record) -> list[tuple[str, str]]:
+    """The accuracies that need no model, on the same pairs."""
+    baselines = results.get("baselines") or {}
+    return [
+        (f"pick-the-{which} accuracy", f"{baselines[which]:.3f}")
+        for which in ("longer", "shorter")
+        if baselines.get(which) is not None
+    ]
+
+
+def results_table(results: Record) -> Table:
+    """Held-out figures at step 0, at the best and at the last evaluation, with the baselines to beat."""
+    shown = steps_shown(results)
+    table = _table(f"Held-out pairs: {results['pairs']['eval']}")
+    table.add_column("")
+    for heading, _ in shown:
+        table.add_column(_two_lines(heading), justify="right", no_wrap=True)
+    for label, cells in result_rows(results):
+        table.add_row(label, *cells, style="dim" if label.startswith("  ") else None)
+    table.add_section()
+    for label, value in baseline_rows(results):
+        table.add_row(label, *[value] * len(shown), style="dim")
+    return table
+
+
+def cut_off(samples: Iterable[Record]) -> set[tuple[str, str]]:
+    """The (group, "base" or "tuned") of which some answer was stopped by the token limit."""
+    return {
+        (_group(sample), who) for sample in samples for who in ("base", "tuned") if not sample.get(f"{who}_ended", True)
+    }
+
+
+def answer_cells(answers: Sequence[Record], samples: Iterable[Record]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Columns, rows and footnotes of the answers table. A mean over answers that were cut off is marked ">="."""
+    stopped = cut_off(samples)
+    matching = any(each.get("tuned_matching") is not None for each in answers)
+    columns = ["group", "prompts", *(MATCHING if matching else []), "base tokens", "tuned tokens"]
+    rows = []
+    for each in answers:
+        group = _group(each)
+        shares = [_percent(each.get(f"{who}_matching")) for who in ("base", "tuned")] if matching else []
+        tokens = [f"{'>= ' if (group, who) in stopped else ''}{each[f'{who}_tokens']:.1f}" for who in ("base", "tuned")]
+        rows.append([group, str(each["prompts"]), *shares, *tokens])
+    marked = any(">= " in cell for row in rows for cell in row[1:])
+    notes = ([MATCHING_NOTE] if matching else []) + ([CUT_OFF_NOTE] if marked else [])
+    return columns, rows, notes
+
+
+def answers_table(answers: Sequence[Record], samples: Iterable[Record] = ()) -> RenderableType:
+    """What base and tuned model answered to the held-out prompts, counted by group; tokens are means."""
+    columns, rows, notes = answer_cells(answers, samples)
+    table = _table("Greedy answers to held-out prompts")
+    for column in columns:
+        right: Literal["left", "right"] = "left" if column == "group" else "right"
+        table.add_column(column.replace(" ", "\n"), justify=right, no_wrap=column != "group", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def results_markdown(results: Record) -> str:
+    """The results table for a model card."""
+    shown = steps_shown(results)
+    rows = [[label.strip(), *cells] for label, cells in result_rows(results)]
+    rows += [[label, *[value] * len(shown)] for label, value in baseline_rows(results)]
+    return markdown(["", *(heading for heading, _ in shown)], rows)
+
+
+def answers_markdown(answers: Sequence[Record], samples: Iterable[Record] = ()) -> str:
+    """The answers table for a model card, with its footnotes."""
+    columns, rows, notes = answer_cells(answers, samples)
+    return "\n".join([markdown(columns, rows), *(f"{markdown_cell(note)}\n" for note in notes)])
+
+
+def epoch_table(records: Sequence[Record]) -> str:
+    """The table per epoch in markdown, from the records of metrics.jsonl.
+
+    A training loss is the mean over the epoch's steps: each logged loss counts by the steps it covers. Validation
+    values are those at the epoch's end; where the last evaluation was earlier, its step is named.
+    """
+    train = [record for record in records if record["kind"] == "train"]
+    evals = [record for record in records if record["kind"] == "eval"]
+    end = max((record["epoch"] for record in records), default=0.0)
+    rows = []
+    for number in range(math.ceil(end - 1e-6)):
+        start, stop = float(number), min(number + 1.0, end)
+        rows.append([f"{stop:.4g}", _epoch_loss(train, start, stop), *_epoch_values(evals, start, stop)])
+    return markdown(["Epoch", "Training Loss", *EPOCH_COLUMNS], rows)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table whose cells cannot break out of it."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def markdown_cell(text: str) -> str:
+    """Text on one line without meaning to markdown or HTML."""
+    line = html.escape(" ".join(printable(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def _epoch_loss(train: Sequence[Record], start: float, stop: float) -> str:
+    total = weight = before = 0.0
+    for record in train:
+        covered = min(record["epoch"], stop) - max(before, start)
+        before = record["epoch"]
+        if covered > 1e-9:
+            value = record["loss"]
+            total, weight = total + covered * (math.nan if value is None else value), weight + covered
+    return f"{total / weight:.4f}" if weight else NOTHING
+
+
+def _epoch_values(evals: Sequence[Record], start: float, stop: float) -> list[str]:
+    within = [record for record in evals if start + 1e-6 < record["epoch"] <= stop + 1e-6]
+    if not within:
+        return [NOTHING] * len(EPOCH_COLUMNS)
+    newest = within[-1]
+    cells = [_number(newest, key, form) for key, form in EPOCH_COLUMNS.values()]
+    if newest["epoch"] < stop - 1e-6:
+        cells[0] += f" (step {newest['step']})"
+    return cells
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="", pad_edge=False
+    )
+
+
+def _two_lines(heading: str) -> str:
+    """`step 36 (best)` as two lines, so that three columns fit into 80."""
+    step, _, role = heading.partition(" (")
+    return f"{role.rstrip(')')}\n{step}" if role else f"\n{step}"
+
+
+def _number(record: Record, key: str, form: str) -> str:
+    value = record.get(key)
+    return NOTHING if value is None else form.format(value)
+
+
+def _interval(record: Record) -> str:
+    share, pairs = record.get("eval_rewards/accuracies"), record.get("eval_pairs")
+    if share is None or not pairs:
+        return NOTHING
+    low, high = wilson(share * pairs, pairs)
+    return f"{low:.3f}-{high:.3f}"
+
+
+def _ties(record: Record) -> str:
+    ties = record.get("eval_ties")
+    return NOTHING if ties is None else f"{ties:.0f}"
+
+
+def _group(record: Record) -> str:
+    return "all" if record.get("group") is None else " ".join(printable(str(record["group"])).split())
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.0%}".replace("%", " %")

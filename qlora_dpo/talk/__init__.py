@@ -1,0 +1,1 @@
+"""Talking to a model: batched greedy answers, and a conversation in the terminal."""

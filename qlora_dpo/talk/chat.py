@@ -1,0 +1,126 @@
+"""A conversation in the terminal, or one answer to what came through a pipe.
+
+Answers go to stdout; the header, labels and notes go to stderr.
+"""
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import click
+
+from qlora_dpo.data.dialogue import printable
+from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.talk.commands import is_command, obey
+from qlora_dpo.talk.conversation import Conversation, Voice, ask, next_seed, reply
+from qlora_dpo.talk.screen import ctrl_c_stops
+
+COLOURS = {"you": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
+
+
+def talk(conversation: Conversation) -> None:
+    """Hold the conversation until the user leaves."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (with it, input() edits lines and recalls earlier ones)
+    device = conversation.device
+    _note(f"{conversation.title} · {device.name}, {device.compute_dtype} · /help lists commands, Ctrl+D leaves")
+    for line in _lines():
+        if not is_command(line):
+            if line.strip():
+                _answer(conversation, line.strip())
+            continue
+        outcome = obey(conversation, line)
+        if outcome.text:
+            _note(outcome.text)
+        if outcome.then == "leave":
+            break
+        if outcome.then == "answer":
+            _answer(conversation, outcome.question)
+
+
+def answer_pipe(conversation: Conversation, text: str) -> None:
+    """Write one answer to `text`, by the first voice, to stdout and nothing else."""
+    ask(conversation, text)
+    _show(conversation, conversation.voices[0], next_seed(conversation), threading.Event())
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, line by line, until Ctrl+D; Ctrl+C clears the line."""
+    while True:
+        click.echo(err=True)
+        try:
+            yield _typed()
+        except EOFError:
+            click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            _note("\n(Ctrl+D or /quit leaves)")
+
+
+def _typed() -> str:
+    label = _label("you")
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        click.echo(label, nl=False, err=True)
+        return input()
+    # readline counts the width of its prompt; these marks say that a colour takes none
+    return input(re.sub(r"(\x1b\[[0-9;]*m)", "\x01\\1\x02", label))
+
+
+def _answer(conversation: Conversation, question: str) -> None:
+    """Show every voice's answer to `question`; one Ctrl+C stops them all."""
+    try:
+        if note := ask(conversation, question):
+            _note(f"({note})")
+        seed = next_seed(conversation)
+        with ctrl_c_stops() as stopped:
+            for voice in conversation.voices:
+                if not stopped.is_set():
+                    click.echo(_label(voice), nl=False, err=True)
+                    ended = _show(conversation, voice, seed, stopped)
+                    _say_why_it_stopped(conversation, ended, stopped)
+    except KeyboardInterrupt:
+        _note("\n(stopped)")
+    except QloraDpoError as error:
+        _note(str(error))
+
+
+def _show(conversation: Conversation, voice: Voice, seed: int, stopped: threading.Event) -> bool:
+    """Write the answer of `voice` as it comes; return False if it did not come to its own end."""
+    ended = False
+    with closing(reply(conversation, voice, seed)) as pieces:
+        while not stopped.is_set():
+            try:
+                click.echo(next(pieces), nl=False)
+            except StopIteration as end:
+                ended = bool(end.value)
+                break
+    click.echo()
+    return ended
+
+
+def _say_why_it_stopped(conversation: Conversation, ended: bool, stopped: threading.Event) -> None:
+    if ended:
+        return
+    limit = conversation.settings.max_new_tokens
+    if not stopped.is_set():
+        _note(f"(stopped at max_new_tokens, {limit}; /set max_new_tokens {2 * limit} allows more)")
+    elif conversation.messages and conversation.messages[-1]["role"] == "assistant":
+        _note("(stopped; what was said is kept)")
+    else:
+        _note("(stopped before the first word; your message is taken back)")
+
+
+def _label(who: str) -> str:
+    return f"{_styled(who, fg=COLOURS[who], bold=True)}: "
+
+
+def _note(text: str) -> None:
+    click.echo(_styled(printable(text), dim=True), err=True)
+
+
+def _styled(text: str, fg: str | None = None, bold: bool | None = None, dim: bool | None = None) -> str:
+    """`text` with colour; click takes it out again where there is no terminal."""
+    return text if "NO_COLOR" in os.environ else click.style(text, fg=fg, bold=bold, dim=dim)

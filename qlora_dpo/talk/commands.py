@@ -1,0 +1,161 @@
+"""The lines of a chat that begin with a slash: what each does to the conversation, and what it says."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.talk.conversation import Conversation, start_anew, transcript, undo
+from qlora_dpo.talk.settings import SETTINGS, Settings
+
+COMMANDS = {
+    "/help": ("", "show this list"),
+    "/new": ("", "forget what was said; system prompt and settings stay"),
+    "/system": ("[TEXT|none]", "show, set or remove the system prompt"),
+    "/set": ("[KEY VALUE]", "show the settings, or change one: temperature, top_p, max_new_tokens, seed"),
+    "/base": ("", "answer with the adapter switched off; again: with it"),
+    "/both": ("", "answer with tuned and base model, the tuned answer is kept; again: tuned only"),
+    "/retry": ("", "answer the last message again"),
+    "/undo": ("", "take back the last message and its answer"),
+    "/save": ("FILE", "write the conversation to a new JSON file"),
+    "/quit": ("", "leave (so does Ctrl+D)"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command says to the user, and what happens next; `question` is there to be answered."""
+
+    text: str
+    then: Literal["listen", "answer", "leave"] = "listen"
+    question: str = ""
+
+
+def is_command(line: str) -> bool:
+    """True for a line that begins with a slash; a space before it makes it a message."""
+    return line.startswith("/")
+
+
+def obey(conversation: Conversation, line: str) -> Outcome:
+    """Carry out the command in `line`; a command that cannot be carried out changes nothing and says why."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name in COMMANDS and rest and not COMMANDS[name][0]:
+        return Outcome(f"{name} takes nothing after it")
+    try:
+        return _obey(conversation, name, rest)
+    except RecipeError as error:
+        return Outcome(str(error))
+
+
+def _obey(conversation: Conversation, name: str, rest: str) -> Outcome:
+    match name:
+        case "/help":
+            return Outcome(_help())
+        case "/new":
+            start_anew(conversation)
+            return Outcome("a new conversation")
+        case "/system":
+            return Outcome(_system(conversation, rest))
+        case "/set":
+            return Outcome(_set(conversation, rest.split()))
+        case "/base" | "/both" if not conversation.has_adapter:
+            return Outcome(f"{conversation.title} is a full model: there is no adapter to switch off")
+        case "/base":
+            conversation.voices = ("tuned",) if conversation.voices == ("base",) else ("base",)
+            return Outcome(f"the {conversation.voices[0]} model answers from here on")
+        case "/both":
+            conversation.voices = ("tuned",) if len(conversation.voices) == 2 else ("tuned", "base")
+            two = len(conversation.voices) == 2
+            return Outcome(f"the tuned {'and the base model answer' if two else 'model answers'} from here on")
+        case "/retry":
+            return _retry(conversation)
+        case "/undo":
+            question = undo(conversation)
+            return Outcome("there is nothing to undo" if question is None else f"taken back: {_brief(question)}")
+        case "/save":
+            return Outcome(_save(conversation, rest))
+        case "/quit":
+            return Outcome("", "leave")
+        case _:
+            return Outcome(_unknown(name))
+
+
+def _help() -> str:
+    lines = [f"  {f'{name} {takes}':21}{does}" for name, (takes, does) in COMMANDS.items()]
+    keys = "Ctrl+C stops a reply and keeps what was said. To send a line that begins with /, put a space before it."
+    return "\n".join([*lines, keys])
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"no command {name}; did you mean {close[0]}?" if close else f"no command {name}; /help lists them"
+
+
+def _system(conversation: Conversation, text: str) -> str:
+    if not text:
+        return f"system prompt: {conversation.system}" if conversation.system else "no system prompt of yours is set"
+    conversation.system = None if text == "none" else text
+    return "system prompt removed" if text == "none" else f"system prompt: {text}"
+
+
+def _set(conversation: Conversation, words: Sequence[str]) -> str:
+    settings = conversation.settings
+    if not words:
+        return ", ".join(f"{name} {getattr(settings, name)}" for name in SETTINGS)
+    key = words[0].lstrip("-").replace("-", "_")
+    if key not in SETTINGS:
+        close = difflib.get_close_matches(key, SETTINGS, n=1)
+        return f"no setting {words[0]}; " + (
+            f"did you mean {close[0]}?" if close else f"there are {', '.join(SETTINGS)}"
+        )
+    if len(words) != 2:
+        return f"write /set {key} VALUE; it is {getattr(settings, key)} now"
+    conversation.settings = changed(settings, key, words[1])
+    if key == "seed":
+        conversation.draws = 0
+    return f"{key} is {getattr(conversation.settings, key)} now"
+
+
+def changed(settings: Settings, key: str, word: str) -> Settings:
+    """`settings` with `key` set to the number in `word`; raise RecipeError if it is none or out of range."""
+    kind = type(getattr(settings, key))
+    try:
+        value = kind(word)
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise RecipeError(f"{key} is {word}; it must be {wanted}") from error
+    return replace(settings, **{key: value})
+
+
+def _retry(conversation: Conversation) -> Outcome:
+    question = undo(conversation)
+    if question is None:
+        return Outcome("there is nothing to retry")
+    same = conversation.settings.temperature == 0
+    return Outcome("temperature is 0, so the answer is the same again" if same else "", "answer", question)
+
+
+def _save(conversation: Conversation, name: str) -> str:
+    if not name:
+        return "write /save FILE, for example /save chat.json"
+    if not conversation.messages:
+        return "there is nothing to save yet"
+    path = Path(name).expanduser()
+    value = {"model": conversation.title, "messages": transcript(conversation)}
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    except FileExistsError:
+        return f"{path} exists and is never overwritten; choose another name"
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}"
+    return f"saved {len(conversation.messages)} messages to {path}"
+
+
+def _brief(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:57]}..."

@@ -1,0 +1,156 @@
+"""A conversation with a model: what was said, who answers next, and how the history is kept inside the context."""
+
+from collections.abc import Generator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlora_dpo.data.dialogue import Message
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.talk.generate import Memory, context_tokens, prompt_ids, stream
+from qlora_dpo.talk.screen import Printable
+from qlora_dpo.talk.settings import Settings
+
+Voice = Literal["tuned", "base", "model"]
+
+
+@dataclass
+class Conversation:
+    """All that a chat needs between two lines; `voices` answer each message, and the first one's reply is kept."""
+
+    title: str
+    model: Any
+    tokenizer: Any
+    device: Device
+    settings: Settings
+    voices: tuple[Voice, ...]
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    left_out: int = 0
+    """How many of the oldest messages the model no longer reads."""
+    draws: int = 0
+    """Replies begun so far; each is sampled with a seed of its own, so that a retry says something else."""
+    memories: dict[Voice, Memory] = field(default_factory=dict)
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if there is an adapter that can be switched off."""
+        return self.voices != ("model",)
+
+
+def ask(conversation: Conversation, text: str) -> str:
+    """Add the user's message and return a note if old messages had to be left out for it.
+
+    Raises RecipeError, and takes the message back, if it does not fit the model's context by itself.
+    """
+    conversation.messages.append({"role": "user", "content": text})
+    try:
+        return fit(conversation)
+    except BaseException:
+        conversation.messages.pop()
+        raise
+
+
+def fit(conversation: Conversation) -> str:
+    """Leave out the oldest messages until the rest and a reply fit the context; return a note about it, or ""."""
+    context = context_tokens(conversation.model)
+    if context is None or context - conversation.settings.max_new_tokens >= _tokens(conversation):
+        return ""
+    room = context - conversation.settings.max_new_tokens
+    before = conversation.left_out
+    # A quarter of the room is freed at once: each time something is left out, the whole history is read again
+    while _tokens(conversation) > room * 3 // 4 and conversation.left_out < len(conversation.messages) - 1:
+        conversation.left_out += 2
+    if (tokens := _tokens(conversation)) > room:
+        conversation.left_out = before
+        raise RecipeError(
+            f"this message makes {tokens} tokens and a reply may take {conversation.settings.max_new_tokens}, but the "
+            f"model reads {context} at most; shorten the message, or set max_new_tokens lower"
+        )
+    return f"the model reads {context} tokens at most: it no longer sees the first {conversation.left_out} messages"
+
+
+def reply(conversation: Conversation, voice: Voice, seed: int) -> Generator[str, None, bool]:
+    """Yield the answer of `voice` to the last question, free of terminal escapes; return True if it came to its end.
+
+    The first voice's answer is kept in the history, also when the generator is closed early; a question whose
+    answer was stopped before its first word is taken back.
+    """
+    clean, said, ended = Printable(), list[str](), False
+    memory = conversation.memories.setdefault(voice, Memory())
+    settings = Settings(**{**vars(conversation.settings), "seed": seed})
+    try:
+        ids = prompt_ids(conversation.tokenizer, _read(conversation))
+        with ExitStack() as around:
+            around.enter_context(conversation.device.autocast())
+            if voice == "base":
+                around.enter_context(adapter_off(conversation.model))
+            pieces = stream(conversation.model, conversation.tokenizer, ids, settings, memory)
+            while True:
+                try:
+                    piece = clean.feed(next(pieces))
+                except StopIteration as end:
+                    ended = bool(end.value)
+                    break
+                if piece:
+                    said.append(piece)
+                    yield piece
+        if rest := clean.rest():
+            said.append(rest)
+            yield rest
+        return ended
+    finally:
+        _keep(conversation, "".join(said), ended)
+
+
+def next_seed(conversation: Conversation) -> int:
+    """The seed of the next reply; voices that answer the same question share it."""
+    conversation.draws += 1
+    return (conversation.settings.seed + conversation.draws - 1) % 2**63
+
+
+def undo(conversation: Conversation) -> str | None:
+    """Take back the last question and its answer; return the question, or None if nothing was said."""
+    if not conversation.messages:
+        return None
+    question = conversation.messages[-2]["content"]
+    del conversation.messages[-2:]
+    conversation.left_out = 0
+    return question
+
+
+def start_anew(conversation: Conversation) -> None:
+    """Forget what was said; system prompt, settings and voices stay."""
+    conversation.messages.clear()
+    conversation.left_out = 0
+
+
+def transcript(conversation: Conversation) -> list[Message]:
+    """The whole conversation, also what the model no longer reads, with the system prompt first."""
+    return [*_system(conversation), *conversation.messages]
+
+
+def _keep(conversation: Conversation, said: str, ended: bool) -> None:
+    if conversation.messages[-1]["role"] == "assistant":
+        return
+    if said or ended:
+        conversation.messages.append({"role": "assistant", "content": said})
+    else:
+        conversation.messages.pop()
+
+
+def _read(conversation: Conversation) -> list[Message]:
+    """What the model reads: up to the last question, without what was left out."""
+    messages = conversation.messages
+    upto = len(messages) - (messages[-1]["role"] == "assistant")
+    return [*_system(conversation), *messages[conversation.left_out : upto]]
+
+
+def _system(conversation: Conversation) -> list[Message]:
+    return [{"role": "system", "content": conversation.system}] if conversation.system else []
+
+
+def _tokens(conversation: Conversation) -> int:
+    return len(prompt_ids(conversation.tokenizer, _read(conversation)))

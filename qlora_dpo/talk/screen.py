@@ -1,0 +1,56 @@
+"""The terminal's side of a reply: streamed text made harmless, and a Ctrl+C that stops the reply only."""
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from qlora_dpo.data.dialogue import printable
+
+# An escape sequence that has begun and not ended: a control sequence, a string such as a window title, or a lone ESC
+UNFINISHED = re.compile(
+    r"(?:(?:\x1b\[|\x9b)[0-?]*[ -/]*"
+    r"|(?:\x1b[PX\]^_]|[\x90\x98\x9d-\x9f])(?:(?!\x1b\\)[^\x07\x9c])*"
+    r"|\x1b[ -/]*)\Z"
+)
+LONGEST_HELD = 1024  # characters; a model that opens a string and never closes it must not silence itself
+
+
+@dataclass
+class Printable:
+    """Strips terminal escapes from text that arrives in pieces, also where a sequence is split between two."""
+
+    held: str = ""
+
+    def feed(self, piece: str) -> str:
+        """Return what of the text so far can be shown and has not been."""
+        text = self.held + piece
+        begun = UNFINISHED.search(text)
+        cut = begun.start() if begun and len(text) - begun.start() <= LONGEST_HELD else len(text)
+        self.held = text[cut:]
+        return printable(text[:cut])
+
+    def rest(self) -> str:
+        """Return what was held back, for the text has ended."""
+        text, self.held = self.held, ""
+        return printable(text)
+
+
+@contextmanager
+def ctrl_c_stops() -> Iterator[threading.Event]:
+    """While open, the first Ctrl+C sets the event that is yielded, and a second one raises KeyboardInterrupt."""
+    stopped = threading.Event()
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,46 @@
+"""How the next token is chosen and how long a reply may be: the one home of chat's defaults."""
+
+import random
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from qlora_dpo.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How replies are sampled. Nothing else is applied: no top-k, no repetition penalty, no minimum length."""
+
+    temperature: float = 0.7
+    """0 takes the likeliest token every time; higher is more varied."""
+    top_p: float = 0.9
+    """Sample from the likeliest tokens that together hold this probability."""
+    max_new_tokens: int = 512
+    """Longest reply, in tokens."""
+    seed: int = field(default_factory=lambda: random.randrange(2**31))
+    """Start of the random draws; absent: another one in every chat."""
+
+    def __post_init__(self) -> None:
+        """Refuse a value that cannot be sampled with."""
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise RecipeError(f"temperature is {self.temperature}; it must be 0 (the likeliest token), or 0.01 to 100")
+        if not 0 < self.top_p <= 1:
+            raise RecipeError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
+        if self.max_new_tokens < 1:
+            raise RecipeError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"seed is {self.seed}; it must be 0 or more")
+
+
+SETTINGS = tuple(each.name for each in fields(Settings))
+
+
+def settings_for(generation_config: Any, context: int | None, given: dict[str, Any]) -> Settings:
+    """What the user gave, else temperature and top_p of the model's generation config, else the defaults.
+
+    `context` is the model's longest text in tokens; the default reply takes at most half of it.
+    """
+    own = {name: getattr(generation_config, name, None) for name in ("temperature", "top_p")}
+    room: dict[str, Any] = {"max_new_tokens": min(Settings.max_new_tokens, context // 2)} if context else {}
+    known = {name: value for name, value in own.items() if value is not None}
+    return Settings(**{**room, **known, **{name: value for name, value in given.items() if value is not None}})

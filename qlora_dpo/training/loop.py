@@ -1,0 +1,216 @@
+"""The training loop: for each step its pairs, for each micro-batch a forward and a backward pass, then AdamW."""
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.errors import Interrupted, RunError
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import trainable
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.metrics import Sums
+from qlora_dpo.preference.objective import objective
+from qlora_dpo.preference.pack import collate, micro_batches
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.training.checkpoint import State, load_checkpoint, save_checkpoint
+from qlora_dpo.training.evaluate import Side, evaluate
+from qlora_dpo.training.optim import make_optimizer, make_schedule
+from qlora_dpo.training.plan import Plan
+from qlora_dpo.training.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on, and where it writes."""
+
+    recipe: Recipe
+    device: Device
+    plan: Plan
+    train: Side
+    heldout: Side
+    pad_token_id: int
+    folder: Path
+
+
+def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path | None = None) -> State:
+    """Train `model` in place and return the final state with all evaluations.
+
+    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and RunError when loss or gradient stop being
+    finite.
+    """
+    table, plan = job.recipe.train, job.plan
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(job.device.compute_dtype, job.device.compute_dtype),
+        cpu=job.device.type == "cpu",
+    )
+    if table.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(trainable(model).values(), table)
+    schedule = make_schedule(optimizer, table, plan.total_steps)
+    if resume is not None:
+        state = load_checkpoint(resume, state, model, optimizer)
+        schedule.load_state_dict(state.scheduler)
+    accelerated: Any = accelerator.prepare_optimizer(optimizer)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    if not state.evals:
+        _evaluate(model, job, state, tracker)
+
+    model.train()
+    window = _Window(job)
+    with _stop_after_the_step() as stop:
+        while state.step < plan.total_steps:
+            pairs = plan.indices(state.step + 1)
+            for group in micro_batches([job.train.pairs[i] for i in pairs], table.micro_batch_tokens):
+                loss, tokens = _forward(model, job, [pairs[i] for i in group], window.sums)
+                accelerator.backward(loss / len(pairs))
+                state.num_tokens += tokens
+            norm = float(accelerator.clip_grad_norm_(trainable(model).values(), table.max_grad_norm))
+            _insist_on_finite(norm, pairs, job, state.step + 1)
+            accelerated.step()
+            if not accelerator.optimizer_step_was_skipped:
+                schedule.step()
+            optimizer.zero_grad()
+            state.step += 1
+            tracker.step(state.step)
+
+            if state.step == 1 or state.step % table.logging_steps == 0 or state.step == plan.total_steps:
+                tracker.train(window.record(state, norm, schedule.get_last_lr()[0]))
+                window = _Window(job)
+            last = state.step == plan.total_steps
+            if last or _due(state.step, table.eval_steps, plan.ends_epoch(state.step)):
+                with window.paused():
+                    _evaluate(model, job, state, tracker)
+            if stop.asked or (not last and _due(state.step, table.save_steps, plan.ends_epoch(state.step))):
+                with window.paused():
+                    state.scheduler = schedule.state_dict()
+                    state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+                    saved = save_checkpoint(job.folder, state, model, optimizer)
+            if stop.asked:
+                raise Interrupted(f"stopped after step {state.step}; {saved} is saved, --resume goes on from there")
+    return state
+
+
+def _forward(
+    model: PeftModel, job: Job, indices: Sequence[int], sums: Sums
+) -> tuple[torch.Tensor, int]:
+    """The summed loss of some training pairs, and how many tokens it took."""
+    place = job.device.torch_device
+    batch = collate([job.train.pairs[i] for i in indices], job.pad_token_id).to(place)
+    reference_P2 = job.train.reference_P2[list(indices)].to(place)
+    scores = score(model, batch, job.device)
+    losses = objective(
+        scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, job.recipe.dpo
+    )
+    sums.add(scores, losses, reference_P2, batch.tokens)
+    return losses.total_P.sum(), batch.tokens
+
+
+def _evaluate(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
+    """Evaluate on the held-out pairs, note it in the state, and tell the tracker."""
+    with tracker.phase("evaluate", len(job.heldout.pairs)) as advance:
+        record = evaluate(
+            model,
+            job.heldout,
+            job.recipe.dpo,
+            job.recipe.train.micro_batch_tokens,
+            job.pad_token_id,
+            job.device,
+            advance,
+        )
+    state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
+    tracker.evaluation(state.evals[-1])
+
+
+def _due(step: int, every: int | None, otherwise: bool) -> bool:
+    return otherwise if every is None else step % every == 0
+
+
+def _insist_on_finite(norm: float, pairs: Sequence[int], job: Job, step: int) -> None:
+    """Refuse to take a step from a gradient that is not finite, unless the GradScaler skips it anyway."""
+    if math.isfinite(norm) or job.device.grad_scaler:
+        return
+    rows = ", ".join(str(job.train.pairs[i].row) for i in pairs)
+    raise RunError(
+        f"step {step}: the gradient is not finite, so nothing was changed; the step's pairs are rows {rows} of "
+        "data.train; look at them, or lower train.learning_rate"
+    )
+
+
+class _Window:
+    """The metrics and the time between two logged lines."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.sums = Sums(job.recipe.dpo.beta, sft=job.recipe.dpo.sft_weight > 0)
+        self.started, self.idle = time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the throughput what is not training."""
+        began = time.monotonic()
+        yield
+        self.idle += time.monotonic() - began
+
+    def record(self, state: State, norm: float, learning_rate: float) -> dict[str, Any]:
+        """The line to log after `state.step`, under TRL's names."""
+        seconds = time.monotonic() - self.started - self.idle
+        state.seconds += seconds
+        return {
+            "step": state.step,
+            "epoch": self.job.plan.epoch(state.step),
+            **self.sums.means(),
+            "learning_rate": learning_rate,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "num_tokens": state.num_tokens,
+            "pairs_per_second": self.sums.pairs / seconds,
+            "tokens_per_second": self.sums.tokens / seconds,
+            "seconds": state.seconds,
+            "memory_bytes": peak_bytes(self.job.device),
+        }
+
+
+def peak_bytes(device: Device) -> int:
+    """The most memory used so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class _Stop:
+    asked: bool = False
+
+
+@contextmanager
+def _stop_after_the_step() -> Iterator[_Stop]:
+    """The first SIGINT or SIGTERM lets the step end and asks for a checkpoint; the second stops at once."""
+    stop = _Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.asked = True
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        print("finishing the step and saving a checkpoint; once more stops at once", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,56 @@
+"""Which pairs each optimizer step sees: a new shuffle every epoch, drawn from the seed and the epoch alone."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qlora_dpo.recipe import TrainTable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of all pairs over a run. Steps are counted from 1, epochs from 0."""
+
+    pairs: int
+    batch_size: int
+    seed: int
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that pass over all pairs once; the last of them may be smaller."""
+        return math.ceil(self.pairs / self.batch_size)
+
+    def indices(self, step: int) -> list[int]:
+        """The pairs of optimizer step `step`, as indices into the training pairs."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        order = epoch_order(self.pairs, self.seed, epoch)
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def epoch(self, step: int) -> float:
+        """How many epochs are done after `step`."""
+        return step / self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """True if `step` is the last of its epoch."""
+        return step % self.steps_per_epoch == 0
+
+    @property
+    def order(self) -> list[int]:
+        """The pairs of all steps, one after another."""
+        return [index for step in range(1, self.total_steps + 1) for index in self.indices(step)]
+
+
+def make_plan(pairs: int, table: TrainTable) -> Plan:
+    """The plan for `pairs` training pairs."""
+    of_all_epochs = math.ceil(pairs / table.batch_size) * table.num_train_epochs
+    total = of_all_epochs if table.max_steps is None else min(table.max_steps, of_all_epochs)
+    return Plan(pairs, table.batch_size, table.seed, total)
+
+
+def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
+    """A shuffle of `pairs` indices that is the same on every machine for one seed and epoch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order: list[int] = torch.randperm(pairs, generator=generator).tolist()
+    return order

@@ -1,0 +1,217 @@
+"""One run from its recipe to a trained model: data, base, reference, steps; each part timed and accounted for."""
+
+import hashlib
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from peft import PeftModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from qlora_dpo import __version__
+from qlora_dpo.data.encode import EncodedPair, PairSet, load_pairs
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import attach
+from qlora_dpo.model.sources import Source, fetch
+from qlora_dpo.preference.reference import (
+    guard_adapter,
+    guard_first_loss,
+    live_logps,
+    probe,
+    reference_logps,
+    store_folder,
+)
+from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.training import tracker as tracking
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.evaluate import Side
+from qlora_dpo.training.loop import Job, fit, peak_bytes
+from qlora_dpo.training.plan import make_plan
+from qlora_dpo.training.tracker import Tracker
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+
+
+@dataclass
+class Prepared:
+    """Everything that was read before the first weight: tokenizer, pairs and the source of the base."""
+
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    train: PairSet
+    heldout: PairSet
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """A trained model with all that run.json and results.json say about how it came to be."""
+
+    model: PeftModel
+    state: State
+    prepared: Prepared
+    reference_computed: int
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part of the run."""
+        return self.prepared.seconds
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Fetch the base's files, read and encode both sets of pairs; loads no weights."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "fetch"):
+        source = fetch(recipe.model)
+        tokenizer = load_tokenizer(source)
+    with timed(seconds, "encode"):
+        seed = recipe.train.seed
+        keep = [recipe.samples.group_by] if recipe.samples.group_by else []
+        train = load_pairs(recipe.data, "train", tokenizer, seed)
+        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, keep)
+    return Prepared(source, tokenizer, train, heldout, seconds)
+
+
+def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, resume_from: Path | None) -> Outcome:
+    """Load the base, ask the reference, prove the start, and train with the recipe's engine."""
+    seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
+    pad = pad_token_id(prepared.tokenizer)
+    with timed(seconds, "load"):
+        base = load_base(prepared.source, recipe.model, device)
+        before_LV = probe(base, pairs[0], device)
+        model = attach(base, recipe.lora, recipe.train.seed)
+        guard_adapter(model, before_LV, pairs[0], pad, device)
+    with timed(seconds, "reference"), tracker.phase("reference", len(pairs) + len(heldout)) as advance:
+        folder = store_folder(prepared.source, recipe.model, device)
+        budget = recipe.train.micro_batch_tokens
+        train_P2, computed = reference_logps(model, pairs, folder, budget, pad, device, advance)
+        heldout_P2, more = reference_logps(model, heldout, folder, budget, pad, device, advance)
+    tracker.note(f"reference: {computed + more} pairs computed, {len(pairs) + len(heldout) - computed - more} from the cache")
+    plan = make_plan(len(pairs), recipe.train)
+    first = plan.indices(1)[:4]
+    guard_first_loss(
+        live_logps(model, [pairs[i] for i in first], pad, device), train_P2[first], recipe.dpo.beta, device
+    )
+    job = Job(recipe, device, plan, Side(pairs, train_P2), Side(heldout, heldout_P2), pad, tracker.run_dir)
+    state = State(
+        step=0,
+        recipe=recipe.model_dump(exclude_none=True),
+        base_fingerprint=prepared.source.fingerprint,
+        data_fingerprint=data_fingerprint(pairs),
+    )
+    with timed(seconds, "train"):
+        match recipe.train.engine:
+            case "qlora_dpo":
+                state = fit(model, job, state, tracker, resume_from)
+            case "trl":
+                from qlora_dpo.training.trl_engine import fit_with_trl
+
+                if resume_from is not None:
+                    raise RecipeError('--resume needs train.engine = "qlora_dpo"; TRL\'s checkpoints are pickled')
+                model, state = fit_with_trl(model, job, state, tracker, prepared.tokenizer)
+            case never:
+                assert_never(never)
+    return Outcome(model.eval(), state, prepared, computed + more, peak_bytes(device))
+
+
+def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:
+    """The tracker of this run, to be entered with `with`; a resumed run's metrics are cut to its checkpoint's step."""
+    start = int(resume_from.name.removeprefix("step-")) if resume_from else 0
+    tracking.cut(folder / tracking.METRICS, start if resume_from else -1)
+    return Tracker(
+        folder,
+        make_plan(len(prepared.train.encoded), loaded.recipe.train).total_steps,
+        start_step=start,
+        track=loaded.recipe.track,
+        config=loaded.recipe.model_dump(exclude_none=True),
+        name=loaded.name,
+    )
+
+
+def data_fingerprint(pairs: Sequence[EncodedPair]) -> str:
+    """SHA-256 over the token ids of all pairs in their order."""
+    return hashlib.sha256(b"".join(pair.digest for pair in pairs)).hexdigest()
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, which `load_tokenizer` makes sure of."""
+    return int(tokenizer.pad_token_id or 0)
+
+
+def facts(outcome: Outcome, loaded: LoadedRecipe, device: Device, command: str) -> dict[str, Any]:
+    """What run.json says: enough to repeat the run and to judge its figures."""
+    recipe, prepared = loaded.recipe, outcome.prepared
+    return {
+        "name": loaded.name,
+        "status": "finished",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": {
+            "qlora_dpo": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "git_commit": _git_commit(),
+        "seed": recipe.train.seed,
+        "engine": recipe.train.engine,
+        "device": {
+            "type": device.type,
+            "name": device.name,
+            "compute_dtype": device.compute_dtype,
+            "dtype_reason": device.dtype_reason,
+            "attention": device.attention,
+            "attention_reason": device.attention_reason,
+        },
+        "base": {
+            "name": prepared.source.name,
+            "hub_id": prepared.source.hub_id,
+            "revision": prepared.source.revision,
+            "fingerprint": prepared.source.fingerprint,
+            "note": prepared.source.note,
+            "quantization": recipe.model.quantization,
+            "double_quant": recipe.model.double_quant,
+        },
+        "data": {
+            "train": recipe.data.train,
+            "eval": recipe.data.eval or recipe.data.train,
+            "fingerprint_train": data_fingerprint(prepared.train.encoded),
+            "fingerprint_eval": data_fingerprint(prepared.heldout.encoded),
+            "train_pairs": len(prepared.train.encoded),
+            "eval_pairs": len(prepared.heldout.encoded),
+        },
+        "reference_pairs_computed": outcome.reference_computed,
+        "steps": outcome.state.step,
+        "num_tokens": outcome.state.num_tokens,
+        "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+        "peak_bytes": outcome.peak_bytes,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, if it is one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the time spent inside to `seconds[part]`."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.monotonic() - started

@@ -1,0 +1,37 @@
+"""What every test starts from: no network, no telemetry, caches of its own, and no wandb account."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_caches = tempfile.TemporaryDirectory(prefix="qlora-dpo-tests-")
+
+# Libraries read these when they are imported, and subprocesses inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HOME=f"{_caches.name}/hf",
+    QLORA_DPO_CACHE=f"{_caches.name}/qlora_dpo",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+    COLUMNS="100",
+)
+for name in ("QLORA_DPO_TRACEBACK", "HF_TOKEN", "WANDB_API_KEY", "PYTHONWARNINGS"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of the test: a new one, with nothing in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, and empty."""
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
