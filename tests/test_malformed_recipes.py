@@ -243,7 +243,10 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
         ["lora.r=8", "lora.r=0"],
         "--set lora.r=0: lora.r is 0; it must be greater than 0",
     ),
-    "misspelt": (["lora.alpah=8"], '--set lora.alpah=8: [lora] has no key "alpah"; did you mean "lora_alpha"?'),
+    "misspelt": (
+        ["lora.lora_alpah=8"],
+        '--set lora.lora_alpah=8: [lora] has no key "lora_alpah"; did you mean "lora_alpha"?',
+    ),
     "another tool's": (
         ["train.lr=1e-4"],
         '--set train.lr=1e-4: [train] has no key "lr": that is torchtune\'s name; here it is train.learning_rate',

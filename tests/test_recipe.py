@@ -86,7 +86,9 @@ def test_a_path_in_a_recipe_starts_at_the_recipes_folder(tmp_path: Path, monkeyp
 
 
 def test_a_path_set_by_hand_starts_at_the_current_folder(empty_folder: Path) -> None:
-    path = write(empty_folder / "recipes", '[model]\nname = "org/base"\n[data]\ntrain = "./a.jsonl"\neval = "b.jsonl"\n')
+    path = write(
+        empty_folder / "recipes", '[model]\nname = "org/base"\n[data]\ntrain = "./a.jsonl"\neval = "b.jsonl"\n'
+    )
     data = load(path, ["data.train=./mine.jsonl"]).recipe.data
     assert data.train == str(empty_folder / "mine.jsonl")
     assert data.eval == str(empty_folder / "recipes/b.jsonl")

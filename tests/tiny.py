@@ -76,4 +76,6 @@ def qwen2(vocab_size: int | None = None, seed: int = 0) -> Qwen2ForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config).eval()
+        model = Qwen2ForCausalLM(config)
+    model.eval()
+    return model

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--top-p",
     type=float,
-    help=f"Sample from the likeliest tokens that hold this probability. [default: the model's own, else {Settings.top_p}]",
+    help=f"Sample from the likeliest tokens with this probability. [default: the model's own, else {Settings.top_p}]",
 )
 @click.option(
     "--max-new-tokens", type=int, help=f"Longest reply, in tokens. [default: {Settings.max_new_tokens}, if it fits]"
@@ -45,7 +45,7 @@ def chat(model: str | None, system: str | None, base: bool, **given: Any) -> Non
     from qlora_dpo.adapter import open_model
     from qlora_dpo.talk.chat import answer_pipe, talk
 
-    conversation = _conversation(open_model(model), model, system, base, given)
+    conversation = _conversation(open_model(model), system, base, given)
     if question is None:
         talk(conversation)
     else:
@@ -64,15 +64,13 @@ def _piped() -> str:
     return text
 
 
-def _conversation(
-    opened: "Opened", target: str | None, system: str | None, base: bool, given: dict[str, Any]
-) -> "Conversation":
+def _conversation(opened: "Opened", system: str | None, base: bool, given: dict[str, Any]) -> "Conversation":
     from peft import PeftModel
 
     from qlora_dpo.talk.conversation import Conversation
     from qlora_dpo.talk.generate import context_tokens
 
-    title = _title(opened.folder, target)
+    title = _title(opened.folder) if opened.folder else opened.source.name
     adapter = isinstance(opened.model, PeftModel)
     if base and not adapter:
         raise RecipeError(f"--base: {title} is a full model, there is no adapter to switch off; leave --base out")
@@ -87,9 +85,7 @@ def _conversation(
     )
 
 
-def _title(folder: Path | None, target: str | None) -> str:
-    """The model's name as the user would type it."""
-    if folder is None:
-        return target or "the model"
+def _title(folder: Path) -> str:
+    """The folder as the user would type it."""
     absolute = folder.absolute()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(folder)

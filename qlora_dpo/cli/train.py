@@ -44,10 +44,9 @@ def train(
     from qlora_dpo.model import device
 
     here = device.choose(loaded.recipe.model.dtype)
+    click.echo("\n".join(_plan(loaded, folder, here)), err=not dry_run)
     if dry_run:
-        click.echo("\n".join(_plan(loaded, folder, here)))
         return
-    click.echo("\n".join(_plan(loaded, folder, here)), err=True)
 
     from qlora_dpo import adapter
     from qlora_dpo.cli.train_results import answer, publish
@@ -56,7 +55,7 @@ def train(
     adapter.claim(folder, loaded, resume=resume)
     prepared = run.prepare(loaded.recipe)
     for side in (prepared.train, prepared.heldout):
-        click.echo(side.audit.text(rows=dropped_rows), err=True)
+        click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
     resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
     with run.follow(prepared, loaded, folder, resume_from) as tracker:
         for sentence in skipped:
@@ -70,23 +69,23 @@ def train(
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     """What the run will do, one decision a line."""
-    recipe = loaded.recipe
-    double = " with double quantization" if recipe.model.double_quant else ""
-    base = f"4-bit NF4{double}" if recipe.model.quantization == "nf4" else f"{here.compute_dtype}, not quantized"
-    heldout = recipe.data.eval or f"{recipe.data.train} [{recipe.data.eval_split}]"
-    epochs, limit = recipe.train.num_train_epochs, recipe.train.max_steps
-    sft = f" + {recipe.dpo.sft_weight:g} * SFT on the chosen answer" if recipe.dpo.sft_weight else ""
+    from qlora_dpo.recipe import is_local
+
+    model, lora, data, dpo, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "dpo", "train"))
     return [
         f"recipe      {loaded.path}",
-        f"base        {recipe.model.name}: {base}",
+        f"base        {model.name}: " + ("4-bit NF4" if model.quantization == "nf4" else "not quantized")
+        + (" with double quantization" if model.quantization == "nf4" and model.double_quant else ""),
         *here.lines(),
-        f"lora        r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, dropout {recipe.lora.lora_dropout:g}, "
-        f"modules {recipe.lora.target_modules if isinstance(recipe.lora.target_modules, str) else ' '.join(recipe.lora.target_modules)}",
-        f"data        {recipe.data.train}" + (f" [{recipe.data.train_split}]" if "/" in recipe.data.train else ""),
-        f"held out    {heldout}",
-        f"objective   DPO sigmoid, beta {recipe.dpo.beta:g}{sft}; reference: the same model, adapter off",
-        f"steps       {recipe.train.batch_size} pairs each, {epochs} epoch{'s' if epochs > 1 else ''}"
-        + (f", at most {limit} steps" if limit else "")
-        + f", learning rate {recipe.train.learning_rate:g} {recipe.train.lr_scheduler_type}, engine {recipe.train.engine}",
+        f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
+        + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)),
+        f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
+        f"held out    {data.eval or data.train}" + ("" if is_local(data.eval or data.train) else f", split {data.eval_split}"),
+        f"objective   sigmoid DPO, beta {dpo.beta:g}"
+        + (f", plus {dpo.sft_weight:g} * SFT on the chosen answer" if dpo.sft_weight else "")
+        + "; the reference is the same model with its adapter off",
+        f"steps       {steps.batch_size} pairs each, {steps.num_train_epochs} epoch(s)"
+        + (f", at most {steps.max_steps} steps" if steps.max_steps else "")
+        + f"; learning rate {steps.learning_rate:g}, {steps.lr_scheduler_type}; engine {steps.engine}",
         f"output      {folder}",
     ]

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from qlora_dpo.data.audit import baselines
 from qlora_dpo.files import write_json, write_whole
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
@@ -17,7 +18,7 @@ from qlora_dpo.report.next_commands import next_commands
 from qlora_dpo.report.samples import side_by_side
 from qlora_dpo.report.tables import answers_table, epoch_table, results_table
 from qlora_dpo.talk.generate import answers
-from qlora_dpo.training.run import Outcome, timed
+from qlora_dpo.training.run import Outcome, rounded, timed
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 Samples = list[dict[str, Any]]
@@ -75,8 +76,8 @@ def summary(outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any
         "first": evals[0]["step"],
         "best": min(evals, key=lambda record: record["eval_loss"])["step"],
         "last": evals[-1]["step"],
-        "baselines": outcome.prepared.heldout.baselines,
+        "baselines": baselines(outcome.prepared.heldout.encoded),
         "pairs": {"train": len(outcome.prepared.train.encoded), "eval": len(outcome.prepared.heldout.encoded)},
         "answers": count_answers(samples, recipe.samples.count_matching),
-        "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+        "seconds": rounded(outcome.seconds),
     }

@@ -41,7 +41,9 @@ class Audit:
         if self.not_drawn:
             lines.append(("not drawn", f"{self.not_drawn:,}"))
         lines += [(f"dropped: {reason}", f"{len(rows):,}") for reason, rows in self.dropped.items()]
-        lines += [(f"{part}, tokens (p50 / p95 / max)", " / ".join(map(str, self.tokens[part]))) for part in self.tokens]
+        lines += [
+            (f"{part}, tokens (p50 / p95 / max)", " / ".join(map(str, self.tokens[part]))) for part in self.tokens
+        ]
         return lines
 
     def lines(self, numbers: bool = False) -> list[str]:

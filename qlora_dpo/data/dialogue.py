@@ -78,5 +78,6 @@ def check_roles(prompt: Sequence[Message]) -> None:
 
 def printable(text: str) -> str:
     r"""Return `text` without what could steer a terminal: escape sequences, control characters other than \n and \t
-    (C0, DEL and C1), and marks that reorder text from right to left. Half surrogate pairs become U+FFFD."""
+    (C0, DEL and C1), and marks that reorder text from right to left. Half surrogate pairs become U+FFFD.
+    """
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _ESCAPES.sub("", text)))

@@ -170,7 +170,9 @@ def _parquet(path: Path) -> list[Row]:
     try:
         return list(pq.ParquetFile(content).read().to_pylist())
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: holds text that is not UTF-8; write the Parquet file again from UTF-8 text") from error
+        raise DataError(
+            f"{name}: holds text that is not UTF-8; write the Parquet file again from UTF-8 text"
+        ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{name}: is not Parquet data, or is damaged; copy or download the file again") from error
 

@@ -71,7 +71,9 @@ def _ask(name: str, revision: str | None) -> str:
             "`hf auth login`, or write ./ before a local path"
         ) from error
     except HfHubHTTPError as error:
-        raise SourceError(f"{name}: the hub answered with an error ({error.response.status_code}); try later") from error
+        raise SourceError(
+            f"{name}: the hub answered with an error ({error.response.status_code}); try later"
+        ) from error
     except Exception as error:  # no connection: offline mode, refused, no such host, timeout, each with its own class
         commit = _remembered(name, revision)
         if commit is None or _cached(name, commit) is None:

@@ -80,18 +80,24 @@ def recognise(rows: Rows) -> Shape:
         raise DataError(f'{rows.name}: "chosen" or "rejected" is null in every row')
     _columns(first, rows.name)
     match kind_of(first.get("prompt")), kind_of(first["chosen"]), kind_of(first["rejected"]):
-        case "null", "a string", "a string":
+        case "null", "a string", "a string" if any(is_hh(str(row.get("chosen"))) for row in rows.rows):
             return Shape.HH
+        case "null", "a string", "a string":
+            raise DataError(
+                f'{rows.name}: "chosen" and "rejected" are strings without "\\n\\nHuman:" and "\\n\\nAssistant:" '
+                f'turns, and there is no "prompt"; it has the columns {_names(first)}; {UNDERSTOOD}'
+            )
         case "a string", "a string", "a string":
             return Shape.HH_PROMPT if is_hh(first["prompt"]) else Shape.STRINGS
         case "a list", "a list", "a list":
             return Shape.CHATS if _holds_user(first["chosen"]) else Shape.MESSAGES
         case "null" | "a string", "a list", "a list":
             return Shape.CHATS
-        case prompt, chosen, rejected:
+        case _, chosen, rejected:
+            prompt = f'"prompt" is {kind_of(first["prompt"])}' if "prompt" in first else 'there is no "prompt"'
             raise DataError(
-                f'{rows.place(rows.rows.index(first) + 1)}: "prompt" is {prompt}, "chosen" is {chosen} and "rejected" '
-                f"is {rejected}; {UNDERSTOOD}"
+                f'{rows.place(rows.rows.index(first) + 1)}: {prompt}, "chosen" is {chosen} and "rejected" is '
+                f"{rejected}; it has the columns {_names(first)}; {UNDERSTOOD}"
             )
 
 
@@ -103,16 +109,21 @@ def _holds_user(messages: Sequence[Any]) -> bool:
     return any(isinstance(each, dict) and each.get("role") == "user" for each in messages)
 
 
+def _names(row: Row) -> str:
+    """The columns of a row, fit to be shown: the first twelve, each of at most 40 characters."""
+    names = [printable(str(each))[:40] for each in row]
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"
+
+
 def _columns(row: Row, place: str) -> None:
     """Raise DataError if an answer column is missing, with the column that may have been meant."""
     for column in ("chosen", "rejected"):
         if column in row:
             continue
-        names = [printable(str(each))[:40] for each in row]
-        close = difflib.get_close_matches(column, [each for each in names if each not in ("chosen", "rejected")], n=1)
-        hint = f'rename "{close[0]}" if it is meant' if close else UNDERSTOOD
-        has = f"it has {', '.join(names[:12])}" if names else "it has none"
-        raise DataError(f'{place}: has no column "{column}"; {has}; {hint}')
+        others = [str(each) for each in row if each not in ("prompt", "chosen", "rejected")]
+        close = difflib.get_close_matches(column, others, n=1)
+        hint = f'rename "{printable(close[0])}" if it is meant' if close else UNDERSTOOD
+        raise DataError(f'{place}: has no column "{column}"; it has {_names(row)}; {hint}')
 
 
 Turns = tuple[tuple[Message, ...], str, str]
@@ -241,6 +252,5 @@ def _is_text(text: str) -> bool:
 
 def _kept(row: Row, column: str, rows: Rows) -> str:
     if column not in row:
-        names = ", ".join(printable(str(each))[:40] for each in row)
-        raise RecipeError(f'{rows.name}: has no column "{column}", which samples.group_by names; it has {names}')
+        raise RecipeError(f'{rows.name}: has no column "{column}", which samples.group_by names; it has {_names(row)}')
     return "" if row[column] is None else str(row[column])

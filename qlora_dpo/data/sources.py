@@ -52,19 +52,10 @@ def check(table: DataTable, part: Part) -> None:
     name, split = _named(table, part)
     file = is_local(name) and not _is_folder(Path(name).expanduser())
     default = DataTable.model_fields[f"{part}_split"].default
-    if file and split != default and not (part == "eval" and table.eval is None):
+    if file and split != default:
         raise RecipeError(
             f'data.{part}_split is "{split}", but {shown(Path(name))} is one file and has no splits; '
             "remove the key, or name a folder with one file per split"
-        )
-    if table.revision is not None and is_local(table.train) and is_local(table.eval or table.train):
-        raise RecipeError(
-            f'data.revision is "{table.revision}", but only hub data sets have revisions; remove the key'
-        )
-    if part == "eval" and file and table.eval is None:
-        raise RecipeError(
-            f"{shown(Path(name))}: is one file without splits, so the held-out pairs would be the training pairs; "
-            "name other pairs in data.eval, or a folder with one file per split in data.train"
         )
     if part == "eval":
         _check_apart(table)

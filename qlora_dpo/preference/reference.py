@@ -63,6 +63,7 @@ def reference_logps(
     """
     known = read_store(folder)
     missing = list({pair.digest: pair for pair in pairs if pair.digest not in known}.values())
+    advance(len(pairs) - len(missing))
     unsaved: dict[bytes, tuple[float, float]] = {}
     saved_at = time.monotonic()
     for group in micro_batches(missing, token_budget):

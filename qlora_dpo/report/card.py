@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe import is_local
@@ -19,8 +17,9 @@ from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_mar
 
 SAMPLES = 3
 COMPUTE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 QUOTED_PATH = re.compile(r"""(["'])((?:~|[A-Za-z]:)?[/\\][^"'\n]*)\1""")
-BARE_PATH = re.compile(r"""(?<![\w/\\:.~"'-])(?:~|[A-Za-z]:)?[/\\][\w.~-][^\s"'`,;)\]]*""")
+BARE_PATH = re.compile(r"""(?<![\w/\\.~])(?:-o)?((?:~|[A-Za-z]:)?[/\\][\w.~-][^\s"'`,;)\]]*)""")
 
 Record = Mapping[str, Any]
 
@@ -41,19 +40,14 @@ def model_card(run: Record, results: Record, samples: Sequence[Record], epoch_ta
 
 def hub_id(name: str | None) -> str | None:
     """`name` if it can be a name on the hub, None if it is a path, a PyPI package or absent."""
-    if not name or is_local(name) or ":" in name:
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return name if name and not is_local(name) and HUB_ID.fullmatch(name) else None
 
 
 def scrubbed(text: str) -> str:
     """`text` with every absolute path cut down to its last part: a card tells nothing about its author's disk."""
-    quoted = QUOTED_PATH.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
-    return BARE_PATH.sub(lambda found: _last_part(found[0]), quoted)
+    text = text.replace("file://", "")
+    text = QUOTED_PATH.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
+    return BARE_PATH.sub(lambda found: found[0].replace(found[1], _last_part(found[1])), text)
 
 
 def fenced(text: str, language: str) -> str:
@@ -103,7 +97,7 @@ def _eval_results(run: Record, results: Record) -> list[EvalResult]:
 
 def _opening(run: Record) -> str:
     base, data = run["base"], run["data"]
-    kind = "4-bit NF4" if base["quantization"] == "nf4" else "full precision"
+    kind = "4-bit NF4" if base["quantization"] == "nf4" else f"in {run['device']['compute_dtype']}"
     double = ", double quantization" if base["quantization"] == "nf4" and base.get("double_quant") else ""
     lines = [
         f"# {markdown_cell(run['name'])}\n",
@@ -157,8 +151,8 @@ def _peft_code(run: Record, folder: str) -> str:
         lines += [
             "",
             "nf4 = BitsAndBytesConfig(",
-            f'    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={bool(base["double_quant"])},',
-            f"    bnb_4bit_compute_{dtype},",
+            '    load_in_4bit=True, bnb_4bit_quant_type="nf4",',
+            f"    bnb_4bit_use_double_quant={bool(base['double_quant'])}, bnb_4bit_compute_{dtype},",
             ")",
         ]
         dtype += ", quantization_config=nf4"

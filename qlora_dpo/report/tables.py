@@ -16,15 +16,15 @@ from qlora_dpo.data.dialogue import printable
 Record = Mapping[str, Any]
 
 EPOCH_COLUMNS = {
-    "Validation Loss": ("eval_loss", "{:.4f}"),
-    "Rewards/chosen": ("eval_rewards/chosen", "{:.4f}"),
-    "Rewards/rejected": ("eval_rewards/rejected", "{:.4f}"),
-    "Rewards/accuracies": ("eval_rewards/accuracies", "{:.4f}"),
-    "Rewards/margins": ("eval_rewards/margins", "{:.4f}"),
-    "Logps/chosen": ("eval_logps/chosen", "{:.2f}"),
-    "Logps/rejected": ("eval_logps/rejected", "{:.2f}"),
-    "Logits/chosen": ("eval_logits/chosen", "{:.4f}"),
-    "Logits/rejected": ("eval_logits/rejected", "{:.4f}"),
+    "Validation Loss": ("eval_loss", "{:z.4f}"),
+    "Rewards/chosen": ("eval_rewards/chosen", "{:z.4f}"),
+    "Rewards/rejected": ("eval_rewards/rejected", "{:z.4f}"),
+    "Rewards/accuracies": ("eval_rewards/accuracies", "{:z.4f}"),
+    "Rewards/margins": ("eval_rewards/margins", "{:z.4f}"),
+    "Logps/chosen": ("eval_logps/chosen", "{:z.2f}"),
+    "Logps/rejected": ("eval_logps/rejected", "{:z.2f}"),
+    "Logits/chosen": ("eval_logits/chosen", "{:z.4f}"),
+    "Logits/rejected": ("eval_logits/rejected", "{:z.4f}"),
 }
 NOTHING = "-"
 MATCHING = ["base matching", "tuned matching"]
@@ -63,16 +63,16 @@ def result_rows(results: Record) -> list[tuple[str, list[str]]]:
     shown = [record for _, record in steps_shown(results)]
     with_sft = any("eval_sft_loss" in record for record in shown)
     rows = [
-        ("loss", [_number(record, "eval_loss", "{:.4f}") for record in shown]),
-        ("DPO loss", [_number(record, "eval_dpo_loss", "{:.4f}") for record in shown] if with_sft else []),
+        ("loss", [_number(record, "eval_loss", "{:z.4f}") for record in shown]),
+        ("DPO loss", [_number(record, "eval_dpo_loss", "{:z.4f}") for record in shown] if with_sft else []),
         ("accuracy", [_number(record, "eval_rewards/accuracies", "{:.3f}") for record in shown]),
         ("  95 % interval", [_interval(record) for record in shown]),
         ("  ties", [_ties(record) for record in shown]),
-        ("margin", [_number(record, "eval_rewards/margins", "{:+.3f}") for record in shown]),
-        ("chosen reward", [_number(record, "eval_rewards/chosen", "{:+.3f}") for record in shown]),
-        ("rejected reward", [_number(record, "eval_rewards/rejected", "{:+.3f}") for record in shown]),
-        ("chosen log-prob, nats", [_number(record, "eval_logps/chosen", "{:.2f}") for record in shown]),
-        ("rejected log-prob, nats", [_number(record, "eval_logps/rejected", "{:.2f}") for record in shown]),
+        ("margin", [_number(record, "eval_rewards/margins", "{:+z.3f}") for record in shown]),
+        ("chosen reward", [_number(record, "eval_rewards/chosen", "{:+z.3f}") for record in shown]),
+        ("rejected reward", [_number(record, "eval_rewards/rejected", "{:+z.3f}") for record in shown]),
+        ("chosen log-prob, nats", [_number(record, "eval_logps/chosen", "{:z.2f}") for record in shown]),
+        ("rejected log-prob, nats", [_number(record, "eval_logps/rejected", "{:z.2f}") for record in shown]),
     ]
     return [(label, cells) for label, cells in rows if cells]
 
@@ -134,7 +134,7 @@ def answers_table(answers: Sequence[Record], samples: Iterable[Record] = ()) -> 
         table.add_column(column.replace(" ", "\n"), justify=right, no_wrap=column != "group", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    return Group(table, *(Text(note, style="dim") for note in notes))
+    return Group(table, *(Text(note, style="dim") for note in [*notes, ""]))
 
 
 def results_markdown(results: Record) -> str:

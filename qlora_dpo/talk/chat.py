@@ -16,7 +16,7 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.talk.commands import is_command, obey
 from qlora_dpo.talk.conversation import Conversation, Voice, ask, next_seed, reply
-from qlora_dpo.talk.screen import ctrl_c_stops
+from qlora_dpo.talk.screen import ctrl_c_stops, keys_unseen
 
 COLOURS = {"you": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
 
@@ -75,7 +75,7 @@ def _answer(conversation: Conversation, question: str) -> None:
         if note := ask(conversation, question):
             _note(f"({note})")
         seed = next_seed(conversation)
-        with ctrl_c_stops() as stopped:
+        with keys_unseen(), ctrl_c_stops() as stopped:
             for voice in conversation.voices:
                 if not stopped.is_set():
                     click.echo(_label(voice), nl=False, err=True)

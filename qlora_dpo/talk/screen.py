@@ -1,7 +1,9 @@
-"""The terminal's side of a reply: streamed text made harmless, and a Ctrl+C that stops the reply only."""
+"""The terminal while a reply is written: text made harmless, keys not echoed into it, Ctrl+C stops only the reply."""
 
 import re
 import signal
+import sys
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +12,10 @@ from types import FrameType
 
 from qlora_dpo.data.dialogue import printable
 
-# An escape sequence that has begun and not ended: a control sequence, a string such as a window title, or a lone ESC
+# An escape sequence that has begun and not ended: a string such as a window title, a control sequence, or a lone ESC
 UNFINISHED = re.compile(
-    r"(?:(?:\x1b\[|\x9b)[0-?]*[ -/]*"
-    r"|(?:\x1b[PX\]^_]|[\x90\x98\x9d-\x9f])(?:(?!\x1b\\)[^\x07\x9c])*"
+    r"(?:(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*\x1b?"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*"
     r"|\x1b[ -/]*)\Z"
 )
 LONGEST_HELD = 1024  # characters; a model that opens a string and never closes it must not silence itself
@@ -54,3 +56,18 @@ def ctrl_c_stops() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def keys_unseen() -> Iterator[None]:
+    """While open, keys typed at a terminal wait for the next line instead of showing up inside the reply."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -1,6 +1,6 @@
 """How the next token is chosen and how long a reply may be: the one home of chat's defaults."""
 
-import random
+import secrets
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ class Settings:
     """Sample from the likeliest tokens that together hold this probability."""
     max_new_tokens: int = 512
     """Longest reply, in tokens."""
-    seed: int = field(default_factory=lambda: random.randrange(2**31))
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**31))
     """Start of the random draws; absent: another one in every chat."""
 
     def __post_init__(self) -> None:

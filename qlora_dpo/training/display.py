@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qlora_dpo.data.dialogue import printable
 
-UNITS = {"reference": "pairs", "evaluate": "pairs", "answers": "prompts"}
+UNITS = {"reference": "pairs", "evaluate": "pairs"}
 PLAIN_PHASE_SECONDS = 30.0  # without a terminal a long phase says where it is this often
 LABEL_COLUMNS = 11
 
@@ -72,7 +72,7 @@ def quality(record: Record, prefix: str = "") -> list[str]:
         record,
         (f"{prefix}loss", "{:.4f}", "loss {}"),
         (f"{prefix}rewards/accuracies", "{:.3f}", "accuracy {}"),
-        (f"{prefix}rewards/margins", "{:+.3f}", "margin {}"),
+        (f"{prefix}rewards/margins", "{:+z.3f}", "margin {}"),
     )
 
 
@@ -133,7 +133,8 @@ class Lines:
 
     def note(self, text: str) -> None:
         """Write one line."""
-        print(printable(text), file=sys.stderr, flush=True)
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
 
     def step(self, step: int) -> None:
         """Count an optimizer step; only logged steps write a line."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.data.encode import EncodedPair
 from qlora_dpo.errors import Interrupted, RunError
@@ -26,7 +28,7 @@ from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.checkpoint import State, load_checkpoint, save_checkpoint
 from qlora_dpo.training.evaluate import Side, evaluate
-from qlora_dpo.training.optim import make_optimizer, make_schedule
+from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.tracker import Tracker
 
@@ -51,56 +53,86 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     finite.
     """
     table, plan = job.recipe.train, job.plan
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(job.device.compute_dtype, job.device.compute_dtype),
-        cpu=job.device.type == "cpu",
-    )
     if table.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(trainable(model).values(), table)
-    schedule = make_schedule(optimizer, table, plan.total_steps)
+    tools = _tools(model, job)
     if resume is not None:
-        state = load_checkpoint(resume, state, model, optimizer)
-        schedule.load_state_dict(state.scheduler)
-    accelerated: Any = accelerator.prepare_optimizer(optimizer)
-    if accelerator.scaler is not None and state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
+        state = _restored(resume, state, model, tools)
     if not state.evals:
-        _evaluate(model, job, state, tracker)
+        evaluate_now(model, job, state, tracker)
 
     model.train()
     window = _Window(job)
     with _stop_after_the_step() as stop:
         while state.step < plan.total_steps:
-            pairs = plan.indices(state.step + 1)
-            for group in micro_batches([job.train.pairs[i] for i in pairs], table.micro_batch_tokens):
-                loss, tokens = _forward(model, job, [pairs[i] for i in group], window.sums)
-                accelerator.backward(loss / len(pairs))
-                state.num_tokens += tokens
-            norm = float(accelerator.clip_grad_norm_(trainable(model).values(), table.max_grad_norm))
-            _insist_on_finite(norm, pairs, job, state.step + 1)
-            accelerated.step()
-            if not accelerator.optimizer_step_was_skipped:
-                schedule.step()
-            optimizer.zero_grad()
-            state.step += 1
+            rate, norm = _step(model, job, state, tools, window.sums)
             tracker.step(state.step)
-
-            if state.step == 1 or state.step % table.logging_steps == 0 or state.step == plan.total_steps:
-                tracker.train(window.record(state, norm, schedule.get_last_lr()[0]))
+            last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
+            if last or state.step == 1 or state.step % table.logging_steps == 0:
+                tracker.train(window.record(state, norm, rate))
                 window = _Window(job)
-            last = state.step == plan.total_steps
-            if last or _due(state.step, table.eval_steps, plan.ends_epoch(state.step)):
+            if last or due(state.step, table.eval_steps, epoch_ends):
                 with window.paused():
-                    _evaluate(model, job, state, tracker)
-            if stop.asked or (not last and _due(state.step, table.save_steps, plan.ends_epoch(state.step))):
+                    evaluate_now(model, job, state, tracker)
+            if stop.asked or (not last and due(state.step, table.save_steps, epoch_ends)):
                 with window.paused():
-                    state.scheduler = schedule.state_dict()
-                    state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-                    saved = save_checkpoint(job.folder, state, model, optimizer)
+                    saved = _save(job.folder, state, model, tools)
             if stop.asked:
                 raise Interrupted(f"stopped after step {state.step}; {saved} is saved, --resume goes on from there")
     return state
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What turns gradients into steps."""
+
+    accelerator: Accelerator
+    optimizer: AdamW
+    accelerated: Any  # the same optimizer, which skips a step whose scaled gradients overflow
+    schedule: LambdaLR
+
+
+def _tools(model: PeftModel, job: Job) -> _Tools:
+    """Accelerator, optimizer and learning-rate schedule at step 0."""
+    dtype = job.device.compute_dtype
+    accelerator = Accelerator(mixed_precision="no" if dtype == "fp32" else dtype, cpu=job.device.type == "cpu")
+    optimizer = make_optimizer(trainable(model).values(), job.recipe.train)
+    schedule = make_schedule(optimizer, job.recipe.train, job.plan.total_steps)
+    return _Tools(accelerator, optimizer, accelerator.prepare_optimizer(optimizer), schedule)
+
+
+def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -> tuple[float, float]:
+    """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
+    table, pairs = job.recipe.train, job.plan.indices(state.step + 1)
+    for group in micro_batches([job.train.pairs[i] for i in pairs], table.micro_batch_tokens):
+        loss, tokens = _forward(model, job, [pairs[i] for i in group], sums)
+        tools.accelerator.backward(loss / len(pairs))
+        state.num_tokens += tokens
+    norm = float(tools.accelerator.clip_grad_norm_(trainable(model).values(), table.max_grad_norm))
+    _insist_on_finite(norm, pairs, job, state.step + 1)
+    rate = tools.schedule.get_last_lr()[0]
+    tools.accelerated.step()
+    if not tools.accelerator.optimizer_step_was_skipped:
+        tools.schedule.step()
+    tools.optimizer.zero_grad()
+    state.step += 1
+    return rate, norm
+
+
+def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools) -> State:
+    """The state of `checkpoint`, with model and tools as they were when it was saved."""
+    state = load_checkpoint(checkpoint, asked, model, tools.optimizer)
+    restore_schedule(tools.schedule, tools.optimizer, state.scheduler)
+    if tools.accelerator.scaler is not None and state.scaler:
+        tools.accelerator.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def _save(folder: Path, state: State, model: PeftModel, tools: _Tools) -> Path:
+    """Write a checkpoint of everything that `_restored` puts back."""
+    state.scheduler = tools.schedule.state_dict()
+    state.scaler = tools.accelerator.scaler.state_dict() if tools.accelerator.scaler is not None else {}
+    return save_checkpoint(folder, state, model, tools.optimizer)
 
 
 def _forward(
@@ -118,7 +150,7 @@ def _forward(
     return losses.total_P.sum(), batch.tokens
 
 
-def _evaluate(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
+def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
     """Evaluate on the held-out pairs, note it in the state, and tell the tracker."""
     with tracker.phase("evaluate", len(job.heldout.pairs)) as advance:
         record = evaluate(
@@ -134,7 +166,8 @@ def _evaluate(model: PeftModel, job: Job, state: State, tracker: Tracker) -> Non
     tracker.evaluation(state.evals[-1])
 
 
-def _due(step: int, every: int | None, otherwise: bool) -> bool:
+def due(step: int, every: int | None, otherwise: bool) -> bool:
+    """True if something is done after `step`: every so many steps, or where the recipe does not say, `otherwise`."""
     return otherwise if every is None else step % every == 0
 
 

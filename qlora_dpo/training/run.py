@@ -193,9 +193,14 @@ def facts(outcome: Outcome, loaded: LoadedRecipe, device: Device, command: str) 
         "reference_pairs_computed": outcome.reference_computed,
         "steps": outcome.state.step,
         "num_tokens": outcome.state.num_tokens,
-        "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+        "seconds": rounded(outcome.seconds),
         "peak_bytes": outcome.peak_bytes,
     }
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds by part and in total, to hundredths."""
+    return {name: round(value, 2) for name, value in {**seconds, "total": sum(seconds.values())}.items()}
 
 
 def _git_commit() -> str | None:

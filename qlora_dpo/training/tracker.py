@@ -74,7 +74,7 @@ class Tracker:
         self.note(evaluation_line(record, self.total_steps))
 
     def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """Show a stretch of work beside the steps ("reference", "evaluate", "answers"): `advance(5)` adds 5 of `total`."""
+        """Show work beside the steps ("reference", "evaluate", "answers"); it yields `advance(count)`."""
         return self.display.phase(name, total)
 
     def note(self, text: str) -> None:

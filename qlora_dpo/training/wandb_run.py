@@ -1,4 +1,4 @@
-"""Tells Weights & Biases what metrics.jsonl says: the same names and steps, the recipe, and nothing about the machine."""
+"""Tells Weights & Biases what metrics.jsonl says: the same names and steps, and nothing about the machine."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class WandbRun:
-    """One Weights & Biases run. A run trains on without it: the first failure is said once, then nothing more is sent."""
+    """One Weights & Biases run. Training never waits for its health: its first failure is said once and ends it."""
 
     def __init__(self, run_dir: Path, project: str, name: str, say: Callable[[str], None]) -> None:
         self.run_dir, self.project, self.name, self.say = run_dir, project, name, say
@@ -77,7 +77,7 @@ def _mode() -> Any:
     import wandb
     from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
+    settings = wandb.setup(_settings()).settings
     if settings.mode != "online":
         return settings.mode
     login = wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False)
@@ -90,12 +90,14 @@ def _settings() -> Any:
 
     return wandb.Settings(
         silent=True,
+        init_timeout=30,  # seconds; wandb's own 90 would hold up a run on a machine without network
         console="off",
         disable_git=True,
         disable_code=True,
         save_code=False,
         disable_job_creation=True,
         symlink=False,
+        host="",
         x_disable_meta=True,
         x_disable_stats=True,
         x_disable_machine_info=True,

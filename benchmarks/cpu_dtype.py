@@ -1,0 +1,65 @@
+"""Which compute dtype a CPU should train in: bf16 against fp32 on the same 4-bit model, the same pairs, in turn.
+
+    python benchmarks/cpu_dtype.py            # prints a table; figures of one machine stand in benchmarks/cpu_dtype.md
+
+Each round times one forward and backward pass of 8 quickstart pairs in either dtype; medians of the rounds are
+compared. Exactness is the cosine between the LoRA gradients and the largest change of an answer's log-probability.
+"""
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from qlora_dpo import recipe
+from qlora_dpo.cli.quiet import silence
+from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.device import choose
+from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.sources import fetch
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.pack import collate
+from qlora_dpo.training.run import pad_token_id
+
+ROUNDS = 7
+
+
+def main() -> None:
+    """Measure and print."""
+    silence()
+    asked = recipe.load("recipes/quickstart.toml").recipe
+    source = fetch(asked.model)
+    tokenizer = load_tokenizer(source)
+    pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[:8]
+    batch = collate(pairs, pad_token_id(tokenizer))
+    devices = {name: choose(name) for name in ("bf16", "fp32")}
+    models = {name: attach(load_base(source, asked.model, here), asked.lora, 0) for name, here in devices.items()}
+    for model in models.values():  # so that gradients of lora_A are not 0
+        for name, parameter in trainable(model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=1e-3, generator=torch.Generator().manual_seed(len(name)))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    gradients: dict[str, Tensor] = {}
+    logps: dict[str, Tensor] = {}
+    for _ in range(ROUNDS + 1):
+        for name, model in models.items():
+            model.zero_grad()
+            started = time.perf_counter()
+            scores = score(model, batch, devices[name])
+            (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
+            seconds[name].append(time.perf_counter() - started)
+            gradients[name] = torch.cat([parameter.grad.flatten() for parameter in trainable(model).values()]).double()
+            logps[name] = torch.cat([scores.chosen_logp_P, scores.rejected_logp_P]).detach()
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+    cosine = torch.nn.functional.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0).item()
+    change = ((logps["bf16"] - logps["fp32"]).abs() / logps["fp32"].abs()).max().item()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {batch.pairs} pairs, {batch.tokens} tokens")
+    for name, median in medians.items():
+        print(f"{name}: {median:.2f} s forward and backward (median of {ROUNDS})")
+    print(f"fp32 / bf16 {medians['fp32'] / medians['bf16']:.2f}; gradient cosine {cosine:.6f}; log-probability {change:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""In the making."""
+import click
+
+
+@click.command()
+def merge() -> None:
+    """Merge."""

@@ -1,0 +1,207 @@
+"""Pairs become token ids: the prompt, and each answer from where the prompt ends to the template's end token."""
+
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dpo.data.audit import Audit, quantiles
+from qlora_dpo.data.chat_format import ChatFormat, Ids, answer_ids, chat_format, check_text, render, tokenize
+from qlora_dpo.data.dialogue import Message, Unusable, printable
+from qlora_dpo.data.overlong import cut_prompt
+from qlora_dpo.data.pairs import Pair, find_pairs
+from qlora_dpo.data.sources import Part, Rows, read_rows
+from qlora_dpo.errors import DataError
+from qlora_dpo.recipe import DataTable
+
+OVERLONG = "longer than max_length"
+CHUNK = (
+    1024  # pairs rendered and tokenized at once: the tokenizer's threads are busy, a progress of seconds is not lost
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Token ids of a pair. `prompt + chosen` and `prompt + rejected` are what the model reads.
+
+    They are the ids that the chat template gives for the prompt with the generation prompt, and for the whole chat
+    up to the end token; every answer ends with that token.
+    """
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+    row: int
+    """Row number in the source, from 1."""
+    digest: bytes
+    """SHA-256 of the three lists, each as its length and its ids in 32 bits, little-endian."""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The usable pairs of one part of the data in the order of their rows, as ids and as text, and their account."""
+
+    encoded: list[EncodedPair]
+    pairs: list[Pair]
+    audit: Audit
+
+
+def load_pairs(
+    table: DataTable, part: Part, tokenizer: PreTrainedTokenizerBase, seed: int, keep: Sequence[str] = ()
+) -> PairSet:
+    """Read, check, draw and encode the pairs of `part`; `keep` names columns that stay with each pair as text.
+
+    With `max_train_samples` or `max_eval_samples`, every row gets a random number from `random.Random(seed)`, in
+    the order of the rows; rows are then taken from the smallest number on until that many usable pairs are found, so
+    the draw is the same on every machine and a row that becomes unusable moves no other. Raises RecipeError,
+    SourceError, DataError or ModelError, each one sentence.
+    """
+    form = chat_format(tokenizer)
+    rows = read_rows(table, part)
+    found = find_pairs(rows, keep)
+    wanted = table.max_train_samples if part == "train" else table.max_eval_samples
+    order = found.pairs if wanted is None else _drawn(found.pairs, len(rows.rows), seed)
+    used: list[tuple[EncodedPair, Pair]] = []
+    dropped = {reason: list(numbers) for reason, numbers in found.dropped.items()}
+    looked_at = 0
+    for pair, result in _results(order, tokenizer, form, table):
+        if len(used) == wanted:
+            break
+        looked_at += 1
+        if isinstance(result, str):
+            dropped.setdefault(result, []).append(pair.row)
+        else:
+            used.append(result)
+    if table.overlong == "error" and OVERLONG in dropped:
+        raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
+    used.sort(key=lambda both: both[0].row)
+    before = {pair.row: pair for pair in found.pairs}
+    audit = Audit(
+        source=rows.name,
+        shape=found.shape.value,
+        rows=len(rows.rows),
+        used=len(used),
+        dropped={reason: tuple(sorted(numbers)) for reason, numbers in dropped.items()},
+        not_drawn=len(order) - looked_at,
+        cut=tuple(pair.row for _, pair in used if pair.prompt != before[pair.row].prompt),
+        tokens=_lengths([each for each, _ in used]),
+        note=form.note,
+    )
+    if not used:
+        raise DataError(_none_usable(audit))
+    return PairSet([each for each, _ in used], [each for _, each in used], audit)
+
+
+def _drawn(pairs: Sequence[Pair], rows: int, seed: int) -> list[Pair]:
+    """`pairs` in the order of the draw. `random.random()` is the one method Python keeps the same in all versions."""
+    generator = random.Random(seed)  # noqa: S311 - a draw of samples, no secret
+    draws = [generator.random() for _ in range(rows)]
+    return sorted(pairs, key=lambda pair: draws[pair.row - 1])
+
+
+Result = tuple[EncodedPair, Pair] | str
+"""An encoded pair with its text (whose prompt may have been cut), or the reason why there is none."""
+
+
+def _results(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat, table: DataTable
+) -> Iterator[tuple[Pair, Result]]:
+    """Yield every pair in order with what became of it."""
+    for start in range(0, len(pairs), CHUNK):
+        chunk = pairs[start : start + CHUNK]
+        for pair, encoded in zip(chunk, encode(chunk, tokenizer, form), strict=True):
+            if isinstance(encoded, str):
+                yield pair, encoded
+            elif tokens(encoded) <= table.max_length:
+                yield pair, (encoded, pair)
+            elif table.overlong == "cut_prompt":
+                yield pair, _cut(pair, tokenizer, form, table.max_length)
+            else:
+                yield pair, OVERLONG
+
+
+def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat) -> list[EncodedPair | str]:
+    """Encode pairs of any length together; for each, its ids or the reason why it has none."""
+    try:
+        texts = [
+            *render(tokenizer, [pair.prompt for pair in pairs], answered=False),
+            *render(tokenizer, [_whole(pair, pair.chosen) for pair in pairs], answered=True),
+            *render(tokenizer, [_whole(pair, pair.rejected) for pair in pairs], answered=True),
+        ]
+    except (TemplateError, TypeError, ValueError) as error:
+        if len(pairs) > 1:
+            return [each for pair in pairs for each in encode([pair], tokenizer, form)]
+        return [f"chat template refuses it: {printable(str(error))}"]
+    ids = tokenize(tokenizer, texts)
+    count = len(pairs)
+    parts = zip(pairs, ids[:count], ids[count : 2 * count], ids[2 * count :], strict=True)
+    return [_encoded(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
+
+
+def _whole(pair: Pair, answer: str) -> list[Message]:
+    return [*pair.prompt, {"role": "assistant", "content": answer}]
+
+
+def _encoded(pair: Pair, form: ChatFormat, prompt: Ids, chosen: Ids, rejected: Ids) -> EncodedPair | str:
+    try:
+        check_text(form, (*_whole(pair, pair.chosen), *_whole(pair, pair.rejected)[-1:]))
+        answers = answer_ids(form, prompt, chosen), answer_ids(form, prompt, rejected)
+    except Unusable as unusable:
+        return str(unusable)
+    if answers[0] == answers[1]:
+        return "equal answers"
+    return EncodedPair(prompt, *answers, pair.row, digest(prompt, *answers))
+
+
+def digest(*lists: Ids) -> bytes:
+    """SHA-256 of token id lists, each as its length and its ids in 32 bits, little-endian."""
+    return sha256(b"".join(struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in lists)).digest()
+
+
+def tokens(pair: EncodedPair) -> int:
+    """Length of the prompt with the longer answer, in tokens; `data.max_length` limits it."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+
+def _cut(pair: Pair, tokenizer: PreTrainedTokenizerBase, form: ChatFormat, max_length: int) -> Result:
+    """Cut the pair's prompt until it fits, and encode what is left."""
+
+    def excess(shorter: Pair) -> int:
+        encoded = encode([shorter], tokenizer, form)[0]
+        if isinstance(encoded, str):
+            raise Unusable(encoded)
+        return tokens(encoded) - max_length
+
+    try:
+        fitting = cut_prompt(pair, tokenizer, excess)
+    except Unusable as unusable:
+        return str(unusable)
+    encoded = encode([fitting], tokenizer, form)[0]
+    return encoded if isinstance(encoded, str) else (encoded, fitting)
+
+
+def _lengths(encoded: Sequence[EncodedPair]) -> dict[str, tuple[int, int, int]]:
+    return {
+        "prompt": quantiles([len(pair.prompt) for pair in encoded]),
+        "chosen": quantiles([len(pair.chosen) for pair in encoded]),
+        "rejected": quantiles([len(pair.rejected) for pair in encoded]),
+    }
+
+
+def _too_long(rows: Rows, over: Sequence[int], max_length: int) -> str:
+    numbers = sorted(over)
+    first = ", ".join(str(row) for row in numbers[:5]) + (", ..." if len(numbers) > 5 else "")
+    count = f"{len(numbers):,} pairs are" if len(numbers) > 1 else "1 pair is"
+    return (
+        f"{rows.name}: {count} longer than data.max_length = {max_length} tokens (row {first}); raise it, or set "
+        'data.overlong to "drop" or "cut_prompt"'
+    )
+
+
+def _none_usable(audit: Audit) -> str:
+    reasons = "; ".join(f"{reason} ({len(numbers):,})" for reason, numbers in audit.dropped.items())
+    return f"{audit.source}: none of its {audit.rows:,} rows is a usable pair: {reasons}"

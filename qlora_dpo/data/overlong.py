@@ -1,0 +1,44 @@
+"""Pairs that are too long: the prompt is cut at the front, the answers never."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dpo.data.dialogue import Message, Unusable
+from qlora_dpo.data.pairs import Pair
+
+
+def cut_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Callable[[Pair], int]) -> Pair:
+    """Return `pair` with as little as possible cut off the front of its prompt until `excess` is 0 or less.
+
+    `excess(pair)` is how many tokens too long the pair is when encoded anew, so the template stays whole. The system
+    turn stays; the oldest user and assistant turns go first; what is then still too long loses whole tokens from the
+    front of the one user turn that is left. Raises Unusable if nothing of that turn would be left.
+    """
+    has_system = pair.prompt[0]["role"] == "system"
+    head, turns = pair.prompt[:has_system], pair.prompt[has_system:]
+    over = excess(pair)
+    while over > 0 and len(turns) > 1:
+        turns = turns[2:]
+        over = excess(replace(pair, prompt=head + turns))
+    text = turns[0]["content"]
+    starts = _token_starts(text, tokenizer) if over > 0 else []
+    cut = 0
+    while over > 0:
+        cut += over
+        left = text[starts[cut] :] if cut < len(starts) else ""
+        if not left.strip():
+            raise Unusable("answer leaves no room for a prompt in max_length")
+        user: Message = {"role": "user", "content": left}
+        turns = (user, *turns[1:])
+        over = excess(replace(pair, prompt=head + turns))
+    return replace(pair, prompt=head + turns)
+
+
+def _token_starts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where each token of `text` starts, in characters; without a fast tokenizer, every character."""
+    if not tokenizer.is_fast:
+        return list(range(len(text)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [start for start, _ in encoded["offset_mapping"]]

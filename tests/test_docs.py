@@ -1,0 +1,102 @@
+"""The documents say what the program does."""
+
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from qlora_dpo.cli import commands
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+from generate import references  # noqa: E402
+
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "adapters/README.md",
+        *(ROOT / "recipes").glob("**/*.md"),
+    ]
+)
+
+
+def blocks(page: Path) -> list[str]:
+    """The page's code blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def typed(page: Path) -> list[str]:
+    """What the page tells a reader to type after `qlora-dpo`, in code blocks and between backticks."""
+    text = page.read_text(encoding="utf-8")
+    spans = [
+        *blocks(page),
+        *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)),
+    ]
+    found = [re.findall(r"(?:^|[\s/$])qlora-dpo +([^\n&|;#`]+)", span) for span in spans]
+    return [line.strip() for lines in found for line in lines]
+
+
+@pytest.mark.parametrize("name", references())
+def test_the_generated_references_have_not_drifted(name: str) -> None:
+    written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert written == references()[name], "run `python docs/generate.py`"
+
+
+def test_every_command_line_in_the_documents_is_one_that_exists() -> None:
+    for page in PAGES:
+        if page.name == "cli.md":
+            continue
+        for line in typed(page):
+            name, *words = shlex.split(line, posix=True)
+            if name.startswith("-"):
+                continue
+            assert name in commands.commands, f"{page.name}: qlora-dpo {line}"
+            options = {each for parameter in commands.commands[name].params for each in parameter.opts}
+            for word in words:
+                known = word.partition("=")[0] in {*options, "--help", "-h", "-"}
+                assert known or not word.startswith("-"), f"{page.name}: qlora-dpo {line}: {word}"
+
+
+def test_every_recipe_named_in_the_documents_exists() -> None:
+    for page in PAGES:
+        for name in re.findall(r"\brecipes/[\w./-]+\.toml", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_every_link_within_the_documents_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("command one", "command two"):
+        assert len(re.findall(rf"^<!-- {name} -->\n```\w*\n[^\n]+\n```$", text, flags=re.MULTILINE)) == 1, name
+
+
+def test_every_marker_is_explained_to_contributors() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for marker in settings["markers"]:
+        assert f"| `{marker.partition(':')[0]}` |" in told
+
+
+def test_every_package_folder_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = [path.parent for path in (ROOT / "qlora_dpo").rglob("__init__.py")]
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(listed) == found | {"qlora_dpo.recipes"}
+
+
+def test_every_option_of_every_command_has_a_help_text() -> None:
+    for name, command in commands.commands.items():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts}"

@@ -1,0 +1,367 @@
+"""What a run tells while it goes on: metrics.jsonl, stderr with and without a terminal, and wandb for real."""
+
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_dpo.errors import RunError
+from qlora_dpo.training import display, tracker
+from qlora_dpo.training.display import Bars, Pace
+from qlora_dpo.training.tracker import Tracker
+
+TRAIN = {
+    "step": 10,
+    "epoch": 0.5,
+    "loss": 0.6931,
+    "rewards/accuracies": 0.5,
+    "rewards/margins": 0.0,
+    "learning_rate": 1e-5,
+    "pairs_per_second": 1.94,
+    "tokens_per_second": 410.2,
+    "seconds": 80.0,
+    "memory_bytes": 1288490188,
+}
+EVAL = {
+    "step": 10,
+    "epoch": 0.5,
+    "eval_loss": 0.25,
+    "eval_rewards/accuracies": 0.975,
+    "eval_rewards/margins": 1.5,
+    "eval_pairs": 60,
+    "eval_ties": 0,
+    "seconds": 4.0,
+}
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_metrics_are_one_json_object_per_line_and_complete_at_once(tmp_path: Path) -> None:
+    with Tracker(tmp_path, 48) as run:
+        run.train(TRAIN)
+        assert lines_of(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}]
+        run.evaluation(EVAL)
+        assert lines_of(tmp_path / "metrics.jsonl")[1] == {"kind": "eval", **EVAL}
+    assert tracker.read(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
+
+
+def test_a_second_tracker_appends(tmp_path: Path) -> None:
+    for step in (10, 20):
+        with Tracker(tmp_path, 48, start_step=step - 10) as run:
+            run.train({**TRAIN, "step": step})
+    assert [record["step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [10, 20]
+
+
+def test_a_value_that_is_not_finite_is_written_as_null_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Tracker(tmp_path, 48) as run:
+        run.train({"step": 3, "epoch": 0.1, "loss": float("nan"), "grad_norm": float("inf")})
+    record = lines_of(tmp_path / "metrics.jsonl")[0]
+    assert record == {"kind": "train", "step": 3, "epoch": 0.1, "loss": None, "grad_norm": None}
+    assert capsys.readouterr().err.splitlines() == [
+        "step 3: not finite, written as null to metrics.jsonl: loss, grad_norm",
+        "step 3/48  loss nan  eta 0:00",
+    ]
+
+
+def test_cut_keeps_the_steps_up_to_the_one_resumed_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [f'{{"kind": "train", "step": {step}, "epoch": 0.5}}\n' for step in (10, 20, 20, 30)]
+    path.write_text("".join(whole) + '{"kind": "train", "st', encoding="utf-8")
+    tracker.cut(path, 20)
+    assert path.read_text(encoding="utf-8") == "".join(whole[:3])
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_cut_does_nothing_where_there_is_no_file(tmp_path: Path) -> None:
+    tracker.cut(tmp_path / "metrics.jsonl", 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damaged", ["{broken\n", "[1]\n", '{"kind": "train"}\n', '{"step": "10"}\n', "\xff\n"])
+def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(('{"step": 10}\n' + damaged + '{"step": 20}\n').encode("latin-1"))
+    with pytest.raises(RunError) as caught:
+        tracker.cut(path, 20)
+    assert str(caught.value) == f"{path}:2: is not a metrics record; the file was changed or damaged"
+
+
+def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Tracker(tmp_path, 48) as run:
+        run.display.pace.clock = clock = Clock()
+        run.display.pace.resume()
+        with run.phase("reference", 220) as advance:
+            advance(220)
+        clock.now += 20
+        run.train(TRAIN)
+        with run.phase("evaluate", 60) as advance:
+            advance(60)
+            clock.now += 1000
+        run.evaluation(EVAL)
+        run.note("[bold]plain\x1b[31m text")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == [
+        "reference  220/220 pairs  0:00",
+        "step 10/48  loss 0.6931  accuracy 0.500  margin +0.000  1.9 pairs/s  410 tokens/s  eta 1:16  memory 1.2 GiB",
+        "step 10/48  held-out loss 0.2500  accuracy 0.975  margin +1.500  60 pairs",
+        "[bold]plain text",
+    ]
+
+
+def test_a_long_phase_speaks_now_and_then_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "PLAIN_PHASE_SECONDS", 0.0)
+    with Tracker(tmp_path, 48) as run, run.phase("answers", 4) as advance:
+        advance(2)
+        advance(2)
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"answers  2/4(  eta 0:00)?", first)
+    assert last == "answers  4/4  0:00"
+
+
+def test_a_phase_that_fails_says_nothing_of_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), Tracker(tmp_path, 48) as run, run.phase("answers", 4):
+        raise RuntimeError
+    assert capsys.readouterr().err == ""
+
+
+def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_pauses_do_not_count() -> None:
+    clock = Clock()
+    pace = Pace(total=48, done=24, clock=clock)
+    assert pace.eta() is None
+    clock.now = 6.0
+    pace.reach(26)
+    pace.pause()
+    clock.now = 500.0
+    pace.resume()
+    clock.now = 506.0
+    pace.reach(28)
+    assert pace.eta() == pytest.approx(12.0 / 4 * 20)
+    pace.reach(48)
+    assert pace.eta() == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
+def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
+    assert display.clock_text(seconds) == text
+
+
+def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, str]:
+    """Run a command whose stderr is a real terminal; return what it wrote there and on stdout."""
+    import fcntl
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not part:
+                break
+            seen += part
+        assert process.stdout is not None
+        out = process.stdout.read()
+    os.close(ours)
+    assert process.returncode == 0, seen.decode()
+    return seen.decode(), out.decode()
+
+
+ON_A_TERMINAL = """
+import pathlib, sys, time
+from qlora_dpo.training.tracker import Tracker
+with Tracker(pathlib.Path(sys.argv[1]), 48) as run:
+    with run.phase("reference", 220) as advance:
+        advance(110)
+        time.sleep(0.4)
+        advance(110)
+    for step in range(1, 11):
+        run.step(step)
+    run.train({"step": 10, "epoch": 0.5, "loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.0,
+               "pairs_per_second": 1.94, "tokens_per_second": 410.2, "memory_bytes": 1288490188})
+    time.sleep(0.4)
+    run.note("a [red]note[/red]")
+    run.evaluation({"step": 10, "epoch": 0.5, "eval_loss": 0.25, "eval_pairs": 60})
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tmp_path: Path, columns: int) -> None:
+    env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    env.pop("COLUMNS", None)
+    seen, out = screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], columns, env)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
+    assert out == ""
+    assert any(re.fullmatch(r"reference  ━+╸?━* +110/220 pairs +eta 0:00", line) for line in lines)
+    assert any(re.fullmatch(r"train      ━+[╸╺]?━* +10/48 +eta 0:\d\d", line) for line in lines)
+    assert "           loss 0.6931  accuracy 0.500  margin +0.000" in lines
+    assert "           1.9 pairs/s  410 tokens/s  memory 1.2 GiB" in lines
+    assert "reference  220/220 pairs  0:00" in lines
+    assert "a [red]note[/red]" in lines
+    assert "step 10/48  held-out loss 0.2500  60 pairs" in lines
+    assert max(len(line) for line in lines) <= columns
+    assert seen.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in seen[seen.rindex("\x1b[?25l") :]
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(Tracker(tmp_path, 1).display, display.Lines)
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(Tracker(tmp_path, 1).display, Bars)
+
+
+TRACKED = """
+import json, pathlib, sys
+from qlora_dpo.recipe import TrackTable
+from qlora_dpo.training.tracker import Tracker
+folder, project, start, config, *records = sys.argv[1:]
+with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(wandb=project),
+             config=json.loads(config), name="quickstart") as run:
+    for record in map(json.loads, records):
+        (run.train if "loss" in record else run.evaluation)(record)
+print("wandb" in sys.modules)
+"""
+OFFLINE = {"WANDB_MODE": "offline"}
+SECRETS = {"HF_TOKEN": "hf_FakeFakeFakeFakeFake", "WANDB_API_KEY": "feedc0de" * 5}
+CONFIG = {"model": {"name": "Qwen/Qwen2-0.5B-Instruct"}, "train": {"learning_rate": 5e-6, "max_steps": None}}
+
+
+def tracked(
+    folder: Path, *records: dict[str, Any], project: str = "house-rules", start: int = 0, env: dict[str, str] = OFFLINE
+) -> subprocess.CompletedProcess[str]:
+    """Run the tracker with real wandb in a process of its own, at home in `folder`."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+    arguments = [str(folder), project, str(start), json.dumps(CONFIG), *map(json.dumps, records)]
+    return subprocess.run(
+        [sys.executable, "-c", TRACKED, *arguments],
+        env={**own, "HOME": str(home), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """The protobuf records of a .wandb file: a LevelDB log of 32 KiB blocks behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, records, parts, place = file.read_bytes(), [], b"", 7
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        room = 32768 - place % 32768
+        if room < 7:
+            place += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def history(records: list[Any]) -> dict[int, dict[str, Any]]:
+    """The logged values by step, without wandb's own."""
+    rows: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.setdefault(items["_step"], {}).update({k: v for k, v in items.items() if not k.startswith("_")})
+    return rows
+
+
+def test_wandb_holds_what_metrics_jsonl_and_the_recipe_say_and_no_secret(tmp_path: Path) -> None:
+    later = {**TRAIN, "step": 20, "epoch": 1.0, "loss": 0.5}
+    done = tracked(tmp_path, TRAIN, EVAL, later, env={**OFFLINE, **SECRETS})
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    records = wandb_records(file)
+    expected: dict[int, dict[str, Any]] = {}
+    for record in lines_of(tmp_path / "metrics.jsonl"):
+        row = expected.setdefault(record.pop("step"), {})
+        if record.pop("kind") == "eval":
+            record["eval_seconds"] = record.pop("seconds")
+        row.update(record)
+    assert set(expected) == {10, 20}
+    assert history(records) == expected
+
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
+    assert config == CONFIG
+    assert (run.project, run.display_name, run.host) == ("house-rules", "quickstart", "")
+    assert not run.git.commit
+
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 3
+    for path in written:
+        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values()), path
+    endings = {path.suffix for path in (tmp_path / "wandb").rglob("*") if path.is_file()}
+    assert endings == {".wandb", ".log", ".txt"}  # no code, no packages, no metadata, no patch; run_id.txt is ours
+
+
+def test_wandb_is_offline_and_says_so_once_when_nobody_is_logged_in(tmp_path: Path) -> None:
+    done = tracked(tmp_path, TRAIN, env={})
+    assert done.stderr.splitlines() == [
+        f'wandb: offline; after "wandb login", upload with: wandb sync {tmp_path}/wandb/offline-run-*',
+        "step 10/48  loss 0.6931  accuracy 0.500  margin +0.000  1.9 pairs/s  410 tokens/s  eta 0:00  memory 1.2 GiB",
+    ]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_a_resumed_run_keeps_its_wandb_run(tmp_path: Path) -> None:
+    for start in (0, 10):
+        done = tracked(tmp_path, {**TRAIN, "step": start + 10}, start=start)
+        assert "goes on without" not in done.stderr
+    ids = {file.name for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    assert ids == {f"run-{(tmp_path / 'wandb' / 'run_id.txt').read_text().strip()}.wandb"}
+
+
+def test_a_run_goes_on_when_wandb_does_not(tmp_path: Path) -> None:
+    done = tracked(tmp_path, TRAIN, project="not/a/name")
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    warning, line = done.stderr.splitlines()
+    assert warning.startswith("wandb: ")
+    assert warning.endswith("; the run goes on without it")
+    assert line.startswith("step 10/48  loss 0.6931")
+    assert lines_of(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}]
+
+
+def test_without_the_track_table_wandb_is_not_imported(tmp_path: Path) -> None:
+    code = TRACKED.replace("TrackTable(wandb=project)", "None")
+    arguments = [str(tmp_path), "p", "0", "{}", json.dumps(TRAIN)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
