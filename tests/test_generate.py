@@ -1,8 +1,8 @@
-"""Generation: greedy batches equal transformers' own, streamed replies equal fresh ones, and text comes in whole
-characters."""
+"""Generation: greedy batches equal transformers' own, remembered replies equal fresh ones, characters come whole."""
 
 from collections.abc import Iterator
 
+import lively
 import pytest
 import tiny
 import torch
@@ -14,19 +14,13 @@ from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.talk.generate import Answer, Memory, answers, context_tokens, end_ids, prompt_ids, stream
 from qlora_dpo.talk.settings import Settings, settings_for
 
+# PEFT asks transformers for a property by the name that transformers is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 QUESTIONS = ["rice?", "How do I find a book about birds?", "Thank you", "What is the best way to sit on a mat?", "cat"]
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 GREEDY = Settings(temperature=0, max_new_tokens=12, seed=0)
 SAMPLED = Settings(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=7)
-
-
-def random_model(seed: int = 0) -> tiny.Qwen2ForCausalLM:
-    """A random model whose answers vary: as initialized, it would repeat its last token for ever."""
-    model = tiny.qwen2(seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def with_adapter(model: tiny.Qwen2ForCausalLM) -> PeftModel:
@@ -52,7 +46,7 @@ def expected(tokens: list[int], ends: list[int]) -> Answer:
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 16_384])
 def test_batched_greedy_answers_are_those_of_transformers_for_each_prompt_alone(batch_tokens: int) -> None:
-    model, words = random_model(), tiny.tokenizer()
+    model, words = lively.qwen2(), tiny.tokenizer()
     # a token that some answers reach early and others do not, so that rows leave the batch at different steps
     alone = [by_transformers(model, prompt, [words.eos_token_id], 24) for prompt in PROMPTS]
     common = next(token for token in alone[0][3:] if sum(token in ids for ids in alone) < len(PROMPTS))
@@ -65,14 +59,14 @@ def test_batched_greedy_answers_are_those_of_transformers_for_each_prompt_alone(
 
 
 def test_answers_ignore_sampling_and_penalties_of_the_generation_config() -> None:
-    model = random_model()
+    model = lively.qwen2()
     plain = answers(model, tiny.tokenizer(), PROMPTS, 16)
     model.generation_config.update(do_sample=True, temperature=2.0, top_p=0.5, repetition_penalty=1.5)
     assert answers(model, tiny.tokenizer(), PROMPTS, 16) == plain
 
 
 def test_answers_leave_training_mode_as_it_was_and_answer_without_dropout() -> None:
-    model = with_adapter(random_model())
+    model = with_adapter(lively.qwen2())
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.9
@@ -86,8 +80,8 @@ def test_no_prompts_give_no_answers() -> None:
 
 
 def test_answers_with_the_adapter_off_are_those_of_the_base() -> None:
-    base = answers(random_model(), tiny.tokenizer(), PROMPTS, 8)
-    model = with_adapter(random_model())
+    base = answers(lively.qwen2(), tiny.tokenizer(), PROMPTS, 8)
+    model = with_adapter(lively.qwen2())
     assert answers(model, tiny.tokenizer(), PROMPTS, 8) != base
     with adapter_off(model):
         assert answers(model, tiny.tokenizer(), PROMPTS, 8) == base
@@ -113,7 +107,7 @@ def said(model: torch.nn.Module, ids: list[int], settings: Settings, memory: Mem
 
 
 def test_streamed_greedy_reply_is_the_batched_answer() -> None:
-    model, words = random_model(), tiny.tokenizer()
+    model, words = lively.qwen2(), tiny.tokenizer()
     streamed = [said(model, prompt_ids(words, prompt), GREEDY, Memory()) for prompt in PROMPTS]
     assert streamed == [answer.text for answer in answers(model, words, PROMPTS, GREEDY.max_new_tokens)]
 
@@ -122,22 +116,22 @@ def test_streamed_greedy_reply_is_the_batched_answer() -> None:
 def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
     """Caches that can be cut back, and one that cannot."""
     torch.manual_seed(3)
-    shape = dict(
-        vocab_size=len(tiny.tokenizer()),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
+    shape = {
+        "vocab_size": len(tiny.tokenizer()),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+    }
     match request.param:
         case "llama":
             return LlamaForCausalLM(LlamaConfig(**shape)).eval()
         case "qwen2":
-            return random_model()
+            return lively.qwen2()
         case _:
             return MistralForCausalLM(MistralConfig(**shape, sliding_window=16)).eval()
 
@@ -164,7 +158,7 @@ def test_an_edited_history_is_answered_as_if_it_were_new(any_model: torch.nn.Mod
 
 
 def test_a_longer_conversation_runs_only_its_new_tokens() -> None:
-    model, words, memory = random_model(), tiny.tokenizer(), Memory()
+    model, words, memory = lively.qwen2(), tiny.tokenizer(), Memory()
     ids = prompt_ids(words, PROMPTS[1])
     ran: list[int] = []
     model.register_forward_pre_hook(lambda _, __, given: ran.append(given["input_ids"].shape[1]), with_kwargs=True)
@@ -176,7 +170,7 @@ def test_a_longer_conversation_runs_only_its_new_tokens() -> None:
 
 
 def test_a_stopped_reply_leaves_a_memory_that_still_answers_right() -> None:
-    model, words, memory = random_model(), tiny.tokenizer(), Memory()
+    model, words, memory = lively.qwen2(), tiny.tokenizer(), Memory()
     ids = prompt_ids(words, PROMPTS[1])
     reply = stream(model, words, ids, SAMPLED, memory)
     next(reply), next(reply)
@@ -185,7 +179,7 @@ def test_a_stopped_reply_leaves_a_memory_that_still_answers_right() -> None:
 
 
 def test_a_forward_that_fails_half_way_leaves_an_empty_memory() -> None:
-    model, words, memory = random_model(), tiny.tokenizer(), Memory()
+    model, words, memory = lively.qwen2(), tiny.tokenizer(), Memory()
     ids = prompt_ids(words, PROMPTS[1])
     said(model, ids, SAMPLED, memory)
 
@@ -200,14 +194,14 @@ def test_a_forward_that_fails_half_way_leaves_an_empty_memory() -> None:
 
 
 def test_a_seed_repeats_a_reply_and_another_seed_does_not() -> None:
-    model, ids = random_model(), prompt_ids(tiny.tokenizer(), PROMPTS[1])
+    model, ids = lively.qwen2(), prompt_ids(tiny.tokenizer(), PROMPTS[1])
     other = Settings(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=8)
     assert said(model, ids, SAMPLED, Memory()) == said(model, ids, SAMPLED, Memory())
     assert said(model, ids, SAMPLED, Memory()) != said(model, ids, other, Memory())
 
 
 def test_a_top_p_close_to_0_is_greedy_at_any_temperature() -> None:
-    model, ids = random_model(), prompt_ids(tiny.tokenizer(), PROMPTS[1])
+    model, ids = lively.qwen2(), prompt_ids(tiny.tokenizer(), PROMPTS[1])
     nucleus = Settings(temperature=2.0, top_p=1e-6, max_new_tokens=12, seed=3)
     assert said(model, ids, nucleus, Memory()) == said(model, ids, GREEDY, Memory())
 

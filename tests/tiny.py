@@ -15,6 +15,7 @@ CORPUS = (
     "What is the best way to find a book about birds? Ask the people who work at the library.",
     "I can't help with that, but I can tell you where to find someone who can.",
     "Thank you very much, that is what I wanted to know about this and that and other things.",
+    "One way.\n\n\n\nAnother way.\n\n\n\nNo way.\n\n\n\n",
 )
 
 CHATML = (

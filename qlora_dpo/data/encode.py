@@ -19,9 +19,8 @@ from qlora_dpo.errors import DataError
 from qlora_dpo.recipe import DataTable
 
 OVERLONG = "longer than max_length"
-CHUNK = (
-    1024  # pairs rendered and tokenized at once: the tokenizer's threads are busy, a progress of seconds is not lost
-)
+CHUNK = 1024
+"""Pairs rendered and tokenized at once: enough to keep the tokenizer's threads busy, few enough to draw 50 quickly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +68,13 @@ def load_pairs(
     dropped = {reason: list(numbers) for reason, numbers in found.dropped.items()}
     looked_at = 0
     for pair, result in _results(order, tokenizer, form, table):
-        if len(used) == wanted:
-            break
         looked_at += 1
         if isinstance(result, str):
             dropped.setdefault(result, []).append(pair.row)
-        else:
-            used.append(result)
+            continue
+        used.append(result)
+        if len(used) == wanted:
+            break
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
     used.sort(key=lambda both: both[0].row)

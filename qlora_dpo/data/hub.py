@@ -118,10 +118,11 @@ def _sentences(name: str, split: str) -> Iterator[None]:
     except QloraDpoError:
         raise
     except Exception as error:
-        raise _named(error, name, split) from error
+        raise in_a_sentence(error, name, split) from error
 
 
-def _named(error: Exception, name: str, split: str) -> QloraDpoError:
+def in_a_sentence(error: Exception, name: str, split: str) -> QloraDpoError:
+    """The error of this project that says what an error of `datasets` means to the user."""
     causes = list(_causes(error))
     text = " ".join(str(error).split())
     if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in causes):

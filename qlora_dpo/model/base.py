@@ -73,7 +73,8 @@ def dequantized(layer: bnb.nn.Linear4bit) -> Tensor:
         raise ModelError("a 4-bit weight was repacked for this CPU and cannot be read back; load the base again")
     kept, state.dtype = state.dtype, torch.float32
     try:
-        return bnb.functional.dequantize_4bit(weight.data, state).float()
+        dense: Tensor = bnb.functional.dequantize_4bit(weight.data, state)
+        return dense.float()
     finally:
         state.dtype = kept
 

@@ -37,8 +37,13 @@ class Device:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the base's unquantized weights: float32 on a CPU, where memory is cheap; else as computed."""
-        return torch.float32 if self.type == "cpu" else self.torch_dtype
+        """The dtype of the base's unquantized weights, and so of the stream that layers add to.
+
+        bf16 has float32's range; fp16 ends at 65,504, which some models' activations pass, so there and on a CPU,
+        where memory is cheap, the stream stays float32 and only matrix products are computed in 16 bits.
+        """
+        on_ampere = self.type == "cuda" and self.compute_dtype == "bf16"
+        return torch.bfloat16 if on_ampere else torch.float32
 
     @property
     def grad_scaler(self) -> bool:

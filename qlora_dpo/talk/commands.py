@@ -24,6 +24,8 @@ COMMANDS = {
     "/quit": ("", "leave (so does Ctrl+D)"),
 }
 
+OTHER_NAMES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/new", "/reset": "/new", "/regenerate": "/retry"}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -91,7 +93,7 @@ def _help() -> str:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    close = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, n=1)
     return f"no command {name}; did you mean {close[0]}?" if close else f"no command {name}; /help lists them"
 
 

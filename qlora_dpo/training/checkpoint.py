@@ -45,9 +45,10 @@ def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: to
         save_file(_moments(parameters, optimizer), temporary / "optimizer.safetensors")
         save_file(_random_states(), temporary / "random.safetensors")
         write_json(temporary / "state.json", asdict(state))
+        files = sorted(temporary.iterdir())
         write_json(
             temporary / MANIFEST,
-            {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(temporary.iterdir())},
+            {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
         )
     damaged = verify(folder)
     if damaged:
@@ -75,7 +76,7 @@ def verify(folder: Path) -> str:
 
 def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that does not; RunError if none does."""
-    skipped = []
+    skipped: list[str] = []
     for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
         damaged = verify(folder)
         if not damaged:
@@ -86,9 +87,7 @@ def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     )
 
 
-def load_checkpoint(
-    folder: Path, asked: State, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> State:
+def load_checkpoint(folder: Path, asked: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Put the checkpoint into model and optimizer and return its state.
 
     Raises RunError with the keys that differ if the checkpoint belongs to another recipe, base or data than `asked`.

@@ -43,9 +43,7 @@ def evaluate(
         batch = collate([side.pairs[index] for index in group], pad_token_id).to(device.torch_device)
         reference_P2 = side.reference_P2[group].to(device.torch_device)
         scores = score(model, batch, device)
-        losses = objective(
-            scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, table
-        )
+        losses = objective(scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, table)
         sums.add(scores, losses, reference_P2)
         advance(len(group))
     model.train(was_training)

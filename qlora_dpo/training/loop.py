@@ -5,7 +5,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from qlora_dpo.data.encode import EncodedPair
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
@@ -63,7 +62,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
 
     model.train()
     window = _Window(job)
-    with _stop_after_the_step() as stop:
+    with _stop_after_the_step(tracker.note) as stop:
         while state.step < plan.total_steps:
             rate, norm = _step(model, job, state, tools, window.sums)
             tracker.step(state.step)
@@ -110,7 +109,7 @@ def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -
         state.num_tokens += tokens
     norm = float(tools.accelerator.clip_grad_norm_(trainable(model).values(), table.max_grad_norm))
     _insist_on_finite(norm, pairs, job, state.step + 1)
-    rate = tools.schedule.get_last_lr()[0]
+    rate = float(tools.schedule.get_last_lr()[0])
     tools.accelerated.step()
     if not tools.accelerator.optimizer_step_was_skipped:
         tools.schedule.step()
@@ -135,9 +134,7 @@ def _save(folder: Path, state: State, model: PeftModel, tools: _Tools) -> Path:
     return save_checkpoint(folder, state, model, tools.optimizer)
 
 
-def _forward(
-    model: PeftModel, job: Job, indices: Sequence[int], sums: Sums
-) -> tuple[torch.Tensor, int]:
+def _forward(model: PeftModel, job: Job, indices: Sequence[int], sums: Sums) -> tuple[torch.Tensor, int]:
     """The summed loss of some training pairs, and how many tokens it took."""
     place = job.device.torch_device
     batch = collate([job.train.pairs[i] for i in indices], job.pad_token_id).to(place)
@@ -229,7 +226,7 @@ class _Stop:
 
 
 @contextmanager
-def _stop_after_the_step() -> Iterator[_Stop]:
+def _stop_after_the_step(say: Callable[[str], None]) -> Iterator[_Stop]:
     """The first SIGINT or SIGTERM lets the step end and asks for a checkpoint; the second stops at once."""
     stop = _Stop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -238,7 +235,7 @@ def _stop_after_the_step() -> Iterator[_Stop]:
         stop.asked = True
         for each, handler in before.items():
             signal.signal(each, handler)
-        print("finishing the step and saving a checkpoint; once more stops at once", file=sys.stderr)
+        say("finishing the step and saving a checkpoint; once more stops at once")
 
     for number in before:
         signal.signal(number, ask)

@@ -31,7 +31,9 @@ def restore_schedule(schedule: LambdaLR, optimizer: torch.optim.Optimizer, saved
     The rate is that of this schedule, so a run that goes on with another `max_steps` follows its new course.
     """
     schedule.load_state_dict(dict(saved))
-    rates = [base * course(schedule.last_epoch) for base, course in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates = [
+        base * course(schedule.last_epoch) for base, course in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates

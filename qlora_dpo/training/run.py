@@ -97,7 +97,9 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
         budget = recipe.train.micro_batch_tokens
         train_P2, computed = reference_logps(model, pairs, folder, budget, pad, device, advance)
         heldout_P2, more = reference_logps(model, heldout, folder, budget, pad, device, advance)
-    tracker.note(f"reference: {computed + more} pairs computed, {len(pairs) + len(heldout) - computed - more} from the cache")
+    tracker.note(
+        f"reference: {computed + more} pairs computed, {len(pairs) + len(heldout) - computed - more} from the cache"
+    )
     plan = make_plan(len(pairs), recipe.train)
     first = plan.indices(1)[:4]
     guard_first_loss(

@@ -1,0 +1,1 @@
+"""From an adapter directory to what other programs load: full models on disk."""

@@ -1,0 +1,211 @@
+"""Runs a recipe through stock `trl.DPOTrainer`, so that anyone can check this project's loop against it."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from qlora_dpo.errors import RecipeError, RunError
+from qlora_dpo.model.lora import trainable
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.loop import Job, due, evaluate_now, peak_bytes
+from qlora_dpo.training.plan import Plan, epoch_order
+from qlora_dpo.training.tracker import Tracker
+
+
+def fit_with_trl(
+    model: PeftModel, job: Job, state: State, tracker: Tracker, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PeftModel, State]:
+    """Train `model` in place with TRL: our token ids, first LoRA weights and order of pairs, TRL's step and reference.
+
+    Evaluations are this project's, so that tables compare; the training lines are TRL's own. What differs: TRL's SFT
+    term is a mean over the chosen tokens of a micro-batch where ours is a mean over pairs, a last, smaller batch of an
+    epoch is a mean over its micro-batches, and nothing is saved before the end. Raises RecipeError for label
+    smoothing, which TRL's sigmoid loss does not know, and RunError when the loss stops being finite.
+    """
+    if job.recipe.dpo.label_smoothing:
+        raise RecipeError(
+            'dpo.label_smoothing needs train.engine = "qlora_dpo": TRL\'s sigmoid loss ignores it; set it to 0'
+        )
+    tracker.note(
+        f"engine: trl.DPOTrainer {version('trl')}, which asks the reference in every step and saves no checkpoint"
+    )
+    if job.recipe.dpo.sft_weight:
+        tracker.note("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
+    with TemporaryDirectory(prefix="qlora-dpo-trl-") as work, _forwards_restored(model):
+        trainer = make_trainer(model, job, tokenizer, work)
+        trainer.add_callback(_Follow(model, job, state, tracker))
+        trainer.train()
+    return model, state
+
+
+def make_trainer(model: PeftModel, job: Job, tokenizer: PreTrainedTokenizerBase, folder: str) -> Any:
+    """A stock DPOTrainer that will train the adapter of `model` on the job's pairs in the plan's order."""
+    first: dict[str, Tensor] = {name: parameter.data for name, parameter in trainable(model).items()}
+    # the trainer insists on tokenizing something: one row of text stands in for the pairs, which have their ids
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer: Any = DPOTrainer(
+        model=model, args=settings(job.recipe, job, folder), train_dataset=text, processing_class=tokenizer
+    )
+    # its reference is a copy of the adapter, unless there is none: then it is the base with the adapter off
+    model.delete_adapter("ref")
+    for name, parameter in model.named_parameters():
+        # of a 4-bit model it has rounded the adapter to bf16
+        parameter.requires_grad_(name in first)
+        if name in first:
+            parameter.data = first[name]
+    trainer.remove_callback(PrinterCallback)
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(_loader(job, trainer))
+    return trainer
+
+
+def settings(recipe: Recipe, job: Job, folder: str) -> Any:
+    """The recipe in TRL's terms; whatever it does not name stays at the value that this project's loop has."""
+    train, dpo, dtype = recipe.train, recipe.dpo, job.device.compute_dtype
+    at_once = pairs_at_once(recipe)
+    return DPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=train.batch_size // at_once,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=job.plan.total_steps,
+        beta=dpo.beta,
+        loss_type=["sigmoid", "sft"] if dpo.sft_weight else ["sigmoid"],
+        loss_weights=[1.0, dpo.sft_weight] if dpo.sft_weight else [1.0],
+        max_length=None,
+        disable_dropout=False,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
+        optim="adamw_torch",
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        use_cpu=job.device.type == "cpu",
+        seed=train.seed,
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+    )
+
+
+def pairs_at_once(recipe: Recipe) -> int:
+    """Pairs per micro-batch: the largest divisor of the batch that fits the token budget at full length, at least 1."""
+    fitting = max(1, recipe.train.micro_batch_tokens // (2 * recipe.data.max_length))
+    return max(n for n in range(1, min(fitting, recipe.train.batch_size) + 1) if recipe.train.batch_size % n == 0)
+
+
+@dataclass
+class PlannedOrder:
+    """A sampler that gives the plan's order of each epoch; the trainer says which epoch begins."""
+
+    plan: Plan
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to `epoch`, counted from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(self.plan.pairs, self.plan.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return self.plan.pairs
+
+
+def _loader(job: Job, trainer: Any) -> DataLoader[Any]:
+    """The job's token ids in the plan's order, laid out by TRL's own collator."""
+    rows: Any = [
+        {"prompt_ids": list(pair.prompt), "chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected)}
+        for pair in job.train.pairs
+    ]
+    return DataLoader(
+        rows,
+        batch_size=trainer.args.per_device_train_batch_size,
+        sampler=PlannedOrder(job.plan),
+        collate_fn=trainer.data_collator,
+    )
+
+
+@contextmanager
+def _forwards_restored(model: PeftModel) -> Iterator[None]:
+    """Take back the `forward` that TRL and accelerate put on the model, so that it computes as before."""
+    modules = [model, model.get_base_model()]
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+class _Follow(TrainerCallback):  # type: ignore[misc]
+    """Evaluates where this project's loop would, and hands TRL's own records to the tracker."""
+
+    def __init__(self, model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
+        self.model, self.job, self.state, self.tracker = model, job, state, tracker
+        self.pairs, self.since = 0, time.monotonic()
+
+    def on_train_begin(self, args: Any, trl_state: Any, control: Any, **more: Any) -> None:
+        evaluate_now(self.model, self.job, self.state, self.tracker)
+        self.since = time.monotonic()
+
+    def on_step_end(self, args: Any, trl_state: Any, control: Any, **more: Any) -> None:
+        step, plan = trl_state.global_step, self.job.plan
+        self.pairs += len(plan.indices(step))
+        self.state.step = step
+        self.tracker.step(step)
+        last = step == plan.total_steps
+        control.should_log = control.should_log or last
+        if last or due(step, self.job.recipe.train.eval_steps, plan.ends_epoch(step)):
+            began = time.monotonic()
+            evaluate_now(self.model, self.job, self.state, self.tracker)
+            self.since += time.monotonic() - began
+
+    def on_log(self, args: Any, trl_state: Any, control: Any, logs: dict[str, Any], **more: Any) -> None:
+        if "loss" not in logs:
+            return  # the trainer's last words: its own run time
+        step, state = trl_state.global_step, self.state
+        if not math.isfinite(logs["loss"]):
+            raise RunError(f"step {step}: TRL's loss is not finite; lower train.learning_rate or look at the data")
+        seconds, tokens = time.monotonic() - self.since, int(logs["num_tokens"]) - state.num_tokens
+        state.seconds += seconds
+        state.num_tokens += tokens
+        names = {name: value for name, value in logs.items() if name != "epoch"}
+        if not self.job.recipe.dpo.sft_weight:
+            names["dpo_loss"] = logs["loss"]
+        self.tracker.train(
+            {
+                "step": step,
+                "epoch": self.job.plan.epoch(step),
+                **names,
+                "num_tokens": state.num_tokens,
+                "pairs_per_second": self.pairs / seconds,
+                "tokens_per_second": tokens / seconds,
+                "seconds": state.seconds,
+                "memory_bytes": peak_bytes(self.job.device),
+            }
+        )
+        self.pairs, self.since = 0, time.monotonic()

@@ -1,0 +1,83 @@
+"""The texts on which two models are compared: held-out pairs of the run, else its samples, else a few sentences."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_dpo.data.chat_format import chat_format
+from qlora_dpo.data.encode import EncodedPair, digest, encode, load_pairs
+from qlora_dpo.data.pairs import Pair
+from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.recipe import Recipe
+
+MOST_PAIRS = 64
+"""Enough for a KL with two digits, and about a minute for a 135M model on two cores."""
+
+SENTENCES = (
+    (
+        "The library opens at nine",
+        " and closes at six, so there is time for a walk.",
+        " because the keys were lost again.",
+    ),
+    ("To cook rice,", " rinse it, add twice as much water and let it simmer.", " you should first buy a bigger house."),
+    (
+        "Water boils at a lower temperature",
+        " on a mountain, since the air is thinner there.",
+        " than most people think it is.",
+    ),
+    ("She asked him where the station was,", " and he pointed down the street.", " but it had been closed for years."),
+)
+"""Beginnings with two ways to go on, for an adapter that nothing else is known of."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Pairs to compare two models on. `why_no_accuracy` is empty if they are the run's held-out pairs."""
+
+    encoded: Sequence[EncodedPair]
+    name: str
+    why_no_accuracy: str = ""
+
+
+def texts_for(folder: Path, recipe: Recipe | None, tokenizer: Any) -> Texts:
+    """At most `MOST_PAIRS` held-out pairs, drawn as the run's own draw does; without them the next best texts."""
+    why = "the adapter comes without a recipe"
+    if recipe is not None:
+        wanted = min(recipe.data.max_eval_samples or MOST_PAIRS, MOST_PAIRS)
+        table = recipe.data.model_copy(update={"max_eval_samples": wanted})
+        try:
+            encoded = load_pairs(table, "eval", tokenizer, recipe.train.seed).encoded
+        except QloraDpoError as error:
+            why = f"the held-out pairs cannot be read ({error})"
+        else:
+            return Texts(encoded, f"{len(encoded)} held-out pairs of the run")
+    if sampled := _samples(folder / "samples.jsonl", tokenizer):
+        return Texts(sampled, f"{len(sampled)} sample prompts of the run", why)
+    return Texts(_sentences(tokenizer), f"{len(SENTENCES)} built-in sentences", why)
+
+
+def _samples(file: Path, tokenizer: Any) -> list[EncodedPair]:
+    """The prompts of samples.jsonl, each with the tuned and the base model's answer; empty if there are none."""
+    if not file.is_file():
+        return []
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:MOST_PAIRS]]
+        pairs = [
+            Pair(prompt=tuple(each["prompt"]), chosen=each["tuned"], rejected=each["base"], row=row, extra={})
+            for row, each in enumerate(records, start=1)
+        ]
+        results = encode(pairs, tokenizer, chat_format(tokenizer))
+    except (QloraDpoError, ValueError, KeyError, TypeError):
+        return []
+    return [result for result in results if isinstance(result, EncodedPair)]
+
+
+def _sentences(tokenizer: Any) -> list[EncodedPair]:
+    pairs = []
+    for row, (start, *ends) in enumerate(SENTENCES, start=1):
+        prompt = tuple(tokenizer(start).input_ids)
+        first, second = (tuple(tokenizer(end, add_special_tokens=False).input_ids) for end in ends)
+        pairs.append(EncodedPair(prompt, first, second, row, digest(prompt, first, second)))
+    return pairs

@@ -1,0 +1,128 @@
+"""Small training jobs: a saved tiny Qwen2, pairs of random token ids, and everything a run is made of."""
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+
+from qlora_dpo.data.encode import EncodedPair, digest
+from qlora_dpo.model import device, sources
+from qlora_dpo.model.base import load_base
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.sources import Source
+from qlora_dpo.preference.reference import reference_logps
+from qlora_dpo.recipe import ModelTable, Recipe
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.evaluate import Side
+from qlora_dpo.training.loop import Job
+from qlora_dpo.training.plan import make_plan
+from qlora_dpo.training.run import data_fingerprint
+
+# PEFT 0.21 and TRL 1.16 call things in transformers 5.23 by their older names
+LIBRARIES_WARN = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+
+torch.set_num_threads(1)  # matrices this small only lose by being shared out
+
+PAD = 0
+CPU = device.choose("fp32")
+_folder = tempfile.TemporaryDirectory(prefix="qlora-dpo-tiny-")
+
+
+@functools.cache
+def source() -> Source:
+    """The tiny Qwen2 with its tokenizer, saved as a transformers folder."""
+    tiny.qwen2().save_pretrained(_folder.name)
+    tiny.tokenizer().save_pretrained(_folder.name)
+    return sources.fetch(ModelTable(name=_folder.name))
+
+
+def pairs(count: int, seed: int = 0, longest_prompt: int = 12, longest_answer: int = 9) -> list[EncodedPair]:
+    """Pairs of random ids of various lengths; no two answers of a pair are the same."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(least: int, most: int) -> tuple[int, ...]:
+        length = int(torch.randint(least, most + 1, (), generator=generator))
+        return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+
+    made = [(ids(2, longest_prompt), ids(1, longest_answer), ids(1, longest_answer)) for _ in range(count)]
+    return [EncodedPair(p, c, r, row, digest(p, c, r)) for row, (p, c, r) in enumerate(made, 1)]
+
+
+def recipe(quantization: str = "none", **tables: dict[str, Any]) -> Recipe:
+    """A recipe for the tiny model; `tables` are laid over it."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": source().name, "quantization": quantization, "dtype": "fp32"},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 24},
+        "train": {"batch_size": 4, "learning_rate": 1e-3, "micro_batch_tokens": 128, "logging_steps": 1},
+    }
+    for name, table in tables.items():
+        values[name] = {**values.get(name, {}), **table}
+    return Recipe.model_validate(values)
+
+
+def base_model(quantization: str = "none", place: Device = CPU) -> Any:
+    """The tiny Qwen2 as a run loads it."""
+    return load_base(source(), ModelTable(name=source().name, quantization=quantization), place)  # type: ignore[arg-type]
+
+
+def fresh(what: Recipe, place: Device = CPU) -> PeftModel:
+    """Base and untrained adapter of a recipe, as a run loads them."""
+    return attach(load_base(source(), what.model, place), what.lora, what.train.seed)
+
+
+def stirred(model: PeftModel, seed: int = 1) -> PeftModel:
+    """The model with an adapter that does something: lora_B random too, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def job(model: PeftModel, what: Recipe, folder: Path, train: int = 10, heldout: int = 6, place: Device = CPU) -> Job:
+    """A job over random pairs, with the reference's log-probabilities of them."""
+    sides = []
+    for seed, count in ((0, train), (1, heldout)):
+        some = pairs(count, seed)
+        known, _ = reference_logps(model, some, folder / "reference", 512, PAD, place)
+        sides.append(Side(some, known))
+    return Job(what, place, make_plan(train, what.train), sides[0], sides[1], PAD, folder)
+
+
+def start(of: Job) -> State:
+    """The state before the first step."""
+    return State(0, of.recipe.model_dump(exclude_none=True), source().fingerprint, data_fingerprint(of.train.pairs))
+
+
+def adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights by name."""
+    return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+
+
+def gradients(model: PeftModel) -> torch.Tensor:
+    """All gradients of the adapter in one vector."""
+    return torch.cat([p.grad.flatten().double() for p in trainable(model).values() if p.grad is not None])
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative distance of two vectors, by their L2 norms."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def all_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative distance of two adapters."""
+    assert one.keys() == other.keys()
+    return apart(torch.cat([one[n].flatten() for n in one]), torch.cat([other[n].flatten() for n in one]))
+
+
+def column(records: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """One name of all records."""
+    return [record[name] for record in records]

@@ -1,0 +1,71 @@
+"""The account of the data adds up, reads as plain text, and names rows when asked."""
+
+import pytest
+
+from qlora_dpo.data.audit import Audit, baselines, quantiles
+from qlora_dpo.data.encode import EncodedPair
+
+AUDIT = Audit(
+    source="pairs.jsonl",
+    shape="strings (prompt, chosen and rejected)",
+    rows=2_006,
+    used=2_000,
+    dropped={"empty answer": (3, 17), "equal answers": (4,)},
+    not_drawn=3,
+    cut=(9,),
+    tokens={"prompt": (10, 20, 30), "chosen": (5, 6, 7), "rejected": (1, 2, 3)},
+    note="A note.",
+)
+
+TABLE = """\
+pairs.jsonl: strings (prompt, chosen and rejected)
+  rows read                           2,006
+  pairs used                          2,000
+    of them with the prompt cut       1
+  not drawn                           3
+  dropped: empty answer               2
+  dropped: equal answers              1
+  prompt, tokens (p50 / p95 / max)    10 / 20 / 30
+  chosen, tokens (p50 / p95 / max)    5 / 6 / 7
+  rejected, tokens (p50 / p95 / max)  1 / 2 / 3
+  A note."""
+
+NUMBERS = """
+  rows, dropped: empty answer: 3, 17
+  rows, dropped: equal answers: 4
+  rows, prompt cut: 9"""
+
+
+def test_the_account_is_a_table_of_plain_text() -> None:
+    assert "\n".join(AUDIT.lines()) == TABLE
+
+
+def test_row_numbers_are_named_on_request() -> None:
+    assert "\n".join(AUDIT.lines(numbers=True)) == TABLE + NUMBERS
+
+
+def test_what_did_not_happen_has_no_line() -> None:
+    clean = Audit("pairs.jsonl", "strings", 2, 2, {}, 0, (), {})
+    assert clean.lines(numbers=True) == ["pairs.jsonl: strings", "  rows read   2", "  pairs used  2"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([], (0, 0, 0)), ([7], (7, 7, 7)), ([1, 2], (1, 1, 2)), (list(range(101)), (50, 95, 100)), ([9, 1, 5], (5, 5, 9))],
+)
+def test_quantiles_are_lengths_that_occur(lengths: list[int], expected: tuple[int, int, int]) -> None:
+    assert quantiles(lengths) == expected
+
+
+def pair(chosen: int, rejected: int) -> EncodedPair:
+    return EncodedPair((1,), (2,) * chosen, (3,) * rejected, 1, b"")
+
+
+def test_baselines_count_a_tie_as_one_half() -> None:
+    found = baselines([pair(5, 1), pair(1, 5), pair(1, 5), pair(2, 2)])
+    assert found == {"longer": 1.5 / 4, "shorter": 2.5 / 4}
+
+
+def test_baselines_need_pairs() -> None:
+    with pytest.raises(ValueError, match=r"^baselines need at least one pair$"):
+        baselines([])

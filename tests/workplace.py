@@ -1,0 +1,100 @@
+"""A place to run whole commands in: a hub with hh.toml's model and data set, small, and processes that use it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiny
+from hub import Hub
+
+MODEL, DATA = "Qwen/Qwen2-0.5B-Instruct", "Dahoas/full-hh-rlhf"
+HH = str(Path(__file__).parents[1] / "recipes" / "hh.toml")
+
+PLACES = ("the library", "the market", "the station", "the harbour", "the museum", "the park", "the school", "the mill")
+QUESTIONS = (
+    "How do I find {}?",
+    "When does {} open?",
+    "What can I see near {}?",
+    "Who looks after {}?",
+    "Can I bring a dog to {}?",
+    "Is there a bus to {}?",
+    "What should I wear for a day at {}?",
+    "How long does a walk around {} take?",
+)
+KIND = (
+    "Follow the signs from the bridge, it takes ten minutes.",
+    "Ask at the front desk, they will be glad to help you.",
+    "It depends on the season; in spring the mornings are best.",
+)
+CURT = ("I don't know.", "Why would you want that? There are better things to do with your time.", "No idea, look it up.")
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Rows as Dahoas/full-hh-rlhf has them; every third prompt has an earlier exchange."""
+    made = []
+    for number in range(start, start + count):
+        question = QUESTIONS[number % 8].format(PLACES[number // 8 % 8])
+        earlier = "\n\nHuman: Good morning!\n\nAssistant: Good morning, what can I do for you?" if number % 3 == 0 else ""
+        prompt = f"{earlier}\n\nHuman: {question}\n\nAssistant:"
+        chosen, rejected = f" {KIND[number % len(KIND)]}", f" {CURT[number // 2 % len(CURT)]}"
+        made.append({"prompt": prompt, "response": chosen, "chosen": chosen, "rejected": rejected})
+    return made
+
+
+def fill(root: Path) -> None:
+    """Put a random small Qwen2 and 60 rows under the names that recipes/hh.toml has."""
+    model = root / "models" / MODEL
+    tiny.qwen2().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    (root / "datasets" / DATA / "data").mkdir(parents=True)
+    for split, content in (("train", rows(48)), ("test", rows(12, 48))):
+        pq.write_table(pa.Table.from_pylist(content), root / "datasets" / DATA / "data" / f"{split}-00000-of-00001.parquet")
+
+
+def closed_port() -> str:
+    """An address on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+class Workplace:
+    """An empty folder with caches of its own, in which commands run against a hub."""
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.folder, self.hub = folder, hub
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def environment(self, **changed: str) -> dict[str, str]:
+        """The environment of a command: this process's, but online, with the hub's address and own caches."""
+        kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        own = {"HF_HOME": str(self.folder / "hf"), "QLORA_DPO_CACHE": str(self.folder / "cache")}
+        package = {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), str(Path(__file__).parent)))}
+        return {**kept, **own, **package, "HF_ENDPOINT": self.hub.url, **changed}
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start `qlora-dpo ARGUMENTS` in the folder."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "qlora_dpo", *arguments],
+            cwd=self.folder,
+            env=self.environment(**environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `qlora-dpo ARGUMENTS` to its end."""
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(stdin, timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def records(self, file: str) -> list[dict[str, object]]:
+        """The objects of a file with one JSON object per line."""
+        return [json.loads(line) for line in (self.folder / file).read_text(encoding="utf-8").splitlines()]
