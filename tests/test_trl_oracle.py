@@ -1,5 +1,6 @@
 """Stock TRL as judge: the same loss, the same gradients, the same twenty steps."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,22 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from torch import Tensor
 
-from qlora_dpo.errors import RecipeError
+from qlora_dpo.data.encode import EncodedPair, digest
+from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.objective import Losses, objective
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.training.loop import fit
+from qlora_dpo.preference.reference import live_logps, probe
+from qlora_dpo.training.loop import Job, fit
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 from qlora_dpo.training.trl_engine import fit_with_trl, make_trainer, pairs_at_once
 
-
 pytestmark = jobs.LIBRARIES_WARN
+
+QUANTIZATIONS = pytest.mark.parametrize("quantization", ["none", "nf4"])
 
 
 @pytest.fixture(autouse=True)
@@ -28,29 +33,197 @@ def accelerate_forgets() -> None:
     AcceleratorState._reset_state(True)
 
 
-def both(quantization: str, tmp_path: Path, **tables: dict[str, Any]) -> dict[str, Any]:
-    """Train the same recipe with both engines: final adapters and metrics by engine."""
+def train(engine: str, what: Any, folder: Path) -> tuple[Any, list[dict[str, Any]], Job]:
+    """Train with one of the engines: the model, the metrics and the job."""
+    AcceleratorState._reset_state(True)
+    folder.mkdir()
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, folder)
+    with Tracker(folder, job.plan.total_steps) as tracker:
+        if engine == "trl":
+            model, _ = fit_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
+        else:
+            fit(model, job, jobs.start(job), tracker)
+    return model, read(folder / METRICS), job
+
+
+def of_kind(metrics: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [line for line in metrics if line["kind"] == kind]
+
+
+@QUANTIZATIONS
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_twenty_steps_of_both_engines_agree(quantization: str, at_once: int, tmp_path: Path) -> None:
+    # ten pairs in steps of 4, 4 and 2, so that epochs end in the middle of a batch
+    table = {"num_train_epochs": 7, "max_steps": 20, "warmup_steps": 3, "micro_batch_tokens": 42 * at_once}
+    what = jobs.recipe(quantization, train=table, data={"max_length": 21})
+    assert pairs_at_once(what) == at_once
+    own, own_metrics, _ = train("qlora_dpo", what, tmp_path / "own")
+    trl, trl_metrics, _ = train("trl", what, tmp_path / "trl")
+    assert jobs.all_apart(jobs.adapter(trl), jobs.adapter(own)) < 1e-5
+    same = {"loss": 1e-6, "rewards/margins": 1e-6, "logps/chosen": 1e-4, "logps/rejected": 1e-4, "grad_norm": 1e-5}
+    exact = {"learning_rate": 1e-12, "num_tokens": 0, "epoch": 1e-12, "step": 0}
+    per_token = {"entropy": 1e-4, "mean_token_accuracy": 1e-6, "logits/chosen": 1e-4} if at_once == 4 else {}
+    for name, tolerance in {**same, **exact, **per_token}.items():
+        for kind, prefix in (("train", ""), ("eval", "eval_")):
+            if kind == "eval" and name in {**exact, "grad_norm": 0}:
+                continue
+            found, expected = (
+                jobs.column(of_kind(metrics, kind), prefix + name) for metrics in (trl_metrics, own_metrics)
+            )
+            assert found == pytest.approx(expected, rel=0, abs=tolerance), name
+    assert len(of_kind(trl_metrics, "train")) == 20
+
+
+@QUANTIZATIONS
+def test_loss_and_gradients_of_a_batch_are_trls(quantization: str, tmp_path: Path) -> None:
+    model, job, trainer = stirred_trainer(quantization, tmp_path)
+    loss = trainer.compute_loss(trainer.model, inputs(job, trainer))
+    loss.backward()
+    expected = jobs.gradients(model)
+    model.zero_grad()
+    losses = our_losses(model, job)
+    losses.total_P.mean().backward()
+    assert losses.total_P.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert abs(loss.item() - 0.693147) > 1e-3  # the adapter does something
+    assert jobs.apart(jobs.gradients(model), expected) < 1e-5
+
+
+@QUANTIZATIONS
+def test_with_sft_term_both_agree_where_chosen_answers_are_of_one_length(quantization: str, tmp_path: Path) -> None:
+    model, job, trainer = stirred_trainer(quantization, tmp_path, chosen_tokens=5, dpo={"sft_weight": 0.5})
+    loss = trainer.compute_loss(trainer.model, inputs(job, trainer))
+    loss.backward()
+    expected = jobs.gradients(model)
+    model.zero_grad()
+    losses = our_losses(model, job)
+    losses.total_P.mean().backward()
+    assert losses.total_P.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert losses.sft_P.mean().item() > 1
+    assert jobs.apart(jobs.gradients(model), expected) < 1e-5
+
+
+def test_the_sigmoid_loss_is_trls_on_the_same_log_probabilities(tmp_path: Path) -> None:
+    _, job, trainer = stirred_trainer("none", tmp_path)
+    for index in range(4):
+        trainer._metrics["train"].clear()
+        one = inputs(job, trainer, [index])
+        loss = trainer.compute_loss(trainer.model, one)
+        reference_P2 = torch.stack(trainer.compute_ref_log_probs(trainer.model, one), dim=1)
+        chosen_P, rejected_P = (torch.tensor(trainer._metrics["train"][f"logps/{a}"]) for a in ("chosen", "rejected"))
+        ours = objective(chosen_P, rejected_P, torch.ones(1), reference_P2, job.recipe.dpo)
+        assert ours.dpo_P.item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_trls_reference_is_the_base_with_the_adapter_off(tmp_path: Path) -> None:
+    _, job, trainer = stirred_trainer("nf4", tmp_path)
+    asked = torch.stack(trainer.compute_ref_log_probs(trainer.model, inputs(job, trainer)), dim=1)
+    torch.testing.assert_close(asked, job.train.reference_P2[:4], rtol=1e-5, atol=1e-5)
+
+
+@QUANTIZATIONS
+def test_trl_trains_our_float32_weights_from_where_they_start(quantization: str, tmp_path: Path) -> None:
+    what = jobs.recipe(quantization)
+    model = jobs.fresh(what)
+    before = jobs.adapter(model)
+    trainer = make_trainer(model, jobs.job(model, what, tmp_path), tiny.tokenizer(), str(tmp_path / "out"))
+    now = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert now.keys() == before.keys()
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in now.items())
+    assert list(model.peft_config) == ["default"]
+
+
+def test_afterwards_the_model_computes_as_ours_does(tmp_path: Path) -> None:
+    what = jobs.recipe("nf4")
+    base = jobs.base_model("nf4")
+    pair = jobs.pairs(1, seed=5)[0]
+    before_LV = probe(base, pair, jobs.CPU)
+    model, _, _ = train("trl", what, tmp_path / "trl")
+    with model.disable_adapter():
+        assert torch.equal(probe(model, pair, jobs.CPU), before_LV)
+    assert "_fused_forward" not in repr(vars(model.get_base_model()).get("forward"))
+    model.eval()
+    logits = probe(model, pair, jobs.CPU).log_softmax(-1)[len(pair.prompt) - 1 : -1]
+    sums = logits.gather(-1, torch.tensor(pair.chosen)[:, None]).sum()
+    torch.testing.assert_close(live_logps(model, [pair], jobs.PAD, jobs.CPU)[0, 0], sums, rtol=1e-5, atol=1e-5)
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+
+
+def test_trl_is_quiet_and_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train("trl", jobs.recipe(dpo={"sft_weight": 0.5}), tmp_path / "run")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "\nengine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs\n" in said.err
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "temporary"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "reference"]
+
+
+def test_label_smoothing_is_refused_since_trl_would_ignore_it(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        train("trl", jobs.recipe(dpo={"label_smoothing": 0.1}), tmp_path / "run")
+    assert str(error.value) == (
+        'dpo.label_smoothing needs train.engine = "qlora_dpo": TRL\'s sigmoid loss ignores it; set it to 0'
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    what = jobs.recipe()
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, tmp_path)
+    next(iter(trainable(model).values())).data[0, 0] = float("nan")
+    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
+        fit_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
+    assert str(error.value) == "step 1: TRL's loss is not finite; lower train.learning_rate or look at the data"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_tokens", "max_length", "pairs"),
+    [(16, 4096, 512, 4), (6, 4096, 512, 3), (7, 4096, 512, 1), (4, 10**6, 512, 4), (16, 100, 512, 1)],
+)
+def test_trl_takes_as_many_pairs_at_once_as_the_token_budget_holds(
+    batch_size: int, micro_batch_tokens: int, max_length: int, pairs: int
+) -> None:
+    table = {"batch_size": batch_size, "micro_batch_tokens": micro_batch_tokens}
+    assert pairs_at_once(jobs.recipe(train=table, data={"max_length": max_length})) == pairs
+
+
+def stirred_trainer(
+    quantization: str, folder: Path, chosen_tokens: int | None = None, **tables: Any
+) -> tuple[Any, Job, Any]:
+    """A stock trainer over the tiny model, with an adapter that already does something."""
     what = jobs.recipe(quantization, **tables)
-    found: dict[str, Any] = {}
-    for engine in ("qlora_dpo", "trl"):
-        AcceleratorState._reset_state(True)
-        folder = tmp_path / engine
-        folder.mkdir()
-        model = jobs.fresh(what)
-        job = jobs.job(model, what, folder)
-        with Tracker(folder, job.plan.total_steps) as tracker:
-            if engine == "trl":
-                model, state = fit_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
-            else:
-                state = fit(model, job, jobs.start(job), tracker)
-        found[engine] = jobs.adapter(model), read(folder / METRICS), state, model, job
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, folder)
+    if chosen_tokens is not None:
+        job.train.pairs[:] = [of_length(pair, chosen_tokens) for pair in job.train.pairs]  # type: ignore[index]
+        for index, pair in enumerate(job.train.pairs):
+            job.train.reference_P2[index] = live_logps(model, [pair], jobs.PAD, jobs.CPU)[0]
+    trainer = make_trainer(jobs.stirred(model), job, tiny.tokenizer(), str(folder / "out"))
+    return model, job, trainer
+
+
+def of_length(pair: EncodedPair, tokens: int) -> EncodedPair:
+    chosen = (pair.chosen * tokens)[:tokens]
+    return EncodedPair(pair.prompt, chosen, pair.rejected, pair.row, digest(pair.prompt, chosen, pair.rejected))
+
+
+def inputs(job: Job, trainer: Any, indices: Any = range(4)) -> dict[str, Tensor]:
+    """Some of the job's pairs as TRL's own collator lays them out."""
+    pairs = [job.train.pairs[i] for i in indices]
+    names = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
+    found: dict[str, Tensor] = trainer.data_collator(
+        [{name: list(getattr(pair, own)) for name, own in names.items()} for pair in pairs]
+    )
     return found
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_twenty_steps_of_both_engines_agree(quantization: str, tmp_path: Path) -> None:
-    found = both(quantization, tmp_path, train={"num_train_epochs": 7, "max_steps": 20, "warmup_steps": 3})
-    for e in found: print(e, [ (r["step"], r.get("loss", r.get("eval_loss"))) for r in found[e][1]])
-    for e in found: print(e, found[e][1][1])
-    print(jobs.all_apart(found["trl"][0], found["qlora_dpo"][0]))
-    assert 0
+def our_losses(model: Any, job: Job) -> Losses:
+    scores = score(model, collate(job.train.pairs[:4], jobs.PAD), jobs.CPU)
+    logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
+    return objective(*logps, job.train.reference_P2[:4], job.recipe.dpo)

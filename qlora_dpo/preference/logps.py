@@ -73,17 +73,18 @@ class _HeadLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = hidden_RD.shape[0]
         weight_VD = weight_VD.to(dtype)
-        logp_R, logits_R, entropy_R, top1_R = (hidden_RD.new_zeros(rows, dtype=torch.float32) for _ in range(4))
+        exact = torch.promote_types(dtype, torch.float32)
+        logp_R, logits_R, entropy_R, top1_R = (hidden_RD.new_zeros(rows, dtype=exact) for _ in range(4))
         wants_gradient = hidden_RD.requires_grad
-        slope_RD = torch.empty_like(hidden_RD, dtype=torch.float32) if wants_gradient else None
+        slope_RD = torch.empty_like(hidden_RD, dtype=exact) if wants_gradient else None
         chunk = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
         for start in range(0, rows, chunk):
             c = slice(start, start + chunk)
-            logits_cV = nn.functional.linear(hidden_RD[c].to(dtype), weight_VD).float()
+            logits_cV = nn.functional.linear(hidden_RD[c].to(dtype), weight_VD).to(exact)
             if bias_V is not None:
-                logits_cV += bias_V.float()
+                logits_cV += bias_V.to(exact)
             logits_R[c] = logits_cV.mean(-1)
-            top1_R[c] = (logits_cV.argmax(-1) == target_R[c]).float()
+            top1_R[c] = (logits_cV.argmax(-1) == target_R[c]).to(exact)
             logits_cV = logits_cV.log_softmax(-1)
             logp_R[c] = logits_cV.gather(-1, target_R[c, None])[:, 0]
             probability_cV = logits_cV.exp()
@@ -93,7 +94,7 @@ class _HeadLogps(torch.autograd.Function):
                 slope_cV = probability_cV.neg_().scatter_add_(
                     -1, target_R[c, None], probability_cV.new_ones(target_R[c].shape[0], 1)
                 )
-                slope_RD[c] = (slope_cV.to(dtype) @ weight_VD).float()
+                slope_RD[c] = (slope_cV.to(dtype) @ weight_VD).to(exact)
         ctx.save_for_backward(slope_RD)
         ctx.hidden_dtype = hidden_RD.dtype
         ctx.mark_non_differentiable(logits_R, entropy_R, top1_R)

@@ -59,7 +59,7 @@ def reference_logps(
     """Log-probabilities (P, 2) of `pairs` with the adapter off, and how many pairs had to be computed for it.
 
     What is missing in `folder` is computed and added there about once a minute, so a run that is stopped goes on
-    where it was. `advance` is told how many pairs each batch finished.
+    where it was. `advance` is told how many pairs are known, and then how many each batch finished.
     """
     known = read_store(folder)
     missing = list({pair.digest: pair for pair in pairs if pair.digest not in known}.values())

@@ -1,0 +1,223 @@
+"""A run that is stopped goes on to the same bytes, from the newest checkpoint that is whole, or says why not."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+
+from qlora_dpo.errors import Interrupted, RunError
+from qlora_dpo.training import checkpoint
+from qlora_dpo.training.checkpoint import State, newest_valid, verify
+from qlora_dpo.training.loop import fit
+from qlora_dpo.training.tracker import Tracker
+
+pytestmark = jobs.LIBRARIES_WARN
+
+TRAIN = {"num_train_epochs": 3, "save_steps": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> None:
+    """Each run is its own process in real life; accelerate keeps its settings for the life of one."""
+    AcceleratorState._reset_state(True)
+
+
+def train(
+    folder: Path,
+    dtype: str = "fp32",
+    quantization: str = "nf4",
+    stop_at: int | None = None,
+    stop_with: signal.Signals = signal.SIGINT,
+    resume: Path | None = None,
+    heldout: int = 6,
+    seed: int = 42,
+    **changes: Any,
+) -> tuple[PeftModel, State]:
+    """Train in `folder`; with `stop_at`, the signal arrives while that step ends."""
+    place = jobs.device.choose(dtype)  # type: ignore[arg-type]
+    tables = {"train": {**TRAIN, "seed": seed, **changes}, "lora": {"lora_dropout": 0.1}, "dpo": {"sft_weight": 0.2}}
+    what = jobs.recipe(quantization, **tables)
+    folder.mkdir(exist_ok=True)
+    model = jobs.fresh(what, place)
+    job = jobs.job(model, what, folder, heldout=heldout, place=place)
+    if resume is None:
+        torch.manual_seed(1)
+    with Tracker(folder, job.plan.total_steps) as tracker:
+        if stop_at is not None:
+            said = tracker.step
+
+            def step(number: int) -> None:
+                said(number)
+                if number == stop_at:
+                    os.kill(os.getpid(), stop_with)
+
+            tracker.step = step  # type: ignore[method-assign]
+        return model, fit(model, job, jobs.start(job), tracker, resume)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """The directory of a run of nine steps that was stopped after its fifth."""
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", stop_at=5)
+    return tmp_path / "stopped"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(dtype: str, quantization: str, tmp_path: Path) -> None:
+    whole, whole_state = train(tmp_path / "whole", dtype, quantization)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", dtype, quantization, stop_at=5)
+    AcceleratorState._reset_state(True)
+    newest, skipped = newest_valid(tmp_path / "parts")
+    assert (newest.name, skipped) == ("step-000005", [])
+    resumed, state = train(tmp_path / "parts", dtype, quantization, resume=newest)
+    expected = jobs.adapter(whole)
+    for name, value in jobs.adapter(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    assert (state.step, state.num_tokens) == (9, whole_state.num_tokens)
+    assert [_untimed(each) for each in state.evals] == [_untimed(each) for each in whole_state.evals]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves_a_checkpoint(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as error:
+        train(tmp_path, stop_at=3, stop_with=number)
+    saved = tmp_path / "checkpoints" / "step-000003"
+    assert str(error.value) == f"stopped after step 3; {saved} is saved, --resume goes on from there"
+    assert error.value.exit_code == 130
+    assert verify(saved) == ""
+    assert "finishing the step and saving a checkpoint; once more stops at once\n" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
+def test_the_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint.save_file
+
+    def slow_disk(*given: Any) -> None:
+        original(*given)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow_disk)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stop_at=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_newest_two_checkpoints_are_kept(stopped: Path) -> None:
+    assert sorted(folder.name for folder in (stopped / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(stopped: Path) -> None:
+    assert sorted(file.name for file in (stopped / "checkpoints" / "step-000005").iterdir()) == [
+        "adapter.safetensors",
+        "manifest.json",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "state.json",
+    ]
+
+
+DAMAGES = {
+    "a flipped bit": "optimizer.safetensors has not its SHA-256",
+    "cut in half": "adapter.safetensors has not its size",
+    "a lost file": "random.safetensors is missing",
+    "an edited state": "state.json has not its SHA-256",
+    "a lost manifest": "manifest.json is missing",
+    "a broken manifest": "manifest.json is damaged",
+    "a manifest that lists nothing": "state.json is not in the manifest",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage: str, stopped: Path) -> None:
+    newest = stopped / "checkpoints" / "step-000005"
+    match damage:
+        case "a flipped bit":
+            content = bytearray((newest / "optimizer.safetensors").read_bytes())
+            content[-1] ^= 4
+            (newest / "optimizer.safetensors").write_bytes(content)
+        case "cut in half":
+            os.truncate(newest / "adapter.safetensors", (newest / "adapter.safetensors").stat().st_size // 2)
+        case "a lost file":
+            (newest / "random.safetensors").unlink()
+        case "an edited state":
+            text = (newest / "state.json").read_text()
+            (newest / "state.json").write_text(text.replace('"step": 5', '"step": 6'))
+        case "a lost manifest":
+            (newest / "manifest.json").unlink()
+        case "a broken manifest":
+            (newest / "manifest.json").write_text("{")
+        case "a manifest that lists nothing":
+            (newest / "manifest.json").write_text("{}")
+    assert newest_valid(stopped) == (
+        stopped / "checkpoints" / "step-000004",
+        [f"{newest}: skipped, since {DAMAGES[damage]}"],
+    )
+
+
+def test_without_a_valid_checkpoint_every_one_is_named(stopped: Path) -> None:
+    older, newer = sorted((stopped / "checkpoints").iterdir())
+    (older / "state.json").unlink()
+    (newer / "state.json").unlink()
+    with pytest.raises(RunError) as error:
+        newest_valid(stopped)
+    assert str(error.value) == (
+        f"{newer}: skipped, since state.json is missing; {older}: skipped, since state.json is missing; "
+        f"{stopped}: holds no checkpoint to resume from; train without --resume and with -o DIR"
+    )
+
+
+def test_a_changed_recipe_is_refused_with_what_changed(stopped: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    with pytest.raises(RunError) as error:
+        train(stopped, resume=newest, learning_rate=2e-3, seed=1)
+    assert str(error.value) == (
+        f"{newest}: belongs to another run; changed since: "
+        "train.learning_rate was 0.001, is 0.002; train.seed was 42, is 1"
+    )
+
+
+def test_changed_data_and_another_base_are_refused(stopped: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    what = jobs.recipe("nf4")
+    model = jobs.fresh(what)
+    asked = State(0, State(**checkpoint.json.loads((newest / "state.json").read_text())).recipe, "other", "other")
+    with pytest.raises(RunError) as error:
+        checkpoint.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
+    assert str(error.value) == (
+        f"{newest}: belongs to another run; changed since: the base model's weights; the training pairs"
+    )
+
+
+def test_a_resumed_run_may_have_another_max_steps(stopped: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    _, state = train(stopped, resume=newest, max_steps=7, logging_steps=2)
+    assert (state.step, state.evals[-1]["step"]) == (7, 7)
+
+
+def test_a_full_disk_leaves_no_half_written_checkpoint(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted((stopped / "checkpoints").iterdir())
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(Exception, match="the disk is full"):
+        train(stopped, resume=newest_valid(stopped)[0])
+    assert sorted((stopped / "checkpoints").iterdir()) == before
+
+
+def _untimed(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "seconds"}

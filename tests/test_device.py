@@ -1,0 +1,85 @@
+"""What a device is found to be able to do, with the reason that is printed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.model import device
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of the given name and capability, as torch would report it."""
+    name, capability = request.param
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # what torch says of a T4, too
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * 2**30))
+
+
+T4, A10 = ("Tesla T4", (7, 5)), ("NVIDIA A10", (8, 6))
+
+
+@pytest.mark.parametrize("gpu", [T4], indirect=True)
+def test_a_t4_computes_in_fp16_with_a_grad_scaler_and_without_triton(gpu: None) -> None:
+    assert device.choose().lines() == [
+        "device      Tesla T4 (cuda, 16 GiB)",
+        "compute     fp16 + GradScaler: capability (7, 5) is below (8, 0), which only emulates bf16",
+        "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
+        "attention   sdpa: memory-efficient kernel, since flash needs capability (8, 0); Triton not used",
+    ]
+
+
+@pytest.mark.parametrize("gpu", [A10], indirect=True)
+def test_an_ampere_gpu_computes_in_bf16(gpu: None) -> None:
+    assert device.choose().lines() == [
+        "device      NVIDIA A10 (cuda, 16 GiB)",
+        "compute     bf16: capability (8, 6) has native bf16",
+        "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
+        "attention   sdpa: flash kernels; Triton allowed",
+    ]
+
+
+@pytest.mark.parametrize("gpu", [("NVIDIA A100", (8, 0))], indirect=True)
+def test_capability_8_0_is_the_first_with_bf16(gpu: None) -> None:
+    assert device.choose().compute_dtype == "bf16"
+
+
+@pytest.mark.parametrize("gpu", [T4], indirect=True)
+@pytest.mark.parametrize(("dtype", "scaler"), [("bf16", False), ("fp32", False), ("fp16", True)])
+def test_the_recipe_may_ask_for_another_dtype_on_a_gpu(gpu: None, dtype: str, scaler: bool) -> None:
+    chosen = device.choose(dtype)  # type: ignore[arg-type]
+    assert (chosen.compute_dtype, chosen.dtype_reason) == (dtype, "the recipe asks for it")
+    assert (chosen.grad_scaler, chosen.torch_dtype) == (scaler, device.TORCH_DTYPES[chosen.compute_dtype])
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "reason"),
+    [
+        ({"avx512_bf16": True}, "bf16", "this CPU has bf16 instructions: about twice as fast as fp32"),
+        ({"amx_bf16": True}, "bf16", "this CPU has bf16 instructions: about twice as fast as fp32"),
+        ({"avx2": True}, "fp32", "this CPU has no bf16 instructions"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_has_the_instructions(
+    capabilities: dict[str, bool], dtype: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    chosen = device.choose()
+    assert chosen.lines()[1:] == [
+        f"compute     {dtype}: {reason}",
+        "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
+        "attention   sdpa: torch's CPU kernel; Triton not used",
+    ]
+    assert (chosen.torch_device, chosen.weight_dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError) as error:
+        device.choose("fp16")
+    assert str(error.value) == 'model.dtype = "fp16" needs a GPU; on this CPU choose "auto", "bf16" or "fp32"'

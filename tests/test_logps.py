@@ -1,0 +1,157 @@
+"""The answers' log-probabilities and their gradients, held against the model's full logits and plain autograd."""
+
+from typing import Any
+
+import jobs
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.model.lora import trainable
+from qlora_dpo.preference import logps
+from qlora_dpo.preference.logps import Scores, score
+from qlora_dpo.preference.pack import collate
+
+pytestmark = jobs.LIBRARIES_WARN
+
+PAIRS = jobs.pairs(5)
+
+
+def model_with(tied: bool, head_bias: bool) -> Any:
+    """A tiny Qwen2 with an adapter that does something, and the given kind of output head."""
+    base: Any = tiny.qwen2()
+    generator = torch.Generator().manual_seed(7)
+    if not tied:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = nn.Parameter(0.1 * torch.randn(base.lm_head.weight.shape, generator=generator))
+    if head_bias:
+        base.lm_head.bias = nn.Parameter(0.5 * torch.randn(base.lm_head.out_features, generator=generator))
+    base.requires_grad_(False)
+    return jobs.stirred(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")))
+
+
+def full_logits(model: Any, pairs: list[EncodedPair]) -> list[Tensor]:
+    """For each sequence (chosen first), the model's own logits (T, V) that predict the answer's T tokens."""
+    found = []
+    for answers in ("chosen", "rejected"):
+        for pair in pairs:
+            answer = getattr(pair, answers)
+            logits_LV = model(input_ids=torch.tensor([pair.prompt + answer])).logits[0].float()
+            found.append(logits_LV[len(pair.prompt) - 1 : -1])
+    return found
+
+
+def plain_logps(model: Any, pairs: list[EncodedPair]) -> Tensor:
+    """The same sums by log-softmax over full logits, (2P,)."""
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return torch.stack(
+        [
+            logits_TV.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
+            for logits_TV, answer in zip(full_logits(model, pairs), answers, strict=True)
+        ]
+    )
+
+
+def ours(scores: Scores) -> Tensor:
+    return torch.cat([scores.chosen_logp_P, scores.rejected_logp_P])
+
+
+@pytest.fixture
+def three_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that works in many small chunks, the last of them incomplete."""
+    monkeypatch.setattr(logps, "LOGITS_AT_ONCE", 3 * len(tiny.tokenizer()))
+
+
+HEADS = pytest.mark.parametrize(("tied", "head_bias"), [(True, False), (False, False), (False, True)])
+
+
+@HEADS
+def test_log_probabilities_are_those_of_the_full_logits(tied: bool, head_bias: bool, three_rows_at_once: None) -> None:
+    model = model_with(tied, head_bias)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(score(model, collate(PAIRS, jobs.PAD), jobs.CPU)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5
+        )
+
+
+@HEADS
+def test_gradients_are_those_of_autograd_through_full_logits(
+    tied: bool, head_bias: bool, three_rows_at_once: None
+) -> None:
+    model = model_with(tied, head_bias)
+    weight_S = torch.linspace(-1, 2, 2 * len(PAIRS))
+    (weight_S * ours(score(model, collate(PAIRS, jobs.PAD), jobs.CPU))).sum().backward()
+    chunked = jobs.gradients(model)
+    model.zero_grad()
+    (weight_S * plain_logps(model, PAIRS)).sum().backward()
+    assert jobs.apart(chunked, jobs.gradients(model)) < 1e-5
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_the_heads_gradient_is_the_numeric_one(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "LOGITS_AT_ONCE", rows_at_once * 11)
+    generator = torch.Generator().manual_seed(0)
+    hidden_RD = torch.randn(7, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight_VD, bias_V = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((11, 5), (11,)))
+    target_R = torch.randint(11, (7,), generator=generator)
+    assert torch.autograd.gradcheck(
+        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, target_R, torch.float64)[0], hidden_RD
+    )
+
+
+def test_log_probabilities_and_loss_terms_are_float32_under_bf16() -> None:
+    place = jobs.device.choose("bf16")
+    scores = score(jobs.stirred(jobs.fresh(jobs.recipe(), place)), collate(PAIRS, jobs.PAD), place)
+    assert scores.chosen_logp_P.dtype == scores.rejected_logp_P.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_pair_has_the_same_log_probabilities_in_every_batch() -> None:
+    model = model_with(tied=True, head_bias=False)
+    longer = jobs.pairs(6, seed=9, longest_prompt=60)
+    together = score(model, collate([*PAIRS, *longer], jobs.PAD), jobs.CPU)
+    for index, pair in enumerate(PAIRS):
+        alone = score(model, collate([pair], jobs.PAD), jobs.CPU)
+        torch.testing.assert_close(together.chosen_logp_P[index], alone.chosen_logp_P[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together.rejected_logp_P[index], alone.rejected_logp_P[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_the_padding_holds_does_not_matter() -> None:
+    model = model_with(tied=True, head_bias=False)
+    first, second = (ours(score(model, collate(PAIRS, pad), jobs.CPU)) for pad in (0, 77))
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_logits_entropy_and_token_accuracy_are_those_of_the_full_logits(three_rows_at_once: None) -> None:
+    model = model_with(tied=False, head_bias=True)
+    logits_TV = full_logits(model, PAIRS)
+    # make some greedy guesses right: answer with what the model says
+    pairs = [
+        EncodedPair(pair.prompt, (int(guess[0].argmax()), *pair.chosen[1:]), pair.rejected, pair.row, pair.digest)
+        for pair, guess in zip(PAIRS, logits_TV, strict=False)
+    ]
+    chosen, rejected = (torch.cat(part) for part in _halves(full_logits(model, pairs)))
+    scores = score(model, collate(pairs, jobs.PAD), jobs.CPU)
+    both = torch.cat([chosen, rejected]).log_softmax(-1)
+    right = chosen.argmax(-1) == torch.tensor([token for pair in pairs for token in pair.chosen])
+    assert scores.chosen_logits_sum == pytest.approx(chosen.mean(-1).sum().item(), rel=1e-4)
+    assert scores.rejected_logits_sum == pytest.approx(rejected.mean(-1).sum().item(), rel=1e-4)
+    assert scores.entropy_sum == pytest.approx(-(both.exp() * both).sum().item(), rel=1e-5)
+    assert scores.chosen_top1_sum == right.sum().item() >= len(pairs)
+    assert scores.chosen_tokens_P.tolist() == [len(pair.chosen) for pair in pairs]
+    assert scores.rejected_tokens_P.tolist() == [len(pair.rejected) for pair in pairs]
+
+
+def test_scoring_leaves_the_frozen_weights_without_gradients() -> None:
+    model = model_with(tied=True, head_bias=False)
+    ours(score(model, collate(PAIRS, jobs.PAD), jobs.CPU)).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable(model))
+
+
+def _halves(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return parts[: len(parts) // 2], parts[len(parts) // 2 :]

@@ -1,0 +1,257 @@
+"""A training step is the same however it is cut, moves every LoRA weight and nothing else, and is told as it was."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from torch import Tensor
+
+from qlora_dpo.errors import RunError
+from qlora_dpo.model.base import dequantized, linear4bit_layers
+from qlora_dpo.model.lora import trainable
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.objective import objective
+from qlora_dpo.preference.pack import collate, micro_batches
+from qlora_dpo.recipe import DpoTable
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.evaluate import Side, evaluate
+from qlora_dpo.training.loop import fit
+from qlora_dpo.training.tracker import METRICS, Tracker, read
+
+pytestmark = jobs.LIBRARIES_WARN
+
+PAIRS = jobs.pairs(8)
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> None:
+    """Each run is its own process in real life; accelerate keeps its settings for the life of one."""
+    AcceleratorState._reset_state(True)
+
+
+def train(
+    folder: Path, quantization: str = "none", model: PeftModel | None = None, **tables: dict[str, Any]
+) -> tuple[PeftModel, State, list[dict[str, Any]]]:
+    """Train the tiny model in `folder`: the model, the final state and the metrics."""
+    what = jobs.recipe(quantization, **tables)
+    folder.mkdir(exist_ok=True)
+    model = model or jobs.fresh(what)
+    job = jobs.job(model, what, folder)
+    with Tracker(folder, job.plan.total_steps) as tracker:
+        state = fit(model, job, jobs.start(job), tracker)
+    return model, state, read(folder / METRICS)
+
+
+def step_gradient(model: PeftModel, reference_P2: Tensor, groups: list[list[int]], table: DpoTable) -> Tensor:
+    """The gradient of the mean loss over all pairs, summed over micro-batches."""
+    model.zero_grad()
+    for group in groups:
+        scores = score(model, collate([PAIRS[i] for i in group], jobs.PAD), jobs.CPU)
+        logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
+        (objective(*logps, reference_P2[group], table).total_P.sum() / len(PAIRS)).backward()
+    return jobs.gradients(model)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(quantization: str) -> None:
+    model = jobs.stirred(jobs.fresh(jobs.recipe(quantization)))
+    reference_P2 = -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0))
+    table = DpoTable(sft_weight=0.3, label_smoothing=0.1)
+    whole = step_gradient(model, reference_P2, [list(range(len(PAIRS)))], table)
+    for budget in (1, 100, 200):
+        cut = step_gradient(model, reference_P2, micro_batches(PAIRS, budget), table)
+        assert jobs.apart(cut, whole) < 1e-5, budget
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_token_budget_changes_neither_the_adapter_nor_what_is_logged(quantization: str, tmp_path: Path) -> None:
+    runs = []
+    for budget in (1, 100, 5000):
+        AcceleratorState._reset_state(True)
+        tables = {"train": {"micro_batch_tokens": budget, "num_train_epochs": 2}, "dpo": {"sft_weight": 0.5}}
+        runs.append(train(tmp_path / str(budget), quantization, **tables))
+    (model, _, metrics), *others = runs
+    for other, _, lines in others:
+        assert jobs.all_apart(jobs.adapter(other), jobs.adapter(model)) < 1e-5
+        for line, expected in zip(lines, metrics, strict=True):
+            for name in sorted(expected.keys() - VARYING):
+                assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), (name, expected["step"])
+
+
+# a rounding error decides between a tie and a preference while policy and reference are still the same
+VARYING = {
+    "pairs_per_second",
+    "tokens_per_second",
+    "seconds",
+    "memory_bytes",
+    "eval_ties",
+    "rewards/accuracies",
+    "eval_rewards/accuracies",
+}
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
+    model = jobs.stirred(jobs.fresh(jobs.recipe()))
+    side = Side(PAIRS, -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0)))
+    table = DpoTable(sft_weight=0.3)
+    expected, found = (evaluate(model, side, table, tokens, jobs.PAD, jobs.CPU) for tokens in (200, budget))
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - {"seconds"}:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+
+
+def test_an_evaluation_leaves_the_model_in_its_mode_and_weights() -> None:
+    model = jobs.stirred(jobs.fresh(jobs.recipe())).train()
+    before = jobs.adapter(model)
+    evaluate(model, Side(PAIRS, torch.zeros(8, 2)), DpoTable(), 200, jobs.PAD, jobs.CPU)
+    assert model.training
+    assert jobs.all_apart(jobs.adapter(model), before) == 0
+
+
+def test_a_tie_counts_as_half_a_right_answer() -> None:
+    model = jobs.base_model()
+    batch = score(model, collate(PAIRS, jobs.PAD), jobs.CPU)
+    reference_P2 = torch.stack([batch.chosen_logp_P, batch.rejected_logp_P], 1).detach()
+    reference_P2[:2, 0] -= 1  # two pairs are right by 1 nat, one is wrong by 1, five are ties
+    reference_P2[2, 0] += 1
+    found = evaluate(model, Side(PAIRS, reference_P2), DpoTable(), 100_000, jobs.PAD, jobs.CPU)
+    assert (found["eval_rewards/accuracies"], found["eval_ties"], found["eval_pairs"]) == (4.5 / 8, 5, 8)
+    assert found["eval_rewards/margins"] == pytest.approx(0.1 * (2 - 1) / 8)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_ten_small_steps_move_nearly_every_lora_weight(quantization: str, tmp_path: Path) -> None:
+    tables = {"train": {"learning_rate": 5e-6, "num_train_epochs": 4, "max_steps": 10}}
+    before = jobs.adapter(jobs.fresh(jobs.recipe(quantization, **tables)))
+    model, _, _ = train(tmp_path, quantization, **tables)
+    after = jobs.adapter(model)
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    for part in ("lora_A", "lora_B"):
+        moved = torch.cat([(after[name] != before[name]).flatten() for name in after if part in name])
+        assert moved.float().mean() > 0.99, part
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_training_leaves_every_bit_of_a_4_bit_base_as_it_was(dtype: Any, tmp_path: Path) -> None:
+    what = jobs.recipe("nf4", train={"num_train_epochs": 2})
+    place = jobs.device.choose(dtype)
+    model = jobs.fresh(what, place)
+    job = jobs.job(model, what, tmp_path, place=place)  # the first forward casts biases to the compute dtype
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    weights = {name: dequantized(layer).clone() for name, layer in linear4bit_layers(model).items()}
+    with Tracker(tmp_path, job.plan.total_steps) as tracker:
+        fit(model, job, jobs.start(job), tracker)
+    now = dict(model.named_parameters())
+    assert len(weights) == 14
+    assert [name for name, value in frozen.items() if not torch.equal(now[name], value)] == []
+    layers = linear4bit_layers(model)
+    assert [name for name, value in weights.items() if not torch.equal(dequantized(layers[name]), value)] == []
+
+
+def test_gradient_checkpointing_does_not_change_the_steps(tmp_path: Path) -> None:
+    plain, _, _ = train(tmp_path / "plain", "nf4")
+    AcceleratorState._reset_state(True)
+    recomputed, _, _ = train(tmp_path / "recomputed", "nf4", train={"gradient_checkpointing": True})
+    assert jobs.all_apart(jobs.adapter(recomputed), jobs.adapter(plain)) < 1e-6
+
+
+def test_training_lowers_the_loss_on_what_it_trains_on(tmp_path: Path) -> None:
+    _, _, metrics = train(tmp_path, train={"num_train_epochs": 10, "learning_rate": 1e-2})
+    losses = [line["loss"] for line in metrics if line["kind"] == "train"]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert max(losses[-3:]) < 0.1
+
+
+def test_the_first_step_has_ln_2_and_no_margin(tmp_path: Path) -> None:
+    _, _, metrics = train(tmp_path, train={"max_steps": 1})
+    untrained, first = metrics[0], metrics[1]
+    assert untrained["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert untrained[f"eval_{name}"] == pytest.approx(0, abs=1e-5)
+        assert first[name] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_learning_rate_of_each_step_is_the_one_it_took(tmp_path: Path) -> None:
+    _, _, metrics = train(tmp_path, train={"num_train_epochs": 2, "warmup_steps": 2})
+    rates = [line["learning_rate"] for line in metrics if line["kind"] == "train"]
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize(
+    ("train_table", "logged", "evaluated"),
+    [
+        ({"logging_steps": 4}, [1, 4, 6], [0, 3, 6]),
+        ({"logging_steps": 100, "eval_steps": 4}, [1, 6], [0, 4, 6]),
+        ({"logging_steps": 5, "max_steps": 4}, [1, 4], [0, 3, 4]),
+    ],
+)
+def test_logging_and_evaluation_come_when_the_recipe_says(
+    train_table: dict[str, Any], logged: list[int], evaluated: list[int], tmp_path: Path
+) -> None:
+    _, state, metrics = train(tmp_path, train={"num_train_epochs": 2, **train_table})
+    assert [line["step"] for line in metrics if line["kind"] == "train"] == logged
+    assert [line["step"] for line in metrics if line["kind"] == "eval"] == evaluated
+    assert [each["step"] for each in state.evals] == evaluated
+
+
+MEANS = {
+    "loss",
+    "dpo_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+}
+RUNNING = {"learning_rate", "grad_norm", "num_tokens", "pairs_per_second", "tokens_per_second", "seconds"}
+
+
+@pytest.mark.parametrize(("sft_weight", "extra"), [(0.0, set()), (0.5, {"sft_loss"})])
+def test_metrics_have_trls_names(sft_weight: float, extra: set[str], tmp_path: Path) -> None:
+    _, _, metrics = train(tmp_path, train={"max_steps": 1}, dpo={"sft_weight": sft_weight})
+    common = {"kind", "step", "epoch"}
+    assert metrics[1].keys() == MEANS | extra | RUNNING | common | {"memory_bytes"}
+    assert metrics[0].keys() == {f"eval_{name}" for name in MEANS | extra} | common | {
+        "eval_pairs",
+        "eval_ties",
+        "seconds",
+    }
+
+
+def test_a_logged_line_is_the_mean_over_all_pairs_since_the_last(tmp_path: Path) -> None:
+    # ten pairs in steps of 4, 4 and 2: the last line covers steps 2 and 3, six pairs
+    _, _, each = train(tmp_path / "each", train={"logging_steps": 1})
+    AcceleratorState._reset_state(True)
+    _, _, rare = train(tmp_path / "rare", train={"logging_steps": 3})
+    two, three = [line for line in each if line["kind"] == "train"][1:]
+    last = [line for line in rare if line["kind"] == "train"][-1]
+    assert last["loss"] == pytest.approx((4 * two["loss"] + 2 * three["loss"]) / 6, rel=1e-6)
+    assert last["num_tokens"] == three["num_tokens"]
+
+
+def test_a_gradient_that_is_not_finite_is_refused_with_the_steps_rows(tmp_path: Path) -> None:
+    what = jobs.recipe()
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, tmp_path)
+    next(iter(trainable(model).values())).data[0, 0] = float("nan")
+    before = copy.deepcopy(jobs.adapter(model))
+    rows = ", ".join(str(job.train.pairs[i].row) for i in job.plan.indices(1))
+    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
+        fit(model, job, jobs.start(job), tracker)
+    assert str(error.value) == (
+        f"step 1: the gradient is not finite, so nothing was changed; the step's pairs are rows {rows} of data.train; "
+        "look at them, or lower train.learning_rate"
+    )
+    assert all(torch.equal(value.nan_to_num(), before[n].nan_to_num()) for n, value in jobs.adapter(model).items())

@@ -1,0 +1,69 @@
+"""The losses as mathematics: worked numbers and identities."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_dpo.preference.objective import dpo, objective, sft
+from qlora_dpo.recipe import DpoTable
+
+MARGINS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 60.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_dpo_is_ln_2_where_policy_and_reference_agree(beta: float, label_smoothing: float) -> None:
+    assert dpo(torch.zeros(1), beta, label_smoothing).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_dpo_of_a_margin_of_2_nats_at_beta_one_half() -> None:
+    # -ln(1 / (1 + e^-1)) = ln(1 + 0.36788)
+    assert dpo(torch.tensor([2.0]), beta=0.5).item() == pytest.approx(0.3132617, abs=1e-7)
+
+
+def test_conservative_dpo_of_a_margin_of_2_nats_at_beta_one_half() -> None:
+    # 0.9 ln(1 + e^-1) + 0.1 ln(1 + e)
+    assert dpo(torch.tensor([2.0]), beta=0.5, label_smoothing=0.1).item() == pytest.approx(0.4132617, abs=1e-7)
+
+
+def test_label_smoothing_adds_its_share_of_the_reward_margin() -> None:
+    # -ln s(-x) = x - ln s(x), so both terms together are the plain loss plus a linear one
+    smoothed = dpo(MARGINS, 0.3, 0.1)
+    torch.testing.assert_close(smoothed, dpo(MARGINS, 0.3) + 0.1 * 0.3 * MARGINS)
+
+
+def test_dpo_stays_finite_and_keeps_its_slope_at_a_hopeless_margin() -> None:
+    margin_P = torch.tensor([-1e4], requires_grad=True)
+    loss_P = dpo(margin_P, beta=0.1)
+    loss_P.sum().backward()
+    assert margin_P.grad is not None
+    assert (loss_P.item(), margin_P.grad.item()) == (pytest.approx(1000.0), pytest.approx(-0.1))
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin() -> None:
+    chosen_P, rejected_P, reference_P2 = _log_probabilities()
+    tokens_P = torch.ones(4)
+    table = DpoTable(beta=0.3)
+    there = objective(chosen_P, rejected_P, tokens_P, reference_P2, table)
+    back = objective(rejected_P, chosen_P, tokens_P, reference_P2.flip(1), table)
+    margin_P = (chosen_P - reference_P2[:, 0]) - (rejected_P - reference_P2[:, 1])
+    torch.testing.assert_close(there.dpo_P, dpo(margin_P, 0.3))
+    torch.testing.assert_close(back.dpo_P, dpo(-margin_P, 0.3))
+
+
+def test_sft_is_the_chosen_answers_negative_log_likelihood_per_token() -> None:
+    assert sft(torch.tensor([-6.0, -1.0]), torch.tensor([3, 4])).tolist() == [2.0, 0.25]
+
+
+def test_the_objective_adds_the_weighted_sft_term() -> None:
+    chosen_P, rejected_P, reference_P2 = _log_probabilities()
+    losses = objective(chosen_P, rejected_P, torch.tensor([1, 2, 3, 4]), reference_P2, DpoTable(sft_weight=0.5))
+    torch.testing.assert_close(losses.total_P, losses.dpo_P + 0.5 * losses.sft_P)
+
+
+def _log_probabilities() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = -20 * torch.rand(4, 4, generator=generator)
+    return values[:, 0], values[:, 1], values[:, 2:]

@@ -1,0 +1,204 @@
+"""The reference is asked once, kept on disk, and proven to be the base and to fit the policy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+
+from qlora_dpo.errors import ModelError
+from qlora_dpo.files import cache_home
+from qlora_dpo.preference import reference
+from qlora_dpo.preference.reference import (
+    guard_adapter,
+    guard_first_loss,
+    live_logps,
+    probe,
+    read_store,
+    reference_logps,
+    store_folder,
+)
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.training.run import Outcome, prepare, run
+from qlora_dpo.training.tracker import Tracker
+
+pytestmark = jobs.LIBRARIES_WARN
+
+PAIRS = jobs.pairs(9)
+
+
+def ask(model: Any, folder: Path, pairs: list[Any] = PAIRS, advance: Any = lambda pairs: None) -> tuple[Any, int]:
+    return reference_logps(model, pairs, folder, 64, jobs.PAD, jobs.CPU, advance)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_reference_is_the_base_although_the_adapter_is_attached(quantization: str, tmp_path: Path) -> None:
+    base = jobs.base_model(quantization)
+    untouched = torch.cat([live_logps(base, [pair], jobs.PAD, jobs.CPU) for pair in PAIRS])
+    tuned = jobs.stirred(jobs.fresh(jobs.recipe(quantization)))
+    asked, computed = ask(tuned, tmp_path)
+    torch.testing.assert_close(asked, untouched, rtol=1e-5, atol=1e-5)
+    assert computed == len(PAIRS)
+    assert not torch.allclose(live_logps(tuned, PAIRS, jobs.PAD, jobs.CPU), untouched, atol=1e-3)
+
+
+def test_the_second_time_nothing_is_computed_and_the_same_is_known(tmp_path: Path) -> None:
+    first, _ = ask(jobs.base_model(), tmp_path)
+    again, computed = ask(None, tmp_path, list(reversed(PAIRS)))
+    assert computed == 0
+    assert torch.equal(again.flip(0), first)
+
+
+def test_progress_counts_known_pairs_at_once_and_new_ones_as_they_are_done(tmp_path: Path) -> None:
+    ask(jobs.base_model(), tmp_path, PAIRS[:4])
+    told: list[int] = []
+    ask(jobs.base_model(), tmp_path, advance=told.append)
+    assert (told[0], sum(told)) == (4, len(PAIRS))
+
+
+def test_only_new_pairs_are_computed_and_equal_ones_only_once(tmp_path: Path) -> None:
+    model = jobs.base_model()
+    ask(model, tmp_path, PAIRS[:4])
+    known, computed = ask(model, tmp_path, [*PAIRS, *PAIRS])
+    assert (computed, known.shape) == (5, (18, 2))
+
+
+def test_what_was_computed_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SECONDS_BETWEEN_SAVES", 0.0)
+    done: list[int] = []
+
+    def stop_at_the_third(pairs: int) -> None:
+        done.append(pairs)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(jobs.base_model(), tmp_path, advance=stop_at_the_third)
+    assert ask(jobs.base_model(), tmp_path)[1] == len(PAIRS) - sum(done[:2])
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut in half", "emptied", "of another name"])
+def test_a_damaged_cache_file_is_never_used(damage: str, tmp_path: Path) -> None:
+    first, _ = ask(jobs.base_model(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    match damage:
+        case "a flipped bit":
+            file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        case "cut in half":
+            file.write_bytes(content[: len(content) // 2])
+        case "emptied":
+            file.write_bytes(b"")
+        case "of another name":
+            file.rename(tmp_path / f"{'0' * 64}.safetensors")
+    assert read_store(tmp_path) == {}
+    again, computed = ask(jobs.base_model(), tmp_path)
+    assert computed == len(PAIRS)
+    assert torch.equal(again, first)
+
+
+def test_the_cache_is_kept_apart_by_all_that_changes_the_reference(own_cache: Path) -> None:
+    source, table = jobs.source(), jobs.recipe().model
+    other_weights = jobs.sources.Source(source.name, source.folder, "0" * 64)
+    folders = {
+        store_folder(source, table, jobs.CPU),
+        store_folder(other_weights, table, jobs.CPU),
+        store_folder(source, table.model_copy(update={"quantization": "nf4"}), jobs.CPU),
+        store_folder(source, table.model_copy(update={"quantization": "nf4", "double_quant": False}), jobs.CPU),
+        store_folder(source, table, jobs.device.choose("bf16")),
+    }
+    assert len(folders) == 5
+    assert store_folder(source, table.model_copy(update={"double_quant": False}), jobs.CPU) in folders
+    assert {folder.parent for folder in folders} == {own_cache / "reference"}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_guard_lets_an_untrained_adapter_pass(quantization: str, dtype: Any) -> None:
+    place = jobs.device.choose(dtype)
+    base = jobs.base_model(quantization, place)
+    before_LV = probe(base, PAIRS[0], place)
+    model = jobs.attach(base, jobs.recipe().lora, seed=42)
+    guard_adapter(model, before_LV, PAIRS[0], jobs.PAD, place)
+
+
+def test_the_guard_refuses_an_adapter_that_changes_the_base() -> None:
+    base = jobs.base_model()
+    before_LV = probe(base, PAIRS[0], jobs.CPU)
+    pissa = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa")
+    )
+    with pytest.raises(ModelError) as error:
+        guard_adapter(pissa, before_LV, PAIRS[0], jobs.PAD, jobs.CPU)
+    assert str(error.value) == (
+        "with its adapter off the model differs from the base as loaded, so it cannot be the DPO reference; "
+        "use an adapter that leaves the base as it is"
+    )
+
+
+def test_the_guard_refuses_an_adapter_that_is_not_untrained() -> None:
+    base = jobs.base_model()
+    before_LV = probe(base, PAIRS[0], jobs.CPU)
+    model = jobs.stirred(jobs.attach(base, jobs.recipe().lora, seed=42))
+    with pytest.raises(ModelError) as error:
+        guard_adapter(model, before_LV, PAIRS[0], jobs.PAD, jobs.CPU)
+    assert str(error.value) == "the untrained adapter changes the model, so the first loss would not be ln 2"
+    guard_adapter(model, before_LV, PAIRS[0], jobs.PAD, jobs.CPU, fresh=False)
+
+
+def test_the_guard_refuses_a_model_that_scales_its_logits() -> None:
+    base = jobs.base_model()
+    base.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 2)
+    before_LV = probe(base, PAIRS[0], jobs.CPU)
+    with pytest.raises(ModelError) as error:
+        guard_adapter(jobs.attach(base, jobs.recipe().lora, 42), before_LV, PAIRS[0], jobs.PAD, jobs.CPU)
+    assert str(error.value).endswith("the model changes its logits after the output head, which is not supported yet")
+
+
+def test_the_first_loss_is_ln_2_or_the_run_is_refused(own_cache: Path) -> None:
+    right_P2 = live_logps(jobs.base_model(), PAIRS, jobs.PAD, jobs.CPU)
+    guard_first_loss(right_P2, right_P2.clone(), 0.1, jobs.CPU)
+    wrong_P2 = right_P2 - torch.tensor([1.0, 0.0])
+    with pytest.raises(ModelError) as error:
+        guard_first_loss(right_P2, wrong_P2, 0.1, jobs.CPU)
+    # every margin is 1 nat: ln(1 + e^-0.1)
+    assert str(error.value) == (
+        "the first DPO loss would be 0.644397 instead of ln 2 = 0.693147: the cached reference does not belong "
+        f"to this model; delete {cache_home() / 'reference'} and start again"
+    )
+
+
+def test_another_rate_rank_seed_or_beta_asks_the_reference_nothing(own_cache: Path, tmp_path: Path) -> None:
+    first = whole_run(tmp_path / "first", {})
+    assert first.reference_computed == 12
+    for name, other in {
+        "rate": {"train": {"learning_rate": 1e-5}},
+        "rank": {"lora": {"r": 2}},
+        "seed": {"train": {"seed": 7}},
+        "beta": {"dpo": {"beta": 0.5}},
+    }.items():
+        assert whole_run(tmp_path / name, other).reference_computed == 0, name
+    assert whole_run(tmp_path / "nf4", {"model": {"quantization": "nf4"}}).reference_computed == 12
+
+
+def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:
+    """One step of a run on eight training and four held-out pairs of text, all the way from files."""
+    AcceleratorState._reset_state(True)
+    folder.mkdir()
+    for name, count, verb in (("train", 8, "cook"), ("eval", 4, "find")):
+        rows = [
+            {"prompt": f"How do I {verb} {n} birds?", "chosen": f"Ask {n} people.", "rejected": f"Wait {n} minutes."}
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 200}
+    values = jobs.recipe(train={"max_steps": 1}).model_dump(exclude_none=True) | {"data": data}
+    for table, keys in changes.items():
+        values[table] = {**values[table], **keys}
+    what = Recipe.model_validate(values)
+    with Tracker(folder, 1) as tracker:
+        return run(prepare(what), what, jobs.CPU, tracker, None)
