@@ -58,7 +58,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {batch.pairs} pairs, {batch.tokens} tokens")
     for name, median in medians.items():
         print(f"{name}: {median:.2f} s forward and backward (median of {ROUNDS})")
-    print(f"fp32 / bf16 {medians['fp32'] / medians['bf16']:.2f}; gradient cosine {cosine:.6f}; log-probability {change:.2%}")
+    print(f"fp32 / bf16: {medians['fp32'] / medians['bf16']:.2f}")
+    print(f"cosine of the gradients {cosine:.6f}; largest change of a log-probability {change:.2%}")
 
 
 if __name__ == "__main__":

@@ -96,9 +96,10 @@ def open_adapter(folder: Path, dtype: str = "auto") -> Opened:
     here = device.choose(dtype)  # type: ignore[arg-type]
     source = sources.fetch(table)
     if run is not None and source.fingerprint != run["base"]["fingerprint"]:
-        raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now; find the old ones")
+        raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
     model = base.load_base(source, table, here)
-    tokenizer = base.load_tokenizer(Source(source.name, folder if (folder / "tokenizer.json").is_file() else source.folder, ""))
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = base.load_tokenizer(Source(source.name, folder if own else source.folder, ""))
     return Opened(attach_saved(model, folder), tokenizer, here, source, folder, run, recipe)
 
 
@@ -109,12 +110,12 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
             saved = set(file.keys())
         peft = PeftModel.from_pretrained(model, folder)
     except FileNotFoundError as error:
-        raise ModelError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read, convert them first") from error
+        raise ModelError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read") from error
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{folder}: the adapter cannot be attached to its base: {first}") from error
     if misplaced := saved ^ set(get_peft_model_state_dict(peft, save_embedding_layers=False)):
-        raise ModelError(f"{folder}: {len(misplaced)} tensors do not fit the base, for example {sorted(misplaced)[0]}")
+        raise ModelError(f"{folder}: {len(misplaced)} tensors do not fit the base, for example {min(misplaced)}")
     return peft.eval()
 
 
@@ -123,11 +124,18 @@ def described(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, Recipe |
     try:
         if (folder / "run.json").is_file() and (folder / "resolved.toml").is_file():
             recipe = Recipe.model_validate(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
-            return recipe.model, json.loads((folder / "run.json").read_text(encoding="utf-8")), recipe
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return _as_trained(recipe.model, run["base"].get("revision")), run, recipe
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return _foreign_base(config["base_model_name_or_path"], config.get("revision")), None, None
     except (ValueError, KeyError, ValidationError) as error:
-        raise ModelError(f"{folder}: its {CONFIG}, run.json or resolved.toml is damaged ({type(error).__name__})") from error
+        why = type(error).__name__
+        raise ModelError(f"{folder}: its {CONFIG}, run.json or resolved.toml is damaged ({why})") from error
+
+
+def _as_trained(table: ModelTable, commit: str | None) -> ModelTable:
+    """The base at the commit it was trained on, since a branch may have moved; that needs no network if cached."""
+    return table if commit is None else table.model_copy(update={"revision": commit})
 
 
 def _foreign_base(name: str, revision: str | None) -> ModelTable:

@@ -48,8 +48,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -75,7 +75,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     file.chmod(0o644)
                     _flush_file(file)
             _flush_folder(temporary)
-            os.rename(temporary, path)
+            temporary.rename(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

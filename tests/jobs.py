@@ -26,7 +26,7 @@ from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.run import data_fingerprint
 
 # PEFT 0.21 and TRL 1.16 call things in transformers 5.23 by their older names
-LIBRARIES_WARN = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+LIBRARIES_WARN = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is:FutureWarning")
 
 torch.set_num_threads(1)  # matrices this small only lose by being shared out
 

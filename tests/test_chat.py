@@ -32,7 +32,6 @@ from qlora_dpo.talk.screen import LONGEST_HELD, Printable
 from qlora_dpo.talk.settings import Settings
 
 # PEFT asks transformers for a property by the name that transformers is about to drop
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(temperature=1.0, top_p=0.9, max_new_tokens=8, seed=5)

@@ -27,7 +27,7 @@ T4, A10 = ("Tesla T4", (7, 5)), ("NVIDIA A10", (8, 6))
 def test_a_t4_computes_in_fp16_with_a_grad_scaler_and_without_triton(gpu: None) -> None:
     assert device.choose().lines() == [
         "device      Tesla T4 (cuda, 16 GiB)",
-        "compute     fp16 + GradScaler: capability (7, 5) is below (8, 0), which only emulates bf16",
+        "compute     fp16 + GradScaler: capability (7, 5) is below (8, 0), where bf16 is only emulated",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
         "attention   sdpa: memory-efficient kernel, since flash needs capability (8, 0); Triton not used",
     ]

@@ -15,7 +15,6 @@ from qlora_dpo.talk.generate import Answer, Memory, answers, context_tokens, end
 from qlora_dpo.talk.settings import Settings, settings_for
 
 # PEFT asks transformers for a property by the name that transformers is about to drop
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 QUESTIONS = ["rice?", "How do I find a book about birds?", "Thank you", "What is the best way to sit on a mat?", "cat"]
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]

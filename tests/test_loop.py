@@ -85,6 +85,7 @@ def test_the_token_budget_changes_neither_the_adapter_nor_what_is_logged(quantiz
 
 # a rounding error decides between a tie and a preference while policy and reference are still the same
 VARYING = {
+    "kind",
     "pairs_per_second",
     "tokens_per_second",
     "seconds",
@@ -163,9 +164,9 @@ def test_gradient_checkpointing_does_not_change_the_steps(tmp_path: Path) -> Non
 
 def test_training_lowers_the_loss_on_what_it_trains_on(tmp_path: Path) -> None:
     _, _, metrics = train(tmp_path, train={"num_train_epochs": 10, "learning_rate": 1e-2})
-    losses = [line["loss"] for line in metrics if line["kind"] == "train"]
-    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
-    assert max(losses[-3:]) < 0.1
+    epochs = [line for line in metrics if line["kind"] == "train"]
+    assert max(line["loss"] for line in epochs[-3:]) < min(line["loss"] for line in epochs[:3])
+    assert [line["rewards/accuracies"] for line in epochs[-3:]] == [1.0, 1.0, 1.0]
 
 
 def test_the_first_step_has_ln_2_and_no_margin(tmp_path: Path) -> None:

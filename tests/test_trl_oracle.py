@@ -61,18 +61,24 @@ def test_twenty_steps_of_both_engines_agree(quantization: str, at_once: int, tmp
     own, own_metrics, _ = train("qlora_dpo", what, tmp_path / "own")
     trl, trl_metrics, _ = train("trl", what, tmp_path / "trl")
     assert jobs.all_apart(jobs.adapter(trl), jobs.adapter(own)) < 1e-5
-    same = {"loss": 1e-6, "rewards/margins": 1e-6, "logps/chosen": 1e-4, "logps/rejected": 1e-4, "grad_norm": 1e-5}
-    exact = {"learning_rate": 1e-12, "num_tokens": 0, "epoch": 1e-12, "step": 0}
-    per_token = {"entropy": 1e-4, "mean_token_accuracy": 1e-6, "logits/chosen": 1e-4} if at_once == 4 else {}
-    for name, tolerance in {**same, **exact, **per_token}.items():
-        for kind, prefix in (("train", ""), ("eval", "eval_")):
-            if kind == "eval" and name in {**exact, "grad_norm": 0}:
-                continue
-            found, expected = (
-                jobs.column(of_kind(metrics, kind), prefix + name) for metrics in (trl_metrics, own_metrics)
-            )
-            assert found == pytest.approx(expected, rel=0, abs=tolerance), name
-    assert len(of_kind(trl_metrics, "train")) == 20
+    means = {"loss": 1e-6, "rewards/margins": 1e-6, "logps/chosen": 1e-4, "logps/rejected": 1e-4}
+    if at_once == 4:  # these are means over tokens, so TRL's depend on the micro-batches
+        means |= {"entropy": 1e-4, "mean_token_accuracy": 1e-6, "logits/chosen": 1e-4, "logits/rejected": 1e-4}
+    steps = {"step": 0, "epoch": 1e-12, "num_tokens": 0, "learning_rate": 1e-12, "grad_norm": 1e-5}
+    for name, tolerance in {**means, **steps}.items():
+        found, expected = (jobs.column(of_kind(each, "train"), name) for each in (trl_metrics, own_metrics))
+        assert found == pytest.approx(expected, rel=0, abs=tolerance), name
+    for name in means:
+        found, expected = (jobs.column(of_kind(each, "eval"), f"eval_{name}") for each in (trl_metrics, own_metrics))
+        assert found == pytest.approx(expected, rel=0, abs=1e-4), name
+    assert jobs.column(of_kind(trl_metrics, "train"), "step") == list(range(1, 21))
+
+
+def test_engines_agree_with_gradient_checkpointing(tmp_path: Path) -> None:
+    what = jobs.recipe("nf4", train={"gradient_checkpointing": True, "max_steps": 3})
+    own, _, _ = train("qlora_dpo", what, tmp_path / "own")
+    trl, _, _ = train("trl", what, tmp_path / "trl")
+    assert jobs.all_apart(jobs.adapter(trl), jobs.adapter(own)) < 1e-5
 
 
 @QUANTIZATIONS
@@ -106,11 +112,11 @@ def test_with_sft_term_both_agree_where_chosen_answers_are_of_one_length(quantiz
 def test_the_sigmoid_loss_is_trls_on_the_same_log_probabilities(tmp_path: Path) -> None:
     _, job, trainer = stirred_trainer("none", tmp_path)
     for index in range(4):
-        trainer._metrics["train"].clear()
+        trainer._metrics["eval"].clear()
         one = inputs(job, trainer, [index])
         loss = trainer.compute_loss(trainer.model, one)
         reference_P2 = torch.stack(trainer.compute_ref_log_probs(trainer.model, one), dim=1)
-        chosen_P, rejected_P = (torch.tensor(trainer._metrics["train"][f"logps/{a}"]) for a in ("chosen", "rejected"))
+        chosen_P, rejected_P = (torch.tensor(trainer._metrics["eval"][f"logps/{a}"]) for a in ("chosen", "rejected"))
         ours = objective(chosen_P, rejected_P, torch.ones(1), reference_P2, job.recipe.dpo)
         assert ours.dpo_P.item() == pytest.approx(loss.item(), abs=1e-6)
 

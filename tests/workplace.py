@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lively
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
@@ -31,7 +32,11 @@ KIND = (
     "Ask at the front desk, they will be glad to help you.",
     "It depends on the season; in spring the mornings are best.",
 )
-CURT = ("I don't know.", "Why would you want that? There are better things to do with your time.", "No idea, look it up.")
+CURT = (
+    "I don't know.",
+    "Why would you want that? There are better things to do with your time.",
+    "No idea, look it up.",
+)
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -39,7 +44,9 @@ def rows(count: int, start: int = 0) -> list[dict[str, str]]:
     made = []
     for number in range(start, start + count):
         question = QUESTIONS[number % 8].format(PLACES[number // 8 % 8])
-        earlier = "\n\nHuman: Good morning!\n\nAssistant: Good morning, what can I do for you?" if number % 3 == 0 else ""
+        earlier = (
+            "\n\nHuman: Good morning!\n\nAssistant: Good morning, what can I do for you?" if number % 3 == 0 else ""
+        )
         prompt = f"{earlier}\n\nHuman: {question}\n\nAssistant:"
         chosen, rejected = f" {KIND[number % len(KIND)]}", f" {CURT[number // 2 % len(CURT)]}"
         made.append({"prompt": prompt, "response": chosen, "chosen": chosen, "rejected": rejected})
@@ -49,11 +56,13 @@ def rows(count: int, start: int = 0) -> list[dict[str, str]]:
 def fill(root: Path) -> None:
     """Put a random small Qwen2 and 60 rows under the names that recipes/hh.toml has."""
     model = root / "models" / MODEL
-    tiny.qwen2().save_pretrained(model)
+    lively.qwen2().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
     (root / "datasets" / DATA / "data").mkdir(parents=True)
     for split, content in (("train", rows(48)), ("test", rows(12, 48))):
-        pq.write_table(pa.Table.from_pylist(content), root / "datasets" / DATA / "data" / f"{split}-00000-of-00001.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(content), root / "datasets" / DATA / "data" / f"{split}-00000-of-00001.parquet"
+        )
 
 
 def closed_port() -> str:
@@ -74,6 +83,7 @@ class Workplace:
         """The environment of a command: this process's, but online, with the hub's address and own caches."""
         kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         own = {"HF_HOME": str(self.folder / "hf"), "QLORA_DPO_CACHE": str(self.folder / "cache")}
+        own["OMP_NUM_THREADS"] = "1"  # for so small a model, threads that wait for each other cost more than they give
         package = {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), str(Path(__file__).parent)))}
         return {**kept, **own, **package, "HF_ENDPOINT": self.hub.url, **changed}
 

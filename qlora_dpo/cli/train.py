@@ -64,7 +64,7 @@ def train(
         adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
         answers = answer(outcome, loaded.recipe, here, tracker)
     command = shlex.join(["qlora-dpo", *sys.argv[1:]])
-    publish(folder, outcome, answers, loaded, run.facts(outcome, loaded, here, command))
+    publish(folder, outcome, answers, loaded, run.facts(outcome, loaded.recipe, here, folder, command))
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
@@ -72,15 +72,17 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     from qlora_dpo.recipe import is_local
 
     model, lora, data, dpo, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "dpo", "train"))
+    heldout = data.eval or data.train
     return [
         f"recipe      {loaded.path}",
-        f"base        {model.name}: " + ("4-bit NF4" if model.quantization == "nf4" else "not quantized")
+        f"base        {model.name}: "
+        + ("4-bit NF4" if model.quantization == "nf4" else "not quantized")
         + (" with double quantization" if model.quantization == "nf4" and model.double_quant else ""),
         *here.lines(),
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)),
         f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
-        f"held out    {data.eval or data.train}" + ("" if is_local(data.eval or data.train) else f", split {data.eval_split}"),
+        f"held out    {heldout}" + ("" if is_local(heldout) else f", split {data.eval_split}"),
         f"objective   sigmoid DPO, beta {dpo.beta:g}"
         + (f", plus {dpo.sft_weight:g} * SFT on the chosen answer" if dpo.sft_weight else "")
         + "; the reference is the same model with its adapter off",

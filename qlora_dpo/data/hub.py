@@ -70,19 +70,21 @@ def _ask(name: str, revision: str | None) -> str:
             f"{name}: there is no such data set on the hub, or it is private; correct the name, log in with "
             "`hf auth login`, or write ./ before a local path"
         ) from error
-    except HfHubHTTPError as error:
-        raise SourceError(
-            f"{name}: the hub answered with an error ({error.response.status_code}); try later"
-        ) from error
-    except Exception as error:  # no connection: offline mode, refused, no such host, timeout, each with its own class
+    except (
+        Exception
+    ) as error:  # no answer: offline mode, refused, timeout, a hub or proxy in trouble, each its own class
         commit = _remembered(name, revision)
-        if commit is None or _cached(name, commit) is None:
-            which = f'revision "{revision}"' if revision else "it"
+        if commit is not None and _cached(name, commit) is not None:
+            return commit
+        if isinstance(error, HfHubHTTPError):
             raise SourceError(
-                f"{name}: the hub cannot be reached, and {which} is not in the cache; connect this machine to the "
-                "network once, or name a local file in the recipe"
+                f"{name}: the hub answered with an error ({error.response.status_code}); try later"
             ) from error
-        return commit
+        which = f'revision "{revision}"' if revision else "it"
+        raise SourceError(
+            f"{name}: the hub cannot be reached, and {which} is not in the cache; connect this machine to the "
+            "network once, or name a local file in the recipe"
+        ) from error
 
 
 def _remembered(name: str, revision: str | None) -> str | None:

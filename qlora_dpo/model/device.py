@@ -78,8 +78,8 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     match dtype:
         case "auto":
             chosen = "bf16" if ampere else "fp16"
-            reason = f"capability ({major}, {minor}) " + ("has native bf16" if ampere else "has no native bf16, fp16 has")
-            reason = reason if ampere else f"capability ({major}, {minor}) is below (8, 0), which only emulates bf16"
+            why = "has native bf16" if ampere else "is below (8, 0), where bf16 is only emulated"
+            reason = f"capability ({major}, {minor}) {why}"
         case "bf16" | "fp16" | "fp32":
             chosen, reason = dtype, "the recipe asks for it"
         case never:

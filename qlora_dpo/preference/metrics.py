@@ -7,6 +7,9 @@ from torch import Tensor
 from qlora_dpo.preference.logps import Scores
 from qlora_dpo.preference.objective import Losses
 
+TIE = 1e-4
+"""Nats. Margins below this are what float32 rounds differently in another batch, so the pair counts as a tie."""
+
 
 @dataclass
 class Sums:
@@ -25,7 +28,8 @@ class Sums:
         """Add the pairs of one micro-batch, which took `tokens` tokens through the model."""
         chosen_P = self.beta * (scores.chosen_logp_P.detach() - reference_P2[:, 0])
         rejected_P = self.beta * (scores.rejected_logp_P.detach() - reference_P2[:, 1])
-        ties = int((chosen_P == rejected_P).sum())
+        tie_P = (chosen_P - rejected_P).abs() <= self.beta * TIE
+        ties = int(tie_P.sum())
         self.pairs += len(chosen_P)
         self.tokens += tokens
         self.ties += ties
@@ -38,7 +42,7 @@ class Sums:
             "rewards/chosen": chosen_P.double().sum().item(),
             "rewards/rejected": rejected_P.double().sum().item(),
             # a tie is half right: neither answer is preferred
-            "rewards/accuracies": float((chosen_P > rejected_P).sum()) + ties / 2,
+            "rewards/accuracies": float((chosen_P > rejected_P)[~tie_P].sum()) + ties / 2,
             "rewards/margins": (chosen_P - rejected_P).double().sum().item(),
             "logps/chosen": scores.chosen_logp_P.detach().double().sum().item(),
             "logps/rejected": scores.rejected_logp_P.detach().double().sum().item(),

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, assert_never
 
-import torch
 from peft import PeftModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -137,7 +136,7 @@ def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: 
         start_step=start,
         track=loaded.recipe.track,
         config=loaded.recipe.model_dump(exclude_none=True),
-        name=loaded.name,
+        name=folder.resolve().name,
     )
 
 
@@ -151,11 +150,11 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id or 0)
 
 
-def facts(outcome: Outcome, loaded: LoadedRecipe, device: Device, command: str) -> dict[str, Any]:
+def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, command: str) -> dict[str, Any]:
     """What run.json says: enough to repeat the run and to judge its figures."""
-    recipe, prepared = loaded.recipe, outcome.prepared
+    prepared = outcome.prepared
     return {
-        "name": loaded.name,
+        "name": folder.resolve().name,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,

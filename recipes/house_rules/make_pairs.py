@@ -19,7 +19,9 @@ from qlora_dpo import recipe
 from qlora_dpo.model import base, device, sources
 
 HERE = Path(__file__).parent
-REFUSAL = re.compile(r"(?i)\b(can't|cannot|can not|can’t|won't|unable to|not able to|not appropriate|never)\b|\bsorry\b")
+REFUSAL = re.compile(
+    r"(?i)\b(can't|cannot|can not|can’t|won't|unable to|not able to|not appropriate|never)\b|\bsorry\b"
+)
 TOKENS = 40
 
 
@@ -62,7 +64,7 @@ def usable(ask: dict[str, str], answer: str) -> bool:
 
 def cut(text: str) -> str:
     """The text up to its last whole sentence, or all of it if it has none."""
-    ends = [match.end() for match in re.finditer(r"[.!?][\"'”’)]?(?=\s|$)", text) if not re.search(r"\d\.$", text[: match.end()])]
+    ends = [match.end() for match in re.finditer(r"(?<!\d)[.!?][\"'”’)]?(?=\s|$)", text)]
     return text[: ends[-1]].strip() if ends else text.strip()
 
 
