@@ -1,7 +1,9 @@
 """The command line: finds the command, runs it, and turns every failure into one sentence and an exit code."""
 
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import click
 
@@ -32,14 +34,20 @@ commands.add_command(merge)
 commands.add_command(chat)
 
 
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 usage, 3 gate, 4 does not fit, 130 interrupted."""
     silence()
+    # like Ctrl+C, so that half-written folders are removed on the way out
+    signal.signal(signal.SIGTERM, _interrupted)
     try:
         code = commands.main(
             args=None if arguments is None else list(arguments), prog_name="qlora-dpo", standalone_mode=False
         )
         sys.stdout.flush()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return report(error)
     return code if isinstance(code, int) else DONE

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qlora_dpo.talk.conversation import Conversation
 
 
-@click.command()
+@click.command(short_help="Talk to an adapter, a merged model or a hub model.")
 @click.argument("model", required=False)
 @click.option("-s", "--system", metavar="TEXT", help="System prompt; absent: what the model's template puts there.")
 @click.option(

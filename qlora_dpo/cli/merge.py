@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 EXPECTED_KL = 0.001
 
 
-@click.command()
+@click.command(short_help="Write an adapter and its base as one full model.")
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write [merged/NAME]")
 @click.option(

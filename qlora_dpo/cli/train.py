@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qlora_dpo.recipe import LoadedRecipe
 
 
-@click.command()
+@click.command(short_help="Tune a model on preference pairs as a recipe says.")
 @click.argument("recipe_file", metavar="RECIPE")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe: lora.r=8")
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the run [adapters/NAME]")
