@@ -2,6 +2,8 @@
 
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +24,7 @@ from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
 
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -42,13 +45,43 @@ def claim(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> None:
 
     Raises RunError if it holds anything already, unless the run resumes there.
     """
-    if resume and not (folder / "checkpoints").is_dir():
-        raise RunError(f"{folder}: holds no checkpoints to resume from; train without --resume")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder}: is not empty; name another folder with -o DIR, remove it, or go on with --resume")
+    _insist_on_room(folder, resume=resume)
     if not resume:
         write_whole(folder / "recipe.toml", loaded.text)
     write_whole(folder / "resolved.toml", resolved_text(loaded.recipe))
+
+
+def _insist_on_room(folder: Path, *, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; name a new folder with -o DIR")
+    if resume and not (folder / "checkpoints").is_dir():
+        raise RunError(f"{folder}: holds no checkpoints to resume from; train without --resume")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder}: is not empty; name another folder with -o DIR, remove it, or go on with --resume")
+
+
+@contextmanager
+def claimed(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> Iterator[None]:
+    """`claim` for as long as a run lasts: one that fails before its first figure leaves `folder` as it was."""
+    new, resolved = not folder.exists(), folder / "resolved.toml"
+    before = resolved.read_bytes() if resume and resolved.is_file() else None
+    _insist_on_room(folder, resume=resume)
+    try:
+        claim(folder, loaded, resume=resume)
+        yield
+    except BaseException:
+        if before is not None:
+            write_whole(resolved, before)
+        elif not resume and not _has_figures(folder):
+            for name in ("recipe.toml", "resolved.toml", METRICS):
+                (folder / name).unlink(missing_ok=True)
+            if new and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _has_figures(folder: Path) -> bool:
+    return (folder / METRICS).is_file() and (folder / METRICS).stat().st_size > 0
 
 
 def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:

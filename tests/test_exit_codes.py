@@ -1,19 +1,18 @@
 """Real failures through the real command line: each is one sentence, the right exit code, and nothing half-written."""
 
 import json
-import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from hub import Hub
 from workplace import DATA, HH, MODEL, Workplace, closed_port, fill, rows
 
@@ -44,10 +43,10 @@ class Said:
         return self.code, self.err.splitlines()[-1]
 
 
-def said(place: Workplace, *commands: list[str], **environment: str) -> list[Said]:
+def said(place: Workplace, *commands: list[str], within: tuple[str, ...] = (), **environment: str) -> list[Said]:
     """Run commands one after another in one process, which spares the imports; none may print a traceback."""
     done = subprocess.run(
-        [*UNSHARED.get(place.folder, ()), sys.executable, "-c", RUN, json.dumps(commands)],
+        [*within, sys.executable, "-c", RUN, json.dumps(commands)],
         cwd=place.folder,
         env=place.environment(**environment),
         capture_output=True,
@@ -58,9 +57,6 @@ def said(place: Workplace, *commands: list[str], **environment: str) -> list[Sai
     assert len(found) == len(commands), done.stderr
     assert [each for each in found if "Traceback" in each.err or each.out] == []
     return found
-
-
-UNSHARED: dict[Path, tuple[str, ...]] = {}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +79,9 @@ def place(hub: Hub, tmp_path: Path) -> Workplace:
 
 
 def written(place: Workplace) -> list[str]:
-    """What a command left in the folder beside the caches."""
-    return sorted(str(each.relative_to(place.folder)) for each in place.folder.rglob("*") if each.is_file() and each.parts[len(place.folder.parts)] not in ("hf", "cache"))
+    """What commands left in the folder, beside the caches and what the test itself put there."""
+    files = (each.relative_to(place.folder) for each in place.folder.rglob("*") if not each.is_dir())
+    return sorted(str(each) for each in files if each.parts[0] not in ("hf", "cache", "given"))
 
 
 def train(*changes: str, output: str = "adapters/x") -> list[str]:
@@ -93,23 +90,151 @@ def train(*changes: str, output: str = "adapters/x") -> list[str]:
     return ["train", HH, "-o", output, "--max-steps", "1", *sets]
 
 
-def test_x(place: Workplace) -> None:
+def test_what_does_not_exist_is_a_sentence_and_nothing_is_left(place: Workplace) -> None:
+    (place.folder / "given").write_text("a file")
+    commands = {
+        (
+            2,
+            "acme/none: the hub has no such model, or it is private; check model.name, or log in with `hf auth login`",
+        ): (train("model.name=acme/none")),
+        (2, f'{MODEL}: has no revision "v9"; check model.revision'): train("model.revision=v9"),
+        (1, "acme/pickled: is not a model folder: it needs config.json and *.safetensors"): (
+            train("model.name=acme/pickled")
+        ),
+        (
+            1,
+            "the model's tokenizer has no chat template, as base models have none; name an instruct model in "
+            "model.name",
+        ): train("model.name=acme/no-template"),
+        (
+            2,
+            "acme/none: there is no such data set on the hub, or it is private; correct the name, log in with "
+            "`hf auth login`, or write ./ before a local path",
+        ): train("data.train=acme/none"),
+        (2, f'{DATA}: has no split "dev"; it has train, test; set data.train_split or data.eval_split'): (
+            train("data.eval_split=dev")
+        ),
+        (2, '--set lora.rr=8: [lora] has no key "rr"; did you mean "r"?'): train("lora.rr=8"),
+        (
+            2,
+            "lora.target_modules = ['nope'] matches no layer; this model has down_proj, gate_proj, k_proj, lm_head, "
+            "o_proj, q_proj, up_proj, v_proj",
+        ): train('lora.target_modules=["nope"]'),
+        (1, "given: is a file; name a new folder with -o DIR"): train(output="given"),
+        (1, "hf: is not empty; name another folder with -o DIR, remove it, or go on with --resume"): train(output="hf"),
+        (1, "adapters/x: holds no checkpoints to resume from; train without --resume"): [*train(), "--resume"],
+        (1, "adapters: holds no adapter; train one first: qlora-dpo train recipes/quickstart.toml"): ["merge"],
+        (2, "adapters/none: there is no such folder; name the adapter folder of a finished run"): [
+            "merge",
+            "adapters/none",
+        ],
+        (2, 'stdin is empty; pipe a question in, as in: echo "How are you?" | qlora-dpo chat'): ["chat"],
+    }
+    found = said(place, *commands.values())
+    assert [each.last for each in found] == [(code, f"qlora-dpo: {sentence}") for code, sentence in commands]
+    assert written(place) == []
+
+
+def test_a_damaged_model_folder_is_named(place: Workplace) -> None:
+    given, whole = place.folder / "given", place.hub.root / "models" / MODEL
+    for name in ("cut", "empty", "words", "config"):
+        shutil.copytree(whole, given / name)
+    weights = (whole / "model.safetensors").read_bytes()
+    (given / "cut" / "model.safetensors").write_bytes(weights[:-1000])
+    (given / "empty" / "model.safetensors").unlink()
+    (given / "words" / "tokenizer.json").write_text("{")
+    (given / "config" / "config.json").write_text("{")
+    expected = {
+        "cut": "cannot be loaded as a causal language model: Error while deserializing header: incomplete metadata, "
+        "file not fully covered",
+        "empty": "is not a model folder: it needs config.json and *.safetensors",
+        "words": "its tokenizer cannot be loaded: Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1)",
+        "config": "its tokenizer cannot be loaded: It looks like the config file at "
+        f"'{given}/config/config.json' is not a valid JSON file.",
+    }
+    found = said(place, *(train(f"model.name=./given/{name}") for name in expected), train("model.name=./given/none"))
+    assert [each.last for each in found] == [
+        *((1, f"qlora-dpo: {given / name}: {sentence}") for name, sentence in expected.items()),
+        (
+            2,
+            f"qlora-dpo: {given}/none: there is no such folder; model.name is a hub name, a model folder or "
+            "pypi:NAME==V",
+        ),
+    ]
+    assert written(place) == []
+
+
+def test_without_a_network_it_says_so_at_once(place: Workplace) -> None:
+    model = place.hub.root / "models" / MODEL
+    found = said(place, train(), train(f"model.name={model}"), ["chat"], HF_ENDPOINT=closed_port())
+    assert [each.last for each in found[:2]] == [
+        (1, f"qlora-dpo: {MODEL}: is not in the cache, and the hub cannot be reached; connect and try again"),
+        (
+            1,
+            f"qlora-dpo: {DATA}: the hub cannot be reached, and it is not in the cache; connect this machine to the "
+            "network once, or name a local file in the recipe",
+        ),
+    ]
+    assert max(each.seconds for each in found) < 15
+    assert written(place) == []
+
+
+@pytest.mark.slow
+def test_a_hub_that_never_answers_is_given_up(place: Workplace) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        (found,) = said(place, train(), HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert found.last == (
+        1,
+        f"qlora-dpo: {MODEL}: is not in the cache, and the hub cannot be reached; connect and try again",
+    )
+    assert found.seconds < 25
+
+
+MOUNT = """
+for disk in hub:64k sets:8k refs:4k out:4k; do mount -t tmpfs -o size=${disk#*:} none given/${disk%:*}; done
+mount -t tmpfs -o ro none given/locked
+head -c 4096 /dev/zero >given/refs/filled
+exec "$@"
+"""
+SMALL_DISKS = ("unshare", "--map-root-user", "--mount", "sh", "-ec", MOUNT, "sh")
+
+
+def test_a_full_or_locked_disk_is_named_with_what_would_help(place: Workplace) -> None:
+    given = {name: place.folder / "given" / name for name in ("hub", "sets", "refs", "out", "locked", "pairs")}
+    for each in given.values():
+        each.mkdir(parents=True)
+    if subprocess.run([*SMALL_DISKS, "true"], cwd=place.folder, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    shutil.copytree(place.hub.root / "models" / MODEL, place.folder / "given" / "model")
+    for split, count in (("train", 4), ("test", 2)):
+        pq.write_table(pa.Table.from_pylist(rows(count)), given["pairs"] / f"{split}.parquet")
+    own = ("model.name=./given/model", "data.train=./given/pairs")
     found = said(
         place,
-        train("model.name=acme/none"),
-        train("model.revision=v9"),
-        train("model.name=acme/pickled"),
-        train("model.name=acme/no-template"),
-        train("data.train=acme/none"),
-        train("data.eval_split=dev"),
-        train("lora.rr=8"),
-        train("lora.target_modules=[\"nope\"]"),
-        ["merge"],
-        ["merge", "adapters/none"],
-        ["chat"],
-        ["chat", "acme/none"],
+        train(own[0]),
+        train(),
+        train(*own),
+        train(*own, output="given/out/x"),
+        train(*own, output="given/out/x"),
+        train(*own, output="given/locked/x"),
+        within=SMALL_DISKS,
+        HF_HUB_CACHE=str(given["hub"]),
+        HF_DATASETS_CACHE=str(given["sets"]),
+        QLORA_DPO_CACHE=str(given["refs"]),
     )
-    for each in found:
-        print(each.last, each.seconds)
-    print(written(place))
-    assert 0
+    assert [each.code for each in found] == [1] * 6
+    sentences = [re.sub(r"[0-9a-f]{32,}", "HASH", each.last[1]).replace(f"{place.folder}/", "") for each in found]
+    full = "the disk is full; free some space, or set QLORA_DPO_CACHE to another disk"
+    assert sentences == [
+        f"qlora-dpo: {DATA}: the disk is full; free space in given/sets, or set HF_HOME to a folder on a larger disk",
+        f"qlora-dpo: {MODEL}: the disk is full; free space in given/hub, or set HF_HOME to a folder on a larger disk",
+        f"qlora-dpo: given/refs/reference/HASH/HASH.safetensors: {full}",
+        f"qlora-dpo: given/out/x/resolved.toml: {full}",
+        f"qlora-dpo: given/out/x/resolved.toml: {full}",
+        "qlora-dpo: given/locked/x/recipe.toml: cannot be written (Read-only file system); choose a folder that you "
+        "may write to",
+    ]
+    assert written(place) == []

@@ -52,19 +52,19 @@ def train(
     from qlora_dpo.cli.train_results import answer, publish
     from qlora_dpo.training import checkpoint, run
 
-    adapter.claim(folder, loaded, resume=resume)
-    prepared = run.prepare(loaded.recipe)
-    for side in (prepared.train, prepared.heldout):
-        click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
-    resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
-    with run.follow(prepared, loaded, folder, resume_from) as tracker:
-        for sentence in skipped:
-            tracker.note(sentence)
-        outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from)
-        adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
-        answers = answer(outcome, loaded.recipe, here, tracker)
-    command = shlex.join(["qlora-dpo", *sys.argv[1:]])
-    publish(folder, outcome, answers, loaded, run.facts(outcome, loaded.recipe, here, folder, command))
+    with adapter.claimed(folder, loaded, resume=resume):
+        prepared = run.prepare(loaded.recipe)
+        for side in (prepared.train, prepared.heldout):
+            click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
+        resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
+        with run.follow(prepared, loaded, folder, resume_from) as tracker:
+            for sentence in skipped:
+                tracker.note(sentence)
+            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from)
+            adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
+            answers = answer(outcome, loaded.recipe, here, tracker)
+        command = shlex.join(["qlora-dpo", *sys.argv[1:]])
+        publish(folder, outcome, answers, loaded, run.facts(outcome, loaded.recipe, here, folder, command))
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:

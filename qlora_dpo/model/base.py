@@ -4,6 +4,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedMo
             device_map={"": device.type},
             **quantization,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     keep_weights_in_place(model)
     model.config.use_cache = False
