@@ -25,6 +25,7 @@ from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METRICS = "metrics.jsonl"
+LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", METRICS, "wandb")
 
 
 @dataclass
@@ -56,7 +57,8 @@ def _insist_on_room(folder: Path, *, resume: bool) -> None:
         raise RunError(f"{folder}: is a file; name a new folder with -o DIR")
     if resume and not (folder / "checkpoints").is_dir():
         raise RunError(f"{folder}: holds no checkpoints to resume from; train without --resume")
-    if not resume and folder.exists() and any(folder.iterdir()):
+    # what an attempt left that was killed before its first checkpoint holds nothing to lose
+    if not resume and folder.exists() and any(each.name not in LEFT_BY_ATTEMPTS for each in folder.iterdir()):
         raise RunError(f"{folder}: is not empty; name another folder with -o DIR, remove it, or go on with --resume")
 
 

