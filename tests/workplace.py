@@ -1,6 +1,5 @@
 """A place to run whole commands in: a hub with hh.toml's model and data set, small, and processes that use it."""
 
-import json
 import os
 import socket
 import subprocess
@@ -99,12 +98,13 @@ class Workplace:
             text=True,
         )
 
-    def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, stdin: str = "", most_seconds: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run `qlora-dpo ARGUMENTS` to its end."""
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(stdin, timeout=300)
+        try:
+            out, err = process.communicate(stdin, timeout=most_seconds)
+        finally:
+            process.kill()
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-    def records(self, file: str) -> list[dict[str, object]]:
-        """The objects of a file with one JSON object per line."""
-        return [json.loads(line) for line in (self.folder / file).read_text(encoding="utf-8").splitlines()]

@@ -70,9 +70,7 @@ def _ask(name: str, revision: str | None) -> str:
             f"{name}: there is no such data set on the hub, or it is private; correct the name, log in with "
             "`hf auth login`, or write ./ before a local path"
         ) from error
-    except (
-        Exception
-    ) as error:  # no answer: offline mode, refused, timeout, a hub or proxy in trouble, each its own class
+    except Exception as error:  # offline mode, refused, timeout, a hub or proxy in trouble: each has its own class
         commit = _remembered(name, revision)
         if commit is not None and _cached(name, commit) is not None:
             return commit
