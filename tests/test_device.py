@@ -78,6 +78,18 @@ def test_a_cpu_computes_in_bf16_where_it_has_the_instructions(
     assert (chosen.torch_device, chosen.weight_dtype) == (torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("max_length", "line"),
+    [
+        (256, "attention   eager: sequences of at most 256 tokens; Triton not used"),
+        (257, "attention   sdpa: torch's CPU kernel; Triton not used"),
+    ],
+)
+def test_a_cpu_multiplies_short_attention_out(max_length: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose("fp32", max_length).lines()[-1] == line
+
+
 def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError) as error:

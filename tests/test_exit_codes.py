@@ -117,7 +117,7 @@ def test_what_does_not_exist_is_a_sentence_and_nothing_is_left(place: Workplace)
         (2, '--set lora.rr=8: [lora] has no key "rr"; did you mean "r"?'): train("lora.rr=8"),
         (
             2,
-            "lora.target_modules = ['nope'] matches no layer; this model has down_proj, gate_proj, k_proj, lm_head, "
+            "lora.target_modules = ['nope'] matches no layer; this model has down_proj, gate_proj, k_proj, "
             "o_proj, q_proj, up_proj, v_proj",
         ): train('lora.target_modules=["nope"]'),
         (1, "given: is a file; name a new folder with -o DIR"): train(output="given"),

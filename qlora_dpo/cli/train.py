@@ -43,7 +43,7 @@ def train(
 
     from qlora_dpo.model import device
 
-    here = device.choose(loaded.recipe.model.dtype)
+    here = device.choose(loaded.recipe.model.dtype, loaded.recipe.data.max_length)
     click.echo("\n".join(_plan(loaded, folder, here)), err=not dry_run)
     if dry_run:
         return

@@ -9,6 +9,9 @@ import torch
 from qlora_dpo.errors import RecipeError
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
+SHORT = 256
+"""Tokens up to which a CPU multiplies attention scores out: faster there than the fused kernel (benchmarks/README.md),
+and a pair gets the same bits in every batch; the scores' memory grows with the square of the length."""
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -20,7 +23,7 @@ class Device:
     name: str
     compute_dtype: ComputeDtype
     dtype_reason: str
-    attention: Literal["sdpa"]
+    attention: Literal["sdpa", "eager"]
     attention_reason: str
     triton: bool
     total_bytes: int
@@ -65,9 +68,12 @@ class Device:
         ]
 
 
-def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
-    """Decide device, compute dtype and attention backend; raise RecipeError for a dtype this device cannot train in."""
-    return _cuda(dtype) if torch.cuda.is_available() else _cpu(dtype)
+def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto", max_length: int | None = None) -> Device:
+    """Decide device, compute dtype and attention backend for sequences of at most `max_length` tokens.
+
+    Raises RecipeError for a dtype this device cannot train in.
+    """
+    return _cuda(dtype) if torch.cuda.is_available() else _cpu(dtype, max_length)
 
 
 def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
@@ -96,8 +102,9 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     )
 
 
-def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
+def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"], max_length: int | None) -> Device:
     native = cpu_has_bf16()
+    short = max_length is not None and max_length <= SHORT
     chosen: ComputeDtype
     match dtype:
         case "auto" if native:
@@ -116,8 +123,8 @@ def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
         name=f"CPU, {torch.get_num_threads()} threads",
         compute_dtype=chosen,
         dtype_reason=reason,
-        attention="sdpa",
-        attention_reason="torch's CPU kernel",
+        attention="eager" if short else "sdpa",
+        attention_reason=f"sequences of at most {SHORT} tokens" if short else "torch's CPU kernel",
         triton=False,
         total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )

@@ -25,9 +25,11 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+        head = base.get_output_embeddings()
+        linear = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise RecipeError(
-            f"lora.target_modules = {table.target_modules} matches no layer; this model has {', '.join(linear)}"
+            f"lora.target_modules = {table.target_modules} matches no layer; this model has {known}"
         ) from error
     head = base.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):

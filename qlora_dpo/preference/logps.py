@@ -89,7 +89,8 @@ class _HeadLogps(torch.autograd.Function):
             logits_cV = logits_cV.log_softmax(-1)
             logp_R[c] = logits_cV.gather(-1, target_R[c, None])[:, 0]
             probability_cV = logits_cV.exp()
-            entropy_R[c] = -(probability_cV * logits_cV).sum(-1)
+            # as dot products: the elementwise product would be one more tensor of (rows, V)
+            entropy_R[c] = -torch.bmm(probability_cV[:, None, :], logits_cV[:, :, None])[:, 0, 0]
             if slope_RD is not None:
                 # d logp / d hidden = (onehot(target) - probability) W
                 slope_cV = probability_cV.neg_().scatter_add_(
