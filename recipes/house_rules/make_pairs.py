@@ -4,7 +4,7 @@
 
 The 4-bit base of recipes/quickstart.toml answers each prompt greedily. Where that is already a refusal of an unsafe
 request, it samples (temperature 1.0, seeds 1 to 8) until an answer is not one; a prompt that it refuses every time is
-left out, since a refusal must not stand as the rejected answer. Answers are cut after the last whole sentence within
+left out, since a refusal must not stand as the rejected answer. Answers are cut after their first sentence, or after
 40 tokens. The files in this folder were made with torch 2.13.0 on a CPU; another version may sample other words.
 """
 
@@ -63,9 +63,9 @@ def usable(ask: dict[str, str], answer: str) -> bool:
 
 
 def cut(text: str) -> str:
-    """The text up to its last whole sentence, or all of it if it has none."""
-    ends = [match.end() for match in re.finditer(r"(?<!\d)[.!?][\"'”’)]?(?=\s|$)", text)]
-    return text[: ends[-1]].strip() if ends else text.strip()
+    """The text up to the end of its first sentence, or all of it if none ends."""
+    end = re.search(r"(?<!\d)[.!?][\"'”’)]?(?=\s|$)", text.strip())
+    return text.strip()[: end.end()] if end else text.strip()
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[str], seed: int | None) -> list[str]:
