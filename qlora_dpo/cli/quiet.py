@@ -12,6 +12,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",  # a tokenizer used before a fork warns otherwise
     "WANDB_SILENT": "true",
     "BITSANDBYTES_NOWELCOME": "1",

@@ -1,7 +1,5 @@
 """`qlora-dpo train`: a recipe becomes an adapter directory."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +47,11 @@ def train(
         return
 
     from qlora_dpo import adapter
-    from qlora_dpo.cli.train_results import answer, publish
+    from qlora_dpo.cli.train_results import answer, publish, record_run
     from qlora_dpo.training import checkpoint, run
 
     with adapter.claimed(folder, loaded, resume=resume):
+        click.echo("reading base and data; what is not in the cache is downloaded", err=True)
         prepared = run.prepare(loaded.recipe)
         for side in (prepared.train, prepared.heldout):
             click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
@@ -62,9 +61,10 @@ def train(
                 tracker.note(sentence)
             outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from)
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
+            # before the answers, which take a while: without it the adapter would not know its base
+            record_run(folder, outcome, loaded.recipe, here)
             answers = answer(outcome, loaded.recipe, here, tracker)
-        command = shlex.join(["qlora-dpo", *sys.argv[1:]])
-        publish(folder, outcome, answers, loaded, run.facts(outcome, loaded.recipe, here, folder, command))
+        publish(folder, outcome, answers, loaded, record_run(folder, outcome, loaded.recipe, here))
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:

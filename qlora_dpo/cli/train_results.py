@@ -1,6 +1,8 @@
 """The end of `train`: base and tuned model answer held-out prompts; tables, card and next commands are written."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from qlora_dpo.report.next_commands import next_commands
 from qlora_dpo.report.samples import side_by_side
 from qlora_dpo.report.tables import answers_table, epoch_table, results_table
 from qlora_dpo.talk.generate import answers
-from qlora_dpo.training.run import Outcome, rounded, timed
+from qlora_dpo.training.run import Outcome, facts, rounded, timed
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 Samples = list[dict[str, Any]]
@@ -52,12 +54,18 @@ def answer(outcome: Outcome, recipe: Recipe, device: Device, tracker: Tracker) -
     ]
 
 
+def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -> dict[str, Any]:
+    """Write run.json and return what it holds."""
+    run = facts(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:]]))
+    write_json(folder / "run.json", run)
+    return run
+
+
 def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedRecipe, run: dict[str, Any]) -> None:
-    """Write results.json, samples.jsonl, run.json and the model card, and show the result on stdout."""
+    """Write results.json, samples.jsonl and the model card, and show the result on stdout."""
     results = summary(outcome, samples, loaded.recipe)
     write_json(folder / "results.json", results)
     write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
-    write_json(folder / "run.json", run)
     epochs = epoch_table(read(folder / METRICS))
     write_whole(folder / "README.md", model_card(run, results, samples, epochs, loaded.text))
     console = Console()
