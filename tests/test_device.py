@@ -81,8 +81,8 @@ def test_a_cpu_computes_in_bf16_where_it_has_the_instructions(
 @pytest.mark.parametrize(
     ("max_length", "line"),
     [
-        (256, "attention   eager: sequences of at most 256 tokens; Triton not used"),
-        (257, "attention   sdpa: torch's CPU kernel; Triton not used"),
+        (128, "attention   eager: sequences of at most 128 tokens; Triton not used"),
+        (129, "attention   sdpa: torch's CPU kernel; Triton not used"),
     ],
 )
 def test_a_cpu_multiplies_short_attention_out(max_length: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:

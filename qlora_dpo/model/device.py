@@ -9,9 +9,9 @@ import torch
 from qlora_dpo.errors import RecipeError
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
-SHORT = 256
-"""Tokens up to which a CPU multiplies attention scores out: faster there than the fused kernel (benchmarks/README.md),
-and a pair gets the same bits in every batch; the scores' memory grows with the square of the length."""
+SHORT = 128
+"""Tokens up to which a CPU multiplies attention scores out: about 1.2 times as fast there as the fused kernel, slower from
+256 on (benchmarks/README.md). A pair also gets the same bits in every batch."""
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -108,7 +108,7 @@ def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"], max_length: int | None)
     chosen: ComputeDtype
     match dtype:
         case "auto" if native:
-            # measured in benchmarks/cpu_dtype.md: 1.8 times as fast as fp32, gradients at a cosine above 0.999
+            # benchmarks/README.md: 1.9 times as fast as fp32, gradients at a cosine above 0.999
             chosen, reason = "bf16", "this CPU has bf16 instructions: about twice as fast as fp32"
         case "auto":
             chosen, reason = "fp32", "this CPU has no bf16 instructions"
