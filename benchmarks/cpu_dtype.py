@@ -1,6 +1,6 @@
 """Which compute dtype a CPU should train in: bf16 against fp32 on the same 4-bit model, the same pairs, in turn.
 
-    python benchmarks/cpu_dtype.py            # prints a table; figures of one machine stand in benchmarks/cpu_dtype.md
+    python benchmarks/cpu_dtype.py            # prints a table; figures stand in benchmarks/README.md
 
 Each round times one forward and backward pass of 8 quickstart pairs in either dtype; medians of the rounds are
 compared. Exactness is the cosine between the LoRA gradients and the largest change of an answer's log-probability.

@@ -10,8 +10,8 @@ from qlora_dpo.errors import RecipeError
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 SHORT = 128
-"""Tokens up to which a CPU multiplies attention scores out: about 1.2 times as fast there as the fused kernel, slower from
-256 on (benchmarks/README.md). A pair also gets the same bits in every batch."""
+"""Tokens up to which a CPU multiplies attention scores out: about 1.2 times as fast there as the fused kernel, slower
+from 256 on (benchmarks/README.md). A pair also gets the same bits in every batch."""
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
