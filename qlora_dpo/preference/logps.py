@@ -36,14 +36,8 @@ def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool 
 
     Without `metrics`, logits, entropy and top-1 stay 0: the reference needs none of them.
     """
-    language_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    body = getattr(language_model, language_model.base_model_prefix)
-    head = language_model.get_output_embeddings()
-    with device.autocast():
-        hidden_SLD = body(
-            input_ids=batch.input_ids_SL, attention_mask=batch.attention_mask_SL, use_cache=False
-        ).last_hidden_state
-    hidden_RD = hidden_SLD.flatten(0, 1)[batch.row_R]
+    head = _language_model(model).get_output_embeddings()
+    hidden_RD = hidden_rows(model, batch, device)
     logp_R, logits_R, entropy_R, top1_R = _HeadLogps.apply(  # type: ignore[no-untyped-call]
         hidden_RD, head.weight, head.bias, batch.target_R, device.torch_dtype, metrics
     )
@@ -62,6 +56,21 @@ def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool 
         entropy_sum=entropy_R.sum().item(),
         chosen_top1_sum=top1_R[chosen_R].sum().item(),
     )
+
+
+def hidden_rows(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
+    """Run `batch` through all of `model` but its head; the hidden states (R, D) that predict an answer token."""
+    language_model = _language_model(model)
+    body = getattr(language_model, language_model.base_model_prefix)
+    with device.autocast():
+        hidden_SLD: Tensor = body(
+            input_ids=batch.input_ids_SL, attention_mask=batch.attention_mask_SL, use_cache=False
+        ).last_hidden_state
+    return hidden_SLD.flatten(0, 1)[batch.row_R]
+
+
+def _language_model(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _HeadLogps(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_dpo.data.encode import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.preference.logps import LOGITS_AT_ONCE
+from qlora_dpo.preference.logps import LOGITS_AT_ONCE, hidden_rows
 from qlora_dpo.preference.pack import MicroBatch, collate, micro_batches
 
 TOKENS_AT_ONCE = 2048
@@ -50,9 +50,9 @@ def measure(
 
 def _compare(trained: nn.Module, merged: nn.Module, batch: MicroBatch, device: Device) -> tuple[float, int, Tensor]:
     """KL summed over tokens, tokens of one mind, and (3, S) log-probabilities: trained, merged, reference."""
-    trained_RD, merged_RD = _rows(trained, batch, device), _rows(merged, batch, device)
+    trained_RD, merged_RD = hidden_rows(trained, batch, device), hidden_rows(merged, batch, device)
     with adapter_off(trained):
-        reference_RD = _rows(trained, batch, device)
+        reference_RD = hidden_rows(trained, batch, device)
     logp_3S = torch.zeros(3, 2 * batch.pairs, device=device.torch_device)
     kl, same = 0.0, 0
     for c in torch.arange(len(batch.target_R), device=device.torch_device).split(_rows_at_once(merged)):
@@ -64,17 +64,6 @@ def _compare(trained: nn.Module, merged: nn.Module, batch: MicroBatch, device: D
         for row, logp_cV in enumerate((trained_cV, merged_cV, reference_cV)):
             logp_3S[row].index_add_(0, batch.sequence_R[c], logp_cV.gather(-1, batch.target_R[c, None])[:, 0])
     return kl, same, logp_3S
-
-
-def _rows(model: Any, batch: MicroBatch, device: Device) -> Tensor:
-    """Hidden states (R, D) that predict the answers' tokens."""
-    language_model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = getattr(language_model, language_model.base_model_prefix)
-    with device.autocast():
-        hidden_SLD: Tensor = body(
-            input_ids=batch.input_ids_SL, attention_mask=batch.attention_mask_SL, use_cache=False
-        ).last_hidden_state
-    return hidden_SLD.flatten(0, 1)[batch.row_R]
 
 
 def _logps(model: Any, hidden_cD: Tensor, device: Device) -> Tensor:
