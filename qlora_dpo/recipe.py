@@ -136,14 +136,15 @@ class TrainTable(Table):
     """Gradients are scaled down to this L2 norm."""
     batch_size: Positive = 16
     """Pairs per optimizer step."""
-    micro_batch_tokens: Positive = 4096
-    """Tokens, padding included, that go through the model at once; it changes memory and speed, never the result."""
+    micro_batch_tokens: Positive = 2048
+    """Tokens that go through the model at once, a shared prompt counted once; changes memory and speed, no result."""
     num_train_epochs: Positive = 1
     """Passes over the training pairs."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps; absent: after the last epoch."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, much less memory."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: a third slower, much less memory. `auto` does so for as few layers as
+    memory asks for, `true` for all of them, `false` for none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the adapter's first weights, the order of the pairs and the draw of samples."""
     logging_steps: Positive = 10

@@ -12,12 +12,13 @@ import torch
 from peft import PeftModel
 
 from qlora_dpo.data.encode import EncodedPair, digest
-from qlora_dpo.model import device, sources
-from qlora_dpo.model.base import load_base
+from qlora_dpo.model import attention, device, sources
+from qlora_dpo.model.base import keep_dense, load_base
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.lora import attach, make_lean, trainable
 from qlora_dpo.model.sources import Source
-from qlora_dpo.preference.reference import reference_logps
+from qlora_dpo.preference.pack import Packing
+from qlora_dpo.preference.reference import Store, reference_logps
 from qlora_dpo.recipe import ModelTable, Recipe
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.evaluate import Side
@@ -32,6 +33,8 @@ torch.set_num_threads(1)  # matrices this small only lose by being shared out
 
 PAD = 0
 CPU = device.choose("fp32")
+PADDED = Packing(512, PAD, backend=None)
+PACKED = Packing(512, PAD, backend="spans")
 _folder = tempfile.TemporaryDirectory(prefix="qlora-dpo-tiny-")
 
 
@@ -69,13 +72,18 @@ def recipe(quantization: str = "none", **tables: dict[str, Any]) -> Recipe:
 
 
 def base_model(quantization: str = "none", place: Device = CPU) -> Any:
-    """The tiny Qwen2 as a run loads it."""
-    return load_base(source(), ModelTable(name=source().name, quantization=quantization), place)  # type: ignore[arg-type]
+    """The tiny Qwen2 as a run loads it, ready for packed rows."""
+    base = load_base(source(), ModelTable(name=source().name, quantization=quantization), place)  # type: ignore[arg-type]
+    keep_dense(base, place.torch_dtype)
+    attention.use(base)
+    return base
 
 
 def fresh(what: Recipe, place: Device = CPU) -> PeftModel:
     """Base and untrained adapter of a recipe, as a run loads them."""
-    return attach(load_base(source(), what.model, place), what.lora, what.train.seed)
+    model = attach(base_model(what.model.quantization, place), what.lora, what.train.seed)
+    make_lean(model, place.torch_dtype)
+    return model
 
 
 def stirred(model: PeftModel, seed: int = 1) -> PeftModel:
@@ -89,12 +97,12 @@ def stirred(model: PeftModel, seed: int = 1) -> PeftModel:
 
 def job(model: PeftModel, what: Recipe, folder: Path, train: int = 10, heldout: int = 6, place: Device = CPU) -> Job:
     """A job over random pairs, with the reference's log-probabilities of them."""
-    sides = []
+    store, sides = Store(folder / "reference"), []
+    packing = Packing(what.train.micro_batch_tokens, PAD, place.attention)
     for seed, count in ((0, train), (1, heldout)):
         some = pairs(count, seed)
-        known, _ = reference_logps(model, some, folder / "reference", 512, PAD, place)
-        sides.append(Side(some, known))
-    return Job(what, place, make_plan(train, what.train), sides[0], sides[1], PAD, folder)
+        sides.append(Side(some, reference_logps(model, some, store, packing, place)))
+    return Job(what, place, make_plan(train, what.train), sides[0], sides[1], packing, folder, store)
 
 
 def start(of: Job) -> State:

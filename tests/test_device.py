@@ -29,7 +29,7 @@ def test_a_t4_computes_in_fp16_with_a_grad_scaler_and_without_triton(gpu: None) 
         "device      Tesla T4 (cuda, 16 GiB)",
         "compute     fp16 + GradScaler: capability (7, 5) is below (8, 0), where bf16 is only emulated",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
-        "attention   sdpa: memory-efficient kernel, since flash needs capability (8, 0); Triton not used",
+        "attention   batched: SDPA over padded spans, since flash needs capability (8, 0) and 16 bits; Triton not used",
     ]
 
 
@@ -39,7 +39,7 @@ def test_an_ampere_gpu_computes_in_bf16(gpu: None) -> None:
         "device      NVIDIA A10 (cuda, 16 GiB)",
         "compute     bf16: capability (8, 6) has native bf16",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
-        "attention   sdpa: flash kernels; Triton allowed",
+        "attention   varlen: variable-length flash attention; Triton allowed",
     ]
 
 
@@ -73,21 +73,18 @@ def test_a_cpu_computes_in_bf16_where_it_has_the_instructions(
     assert chosen.lines()[1:] == [
         f"compute     {dtype}: {reason}",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
-        "attention   sdpa: torch's CPU kernel; Triton not used",
+        "attention   spans: SDPA span by span, without padding; Triton not used",
     ]
     assert (chosen.torch_device, chosen.weight_dtype) == (torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("max_length", "line"),
-    [
-        (128, "attention   eager: sequences of at most 128 tokens; Triton not used"),
-        (129, "attention   sdpa: torch's CPU kernel; Triton not used"),
-    ],
-)
-def test_a_cpu_multiplies_short_attention_out(max_length: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.choose("fp32", max_length).lines()[-1] == line
+@pytest.mark.parametrize("gpu", [A10], indirect=True)
+@pytest.mark.parametrize(("dtype", "varlen", "backend"), [("fp32", True, "batched"), ("bf16", False, "batched")])
+def test_flash_attention_needs_16_bits_and_a_torch_that_has_it(
+    gpu: None, dtype: str, varlen: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "has_varlen", lambda: varlen)
+    assert device.choose(dtype).attention == backend  # type: ignore[arg-type]
 
 
 def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

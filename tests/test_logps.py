@@ -1,5 +1,6 @@
 """The answers' log-probabilities and their gradients, held against the model's full logits and plain autograd."""
 
+from dataclasses import replace
 from typing import Any
 
 import jobs
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.model import attention
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference import logps
 from qlora_dpo.preference.logps import Scores, score
@@ -30,6 +32,7 @@ def model_with(tied: bool, head_bias: bool) -> Any:
     if head_bias:
         base.lm_head.bias = nn.Parameter(0.5 * torch.randn(base.lm_head.out_features, generator=generator))
     base.requires_grad_(False)
+    attention.use(base)
     return jobs.stirred(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")))
 
 
@@ -61,8 +64,9 @@ def ours(scores: Scores) -> Tensor:
 
 @pytest.fixture
 def three_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that works in many small chunks, the last of them incomplete."""
-    monkeypatch.setattr(logps, "LOGITS_AT_ONCE", 3 * len(tiny.tokenizer()))
+    """A head that works in many small chunks of states and of words, the last of them incomplete."""
+    monkeypatch.setattr(logps, "STATES_AT_ONCE", 3)
+    monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": 70})
 
 
 HEADS = pytest.mark.parametrize(("tied", "head_bias"), [(True, False), (False, False), (False, True)])
@@ -73,7 +77,7 @@ def test_log_probabilities_are_those_of_the_full_logits(tied: bool, head_bias: b
     model = model_with(tied, head_bias)
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(score(model, collate(PAIRS, jobs.PAD), jobs.CPU)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5
+            ours(score(model, collate(PAIRS, jobs.PACKED), jobs.CPU)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5
         )
 
 
@@ -83,28 +87,30 @@ def test_gradients_are_those_of_autograd_through_full_logits(
 ) -> None:
     model = model_with(tied, head_bias)
     weight_S = torch.linspace(-1, 2, 2 * len(PAIRS))
-    (weight_S * ours(score(model, collate(PAIRS, jobs.PAD), jobs.CPU))).sum().backward()
+    (weight_S * ours(score(model, collate(PAIRS, jobs.PACKED), jobs.CPU))).sum().backward()
     chunked = jobs.gradients(model)
     model.zero_grad()
     (weight_S * plain_logps(model, PAIRS)).sum().backward()
     assert jobs.apart(chunked, jobs.gradients(model)) < 1e-5
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_the_heads_gradient_is_the_numeric_one(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "LOGITS_AT_ONCE", rows_at_once * 11)
+@pytest.mark.parametrize(("states", "words"), [(1, 3), (3, 4), (100, 100)])
+def test_the_heads_gradient_is_the_numeric_one(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "STATES_AT_ONCE", states)
+    monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
+    pair = EncodedPair((1, 2), (3, 4, 5), (3, 6), 1, b"")  # both answers begin alike: a state with two scored tokens
+    batch = collate([pair], jobs.PACKED)
     generator = torch.Generator().manual_seed(0)
-    hidden_RD = torch.randn(7, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    hidden_TD = torch.randn(batch.input_ids_BL.numel(), 5, dtype=torch.float64, generator=generator, requires_grad=True)
     weight_VD, bias_V = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((11, 5), (11,)))
-    target_R = torch.randint(11, (7,), generator=generator)
     assert torch.autograd.gradcheck(
-        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, target_R, torch.float64, True)[0], hidden_RD
+        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, batch, True)[0], hidden_TD
     )
 
 
 def test_log_probabilities_and_loss_terms_are_float32_under_bf16() -> None:
     place = jobs.device.choose("bf16")
-    scores = score(jobs.stirred(jobs.fresh(jobs.recipe(), place)), collate(PAIRS, jobs.PAD), place)
+    scores = score(jobs.stirred(jobs.fresh(jobs.recipe(), place)), collate(PAIRS, jobs.PACKED), place)
     assert scores.chosen_logp_P.dtype == scores.rejected_logp_P.dtype == torch.float32
 
 
@@ -112,9 +118,9 @@ def test_log_probabilities_and_loss_terms_are_float32_under_bf16() -> None:
 def test_a_pair_has_the_same_log_probabilities_in_every_batch() -> None:
     model = model_with(tied=True, head_bias=False)
     longer = jobs.pairs(6, seed=9, longest_prompt=60)
-    together = score(model, collate([*PAIRS, *longer], jobs.PAD), jobs.CPU)
+    together = score(model, collate([*PAIRS, *longer], jobs.PACKED), jobs.CPU)
     for index, pair in enumerate(PAIRS):
-        alone = score(model, collate([pair], jobs.PAD), jobs.CPU)
+        alone = score(model, collate([pair], jobs.PACKED), jobs.CPU)
         torch.testing.assert_close(together.chosen_logp_P[index], alone.chosen_logp_P[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(together.rejected_logp_P[index], alone.rejected_logp_P[0], rtol=1e-5, atol=1e-5)
 
@@ -122,7 +128,8 @@ def test_a_pair_has_the_same_log_probabilities_in_every_batch() -> None:
 @torch.no_grad()
 def test_what_the_padding_holds_does_not_matter() -> None:
     model = model_with(tied=True, head_bias=False)
-    first, second = (ours(score(model, collate(PAIRS, pad), jobs.CPU)) for pad in (0, 77))
+    padded = [replace(jobs.PADDED, pad_token_id=pad) for pad in (0, 77)]
+    first, second = (ours(score(model, collate(PAIRS, packing), jobs.CPU)) for packing in padded)
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
@@ -136,7 +143,7 @@ def test_logits_entropy_and_token_accuracy_are_those_of_the_full_logits(three_ro
         for pair, guess in zip(PAIRS, logits_TV, strict=False)
     ]
     chosen, rejected = (torch.cat(part) for part in _halves(full_logits(model, pairs)))
-    scores = score(model, collate(pairs, jobs.PAD), jobs.CPU)
+    scores = score(model, collate(pairs, jobs.PACKED), jobs.CPU)
     both = torch.cat([chosen, rejected]).log_softmax(-1)
     right = chosen.argmax(-1) == torch.tensor([token for pair in pairs for token in pair.chosen])
     assert scores.chosen_logits_sum == pytest.approx(chosen.mean(-1).sum().item(), rel=1e-4)
@@ -149,7 +156,7 @@ def test_logits_entropy_and_token_accuracy_are_those_of_the_full_logits(three_ro
 
 def test_scoring_leaves_the_frozen_weights_without_gradients() -> None:
     model = model_with(tied=True, head_bias=False)
-    ours(score(model, collate(PAIRS, jobs.PAD), jobs.CPU)).sum().backward()
+    ours(score(model, collate(PAIRS, jobs.PACKED), jobs.CPU)).sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable(model))
 
 

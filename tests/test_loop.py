@@ -1,6 +1,7 @@
 """A training step is the same however it is cut, moves every LoRA weight and nothing else, and is told as it was."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def step_gradient(model: PeftModel, reference_P2: Tensor, groups: list[list[int]
     """The gradient of the mean loss over all pairs, summed over micro-batches."""
     model.zero_grad()
     for group in groups:
-        scores = score(model, collate([PAIRS[i] for i in group], jobs.PAD), jobs.CPU)
+        scores = score(model, collate([PAIRS[i] for i in group], jobs.PACKED), jobs.CPU)
         logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
         (objective(*logps, reference_P2[group], table).total_P.sum() / len(PAIRS)).backward()
     return jobs.gradients(model)
@@ -64,7 +65,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(quantizatio
     table = DpoTable(sft_weight=0.3, label_smoothing=0.1)
     whole = step_gradient(model, reference_P2, [list(range(len(PAIRS)))], table)
     for budget in (1, 100, 200):
-        cut = step_gradient(model, reference_P2, micro_batches(PAIRS, budget), table)
+        cut = step_gradient(model, reference_P2, micro_batches(PAIRS, replace(jobs.PACKED, token_budget=budget)), table)
         assert jobs.apart(cut, whole) < 1e-5, budget
 
 
@@ -101,7 +102,9 @@ def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
     side = Side(PAIRS, -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0)))
     table = DpoTable(sft_weight=0.3)
-    expected, found = (evaluate(model, side, table, tokens, jobs.PAD, jobs.CPU) for tokens in (200, budget))
+    expected, found = (
+        evaluate(model, side, table, replace(jobs.PACKED, token_budget=tokens), jobs.CPU) for tokens in (200, budget)
+    )
     assert found.keys() == expected.keys()
     for name in expected.keys() - {"seconds"}:
         assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
@@ -110,18 +113,18 @@ def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
 def test_an_evaluation_leaves_the_model_in_its_mode_and_weights() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe())).train()
     before = jobs.adapter(model)
-    evaluate(model, Side(PAIRS, torch.zeros(8, 2)), DpoTable(), 200, jobs.PAD, jobs.CPU)
+    evaluate(model, Side(PAIRS, torch.zeros(8, 2)), DpoTable(), jobs.PACKED, jobs.CPU)
     assert model.training
     assert jobs.all_apart(jobs.adapter(model), before) == 0
 
 
 def test_a_tie_counts_as_half_a_right_answer() -> None:
     model = jobs.base_model()
-    batch = score(model, collate(PAIRS, jobs.PAD), jobs.CPU)
+    batch = score(model, collate(PAIRS, jobs.PACKED), jobs.CPU)
     reference_P2 = torch.stack([batch.chosen_logp_P, batch.rejected_logp_P], 1).detach()
     reference_P2[:2, 0] -= 1  # two pairs are right by 1 nat, one is wrong by 1, five are ties
     reference_P2[2, 0] += 1
-    found = evaluate(model, Side(PAIRS, reference_P2), DpoTable(), 100_000, jobs.PAD, jobs.CPU)
+    found = evaluate(model, Side(PAIRS, reference_P2), DpoTable(), jobs.PACKED, jobs.CPU)
     assert (found["eval_rewards/accuracies"], found["eval_ties"], found["eval_pairs"]) == (4.5 / 8, 5, 8)
     assert found["eval_rewards/margins"] == pytest.approx(0.1 * (2 - 1) / 8)
 

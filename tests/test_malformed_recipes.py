@@ -69,7 +69,7 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "fraction for a whole number": (BOTH + "[lora]\nr = 8.5\n", [":6: lora.r is 8.5; it must be a whole number"]),
     "number for true": (
         BOTH + "[train]\ngradient_checkpointing = 1\n",
-        [":6: train.gradient_checkpointing is 1; it must be true or false"],
+        [':6: train.gradient_checkpointing is 1; it must be true or false or "auto"'],
     ),
     "true for a number": (
         BOTH + "[train]\nbatch_size = true\n",

@@ -1,6 +1,7 @@
 """The reference is asked once, kept on disk, and proven to be the base and to fit the policy."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora_dpo.errors import ModelError
 from qlora_dpo.files import cache_home
 from qlora_dpo.preference import reference
 from qlora_dpo.preference.reference import (
+    Store,
     guard_adapter,
     guard_first_loss,
     live_logps,
@@ -29,21 +31,23 @@ from qlora_dpo.training.tracker import Tracker
 pytestmark = jobs.LIBRARIES_WARN
 
 PAIRS = jobs.pairs(9)
+SMALL_ROWS = replace(jobs.PACKED, token_budget=64)
 
 
 def ask(model: Any, folder: Path, pairs: list[Any] = PAIRS, advance: Any = lambda pairs: None) -> tuple[Any, int]:
-    return reference_logps(model, pairs, folder, 64, jobs.PAD, jobs.CPU, advance)
+    store = Store(folder)
+    return reference_logps(model, pairs, store, SMALL_ROWS, jobs.CPU, advance), store.computed
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_reference_is_the_base_although_the_adapter_is_attached(quantization: str, tmp_path: Path) -> None:
     base = jobs.base_model(quantization)
-    untouched = torch.cat([live_logps(base, [pair], jobs.PAD, jobs.CPU) for pair in PAIRS])
+    untouched = torch.cat([live_logps(base, [pair], jobs.PACKED, jobs.CPU) for pair in PAIRS])
     tuned = jobs.stirred(jobs.fresh(jobs.recipe(quantization)))
     asked, computed = ask(tuned, tmp_path)
     torch.testing.assert_close(asked, untouched, rtol=1e-5, atol=1e-5)
     assert computed == len(PAIRS)
-    assert not torch.allclose(live_logps(tuned, PAIRS, jobs.PAD, jobs.CPU), untouched, atol=1e-3)
+    assert not torch.allclose(live_logps(tuned, PAIRS, jobs.PACKED, jobs.CPU), untouched, atol=1e-3)
 
 
 def test_the_second_time_nothing_is_computed_and_the_same_is_known(tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_only_new_pairs_are_computed_and_equal_ones_only_once(tmp_path: Path) ->
     assert (computed, known.shape) == (5, (18, 2))
 
 
-def test_what_was_computed_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_was_computed_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "SECONDS_BETWEEN_SAVES", 0.0)
     done: list[int] = []
 
@@ -78,7 +82,7 @@ def test_what_was_computed_before_a_stop_is_kept(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(KeyboardInterrupt):
         ask(jobs.base_model(), tmp_path, advance=stop_at_the_third)
-    assert ask(jobs.base_model(), tmp_path)[1] == len(PAIRS) - sum(done[:2])
+    assert ask(jobs.base_model(), tmp_path)[1] == len(PAIRS) - sum(done)
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut in half", "emptied", "of another name"])
@@ -123,7 +127,7 @@ def test_the_guard_lets_an_untrained_adapter_pass(quantization: str, dtype: Any)
     base = jobs.base_model(quantization, place)
     before_LV = probe(base, PAIRS[0], place)
     model = jobs.attach(base, jobs.recipe().lora, seed=42)
-    guard_adapter(model, before_LV, PAIRS[0], jobs.PAD, place)
+    guard_adapter(model, before_LV, PAIRS[0], jobs.PACKED, place)
 
 
 def test_the_guard_refuses_an_adapter_that_changes_the_base() -> None:
@@ -133,7 +137,7 @@ def test_the_guard_refuses_an_adapter_that_changes_the_base() -> None:
         base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa")
     )
     with pytest.raises(ModelError) as error:
-        guard_adapter(pissa, before_LV, PAIRS[0], jobs.PAD, jobs.CPU)
+        guard_adapter(pissa, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
     assert str(error.value) == (
         "with its adapter off the model differs from the base as loaded, so it cannot be the DPO reference; "
         "use an adapter that leaves the base as it is"
@@ -145,9 +149,9 @@ def test_the_guard_refuses_an_adapter_that_is_not_untrained() -> None:
     before_LV = probe(base, PAIRS[0], jobs.CPU)
     model = jobs.stirred(jobs.attach(base, jobs.recipe().lora, seed=42))
     with pytest.raises(ModelError) as error:
-        guard_adapter(model, before_LV, PAIRS[0], jobs.PAD, jobs.CPU)
+        guard_adapter(model, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
     assert str(error.value) == "the untrained adapter changes the model, so the first loss would not be ln 2"
-    guard_adapter(model, before_LV, PAIRS[0], jobs.PAD, jobs.CPU, fresh=False)
+    guard_adapter(model, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU, fresh=False)
 
 
 def test_the_guard_refuses_a_model_that_scales_its_logits() -> None:
@@ -155,12 +159,12 @@ def test_the_guard_refuses_a_model_that_scales_its_logits() -> None:
     base.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 2)
     before_LV = probe(base, PAIRS[0], jobs.CPU)
     with pytest.raises(ModelError) as error:
-        guard_adapter(jobs.attach(base, jobs.recipe().lora, 42), before_LV, PAIRS[0], jobs.PAD, jobs.CPU)
+        guard_adapter(jobs.attach(base, jobs.recipe().lora, 42), before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
     assert str(error.value).endswith("the model changes its logits after the output head, which is not supported yet")
 
 
 def test_the_first_loss_is_ln_2_or_the_run_is_refused(own_cache: Path) -> None:
-    right_P2 = live_logps(jobs.base_model(), PAIRS, jobs.PAD, jobs.CPU)
+    right_P2 = live_logps(jobs.base_model(), PAIRS, jobs.PACKED, jobs.CPU)
     guard_first_loss(right_P2, right_P2.clone(), 0.1, jobs.CPU)
     wrong_P2 = right_P2 - torch.tensor([1.0, 0.0])
     with pytest.raises(ModelError) as error:
@@ -186,7 +190,7 @@ def test_another_rate_rank_seed_or_beta_asks_the_reference_nothing(own_cache: Pa
 
 
 def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:
-    """One step of a run on eight training and four held-out pairs of text, all the way from files."""
+    """The only epoch of a run on eight training and four held-out pairs of text, all the way from files."""
     AcceleratorState._reset_state(True)
     folder.mkdir()
     for name, count, verb in (("train", 8, "cook"), ("eval", 4, "find")):
@@ -196,9 +200,9 @@ def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 200}
-    values = jobs.recipe(train={"max_steps": 1}).model_dump(exclude_none=True) | {"data": data}
+    values = jobs.recipe(train={"max_steps": 2}).model_dump(exclude_none=True) | {"data": data}
     for table, keys in changes.items():
         values[table] = {**values[table], **keys}
     what = Recipe.model_validate(values)
-    with Tracker(folder, 1) as tracker:
+    with Tracker(folder, 2) as tracker:
         return run(prepare(what), what, jobs.CPU, tracker, None)

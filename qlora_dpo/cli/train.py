@@ -41,7 +41,7 @@ def train(
 
     from qlora_dpo.model import device
 
-    here = device.choose(loaded.recipe.model.dtype, loaded.recipe.data.max_length)
+    here = device.choose(loaded.recipe.model.dtype)
     click.echo("\n".join(_plan(loaded, folder, here)), err=not dry_run)
     if dry_run:
         return

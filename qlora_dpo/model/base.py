@@ -41,7 +41,6 @@ def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedMo
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=device.weight_dtype,
-            attn_implementation=device.attention,
             device_map={"": device.type},
             **quantization,
         )
@@ -64,6 +63,26 @@ def keep_weights_in_place(model: nn.Module) -> None:
 def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
     """All 4-bit layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def keep_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep every linear weight in `dtype` beside its 4-bit or wider form, so that it is made once."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype:
+            layer.dense_weight = dense_weight(layer, dtype)
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The layer's weight (out, in) in `dtype`, as bitsandbytes or autocast would make it for a product."""
+    kept: Tensor | None = getattr(layer, "dense_weight", None)
+    if kept is not None and kept.dtype == dtype:
+        return kept
+    weight: Any = layer.weight
+    if isinstance(layer, bnb.nn.Linear4bit):
+        weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    dense: Tensor = weight.to(dtype)
+    return dense
 
 
 def dequantized(layer: bnb.nn.Linear4bit) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from inspect import signature
 from typing import Literal, assert_never
 
 import torch
@@ -9,9 +10,6 @@ import torch
 from qlora_dpo.errors import RecipeError
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
-SHORT = 128
-"""Tokens up to which a CPU multiplies attention scores out: about 1.2 times as fast there as the fused kernel, slower
-from 256 on (benchmarks/README.md). A pair also gets the same bits in every batch."""
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -23,7 +21,7 @@ class Device:
     name: str
     compute_dtype: ComputeDtype
     dtype_reason: str
-    attention: Literal["sdpa", "eager"]
+    attention: Literal["spans", "batched", "varlen"]
     attention_reason: str
     triton: bool
     total_bytes: int
@@ -68,12 +66,12 @@ class Device:
         ]
 
 
-def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto", max_length: int | None = None) -> Device:
-    """Decide device, compute dtype and attention backend for sequences of at most `max_length` tokens.
+def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
+    """Decide device, compute dtype and the backend of attention in packed rows.
 
     Raises RecipeError for a dtype this device cannot train in.
     """
-    return _cuda(dtype) if torch.cuda.is_available() else _cpu(dtype, max_length)
+    return _cuda(dtype) if torch.cuda.is_available() else _cpu(dtype)
 
 
 def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
@@ -90,21 +88,24 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
             chosen, reason = dtype, "the recipe asks for it"
         case never:
             assert_never(never)
+    # flash kernels compute in 16 bits only
+    varlen = ampere and chosen != "fp32" and has_varlen()
     return Device(
         type="cuda",
         name=torch.cuda.get_device_name(),
         compute_dtype=chosen,
         dtype_reason=reason,
-        attention="sdpa",
-        attention_reason="flash kernels" if ampere else "memory-efficient kernel, since flash needs capability (8, 0)",
+        attention="varlen" if varlen else "batched",
+        attention_reason="variable-length flash attention"
+        if varlen
+        else "SDPA over padded spans, since flash needs capability (8, 0) and 16 bits",
         triton=ampere,
         total_bytes=torch.cuda.get_device_properties(0).total_memory,
     )
 
 
-def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"], max_length: int | None) -> Device:
+def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     native = cpu_has_bf16()
-    short = max_length is not None and max_length <= SHORT
     chosen: ComputeDtype
     match dtype:
         case "auto" if native:
@@ -123,11 +124,20 @@ def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"], max_length: int | None)
         name=f"CPU, {torch.get_num_threads()} threads",
         compute_dtype=chosen,
         dtype_reason=reason,
-        attention="eager" if short else "sdpa",
-        attention_reason=f"sequences of at most {SHORT} tokens" if short else "torch's CPU kernel",
+        attention="spans",
+        attention_reason="SDPA span by span, without padding",
         triton=False,
         total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
+
+
+def has_varlen() -> bool:  # pragma: cuda
+    """True if this torch has variable-length attention with grouped heads, as 2.12 and later have."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def cpu_has_bf16() -> bool:

@@ -1,20 +1,25 @@
-"""Log-probabilities of the answers, from the rows that predict an answer token only, in float32.
+"""Log-probabilities of the answers, from the states that predict an answer token only, in float32.
 
-P pairs, S = 2P sequences, R rows that predict an answer token, V vocabulary, D width; c one chunk of rows.
+P pairs, S = 2P sequences, T = B x L tokens as laid out, R states that predict an answer token, N scored tokens, M
+answer tokens of all sequences, V vocabulary, D width; c a chunk of states and n the scored tokens of that chunk.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from qlora_dpo.model.base import dense_weight
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.pack import MicroBatch
 
-# 152k vocabulary: float32 logits of 8 pairs of 512 tokens would be 4.6 GiB; a chunk of 2^24 logits is 64 MiB
-LOGITS_AT_ONCE = 2**24
+# 152k vocabulary: float32 logits of 8 pairs of 512 tokens would be 4.6 GiB. A CPU works on them while they are in its
+# cache, 256 states by 2^12 words (4 MiB); a GPU wants long products, by 2^16 words (64 MiB)
+STATES_AT_ONCE = 256
+WORDS_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
 
 
 @dataclass(frozen=True)
@@ -36,95 +41,161 @@ def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool 
 
     Without `metrics`, logits, entropy and top-1 stay 0: the reference needs none of them.
     """
-    head = _language_model(model).get_output_embeddings()
-    hidden_RD = hidden_rows(model, batch, device)
-    logp_R, logits_R, entropy_R, top1_R = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, head.weight, head.bias, batch.target_R, device.torch_dtype, metrics
+    head = language_model(model).get_output_embeddings()
+    weight_VD = dense_weight(head, device.torch_dtype)
+    logp_N, logits_R, entropy_R, top1_N = _HeadLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_states(model, batch, device), weight_VD, head.bias, batch, metrics
     )
-    sequences = 2 * batch.pairs
-    tokens_S = torch.bincount(batch.sequence_R, minlength=sequences)
-    # rows of a sequence stand together; index_add would sum them in another order every time on a GPU
-    logp_S = torch.segment_reduce(logp_R, "sum", lengths=tokens_S)
-    chosen_R = batch.sequence_R < batch.pairs
+    row_M = batch.row_N[batch.scored_M]
+    chosen = batch.pairs
+    # tokens of a sequence stand together; index_add would sum them in another order every time on a GPU
+    logp_S, logits_S, entropy_S, top1_S = (
+        torch.segment_reduce(each_M, "sum", lengths=batch.tokens_S)
+        for each_M in (logp_N[batch.scored_M], logits_R[row_M], entropy_R[row_M], top1_N[batch.scored_M])
+    )
     return Scores(
-        chosen_logp_P=logp_S[: batch.pairs],
-        rejected_logp_P=logp_S[batch.pairs :],
-        chosen_tokens_P=tokens_S[: batch.pairs],
-        rejected_tokens_P=tokens_S[batch.pairs :],
-        chosen_logits_sum=logits_R[chosen_R].sum().item(),
-        rejected_logits_sum=logits_R[~chosen_R].sum().item(),
-        entropy_sum=entropy_R.sum().item(),
-        chosen_top1_sum=top1_R[chosen_R].sum().item(),
+        chosen_logp_P=logp_S[:chosen],
+        rejected_logp_P=logp_S[chosen:],
+        chosen_tokens_P=batch.tokens_S[:chosen],
+        rejected_tokens_P=batch.tokens_S[chosen:],
+        chosen_logits_sum=logits_S[:chosen].sum().item(),
+        rejected_logits_sum=logits_S[chosen:].sum().item(),
+        entropy_sum=entropy_S.sum().item(),
+        chosen_top1_sum=top1_S[:chosen].sum().item(),
     )
 
 
-def hidden_rows(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
-    """Run `batch` through all of `model` but its head; the hidden states (R, D) that predict an answer token."""
-    language_model = _language_model(model)
-    body = getattr(language_model, language_model.base_model_prefix)
+def hidden_states(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
+    """Run `batch` through all of `model` but its head: the hidden states (T, D)."""
+    whole = language_model(model)
+    body = getattr(whole, whole.base_model_prefix)
+    mask, layout = batch.attention_mask_BL, {}
+    if batch.layout is not None:
+        # transformers takes a mask of four dimensions as it is, and packed attention needs none
+        mask, layout = batch.input_ids_BL.new_zeros(1, 1, 1, 1, dtype=torch.bool), {"layout": batch.layout}
     with device.autocast():
-        hidden_SLD: Tensor = body(
-            input_ids=batch.input_ids_SL, attention_mask=batch.attention_mask_SL, use_cache=False
+        hidden_BLD: Tensor = body(
+            input_ids=batch.input_ids_BL,
+            position_ids=batch.position_ids_BL,
+            attention_mask=mask,
+            use_cache=False,
+            **layout,
         ).last_hidden_state
-    return hidden_SLD.flatten(0, 1)[batch.row_R]
+    return hidden_BLD.flatten(0, 1)
 
 
-def _language_model(model: Any) -> Any:
+def language_model(model: Any) -> Any:
+    """The transformers model, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Log-probability of each row's target, and its gradient with respect to the hidden state in the same pass.
+    """Log-probability of each scored token, and its gradient with respect to the hidden state in the same pass.
 
-    The loss is linear in these log-probabilities up to a factor per row, so the gradient can be made before the loss
+    The loss is linear in these log-probabilities up to a factor per token, so the gradient can be made before the loss
     is known and scaled in the backward pass; logits of more than one chunk never exist. The head must be frozen.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_RD: Tensor,
+        hidden_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        target_R: Tensor,
-        dtype: torch.dtype,
+        batch: MicroBatch,
         metrics: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = hidden_RD.shape[0]
-        weight_VD = weight_VD.to(dtype)
-        exact = torch.promote_types(dtype, torch.float32)
-        logp_R, logits_R, entropy_R, top1_R = (hidden_RD.new_zeros(rows, dtype=exact) for _ in range(4))
-        wants_gradient = hidden_RD.requires_grad
-        slope_RD = torch.empty_like(hidden_RD, dtype=exact) if wants_gradient else None
-        chunk = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
-        for start in range(0, rows, chunk):
-            c = slice(start, start + chunk)
-            logits_cV = nn.functional.linear(hidden_RD[c].to(dtype), weight_VD).to(exact)
-            if bias_V is not None:
-                logits_cV += bias_V.to(exact)
-            if metrics:
-                logits_R[c] = logits_cV.mean(-1)
-                top1_R[c] = (logits_cV.argmax(-1) == target_R[c]).to(exact)
-            logits_cV = logits_cV.log_softmax(-1)
-            logp_R[c] = logits_cV.gather(-1, target_R[c, None])[:, 0]
-            if not metrics and slope_RD is None:
-                continue
-            probability_cV = logits_cV.exp()
-            if metrics:
-                # as dot products: the elementwise product would be one more tensor of (rows, V)
-                entropy_R[c] = -torch.bmm(probability_cV[:, None, :], logits_cV[:, :, None])[:, 0, 0]
-            if slope_RD is not None:
-                # d logp / d hidden = (onehot(target) - probability) W
-                slope_cV = probability_cV.neg_().scatter_add_(
-                    -1, target_R[c, None], probability_cV.new_ones(target_R[c].shape[0], 1)
-                )
-                slope_RD[c] = (slope_cV.to(dtype) @ weight_VD).to(exact)
-        ctx.save_for_backward(slope_RD)
-        ctx.hidden_dtype = hidden_RD.dtype
-        ctx.mark_non_differentiable(logits_R, entropy_R, top1_R)
-        return logp_R, logits_R, entropy_R, top1_R
+        hidden_RD = hidden_TD[batch.state_R].to(weight_VD.dtype)
+        wants_gradient = hidden_TD.requires_grad
+        starts = range(0, len(hidden_RD), STATES_AT_ONCE)
+        ends = torch.tensor([*starts, len(hidden_RD)], device=hidden_RD.device)
+        firsts = torch.searchsorted(batch.row_N, ends).tolist()
+        chunks = [
+            _chunk(
+                hidden_RD[start : start + STATES_AT_ONCE],
+                weight_VD,
+                bias_V,
+                batch.row_N[first:last] - start,
+                batch.target_N[first:last],
+                metrics,
+                wants_gradient,
+            )
+            for start, (first, last) in zip(starts, pairwise(firsts), strict=True)
+        ]
+        logp_N, logits_R, entropy_R, top1_N, others_RD = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        ctx.save_for_backward(others_RD, logp_N, weight_VD, batch.state_R, batch.row_N, batch.target_N)
+        ctx.hidden = hidden_TD.shape, hidden_TD.dtype
+        ctx.mark_non_differentiable(logits_R, entropy_R, top1_N)
+        return logp_N, logits_R, entropy_R, top1_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (slope_RD,) = ctx.saved_tensors
-        return (gradients[0][:, None] * slope_RD).to(ctx.hidden_dtype), None, None, None, None, None
+    def backward(ctx: Any, gradient_N: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """With p the probability of a token and W its row of the head, d logp / d hidden = W_target - sum of p W.
+
+        The sum over tokens that are not scored was made in the forward pass; those that are come on top of it here, so
+        that 1 - p keeps its digits where p is almost 1.
+        """
+        others_RD, logp_N, weight_VD, state_R, row_N, target_N = ctx.saved_tensors
+        shape, dtype = ctx.hidden
+        gradient_R = torch.zeros(len(state_R), dtype=gradient_N.dtype, device=gradient_N.device)
+        gradient_R.index_add_(0, row_N, gradient_N)
+        slope_RD = others_RD * -gradient_R[:, None]
+        factor_N = gradient_N - gradient_R[row_N] * logp_N.exp()
+        slope_RD.index_add_(0, row_N, factor_N[:, None] * weight_VD[target_N].to(factor_N.dtype))
+        slope_TD = torch.zeros(shape, dtype=dtype, device=gradient_N.device)
+        slope_TD[state_R] = slope_RD.to(dtype)
+        return slope_TD, None, None, None, None
+
+
+def _chunk(
+    hidden_cD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    row_n: Tensor,
+    target_n: Tensor,
+    metrics: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For some states: log-probabilities and top-1 of n, mean logit and entropy of c, and (c, D) for the gradient.
+
+    The vocabulary comes in tiles (v words). Sums of exponentials are kept relative to the largest logit so far and
+    rescaled when a larger one comes, as flash attention does (Dao et al. 2022, algorithm 1).
+    """
+    exact = torch.promote_types(hidden_cD.dtype, torch.float32)
+    states, vocabulary = len(hidden_cD), len(weight_VD)
+    top_c = hidden_cD.new_full((states,), -torch.inf, dtype=exact)
+    best_c = torch.zeros(states, dtype=torch.long, device=hidden_cD.device)
+    total_c, logits_c, weighted_c = (torch.zeros_like(top_c) for _ in range(3))
+    target_logit_n = top_c.new_zeros(len(target_n))
+    others_cD = torch.zeros_like(hidden_cD, dtype=exact)
+    words = WORDS_AT_ONCE[hidden_cD.device.type]
+    for start in range(0, vocabulary, words):
+        tile_vD = weight_VD[start : start + words]
+        logits_cv = nn.functional.linear(hidden_cD, tile_vD).to(exact)
+        if bias_V is not None:
+            logits_cv += bias_V[start : start + words].to(exact)
+        column_n = target_n - start
+        here_n = (column_n >= 0) & (column_n < len(tile_vD))
+        place = row_n[here_n], column_n[here_n]
+        target_logit_n[here_n] = logits_cv[place]
+        most_c, where_c = logits_cv.max(-1)
+        best_c = torch.where(most_c > top_c, where_c + start, best_c)
+        most_c = torch.maximum(most_c, top_c)
+        shrink_c, top_c = torch.exp(top_c - most_c), most_c
+        share_cv = (logits_cv - top_c[:, None]).exp_()
+        total_c = total_c * shrink_c + share_cv.sum(-1)
+        if metrics:
+            logits_c += logits_cv.sum(-1)
+            # as dot products: the elementwise product would be one more tensor of (c, v)
+            weighted_c = weighted_c * shrink_c + torch.bmm(share_cv[:, None, :], logits_cv[:, :, None])[:, 0, 0]
+        if wants_gradient:
+            share_cv[place] = 0
+            others_cD.mul_(shrink_c[:, None]).add_(share_cv.to(hidden_cD.dtype) @ tile_vD)
+    log_total_c = top_c + total_c.log()
+    return (
+        target_logit_n - log_total_c[row_n],
+        logits_c / vocabulary,
+        (log_total_c - weighted_c / total_c) if metrics else weighted_c,
+        (best_c[row_n] == target_n).to(exact),
+        others_cD.div_(total_c[:, None]),
+    )

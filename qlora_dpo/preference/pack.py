@@ -1,40 +1,83 @@
-"""Cuts the pairs of an optimizer step into micro-batches within a token budget, and lays one out as tensors.
+"""Packs pairs into rows in which whatever several sequences begin with stands once, or into padded batches.
 
-P pairs, S = 2P sequences (all chosen, then all rejected), L padded length, R rows that predict an answer token.
+P pairs, S = 2P sequences (all chosen, then all rejected), B x L tokens as they go through the model, R hidden states
+that predict an answer token, N scored tokens (a state with one of the tokens it predicts), M answer tokens of all
+sequences. In a packed row B is 1 and L the number of its tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from qlora_dpo.data.chat_format import Ids
 from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.model.attention import Backend, Layout, Span
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How pairs are laid out for the model. `backend` is None where a model can only be given padded batches."""
+
+    token_budget: int
+    pad_token_id: int
+    backend: Backend | None
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some pairs of one step as tensors: everything a forward pass needs, and where the answers stand in it."""
+    """Some pairs as tensors: everything a forward pass needs, and where the answers stand in it."""
 
-    input_ids_SL: Tensor
-    attention_mask_SL: Tensor
-    row_R: Tensor  # index into the S * L positions; the hidden state there predicts target_R
-    target_R: Tensor
-    sequence_R: Tensor  # which of the S sequences the row belongs to
+    input_ids_BL: Tensor
+    position_ids_BL: Tensor
+    attention_mask_BL: Tensor | None  # of a padded batch
+    layout: Layout | None  # of a packed row
+    state_R: Tensor  # index into the B * L positions, ascending
+    row_N: Tensor  # which of the R states predicts the token, ascending
+    target_N: Tensor
+    scored_M: Tensor  # which of the N scored tokens stands there; sequence after sequence
+    tokens_S: Tensor  # answer tokens of each sequence
     pairs: int
-    tokens: int  # without padding
+    tokens: int  # of all sequences, as TRL counts them: a prompt once for each answer, no padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return MicroBatch(**{**vars(self), **moved})
+        layout = self.layout and replace(self.layout, device=device)
+        return MicroBatch(**{**vars(self), **moved, "layout": layout})
 
 
-def micro_batches(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
-    """Split `pairs` into groups of similar length whose padded size stays within `token_budget` tokens.
+def micro_batches(pairs: Sequence[EncodedPair], packing: Packing) -> list[list[int]]:
+    """Split `pairs` into groups that go through the model at once, within the token budget.
 
     Returns indices into `pairs`. A pair that is larger than the budget makes a group of its own.
     """
+    return (
+        _padded_groups(pairs, packing.token_budget) if packing.backend is None else _rows(pairs, packing.token_budget)
+    )
+
+
+def _rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+    """Fill rows with pairs in the order of their prompts, so that prompts with a common beginning stand together."""
+    groups: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(pairs)), key=lambda i: (pairs[i].prompt, i)):
+        pair = pairs[index]
+        own = len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - _common(pair.chosen, pair.rejected)
+        shared = _common(pairs[groups[-1][-1]].prompt, pair.prompt) if groups else 0
+        if groups and own - shared <= room:
+            groups[-1].append(index)
+            room -= own - shared
+        else:
+            groups.append([index])
+            room = token_budget - own
+    return groups
+
+
+def _padded_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+    """Put pairs of similar length together, from the longest down."""
     groups: list[list[int]] = []
     for index in sorted(range(len(pairs)), key=lambda i: (-longest(pairs[i]), i)):
         # sorted from the longest down, so the first pair of a group decides its padded length
@@ -51,7 +94,7 @@ def longest(pair: EncodedPair) -> int:
 
 
 def padded(pair: EncodedPair) -> int:
-    """Columns that a batch with `pair` as its longest has.
+    """Columns that a padded batch with `pair` as its longest has.
 
     There is always one column of padding: without any, transformers drops the mask and attention takes another
     kernel, whose rounding differs; this way a pair has the same log-probability in every batch.
@@ -59,27 +102,107 @@ def padded(pair: EncodedPair) -> int:
     return longest(pair) + 1
 
 
-def collate(pairs: Sequence[EncodedPair], pad_token_id: int) -> MicroBatch:
-    """Lay out `pairs` as one right-padded batch: S = 2P sequences, the chosen ones first."""
-    columns = max(padded(pair) for pair in pairs)
+def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
+    """Lay out `pairs` as one packed row, or as one right-padded batch of S sequences."""
+    places = _padded(pairs, packing.pad_token_id) if packing.backend is None else _packed(pairs, packing.backend)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    prompts = [pair.prompt for pair in pairs] * 2
-    input_ids_SL = torch.full((len(answers), columns), pad_token_id)
-    attention_mask_SL = torch.zeros_like(input_ids_SL)
-    rows, targets, sequences = [], [], []
-    for s, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = torch.tensor(prompt + answer)
-        input_ids_SL[s, : len(ids)] = ids
-        attention_mask_SL[s, : len(ids)] = 1
-        rows.append(torch.arange(len(prompt) - 1, len(ids) - 1) + s * columns)
-        targets.append(ids[len(prompt) :])
-        sequences.append(torch.full((len(answer),), s))
+    # the state before an answer's first token is the prompt's last one, for both answers the same in a packed row
+    scored = [
+        (position, token)
+        for position_l, answer in zip(places.position_SL, answers, strict=True)
+        for position, token in zip(position_l[-len(answer) - 1 : -1], answer, strict=True)
+    ]
+    distinct = sorted(set(scored))
+    number = {each: index for index, each in enumerate(distinct)}
+    states = sorted({position for position, _ in distinct})
+    row = {position: index for index, position in enumerate(states)}
     return MicroBatch(
-        input_ids_SL=input_ids_SL,
-        attention_mask_SL=attention_mask_SL,
-        row_R=torch.cat(rows),
-        target_R=torch.cat(targets),
-        sequence_R=torch.cat(sequences),
+        input_ids_BL=places.input_ids_BL,
+        position_ids_BL=places.position_ids_BL,
+        attention_mask_BL=places.attention_mask_BL,
+        layout=places.layout,
+        state_R=torch.tensor(states),
+        row_N=torch.tensor([row[position] for position, _ in distinct]),
+        target_N=torch.tensor([token for _, token in distinct]),
+        scored_M=torch.tensor([number[each] for each in scored]),
+        tokens_S=torch.tensor([len(answer) for answer in answers]),
         pairs=len(pairs),
-        tokens=int(attention_mask_SL.sum()),
+        tokens=sum(map(len, places.position_SL)),
     )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Tokens as they go through the model, and at which of the B * L positions each sequence stands."""
+
+    input_ids_BL: Tensor
+    position_ids_BL: Tensor
+    position_SL: list[list[int]]
+    attention_mask_BL: Tensor | None = None
+    layout: Layout | None = None
+
+
+def _packed(pairs: Sequence[EncodedPair], backend: Backend) -> _Places:
+    """One row: the sequences in lexicographic order, each without what it has in common with the one before.
+
+    In that order the sequences with a common beginning are neighbours, so each beginning stands in the row once: a
+    system prompt of all pairs, a prompt of several pairs, an earlier turn, the same first words of both answers.
+    """
+    sequences = [pair.prompt + pair.chosen for pair in pairs] + [pair.prompt + pair.rejected for pair in pairs]
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[Span] = []
+    position_SL: list[list[int]] = [[] for _ in sequences]
+    before: Ids = ()
+    where: list[int] = []
+    for s in sorted(range(len(sequences)), key=lambda s: sequences[s]):
+        sequence = sequences[s]
+        shared = _common(before, sequence)
+        where = [*where[:shared], *range(len(ids), len(ids) + len(sequence) - shared)]
+        if shared < len(sequence):
+            spans.append(Span(len(ids), len(ids) + len(sequence) - shared, _stretches(where[:shared])))
+        ids.extend(sequence[shared:])
+        positions.extend(range(shared, len(sequence)))
+        position_SL[s], before = where, sequence
+    return _Places(
+        input_ids_BL=torch.tensor([ids]),
+        position_ids_BL=torch.tensor([positions]),
+        position_SL=position_SL,
+        layout=Layout(tuple(spans), backend, torch.device("cpu")),
+    )
+
+
+def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> _Places:
+    """One right-padded batch: S sequences, the chosen ones first."""
+    columns = max(padded(pair) for pair in pairs)
+    sequences = [pair.prompt + pair.chosen for pair in pairs] + [pair.prompt + pair.rejected for pair in pairs]
+    ids = torch.full((len(sequences), columns), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for s, sequence in enumerate(sequences):
+        ids[s, : len(sequence)] = torch.tensor(sequence)
+        mask[s, : len(sequence)] = 1
+    return _Places(
+        input_ids_BL=ids,
+        position_ids_BL=torch.arange(columns).expand(len(sequences), -1),
+        position_SL=[list(range(s * columns, s * columns + len(each))) for s, each in enumerate(sequences)],
+        attention_mask_BL=mask,
+    )
+
+
+def _common(one: Ids, other: Ids) -> int:
+    """How many tokens both begin with."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:  # a comparison of slices runs in C, so bisecting beats comparing token by token
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def _stretches(where: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending positions as stretches without gaps."""
+    breaks = [i for i in range(1, len(where)) if where[i] != where[i - 1] + 1]
+    ends = [0, *breaks, len(where)] if where else []
+    return tuple((where[i], where[j - 1] + 1) for i, j in pairwise(ends))

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import dpo
-from qlora_dpo.preference.pack import collate, micro_batches
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
 from qlora_dpo.recipe import ModelTable
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -51,43 +52,87 @@ def store_folder(source: Source, table: ModelTable, device: Device) -> Path:
     return cache_home() / "reference" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
+class Store:
+    """The log-probabilities in one folder, for as long as a run lasts; what it adds is written about once a minute,
+    and when it leaves a `with`.
+
+    `computed` counts the pairs that were added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.known = folder, read_store(folder)
+        self.unsaved: dict[bytes, tuple[float, float]] = {}
+        self.computed, self.saved_at = 0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.save()
+
+    def look_up(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        """Log-probabilities (P, 2) of `pairs`, NaN where they are not known, in float32 on the CPU."""
+        unknown = (math.nan, math.nan)
+        return torch.tensor([self.known.get(pair.digest, unknown) for pair in pairs]).reshape(-1, 2)
+
+    def add(self, pairs: Sequence[EncodedPair], logps_P2: Tensor) -> None:
+        """Keep the log-probabilities (P, 2) of `pairs`, and write them if the last time was a minute ago."""
+        new = dict(zip((pair.digest for pair in pairs), map(tuple, logps_P2.tolist()), strict=True))
+        self.known |= new
+        self.unsaved |= new
+        self.computed += len(new)
+        if time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def save(self) -> None:
+        """Write what was added since the last time."""
+        add_to_store(self.folder, self.unsaved)
+        self.unsaved, self.saved_at = {}, time.monotonic()
+
+
 def reference_logps(
     model: nn.Module,
     pairs: Sequence[EncodedPair],
-    folder: Path,
-    token_budget: int,
-    pad_token_id: int,
+    store: Store,
+    packing: Packing,
     device: Device,
     advance: Callable[[int], None] = lambda pairs: None,
-) -> tuple[Tensor, int]:
-    """Log-probabilities (P, 2) of `pairs` with the adapter off, and how many pairs had to be computed for it.
+) -> Tensor:
+    """Log-probabilities (P, 2) of `pairs` with the adapter off.
 
-    What is missing in `folder` is computed and added there about once a minute, so a run that is stopped goes on
-    where it was. `advance` is told how many pairs are known, and then how many each batch finished.
+    What `store` does not know is computed and added there, so a run that is stopped goes on where it was. `advance` is
+    told how many pairs are known, and then how many each batch finished.
     """
-    known = read_store(folder)
-    missing = list({pair.digest: pair for pair in pairs if pair.digest not in known}.values())
+    missing = list({pair.digest: pair for pair in pairs if pair.digest not in store.known}.values())
     advance(len(pairs) - len(missing))
-    unsaved: dict[bytes, tuple[float, float]] = {}
-    saved_at = time.monotonic()
-    for group in micro_batches(missing, token_budget):
-        batch = [missing[index] for index in group]
-        with adapter_off(model):
-            logps = live_logps(model, batch, pad_token_id, device).tolist()
-        unsaved |= zip((pair.digest for pair in batch), map(tuple, logps), strict=True)
-        advance(len(batch))
-        if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
-            add_to_store(folder, unsaved)
-            known, unsaved, saved_at = known | unsaved, {}, time.monotonic()
-    add_to_store(folder, unsaved)
-    known |= unsaved
-    return torch.tensor([known[pair.digest] for pair in pairs], dtype=torch.float32).reshape(-1, 2), len(missing)
+    with store:
+        for group in micro_batches(missing, packing):
+            some = [missing[index] for index in group]
+            with adapter_off(model):
+                store.add(some, live_logps(model, some, packing, device))
+            advance(len(some))
+    return store.look_up(pairs)
+
+
+def ride_along(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
+    """Log-probabilities (P, 2) of a batch that is about to be trained on, with the adapter off, on the batch's device.
+
+    One pass over each pair, as if it had been asked before; the row is the policy's own, so both round alike.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with adapter_off(model), torch.no_grad():
+            scores = score(model, batch, device, metrics=False)
+    finally:
+        model.train(training)
+    return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
 
 
 @torch.no_grad()
-def live_logps(model: nn.Module, pairs: Sequence[EncodedPair], pad_token_id: int, device: Device) -> Tensor:
+def live_logps(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Tensor:
     """Log-probabilities (P, 2) of a few pairs by the model as it is now, on the CPU."""
-    scores = score(model, collate(pairs, pad_token_id).to(device.torch_device), device, metrics=False)
+    scores = score(model, collate(pairs, packing).to(device.torch_device), device, metrics=False)
     return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
 
 
@@ -125,7 +170,7 @@ def probe(model: nn.Module, pair: EncodedPair, device: Device) -> Tensor:
 
 
 def guard_adapter(
-    model: nn.Module, before_LV: Tensor, pair: EncodedPair, pad_token_id: int, device: Device, *, fresh: bool = True
+    model: nn.Module, before_LV: Tensor, pair: EncodedPair, packing: Packing, device: Device, *, fresh: bool = True
 ) -> None:
     """Prove that adapter-off is the base as loaded, bit for bit, and that our log-probabilities are the model's own.
 
@@ -143,7 +188,7 @@ def guard_adapter(
     own_L = before_LV.float().log_softmax(-1)[len(pair.prompt) - 1 : -1]
     own = own_L.gather(-1, torch.tensor(pair.chosen, device=own_L.device)[:, None]).sum().item()
     with adapter_off(model):
-        ours = live_logps(model, [pair], pad_token_id, device)[0, 0].item()
+        ours = live_logps(model, [pair], packing, device)[0, 0].item()
     if not math.isclose(ours, own, rel_tol=_tolerance(device), abs_tol=_tolerance(device)):
         raise ModelError(
             f"the log-probability of a probe answer is {own:.4f} by the model and {ours:.4f} by this program: the "

@@ -5,10 +5,12 @@ In names: R rows of a batch, T tokens, V vocabulary.
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -201,9 +203,15 @@ def _next_logits(model: Any, new: list[int], memory: Memory) -> Tensor:
 
 
 def _last_logits(model: Any, ids_RT: Tensor, past: DynamicCache | None, **padding: Tensor) -> Tensor:
-    output = model(input_ids=ids_RT, past_key_values=past, use_cache=True, logits_to_keep=1, **padding)
+    output = model(input_ids=ids_RT, use_cache=True, logits_to_keep=1, **{_cache_name(model): past}, **padding)
     logits_RV: Tensor = output.logits[:, -1]
     return logits_RV
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its key-value cache: `cache` since transformers 5.24, which warns of the name before."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "cache" if "cache" in signature(type(whole).forward).parameters else "past_key_values"
 
 
 def _draw(logits_V: Tensor, settings: Settings, generator: torch.Generator) -> int:

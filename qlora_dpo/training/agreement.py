@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from qlora_dpo.data.encode import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.preference.logps import LOGITS_AT_ONCE, hidden_rows
-from qlora_dpo.preference.pack import MicroBatch, collate, micro_batches
+from qlora_dpo.preference.logps import hidden_states
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
 
 TOKENS_AT_ONCE = 2048
+LOGITS_AT_ONCE = 2**24
+"""In float32 64 MiB, a few times over: both models' logits of some tokens, side by side."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ def measure(
 ) -> Agreement:
     """Run both models, and `trained` with its adapter off as the reference, over all of `pairs`."""
     kl, same, tokens, trained_right, merged_right = 0.0, 0, 0, 0.0, 0.0
-    for group in micro_batches(pairs, TOKENS_AT_ONCE):
-        batch = collate([pairs[index] for index in group], pad_token_id).to(device.torch_device)
+    padded = Packing(TOKENS_AT_ONCE, pad_token_id, backend=None)  # which every model can be given
+    for group in micro_batches(pairs, padded):
+        batch = collate([pairs[index] for index in group], padded).to(device.torch_device)
         batch_kl, batch_same, (trained_S, merged_S, reference_S) = _compare(trained, merged, batch, device)
-        kl, same, tokens = kl + batch_kl, same + batch_same, tokens + len(batch.target_R)
+        kl, same, tokens = kl + batch_kl, same + batch_same, tokens + len(batch.target_N)
         trained_right += _right(trained_S - reference_S)
         merged_right += _right(merged_S - reference_S)
     return Agreement(
@@ -50,19 +53,21 @@ def measure(
 
 def _compare(trained: nn.Module, merged: nn.Module, batch: MicroBatch, device: Device) -> tuple[float, int, Tensor]:
     """KL summed over tokens, tokens of one mind, and (3, S) log-probabilities: trained, merged, reference."""
-    trained_RD, merged_RD = hidden_rows(trained, batch, device), hidden_rows(merged, batch, device)
+    states_R = batch.state_R[batch.row_N]  # in a padded batch each state predicts one token
+    trained_RD, merged_RD = (hidden_states(model, batch, device)[states_R] for model in (trained, merged))
     with adapter_off(trained):
-        reference_RD = hidden_rows(trained, batch, device)
+        reference_RD = hidden_states(trained, batch, device)[states_R]
+    sequence_R = torch.repeat_interleave(batch.tokens_S)[batch.scored_M.argsort()]
     logp_3S = torch.zeros(3, 2 * batch.pairs, device=device.torch_device)
     kl, same = 0.0, 0
-    for c in torch.arange(len(batch.target_R), device=device.torch_device).split(_rows_at_once(merged)):
+    for c in torch.arange(len(batch.target_N), device=device.torch_device).split(_rows_at_once(merged)):
         trained_cV, merged_cV = _logps(trained, trained_RD[c], device), _logps(merged, merged_RD[c], device)
         with adapter_off(trained):
             reference_cV = _logps(trained, reference_RD[c], device)
         kl += (trained_cV.exp() * (trained_cV - merged_cV)).sum(dtype=torch.float64).item()
         same += int((trained_cV.argmax(-1) == merged_cV.argmax(-1)).sum())
         for row, logp_cV in enumerate((trained_cV, merged_cV, reference_cV)):
-            logp_3S[row].index_add_(0, batch.sequence_R[c], logp_cV.gather(-1, batch.target_R[c, None])[:, 0])
+            logp_3S[row].index_add_(0, sequence_R[c], logp_cV.gather(-1, batch.target_N[c, None])[:, 0])
     return kl, same, logp_3S
 
 

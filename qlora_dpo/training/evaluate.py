@@ -13,13 +13,16 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import Sums
 from qlora_dpo.preference.objective import objective
-from qlora_dpo.preference.pack import collate, micro_batches
+from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.recipe import DpoTable
 
 
 @dataclass(frozen=True)
 class Side:
-    """Training or held-out pairs with the reference's log-probabilities of them, (P, 2), in nats."""
+    """Training or held-out pairs with the reference's log-probabilities of them, (P, 2), in nats.
+
+    Those of training pairs are NaN until they are asked, along with the step that needs them.
+    """
 
     pairs: Sequence[EncodedPair]
     reference_P2: Tensor
@@ -30,8 +33,7 @@ def evaluate(
     model: nn.Module,
     side: Side,
     table: DpoTable,
-    token_budget: int,
-    pad_token_id: int,
+    packing: Packing,
     device: Device,
     advance: Callable[[int], None] = lambda pairs: None,
 ) -> dict[str, Any]:
@@ -39,8 +41,8 @@ def evaluate(
     started, was_training = time.monotonic(), model.training
     model.eval()
     sums = Sums(table.beta, sft=table.sft_weight > 0)
-    for group in micro_batches(side.pairs, token_budget):
-        batch = collate([side.pairs[index] for index in group], pad_token_id).to(device.torch_device)
+    for group in micro_batches(side.pairs, packing):
+        batch = collate([side.pairs[index] for index in group], packing).to(device.torch_device)
         reference_P2 = side.reference_P2[group].to(device.torch_device)
         scores = score(model, batch, device)
         losses = objective(scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, table)

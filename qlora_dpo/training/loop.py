@@ -23,7 +23,8 @@ from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import Sums
 from qlora_dpo.preference.objective import objective
-from qlora_dpo.preference.pack import collate, micro_batches
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
+from qlora_dpo.preference.reference import Store, ride_along
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.checkpoint import State, load_checkpoint, save_checkpoint
 from qlora_dpo.training.evaluate import Side, evaluate
@@ -41,8 +42,9 @@ class Job:
     plan: Plan
     train: Side
     heldout: Side
-    pad_token_id: int
+    packing: Packing
     folder: Path
+    store: Store
 
 
 def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path | None = None) -> State:
@@ -52,8 +54,6 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     finite.
     """
     table, plan = job.recipe.train, job.plan
-    if table.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     tools = _tools(model, job)
     if resume is not None:
         state = _restored(resume, state, model, tools)
@@ -62,7 +62,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
 
     model.train()
     window = _Window(job)
-    with _stop_after_the_step(tracker.note) as stop:
+    with _stop_after_the_step(tracker.note) as stop, job.store:
         while state.step < plan.total_steps:
             rate, norm = _step(model, job, state, tools, window.sums)
             tracker.step(state.step)
@@ -103,7 +103,7 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
 def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
     table, pairs = job.recipe.train, job.plan.indices(state.step + 1)
-    for group in micro_batches([job.train.pairs[i] for i in pairs], table.micro_batch_tokens):
+    for group in micro_batches([job.train.pairs[i] for i in pairs], job.packing):
         loss, tokens = _forward(model, job, [pairs[i] for i in group], sums)
         tools.accelerator.backward(loss / len(pairs))
         state.num_tokens += tokens
@@ -137,8 +137,8 @@ def _save(folder: Path, state: State, model: PeftModel, tools: _Tools) -> Path:
 def _forward(model: PeftModel, job: Job, indices: Sequence[int], sums: Sums) -> tuple[torch.Tensor, int]:
     """The summed loss of some training pairs, and how many tokens it took."""
     place = job.device.torch_device
-    batch = collate([job.train.pairs[i] for i in indices], job.pad_token_id).to(place)
-    reference_P2 = job.train.reference_P2[list(indices)].to(place)
+    batch = collate([job.train.pairs[i] for i in indices], job.packing).to(place)
+    reference_P2 = _reference(model, job, indices, batch).to(place)
     scores = score(model, batch, job.device)
     losses = objective(
         scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, job.recipe.dpo
@@ -147,18 +147,21 @@ def _forward(model: PeftModel, job: Job, indices: Sequence[int], sums: Sums) -> 
     return losses.total_P.sum(), batch.tokens
 
 
+def _reference(model: PeftModel, job: Job, indices: Sequence[int], batch: MicroBatch) -> torch.Tensor:
+    """What the reference says of the batch's pairs, (P, 2): as asked before the run, or asked now and kept."""
+    known_P2 = job.train.reference_P2[list(indices)]
+    if not known_P2.isnan().any():
+        return known_P2
+    asked_P2 = ride_along(model, batch, job.device)
+    job.train.reference_P2[list(indices)] = asked_P2.cpu()
+    job.store.add([job.train.pairs[i] for i in indices], asked_P2)
+    return asked_P2
+
+
 def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
     """Evaluate on the held-out pairs, note it in the state, and tell the tracker."""
     with tracker.phase("evaluate", len(job.heldout.pairs)) as advance:
-        record = evaluate(
-            model,
-            job.heldout,
-            job.recipe.dpo,
-            job.recipe.train.micro_batch_tokens,
-            job.pad_token_id,
-            job.device,
-            advance,
-        )
+        record = evaluate(model, job.heldout, job.recipe.dpo, job.packing, job.device, advance)
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
 

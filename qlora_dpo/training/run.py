@@ -4,7 +4,7 @@ import hashlib
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,10 +19,14 @@ from qlora_dpo import __version__
 from qlora_dpo.data.encode import EncodedPair, PairSet, load_pairs
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.budget import keep_dense_if_it_fits
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import attach
+from qlora_dpo.model.lora import attach, make_lean
 from qlora_dpo.model.sources import Source, fetch
+from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing
+from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import (
+    Store,
     guard_adapter,
     guard_first_loss,
     live_logps,
@@ -85,26 +89,29 @@ def prepare(recipe: Recipe) -> Prepared:
 def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, resume_from: Path | None) -> Outcome:
     """Load the base, ask the reference, prove the start, and train with the recipe's engine."""
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
-    pad = pad_token_id(prepared.tokenizer)
+    plan, own = make_plan(len(pairs), recipe.train), recipe.train.engine == "qlora_dpo"
     with timed(seconds, "load"):
-        base = load_base(prepared.source, recipe.model, device)
-        before_LV = probe(base, pairs[0], device)
-        model = attach(base, recipe.lora, recipe.train.seed)
-        guard_adapter(model, before_LV, pairs[0], pad, device)
-    with timed(seconds, "reference"), tracker.phase("reference", len(pairs) + len(heldout)) as advance:
-        folder = store_folder(prepared.source, recipe.model, device)
-        budget = recipe.train.micro_batch_tokens
-        train_P2, computed = reference_logps(model, pairs, folder, budget, pad, device, advance)
-        heldout_P2, more = reference_logps(model, heldout, folder, budget, pad, device, advance)
+        model, packing = _load(prepared, recipe, device, tracker.note)
+    with timed(seconds, "reference"):
+        store = Store(store_folder(prepared.source, recipe.model, device))
+        # in its only epoch each pair is asked once in any case: then it is asked along with its step, and the first
+        # step need not wait for the last pair; TRL asks in every step by itself
+        rides_along = recipe.train.num_train_epochs == 1 or not own
+        first = plan.indices(1)
+        now = [pairs[i] for i in (first if rides_along else sorted(set(plan.order)))]
+        with tracker.phase("reference", len(now) + len(heldout)) as advance:
+            for some in (now, heldout):
+                reference_logps(model, some, store, packing, device, advance)
+        train_P2, heldout_P2 = store.look_up(pairs), store.look_up(heldout)
+        later = int(train_P2.isnan().any(1).sum()) if rides_along and own else 0
     tracker.note(
-        f"reference: {computed + more} pairs computed, {len(pairs) + len(heldout) - computed - more} from the cache"
+        f"reference: {store.computed} pairs computed, {len(now) + len(heldout) - store.computed} from the cache"
+        + (", the others along with the only step they are in" if later else "")
     )
-    plan = make_plan(len(pairs), recipe.train)
-    first = plan.indices(1)[:4]
-    guard_first_loss(
-        live_logps(model, [pairs[i] for i in first], pad, device), train_P2[first], recipe.dpo.beta, device
-    )
-    job = Job(recipe, device, plan, Side(pairs, train_P2), Side(heldout, heldout_P2), pad, tracker.run_dir)
+    few = first[:4]
+    live_P2 = live_logps(model, [pairs[i] for i in few], packing, device)
+    guard_first_loss(live_P2, train_P2[few], recipe.dpo.beta, device)
+    job = Job(recipe, device, plan, Side(pairs, train_P2), Side(heldout, heldout_P2), packing, tracker.run_dir, store)
     state = State(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
@@ -123,7 +130,27 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
                 model, state = fit_with_trl(model, job, state, tracker, prepared.tokenizer)
             case never:
                 assert_never(never)
-    return Outcome(model.eval(), state, prepared, computed + more, peak_bytes(device))
+    return Outcome(model.eval(), state, prepared, store.computed, peak_bytes(device))
+
+
+def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> tuple[PeftModel, Packing]:
+    """The base with an untrained adapter that is proved to change nothing yet, and how pairs are laid out for it."""
+    table, own = recipe.train, recipe.train.engine == "qlora_dpo"
+    pairs, pad = [*prepared.train.encoded, *prepared.heldout.encoded], pad_token_id(prepared.tokenizer)
+    base = load_base(prepared.source, recipe.model, device)
+    if own and device.type == "cpu":
+        say(keep_dense_if_it_fits(base, device))
+    packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
+    say(f"layout: {why}")
+    probed = pairs[0]
+    before_LV = probe(base, probed, device)
+    model = attach(base, recipe.lora, table.seed)
+    if own:
+        say(make_lean(model, device.torch_dtype))
+    guard_adapter(model, before_LV, probed, packing, device)
+    if own:
+        say(checkpoint_as_needed(model, table.gradient_checkpointing, pairs, packing, device))
+    return model, packing
 
 
 def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:

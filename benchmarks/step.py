@@ -1,0 +1,334 @@
+"""One optimizer step of ours against TRL's: the same pairs, model, LoRA and dtype, in turn in one process.
+
+    python benchmarks/step.py --data HH.jsonl.gz                            # SmolLM2-135M, 4-bit, 16 pairs, fp32
+    python benchmarks/step.py --data HH.jsonl.gz --model FOLDER --batch 4 --quantization none --dtype bf16
+
+Every round runs each variant once; medians of the rounds are compared, and the first round only warms up. `trl-4` and
+`trl-1` are DPOTrainer with its defaults at that micro-batch; `trl-best` is it without checkpointing, with a precomputed
+reference, sorted by length, at the micro-batch given with --best; `trl-compact` is that with the head on scored tokens
+only, which TRL has for Triton devices alone and is switched on here by hand. Ours come one trick after another.
+
+`--memory` runs one step of each variant in a process of its own and compares how far memory rises above what the
+loaded model takes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flops
+import torch
+
+from qlora_dpo import recipe
+from qlora_dpo.cli.quiet import silence
+from qlora_dpo.data.encode import EncodedPair, load_pairs
+from qlora_dpo.model import attention, device
+from qlora_dpo.model.base import keep_dense, load_base, load_tokenizer
+from qlora_dpo.model.budget import checkpoint, checkpointable
+from qlora_dpo.model.lora import attach, make_lean, trainable
+from qlora_dpo.model.sources import Source, fetch
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.objective import objective
+from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
+from qlora_dpo.preference.reference import live_logps, ride_along
+from qlora_dpo.recipe import DataTable, DpoTable, LoraTable, ModelTable
+
+TRL = ("trl-4", "trl-1", "trl-best", "trl-compact")
+OURS = ("padded", "packed", "lean", "cached", "checkpointed")
+NOTES = {
+    "trl-4": "TRL's defaults, micro-batch 4",
+    "trl-1": "TRL's defaults, micro-batch 1",
+    "trl-best": "TRL without checkpointing, reference precomputed, sorted by length",
+    "trl-compact": "the same, head on scored tokens only (switched on by hand)",
+    "padded": "ours, padded batches, PEFT's layers, reference asked along",
+    "packed": "+ packed rows, each prompt once",
+    "lean": "+ lean LoRA layers, weights dequantized once: as shipped, first epoch",
+    "cached": "+ reference from the cache: as shipped, a second run or epoch",
+    "checkpointed": "the same with every layer recomputed",
+}
+
+
+@dataclass
+class Bench:
+    """What all variants share."""
+
+    source: Source
+    table: ModelTable
+    here: device.Device
+    tokenizer: Any
+    pairs: Sequence[EncodedPair]
+    best: int
+    budget: int
+    pad: int
+
+
+def main() -> None:
+    """Measure and print."""
+    silence()
+    asked = _arguments()
+    bench = _bench(asked)
+    names = asked.only.split(",") if asked.only else [*TRL, *OURS]
+    if asked.memory:
+        _memory(names)
+        return
+    steps = _steps(bench, names)
+    if asked.peak:
+        before = _resident()
+        steps[names[0]]()
+        print(json.dumps({"loaded": before, "peak": _peak(bench.here)}))
+        return
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(asked.rounds + 1):
+        for name in names:
+            started = time.perf_counter()
+            steps[name]()
+            _wait(bench.here)
+            seconds[name].append(time.perf_counter() - started)
+            print(f"round {turn} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    _report(bench, {name: taken[1:] for name, taken in seconds.items()}, asked)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="preference pairs")
+    parser.add_argument("--model", help="a model folder; absent: the quickstart's SmolLM2-135M")
+    parser.add_argument("--quantization", choices=["nf4", "none"], default="nf4")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--batch", type=int, default=16, help="pairs per optimizer step")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--best", type=int, default=1, help="micro-batch of trl-best and trl-compact")
+    parser.add_argument("--row", type=int, default=recipe.TrainTable().micro_batch_tokens, help="tokens of a row")
+    parser.add_argument("--only", help="variants, separated by commas")
+    parser.add_argument("--memory", action="store_true", help="compare peak memory instead of time")
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _bench(asked: argparse.Namespace) -> Bench:
+    quickstart = recipe.load("recipes/quickstart.toml").recipe.model
+    table = ModelTable(name=asked.model) if asked.model else quickstart
+    table = table.model_copy(update={"quantization": asked.quantization})
+    source, here = fetch(table), device.choose(asked.dtype)
+    tokenizer: Any = load_tokenizer(source)
+    data = DataTable(train=asked.data, eval="unused.jsonl", max_length=asked.max_length, max_train_samples=asked.batch)
+    pairs = load_pairs(data, "train", tokenizer, seed=0).encoded
+    return Bench(source, table, here, tokenizer, pairs, asked.best, asked.row, int(tokenizer.pad_token_id))
+
+
+def _steps(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]]:
+    """For each variant a function that takes one optimizer step; models are loaded once and shared."""
+    steps: dict[str, Callable[[], None]] = {}
+    if {"trl-4", "trl-1"} & set(names):
+        trainer = _trainer(bench)
+        steps |= {f"trl-{at_once}": lambda n=at_once: _trl_step(trainer, bench, bench.pairs, n) for at_once in (4, 1)}
+    if {"trl-best", "trl-compact"} & set(names):
+        best = _trainer(bench, gradient_checkpointing=False)
+        best.precompute_ref_logps = True
+        sorted_pairs = sorted(bench.pairs, key=longest, reverse=True)
+        reference_P2 = torch.zeros(len(sorted_pairs), 2)
+        for name in ("trl-best", "trl-compact"):
+            steps[name] = lambda compact=name == "trl-compact": _trl_step(
+                best, bench, sorted_pairs, bench.best, reference_P2, compact=compact
+            )
+    if {"padded", "packed"} & set(names):
+        plain = _ours(bench, lean=False)
+        steps["padded"] = lambda: _our_step(plain, bench, Packing(bench.budget, bench.pad, None))
+        steps["packed"] = lambda: _our_step(plain, bench, Packing(bench.budget, bench.pad, bench.here.attention))
+    if {"lean", "cached", "checkpointed"} & set(names):
+        lean = _ours(bench, lean=True)
+        packed = Packing(bench.budget, bench.pad, bench.here.attention)
+        known_P2 = live_logps(lean[0].eval(), bench.pairs, packed, bench.here)
+        layers = len(checkpointable(lean[0]))
+        steps["lean"] = lambda: _our_step(lean, bench, packed)
+        steps["cached"] = lambda: _our_step(lean, bench, packed, known_P2)
+        steps["checkpointed"] = lambda: _our_step(lean, bench, packed, known_P2, recomputed=layers)
+    return steps
+
+
+def _trainer(bench: Bench, **changed: Any) -> Any:
+    """Stock DPOTrainer over its own copy of the model, with its defaults but for `changed`."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    lora = LoraTable()
+    trainer: Any = DPOTrainer(
+        model=load_base(bench.source, bench.table, bench.here),
+        args=DPOConfig(
+            output_dir="unused",
+            bf16=bench.here.compute_dtype == "bf16",
+            fp16=bench.here.compute_dtype == "fp16",
+            use_cpu=bench.here.type == "cpu",
+            max_length=None,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **changed,
+        ),
+        # it insists on tokenizing something; the pairs are handed over as ids
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=bench.tokenizer,
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules
+        ),
+    )
+    trainer.create_optimizer()
+    trainer.model.train()
+    return trainer
+
+
+def _trl_step(
+    trainer: Any,
+    bench: Bench,
+    pairs: Sequence[EncodedPair],
+    at_once: int,
+    reference_P2: torch.Tensor | None = None,
+    *,
+    compact: bool = False,
+) -> None:
+    """One optimizer step by the trainer's own `training_step`, optimizer included."""
+    import trl.trainer.utils
+
+    chosen = trl.trainer.utils._use_triton
+    if compact:
+        trl.trainer.utils._use_triton = lambda device: True
+    trainer.current_gradient_accumulation_steps = len(pairs) // at_once
+    for start in range(0, len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        rows = [
+            {"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in some
+        ]
+        inputs = trainer.data_collator(rows)
+        if reference_P2 is not None:
+            known = reference_P2[start : start + at_once]
+            inputs |= {"ref_chosen_logps": known[:, 0], "ref_rejected_logps": known[:, 1]}
+        trainer.training_step(trainer.model, inputs, None)
+    torch.nn.utils.clip_grad_norm_(list(trainable(trainer.model).values()), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    trl.trainer.utils._use_triton = chosen
+
+
+def _ours(bench: Bench, *, lean: bool) -> tuple[Any, Any]:
+    """Our model as a run prepares it, with its optimizer; without `lean` its layers are PEFT's."""
+    base = load_base(bench.source, bench.table, bench.here)
+    if lean and bench.here.type == "cpu":
+        keep_dense(base, bench.here.torch_dtype)
+    attention.use(base)
+    model = attach(base, LoraTable(), seed=0)
+    if lean:
+        make_lean(model, bench.here.torch_dtype)
+    return model, torch.optim.AdamW(trainable(model).values(), lr=1e-6)
+
+
+def _our_step(
+    ours: tuple[Any, Any],
+    bench: Bench,
+    packing: Packing,
+    known_P2: torch.Tensor | None = None,
+    *,
+    recomputed: int = 0,
+) -> None:
+    """One optimizer step as the loop takes it; without `known_P2` the reference is asked along."""
+    model, optimizer = ours
+    model.train()
+    checkpoint(model, recomputed)
+    place = bench.here.torch_device
+    for group in micro_batches(bench.pairs, packing):
+        batch = collate([bench.pairs[i] for i in group], packing).to(place)
+        reference_P2 = ride_along(model, batch, bench.here) if known_P2 is None else known_P2[group].to(place)
+        scores = score(model, batch, bench.here)
+        logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
+        (objective(*logps, reference_P2, DpoTable()).total_P.sum() / len(bench.pairs)).backward()
+    torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _report(bench: Bench, seconds: dict[str, list[float]], asked: argparse.Namespace) -> None:
+    """The table: seconds, ratios to ours as shipped, work and the share of the machine's matmul rate."""
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    shipped = next((name for name in ("cached", "lean") if name in medians), next(iter(medians)))
+    shape = flops.shape_of(bench.source.folder)
+    rate = flops.matmul_rate(shape, bench.here)
+    print(
+        f"{bench.source.name}, {bench.table.quantization}, {bench.here.compute_dtype}, {len(bench.pairs)} pairs, "
+        f"max_length {asked.max_length}, {bench.here.name}, medians of {asked.rounds} rounds; "
+        f"matmul rate {rate / 1e9:.0f} GFLOP/s"
+    )
+    print(
+        f"| variant | s | s / {shipped}'s | tokens per pair | GFLOP per pair | MFU | |\n|---|---|---|---|---|---|---|"
+    )
+    for name, median in medians.items():
+        tokens, work = _work(bench, name, shape)
+        print(
+            f"| {name} | {median:.2f} | {median / medians[shipped]:.2f} | {tokens:.0f} | {work / 1e9:.0f} | "
+            f"{work * len(bench.pairs) / median / rate:.0%} | {NOTES[name]} |"
+        )
+
+
+def _work(bench: Bench, name: str, shape: flops.Shape) -> tuple[float, float]:
+    """Tokens that are computed for a pair in one pass, and floating-point operations of a step for a pair."""
+    count = len(bench.pairs)
+    if name in TRL:
+        defaults = name in ("trl-4", "trl-1")
+        at_once = {"trl-4": 4, "trl-1": 1}.get(name, bench.best)
+        pairs = bench.pairs if defaults else sorted(bench.pairs, key=longest, reverse=True)
+        groups = [pairs[start : start + at_once] for start in range(0, count, at_once)]
+        total = sum(
+            flops.padded(shape, group, recomputed=defaults, reference=defaults, compact=name == "trl-compact")
+            for group in groups
+        )
+        return sum(2 * len(group) * max(map(longest, group)) for group in groups) / count, total / count
+    packing = Packing(bench.budget, bench.pad, None if name == "padded" else bench.here.attention)
+    batches = [collate([bench.pairs[i] for i in group], packing) for group in micro_batches(bench.pairs, packing)]
+    reference = name not in ("cached", "checkpointed")
+    total = sum(flops.ours(shape, batch, recomputed=name == "checkpointed", reference=reference) for batch in batches)
+    return sum(batch.input_ids_BL.numel() for batch in batches) / count, total / count
+
+
+def _memory(names: Sequence[str]) -> None:
+    """One step of each variant in a process of its own."""
+    command = [argument for argument in sys.argv if argument != "--memory"]
+    print("| variant | loaded, GiB | peak, GiB | above the loaded model, GiB | |\n|---|---|---|---|---|")
+    for name in names:
+        done = subprocess.run(
+            [sys.executable, *command, "--only", name, "--peak"], check=True, stdout=subprocess.PIPE, text=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        loaded, peak = (found[key] / 2**30 for key in ("loaded", "peak"))
+        print(f"| {name} | {loaded:.2f} | {peak:.2f} | {peak - loaded:.2f} | {NOTES[name]} |", flush=True)
+
+
+def _resident() -> int:
+    """Bytes that this process holds, or that lie on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak(here: device.Device) -> int:
+    if here.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _wait(here: device.Device) -> None:
+    if here.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

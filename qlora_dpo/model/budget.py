@@ -1,0 +1,117 @@
+"""What fits in memory: bytes that are free, bytes a step keeps for its backward pass, and what follows from both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_dpo.model.base import keep_dense
+from qlora_dpo.model.device import Device
+
+USABLE = 0.8
+"""Share of the free bytes that is planned with; the rest is for temporaries and the allocator's rounding."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one token keeps in one layer for the backward pass, and bytes of the layer's input alone."""
+
+    layer: float
+    layer_input: float
+
+    def bytes(self, tokens: int, layers: int, checkpointed: int) -> float:
+        """Bytes kept for `tokens` at the moment most are kept, with so many of the layers checkpointed.
+
+        A checkpointed layer keeps its input, and is computed again as a whole when its turn comes.
+        """
+        again = self.layer if checkpointed else 0.0
+        return tokens * ((layers - checkpointed) * self.layer + checkpointed * self.layer_input + again)
+
+
+def free_bytes(device: Device) -> int:
+    """Bytes that this process can still take: of the GPU, or of the machine within the limit of its control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(_available_bytes(device), _left_in_group())
+
+
+def _available_bytes(device: Device) -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return device.total_bytes // 2  # macOS and others do not say; half of it is usually there
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _left_in_group() -> int:
+    home = Path("/sys/fs/cgroup")
+    try:
+        most, used = ((home / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(0, int(most) - int(used))
+    except (OSError, ValueError):  # no control group, or "max"
+        return 2**62
+
+
+def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of all linear weights in `dtype` whose stored form is another."""
+    return sum(
+        layer.in_features * layer.out_features * dtype.itemsize
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype
+    )
+
+
+def keep_dense_if_it_fits(model: nn.Module, device: Device) -> str:
+    """Keep the linear weights in the compute dtype beside their stored form where memory allows; says what was done."""
+    need, free = dense_bytes(model, device.torch_dtype), free_bytes(device)
+    fits = need <= free * USABLE / 2  # the other half is for the step
+    if fits:
+        keep_dense(model, device.torch_dtype)
+    return (
+        f"weights: the linear layers take {need / 2**30:.1f} GiB in {device.compute_dtype}, {free / 2**30:.1f} GiB are "
+        f"free: converted {'once' if fits else 'in every layer visit'}"
+    )
+
+
+def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
+    """Measure what a layer keeps per token: run `forward` over `tokens` tokens and look at what autograd saves."""
+    layers = checkpointable(model)
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = forward()
+    del out
+    width = model.config.get_text_config().hidden_size
+    itemsize = model.get_input_embeddings().weight.dtype.itemsize
+    return Kept(layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=width * itemsize)
+
+
+def checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations can be recomputed, in the model's order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def layers_to_checkpoint(per_token: Kept, layers: int, tokens: int, free: int) -> int:
+    """The fewest layers to checkpoint so that a row of `tokens` fits in `free` bytes; all of them if none is enough."""
+    room = free * USABLE
+    return next((count for count in range(layers) if per_token.bytes(tokens, layers, count) <= room), layers)
+
+
+def checkpoint(model: Any, count: int) -> None:
+    """Recompute the first `count` layers in the backward pass, and keep the activations of the others."""
+    if count:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(checkpointable(model)):
+        layer.gradient_checkpointing = index < count

@@ -1,0 +1,140 @@
+"""Lean LoRA layers compute what PEFT's compute; what is not plain LoRA stays PEFT's; conversions happen once."""
+
+from functools import partial
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qlora_dpo.model import budget
+from qlora_dpo.model.base import dense_weight, dequantized, keep_dense, linear4bit_layers
+from qlora_dpo.model.lora import adapter_off, attach, make_lean, trainable
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.pack import MicroBatch, collate
+
+pytestmark = jobs.LIBRARIES_WARN
+
+QUANTIZATIONS = pytest.mark.parametrize("quantization", ["none", "nf4"])
+PAIR = jobs.pairs(1, seed=3)[0]
+
+
+def both(quantization: str, place: Any = jobs.CPU) -> tuple[Any, Any]:
+    """The same model and adapter twice: with PEFT's layers, and with lean ones."""
+    models = [jobs.stirred(attach(jobs.base_model(quantization, place), jobs.recipe().lora, 42)) for _ in range(2)]
+    make_lean(models[1], place.torch_dtype)
+    return models[0], models[1]
+
+
+def logits(model: Any, place: Any = jobs.CPU) -> torch.Tensor:
+    with place.autocast():
+        found: torch.Tensor = model(input_ids=torch.tensor([PAIR.prompt + PAIR.chosen]), use_cache=False).logits
+    return found
+
+
+@QUANTIZATIONS
+def test_outputs_and_gradients_are_those_of_pefts_layers(quantization: str) -> None:
+    found = []
+    for model in both(quantization):
+        out = logits(model)
+        out.square().mean().backward()
+        found.append((out.detach(), jobs.gradients(model)))
+    assert jobs.apart(found[1][0], found[0][0]) < 1e-6
+    assert jobs.apart(found[1][1], found[0][1]) < 1e-5
+
+
+@QUANTIZATIONS
+def test_in_bf16_outputs_have_the_dtype_of_pefts_and_differ_by_rounding(quantization: str) -> None:
+    place = jobs.device.choose("bf16")
+    peft, lean = (logits(model, place).detach() for model in both(quantization, place))
+    assert peft.dtype == lean.dtype
+    assert jobs.apart(lean, peft) < 2e-2
+
+
+@QUANTIZATIONS
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_with_the_adapter_off_a_lean_model_is_the_base_bit_for_bit(quantization: str, dtype: Any) -> None:
+    place = jobs.device.choose(dtype)
+    base = jobs.base_model(quantization, place)
+    with torch.no_grad():
+        before = logits(base, place)
+        model = jobs.stirred(attach(base, jobs.recipe().lora, 42))
+        make_lean(model, place.torch_dtype)
+        assert not torch.equal(logits(model, place), before)
+        with adapter_off(model):
+            assert torch.equal(logits(model, place), before)
+
+
+def test_gradients_of_the_adapter_are_float32_in_bf16() -> None:
+    place = jobs.device.choose("bf16")
+    model = both("nf4", place)[1]
+    logits(model, place).float().sum().backward()
+    assert {parameter.grad.dtype for parameter in trainable(model).values() if parameter.grad is not None} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, "lora: 14 of 14 layers in one function"),
+        ({"lora_dropout": 0.1}, "lora: 0 of 14 layers in one function, the others by PEFT: dropout"),
+        ({"use_dora": True}, "lora: 0 of 14 layers in one function, the others by PEFT: DoraLinearVariant"),
+        (
+            {"lora_bias": True, "target_modules": ["q_proj"]},
+            "lora: 0 of 2 layers in one function, the others by PEFT: lora_bias",
+        ),
+    ],
+)
+def test_what_is_not_plain_lora_is_left_to_peft(change: dict[str, Any], says: str) -> None:
+    options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **change}
+    model = get_peft_model(jobs.base_model(), LoraConfig(**options))
+    assert make_lean(model, torch.float32) == says
+
+
+def test_dropout_is_applied_in_training() -> None:
+    base = jobs.base_model()
+    table = jobs.recipe(lora={"lora_dropout": 0.5}).lora
+    model = jobs.stirred(attach(base, table, 42))
+    make_lean(model, torch.float32)
+    evaluated = logits(model).detach()
+    assert torch.equal(logits(model).detach(), evaluated)
+    assert not torch.equal(logits(model.train()).detach(), evaluated)
+
+
+def test_kept_dense_weights_are_the_dequantized_ones_and_leave_the_4_bit_ones_alone() -> None:
+    fresh, kept = (jobs.base_model("nf4") for _ in range(2))
+    for layer in linear4bit_layers(fresh).values():
+        layer.__dict__.pop("dense_weight", None)
+    for name, layer in linear4bit_layers(kept).items():
+        other = linear4bit_layers(fresh)[name]
+        assert layer.dense_weight.dtype == torch.float32
+        assert torch.equal(dense_weight(layer, torch.float32), dequantized(other))
+        assert torch.equal(layer.weight.data, other.weight.data)
+    assert not [name for name in kept.state_dict() if "dense_weight" in name]
+
+
+def test_a_weight_that_has_the_compute_dtype_already_is_not_kept_twice() -> None:
+    layers = [module for module in jobs.base_model().modules() if isinstance(module, nn.Linear)]
+    assert not [layer for layer in layers if hasattr(layer, "dense_weight")]
+    for layer in layers:
+        keep_dense(layer, torch.bfloat16)
+    assert all(layer.dense_weight.dtype == torch.bfloat16 for layer in layers)
+
+
+def test_in_16_bits_a_lean_layer_keeps_less_than_pefts() -> None:
+    place = jobs.device.choose("bf16")
+    batch = collate(jobs.pairs(8), jobs.PACKED)
+    peft, lean = (
+        budget.kept(
+            model.get_base_model(), partial(logps_of, model.train(), batch, place), batch.input_ids_BL.numel()
+        ).layer
+        for model in both("nf4", place)
+    )
+    assert lean < 0.95 * peft
+
+
+def logps_of(model: Any, batch: MicroBatch, place: Any) -> torch.Tensor:
+    return score(model, batch, place).chosen_logp_P

@@ -1,0 +1,267 @@
+"""Packed rows give each pair the log-probabilities and gradients it has padded, however the row is cut and ordered."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import architectures
+import jobs
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from qlora_dpo.data.encode import EncodedPair, digest
+from qlora_dpo.model import attention
+from qlora_dpo.model.attention import Backend, Layout, Span
+from qlora_dpo.model.budget import checkpoint
+from qlora_dpo.model.lora import make_lean
+from qlora_dpo.preference import logps
+from qlora_dpo.preference.layout import choose_packing
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.pack import Packing, collate, micro_batches
+
+pytestmark = jobs.LIBRARIES_WARN
+
+EXACT = 1e-5
+"""Relative, in float32."""
+KINDS = pytest.mark.parametrize("kind", list(architectures.CONFIGS))
+BACKENDS = pytest.mark.parametrize("backend", ["spans", "batched"])
+
+
+def tuned(kind: str, *, lean: bool = True) -> Any:
+    """A tiny model of this kind with an adapter that does something, ready for packed rows."""
+    base = architectures.made(architectures.CONFIGS[kind])
+    attention.use(base)
+    torch.manual_seed(0)
+    model = jobs.stirred(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")))
+    if lean:
+        make_lean(model, torch.float32)
+    return model
+
+
+def drawn(seed: int, count: int) -> list[EncodedPair]:
+    """Pairs as real data has them: a common system prompt or none, prompts of one token, prompts shared by several
+    pairs, later turns of earlier dialogues, answers of one token, answers that begin alike.
+    """
+    draw = random.Random(seed)
+
+    def ids(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 320) for _ in range(draw.randint(least, most)))
+
+    system = draw.choice([(), ids(1, 30)])
+    pairs: list[EncodedPair] = []
+    while len(pairs) < count:
+        earlier = draw.choice(pairs) if pairs else None
+        match draw.randrange(4) if earlier else 3:
+            case 0:
+                prompt = earlier.prompt if earlier else ()
+            case 1:
+                prompt = (*earlier.prompt, *earlier.chosen, *ids(1, 9)) if earlier else ()
+            case _:
+                prompt = system + ids(1, 40)
+        alike = draw.choice([(), ids(1, 6)])
+        chosen, rejected = alike + ids(1, 20), alike + ids(1, 20)
+        if chosen != rejected:
+            pairs.append(EncodedPair(prompt, chosen, rejected, len(pairs) + 1, digest(prompt, chosen, rejected)))
+    return pairs
+
+
+def asked(model: Any, pairs: list[EncodedPair], packing: Packing) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (P, 2), and the adapter's gradient of a sum that weighs every answer differently."""
+    model.zero_grad()
+    found_P2 = torch.zeros(len(pairs), 2)
+    weight_P2 = torch.linspace(-1, 2, 2 * len(pairs)).view(-1, 2)
+    for group in micro_batches(pairs, packing):
+        scores = score(model, collate([pairs[i] for i in group], packing), jobs.CPU)
+        both_P2 = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
+        (weight_P2[group] * both_P2).sum().backward()
+        found_P2[group] = both_P2.detach()
+    return found_P2, jobs.gradients(model)
+
+
+def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=EXACT, atol=1e-4)
+    assert jobs.apart(found[0], expected[0]) < EXACT
+    assert jobs.apart(found[1], expected[1]) < EXACT
+
+
+@KINDS
+@BACKENDS
+def test_packed_rows_are_exact_for_every_architecture(kind: str, backend: Backend) -> None:
+    model, pairs = tuned(kind), drawn(1, 12)
+    expected = asked(tuned(kind, lean=False), pairs, jobs.PADDED)
+    assert_same(asked(model, pairs, Packing(200, jobs.PAD, backend)), expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packed_rows_are_exact_for_random_pairs(seed: int) -> None:
+    pairs = drawn(seed, [1, 2, 3, 5, 8, 13, 16, 24, 32, 40, 50, 64][seed])
+    model = tuned("qwen2")
+    expected = asked(model, pairs, jobs.PADDED)
+    assert_same(asked(model, pairs, Packing(random.Random(seed).choice([64, 150, 600]), jobs.PAD, "spans")), expected)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 200, 10_000])
+@BACKENDS
+def test_the_row_budget_changes_nothing(budget: int, backend: Backend) -> None:
+    model, pairs = tuned("llama"), drawn(3, 14)
+    assert_same(asked(model, pairs, Packing(budget, jobs.PAD, backend)), asked(model, pairs, jobs.PADDED))
+
+
+def test_the_order_of_pairs_changes_nothing() -> None:
+    model, pairs = tuned("llama"), drawn(4, 10)
+    logps_P2, _ = asked(model, pairs, jobs.PACKED)
+    turned_P2, _ = asked(model, pairs[::-1], jobs.PACKED)
+    torch.testing.assert_close(turned_P2.flip(0), logps_P2, rtol=EXACT, atol=1e-5)
+
+
+def test_sharing_a_prefix_or_not_changes_nothing() -> None:
+    model, pairs = tuned("qwen3"), drawn(5, 9)
+    together, _ = asked(model, pairs, jobs.PACKED)
+    alone = torch.cat([asked(model, [pair], jobs.PACKED)[0] for pair in pairs])
+    torch.testing.assert_close(together, alone, rtol=EXACT, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_checkpointing_changes_nothing(layers: int) -> None:
+    model, pairs = tuned("qwen2"), drawn(6, 8)
+    expected = asked(model, pairs, jobs.PACKED)
+    checkpoint(model.train(), layers)
+    assert_same(asked(model, pairs, jobs.PACKED), expected)
+
+
+@pytest.mark.parametrize(("states", "words"), [(1, 7), (5, 64), (1000, 1000)])
+def test_the_heads_chunks_change_nothing(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = tuned("gemma"), drawn(7, 8)
+    expected = asked(model, pairs, jobs.PACKED)
+    monkeypatch.setattr(logps, "STATES_AT_ONCE", states)
+    monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
+    assert_same(asked(model, pairs, jobs.PACKED), expected)
+
+
+@pytest.mark.parametrize("tile", [3, 16])
+def test_the_tiles_of_attention_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = tuned("llama"), drawn(8, 8)
+    expected = asked(model, pairs, jobs.PACKED)
+    monkeypatch.setattr(attention, "TILE", tile)
+    assert_same(asked(model, pairs, jobs.PACKED), expected)
+
+
+def test_a_row_where_rejected_sees_chosen_is_not_exact() -> None:
+    # the planted leak: what the tests above would have to notice
+    model, pairs = tuned("llama"), jobs.pairs(3)
+    right = collate(pairs, jobs.PACKED)
+    assert right.layout is not None
+    first, second, *others = right.layout.spans
+    assert second.before and second.before[-1][1] < first.stop
+    leaking = replace(second, before=((first.start, first.stop),))
+    wrong = replace(right, layout=Layout((first, leaking, *others), "spans", torch.device("cpu")))
+    sound, leaked = (score(model, batch, jobs.CPU) for batch in (right, wrong))
+    difference = (sound.rejected_logp_P - leaked.rejected_logp_P).abs() + (
+        sound.chosen_logp_P - leaked.chosen_logp_P
+    ).abs()
+    assert difference.max() > 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "logp_bound", "gradient_bound"), [("bf16", 2e-2, 5e-2)])
+def test_in_16_bits_packed_and_padded_differ_by_rounding_only(
+    dtype: Any, logp_bound: float, gradient_bound: float
+) -> None:
+    place = jobs.device.choose(dtype)
+    model, pairs = jobs.stirred(jobs.fresh(jobs.recipe(), place)), jobs.pairs(8)
+    found = []
+    for packing in (jobs.PACKED, jobs.PADDED):
+        model.zero_grad()
+        scores = score(model, collate(pairs, packing), place)
+        (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
+        found.append((torch.cat([scores.chosen_logp_P, scores.rejected_logp_P]).detach(), jobs.gradients(model)))
+    assert jobs.apart(found[0][0], found[1][0]) < logp_bound
+    assert jobs.apart(found[0][1], found[1][1]) < gradient_bound
+
+
+@BACKENDS
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
+def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Backend, heads: tuple[int, int]) -> None:
+    # prompt 0-7 with answers 7-10 and 10-15, and a second turn 15-19 that follows the first answer
+    spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
+    layout = Layout(spans, backend, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, count, 19, 8, dtype=torch.float64, generator=generator) for count in (heads[0], *heads[1:] * 2)
+    )
+    found = attention.backend_of(backend)(query, key, value, layout, 0.3)
+    group = heads[0] // heads[1]
+    for span in spans:
+        places = [i for start, stop in span.stretches for i in range(start, stop)]
+        wide = [part[:, :, places].repeat_interleave(group, 1) for part in (key, value)]
+        scores = query[:, :, places] @ wide[0].transpose(2, 3) * 0.3
+        hidden = torch.ones(len(places), len(places), dtype=torch.bool).triu(1)
+        alone = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[1]
+        torch.testing.assert_close(found[:, span.start : span.stop].transpose(1, 2), alone[:, :, -span.tokens :])
+
+
+def test_varlen_is_told_where_each_spans_queries_and_keys_lie() -> None:
+    layout = Layout((Span(0, 5), Span(5, 6, ((0, 3),))), "varlen", torch.device("cpu"))
+    queries, keys, places = layout.varlen
+    assert (queries.tolist(), keys.tolist()) == ([0, 5, 6], [0, 5, 9])
+    assert places.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+
+
+@pytest.mark.gpu
+def test_varlen_attention_is_that_of_padded_spans() -> None:
+    place = torch.device("cuda")
+    spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
+    query, key, value = (
+        torch.randn(1, heads, 19, 64, dtype=torch.bfloat16, device=place, requires_grad=True) for heads in (6, 2, 2)
+    )
+    found = [
+        attention.backend_of(backend)(query, key, value, Layout(spans, backend, place), 0.125)
+        for backend in ("varlen", "batched")
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)
+
+
+@KINDS
+def test_a_model_that_rows_can_serve_is_given_rows(kind: str) -> None:
+    base, pairs = architectures.made(architectures.CONFIGS[kind]), drawn(9, 6)
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
+    assert packing.backend == "spans"
+    assert why == "packed rows of up to 300 tokens, attention by spans"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("a short window", "its sliding window of 8 tokens is shorter than the longest sequence, 19"),
+        ("learned positions", "GPT2LMHeadModel has no rotary positions"),
+        ("slopes for positions", "BloomForCausalLM does not use transformers' attention interface"),
+    ],
+)
+def test_a_model_that_rows_cannot_serve_gets_padded_batches_and_is_told_why(kind: str, reason: str) -> None:
+    base, pairs = architectures.made(architectures.NOT_SERVED[kind]), jobs.pairs(9)
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
+    assert packing.backend is None
+    assert why == f"padded batches, since {reason}"
+    assert score(base, collate(pairs, packing), jobs.CPU).chosen_logp_P.isfinite().all()
+
+
+def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out() -> None:
+    base, pairs = architectures.made(architectures.CONFIGS["llama"]), jobs.pairs(9)
+    # a layer that looks at the token to the left, as convolutions and recurrences do, whichever sequence it is of
+    base.model.layers[0].register_forward_hook(lambda layer, inputs, out: out + 0.5 * out.roll(1, 1))
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
+    assert packing.backend is None
+    assert why == (
+        "padded batches, since in packed rows spans gives other log-probabilities than padded batches; "
+        "batched gives other log-probabilities than padded batches"
+    )
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_without_a_layout_a_model_for_rows_computes_as_before() -> None:
+    base = architectures.made(architectures.CONFIGS["qwen2"])
+    ids = torch.arange(3, 40)[None]
+    before = base(input_ids=ids).logits
+    attention.use(base)
+    assert torch.equal(base(input_ids=ids).logits, before)
