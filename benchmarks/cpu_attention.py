@@ -14,7 +14,7 @@ import torch
 
 from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import choose
 from qlora_dpo.model.lora import attach

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.pack import MicroBatch, longest
 from qlora_dpo.recipe import LoraTable

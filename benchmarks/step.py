@@ -3,7 +3,7 @@
     python benchmarks/step.py --data HH.jsonl.gz                            # SmolLM2-135M, 4-bit, 16 pairs, fp32
     python benchmarks/step.py --data HH.jsonl.gz --model FOLDER --batch 4 --quantization none --dtype bf16
 
-Every round runs each variant once; medians of the rounds are compared, and the first round only warms up. `trl-4` and
+Every round runs each variant once; medians of the rounds are compared, after one that only warms up. `trl-4` and
 `trl-1` are DPOTrainer with its defaults at that micro-batch; `trl-best` is it without checkpointing, with a precomputed
 reference, sorted by length, at the micro-batch given with --best; `trl-compact` is that with the head on scored tokens
 only, which TRL has for Triton devices alone and is switched on here by hand. Ours come one trick after another.
@@ -30,11 +30,13 @@ import torch
 
 from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
-from qlora_dpo.data.encode import EncodedPair, load_pairs
+from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device
 from qlora_dpo.model.base import keep_dense, load_base, load_tokenizer
 from qlora_dpo.model.budget import checkpoint, checkpointable
-from qlora_dpo.model.lora import attach, make_lean, trainable
+from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
@@ -87,14 +89,15 @@ def main() -> None:
         print(json.dumps({"loaded": before, "peak": _peak(bench.here)}))
         return
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(asked.rounds + 1):
+    warm_up = 0 if asked.cold else 1
+    for turn in range(asked.rounds + warm_up):
         for name in names:
             started = time.perf_counter()
             steps[name]()
             _wait(bench.here)
             seconds[name].append(time.perf_counter() - started)
             print(f"round {turn} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    _report(bench, {name: taken[1:] for name, taken in seconds.items()}, asked)
+    _report(bench, {name: taken[warm_up:] for name, taken in seconds.items()}, asked)
 
 
 def _arguments() -> argparse.Namespace:
@@ -106,6 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="count the first round too, where a step takes minutes")
     parser.add_argument("--best", type=int, default=1, help="micro-batch of trl-best and trl-compact")
     parser.add_argument("--row", type=int, default=recipe.TrainTable().micro_batch_tokens, help="tokens of a row")
     parser.add_argument("--only", help="variants, separated by commas")

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_dpo.data.audit import Audit, baselines, quantiles
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 
 AUDIT = Audit(
     source="pairs.jsonl",

@@ -1,5 +1,6 @@
 """What fits: bytes a token keeps are measured, and no more layers are recomputed than memory asks for."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from qlora_dpo.model import budget
 from qlora_dpo.model.budget import Kept, checkpoint, checkpointable, layers_to_checkpoint
-from qlora_dpo.preference.layout import checkpoint_as_needed
+from qlora_dpo.preference.layout import checkpoint_as_needed, measured, reference_packing
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import MicroBatch, collate
 
@@ -61,20 +62,29 @@ def logps_of(model: Any, batch: MicroBatch) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("asked", "free", "recomputed", "says"),
     [
-        (True, 0, [True, True], "memory: every layer is recomputed in the backward pass, as the recipe says"),
-        (False, 0, [False, False], "memory: nothing is recomputed in the backward pass, as the recipe says"),
-        ("auto", 2**34, [False, False], ", 16.0 GiB are free: nothing is recomputed"),
-        ("auto", 0, [True, True], ", 0.0 GiB are free: 2 of 2 layers are recomputed"),
+        (True, 2**34, [True, True], "16.0 GiB are free: 2 of 2 layers are recomputed, as the recipe says"),
+        (False, 0, [False, False], "0.0 GiB are free: nothing is recomputed, as the recipe says"),
+        ("auto", 2**34, [False, False], "16.0 GiB are free: nothing is recomputed"),
+        ("auto", 0, [True, True], "0.0 GiB are free: 2 of 2 layers are recomputed"),
     ],
 )
-def test_the_recipe_or_memory_decides(
-    asked: bool, free: int, recomputed: list[bool], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(budget, "free_bytes", lambda device: free)
+def test_the_recipe_or_memory_decides(asked: Any, free: int, recomputed: list[bool], says: str) -> None:
     model = jobs.fresh(jobs.recipe())
-    words = checkpoint_as_needed(model, asked, jobs.pairs(9), jobs.PACKED, jobs.CPU)
-    assert words.endswith(says)
+    pairs, training = jobs.pairs(9), model.training
+    per_token = measured(model, pairs, jobs.PACKED, jobs.CPU)
+    need = per_token.bytes(512, 2, 0) / 2**30
+    words = checkpoint_as_needed(model, asked, per_token, pairs, 512, free)
+    assert words == f"memory: a backward pass over 512 tokens needs {need:.1f} GiB, {says}"
     assert [layer.gradient_checkpointing for layer in checkpointable(model)] == recomputed
+    assert model.training == training
+
+
+def test_the_reference_is_asked_in_larger_rows_where_a_gpu_has_room() -> None:
+    gpu = replace(jobs.CPU, type="cuda")
+    # 0.8 of what is free holds so many tokens of 10 bytes
+    for free, tokens in ((0, 512), (12_500, 1000), (10**6, 4096)):
+        assert reference_packing(jobs.PACKED, TEN, free, gpu).token_budget == tokens
+    assert reference_packing(jobs.PACKED, TEN, 10**6, jobs.CPU) == jobs.PACKED
 
 
 def test_free_memory_is_what_the_machine_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

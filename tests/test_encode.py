@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.encode import EncodedPair, PairSet, digest, encode, load_pairs, tokens
+from qlora_dpo.data.encode import PairSet, encode, load_pairs, tokens
+from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import ModelError
 from qlora_dpo.recipe import DataTable

@@ -11,7 +11,8 @@ from torch import nn
 
 from qlora_dpo.model import budget
 from qlora_dpo.model.base import dense_weight, dequantized, keep_dense, linear4bit_layers
-from qlora_dpo.model.lora import adapter_off, attach, make_lean, trainable
+from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import MicroBatch, collate
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference import logps

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jobs
 import pytest
 
-from qlora_dpo.data.encode import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.model.attention import Span
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, longest, micro_batches, padded
 

@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from qlora_dpo.data.encode import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.model import attention
 from qlora_dpo.model.attention import Backend, Layout, Span
 from qlora_dpo.model.budget import checkpoint
-from qlora_dpo.model.lora import make_lean
+from qlora_dpo.model.lean import make_lean
 from qlora_dpo.preference import logps
 from qlora_dpo.preference.layout import choose_packing
 from qlora_dpo.preference.logps import score

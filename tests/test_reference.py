@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import cache_home
 from qlora_dpo.preference import reference
+from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import (
     Store,
     guard_adapter,
@@ -22,6 +23,7 @@ from qlora_dpo.preference.reference import (
     probe,
     read_store,
     reference_logps,
+    ride_along,
     store_folder,
 )
 from qlora_dpo.recipe import Recipe
@@ -187,6 +189,33 @@ def test_another_rate_rank_seed_or_beta_asks_the_reference_nothing(own_cache: Pa
     }.items():
         assert whole_run(tmp_path / name, other).reference_computed == 0, name
     assert whole_run(tmp_path / "nf4", {"model": {"quantization": "nf4"}}).reference_computed == 12
+
+
+def test_a_reference_that_rides_along_is_the_one_that_was_asked_before(tmp_path: Path) -> None:
+    model = jobs.stirred(jobs.fresh(jobs.recipe("nf4"))).train()
+    before, _ = ask(model, tmp_path)
+    batch = collate(PAIRS, jobs.PACKED)
+    along = ride_along(model, batch, jobs.CPU)
+    torch.testing.assert_close(along, before, rtol=1e-5, atol=1e-5)
+    assert model.training
+    assert not along.requires_grad
+
+
+def test_in_its_only_epoch_each_pair_is_asked_along_with_its_step(own_cache: Path, tmp_path: Path) -> None:
+    first = whole_run(tmp_path / "first", {"train": {"max_steps": 1}})
+    assert first.reference_computed == 4 + 4  # those of the step, and the held-out ones
+    along = whole_run(tmp_path / "along", {})
+    assert along.reference_computed == 4
+    from_cache = whole_run(tmp_path / "cached", {})
+    assert from_cache.reference_computed == 0
+    assert jobs.all_apart(jobs.adapter(from_cache.model), jobs.adapter(along.model)) < 1e-5
+
+
+def test_with_more_epochs_the_reference_is_asked_before_the_first_step(own_cache: Path, tmp_path: Path) -> None:
+    epochs = {"train": {"num_train_epochs": 2, "max_steps": 3}}
+    assert whole_run(tmp_path / "epochs", epochs).reference_computed == 8 + 4
+    along = {"train": {"num_train_epochs": 1}}
+    assert whole_run(tmp_path / "along", along).reference_computed == 0
 
 
 def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from qlora_dpo.data.encode import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.logps import score

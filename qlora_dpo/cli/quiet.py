@@ -13,7 +13,7 @@ ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # a tokenizer used before a fork warns otherwise
+    "TOKENIZERS_PARALLELISM": "true",  # unset, a tokenizer that was used before a fork warns
     "WANDB_SILENT": "true",
     "BITSANDBYTES_NOWELCOME": "1",
 }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from qlora_dpo.data.encode import EncodedPair
+    from qlora_dpo.data.encoded import EncodedPair
 
 
 @dataclass(frozen=True)

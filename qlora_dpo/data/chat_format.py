@@ -8,9 +8,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.dialogue import Message, Unusable, printable
+from qlora_dpo.data.encoded import Ids
 from qlora_dpo.errors import ModelError
 
-Ids = tuple[int, ...]
 Chat = Sequence[Message]
 
 _ANSWER = "Yes."

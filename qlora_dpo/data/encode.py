@@ -1,43 +1,27 @@
 """Pairs become token ids: the prompt, and each answer from where the prompt ends to the template's end token."""
 
 import random
-import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.audit import Audit, quantiles
-from qlora_dpo.data.chat_format import ChatFormat, Ids, answer_ids, chat_format, check_text, render, tokenize
+from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format, check_text, render, tokenize
 from qlora_dpo.data.dialogue import Message, Unusable, printable
+from qlora_dpo.data.encoded import EncodedPair, Ids, digest
+from qlora_dpo.data.encoded_cache import keep, key_of, look_up
 from qlora_dpo.data.overlong import cut_prompt
 from qlora_dpo.data.pairs import Pair, find_pairs
 from qlora_dpo.data.sources import Part, Rows, read_rows
-from qlora_dpo.errors import DataError
+from qlora_dpo.errors import DataError, SourceError
 from qlora_dpo.recipe import DataTable
 
 OVERLONG = "longer than max_length"
 CHUNK = 1024
 """Pairs rendered and tokenized at once: enough to keep the tokenizer's threads busy, few enough to draw 50 quickly."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """Token ids of a pair. `prompt + chosen` and `prompt + rejected` are what the model reads.
-
-    They are the ids that the chat template gives for the prompt with the generation prompt, and for the whole chat
-    up to the end token; every answer ends with that token.
-    """
-
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    row: int
-    """Row number in the source, from 1."""
-    digest: bytes
-    """SHA-256 of the three lists, each as its length and its ids in 32 bits, little-endian."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +96,7 @@ def _results(
     """Yield every pair in order with what became of it."""
     for start in range(0, len(pairs), CHUNK):
         chunk = pairs[start : start + CHUNK]
-        for pair, encoded in zip(chunk, encode(chunk, tokenizer, form), strict=True):
+        for pair, encoded in zip(chunk, _encoded_once(chunk, tokenizer, form), strict=True):
             if isinstance(encoded, str):
                 yield pair, encoded
             elif tokens(encoded) <= table.max_length:
@@ -121,6 +105,21 @@ def _results(
                 yield pair, _cut(pair, tokenizer, form, table.max_length)
             else:
                 yield pair, OVERLONG
+
+
+def _encoded_once(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat
+) -> list[EncodedPair | str]:
+    """What an earlier run found for these pairs, or `encode`."""
+    key = key_of(pairs, tokenizer, form)
+    known = look_up(key, pairs) if key else None
+    if known is not None:
+        return known
+    results = encode(pairs, tokenizer, form)
+    if key:
+        with suppress(SourceError):  # a cache that cannot be written costs the next run time, and nothing else
+            keep(key, results)
+    return results
 
 
 def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat) -> list[EncodedPair | str]:
@@ -154,11 +153,6 @@ def _encoded(pair: Pair, form: ChatFormat, prompt: Ids, chosen: Ids, rejected: I
     if answers[0] == answers[1]:
         return "equal answers"
     return EncodedPair(prompt, *answers, pair.row, digest(prompt, *answers))
-
-
-def digest(*lists: Ids) -> bytes:
-    """SHA-256 of token id lists, each as its length and its ids in 32 bits, little-endian."""
-    return sha256(b"".join(struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in lists)).digest()
 
 
 def tokens(pair: EncodedPair) -> int:

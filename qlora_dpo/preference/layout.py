@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, budget
+from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import language_model, score
 from qlora_dpo.preference.pack import Packing, collate, longest
@@ -44,28 +45,52 @@ def choose_packing(
     return padded, f"padded batches, since in packed rows {failed.removesuffix('; ')}"
 
 
-def checkpoint_as_needed(
-    model: Any, asked: bool | Literal["auto"], pairs: Sequence[EncodedPair], packing: Packing, device: Device
-) -> str:
-    """Recompute the activations of all layers, of none, or of as few as memory asks for; returns what was decided."""
-    layers = len(budget.checkpointable(model))
-    if asked is not True and asked is not False:
-        few = sorted(pairs, key=longest)[:PROVED_ON]
-        batch = collate(few, packing).to(device.torch_device)
-        per_token = budget.kept(
+def measured(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Kept:
+    """What a token keeps for the backward pass, measured on a few short pairs."""
+    batch = collate(sorted(pairs, key=longest)[:PROVED_ON], packing).to(device.torch_device)
+    training = model.training
+    try:
+        return budget.kept(
             language_model(model), lambda: score(model.train(), batch, device).chosen_logp_P, batch.input_ids_BL.numel()
         )
-        tokens = max(packing.token_budget, max(map(longest, pairs)))
-        free = budget.free_bytes(device)
-        count = budget.layers_to_checkpoint(per_token, layers, tokens, free)
-        budget.checkpoint(model, count)
-        need = per_token.bytes(tokens, layers, 0) / 2**30
-        return (
-            f"memory: a backward pass over {tokens} tokens needs {need:.1f} GiB, {free / 2**30:.1f} GiB are free: "
-            + (f"{count} of {layers} layers are recomputed" if count else "nothing is recomputed")
-        )
-    budget.checkpoint(model, layers if asked else 0)
-    return f"memory: {'every layer' if asked else 'nothing'} is recomputed in the backward pass, as the recipe says"
+    finally:
+        model.train(training)
+
+
+def checkpoint_as_needed(
+    model: Any,
+    asked: bool | Literal["auto"],
+    per_token: Kept,
+    pairs: Sequence[EncodedPair],
+    row: int,
+    free: int,
+) -> str:
+    """Recompute the activations of all layers, of none, or of as few as `free` bytes ask for; says what was decided."""
+    layers = len(budget.checkpointable(model))
+    tokens = max(row, *map(longest, pairs))
+    need = per_token.bytes(tokens, layers, 0)
+    match asked:
+        case "auto":
+            count, why = budget.layers_to_checkpoint(per_token, layers, tokens, free), ""
+        case True:
+            count, why = layers, ", as the recipe says"
+        case False:
+            count, why = 0, ", as the recipe says"
+    budget.checkpoint(model, count)
+    needs = f"a backward pass over {tokens:,} tokens needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return f"memory: {needs}: {f'{count} of {layers} layers are' if count else 'nothing is'} recomputed{why}"
+
+
+def reference_packing(packing: Packing, per_token: Kept, free: int, device: Device) -> Packing:
+    """The rows of the reference pass: without a backward pass as many tokens as fit, on a GPU up to eight times more.
+
+    A CPU gains nothing from larger rows, which leave its cache (benchmarks/README.md).
+    """
+    if device.type == "cpu":
+        return packing
+    # without gradients one layer's activations exist at a time
+    fitting = int(free * budget.USABLE / per_token.layer)
+    return replace(packing, token_budget=max(packing.token_budget, min(8 * packing.token_budget, fitting)))
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qlora_dpo.data.chat_format import Ids
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair, Ids
 from qlora_dpo.model.attention import Backend, Layout, Span
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import cache_home, write_whole
 from qlora_dpo.model.device import Device

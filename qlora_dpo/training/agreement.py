@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_dpo.data.encode import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.preference.logps import hidden_states

@@ -16,14 +16,16 @@ from peft import PeftModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo import __version__
-from qlora_dpo.data.encode import EncodedPair, PairSet, load_pairs
+from qlora_dpo.data.encode import PairSet, load_pairs
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import keep_dense_if_it_fits
+from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import attach, make_lean
+from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.lora import attach
 from qlora_dpo.model.sources import Source, fetch
-from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing
+from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import (
     Store,
@@ -91,7 +93,7 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
     plan, own = make_plan(len(pairs), recipe.train), recipe.train.engine == "qlora_dpo"
     with timed(seconds, "load"):
-        model, packing = _load(prepared, recipe, device, tracker.note)
+        model, packing, rows = _load(prepared, recipe, device, tracker.note)
     with timed(seconds, "reference"):
         store = Store(store_folder(prepared.source, recipe.model, device))
         # in its only epoch each pair is asked once in any case: then it is asked along with its step, and the first
@@ -101,7 +103,7 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
         now = [pairs[i] for i in (first if rides_along else sorted(set(plan.order)))]
         with tracker.phase("reference", len(now) + len(heldout)) as advance:
             for some in (now, heldout):
-                reference_logps(model, some, store, packing, device, advance)
+                reference_logps(model, some, store, rows, device, advance)
         train_P2, heldout_P2 = store.look_up(pairs), store.look_up(heldout)
         later = int(train_P2.isnan().any(1).sum()) if rides_along and own else 0
     tracker.note(
@@ -133,8 +135,13 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
     return Outcome(model.eval(), state, prepared, store.computed, peak_bytes(device))
 
 
-def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> tuple[PeftModel, Packing]:
-    """The base with an untrained adapter that is proved to change nothing yet, and how pairs are laid out for it."""
+def _load(
+    prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]
+) -> tuple[PeftModel, Packing, Packing]:
+    """The base with an untrained adapter that is proved to change nothing yet, and how pairs are laid out for it.
+
+    First for training, then for asking the reference.
+    """
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
     pairs, pad = [*prepared.train.encoded, *prepared.heldout.encoded], pad_token_id(prepared.tokenizer)
     base = load_base(prepared.source, recipe.model, device)
@@ -148,9 +155,12 @@ def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str
     if own:
         say(make_lean(model, device.torch_dtype))
     guard_adapter(model, before_LV, probed, packing, device)
+    rows = packing
     if own:
-        say(checkpoint_as_needed(model, table.gradient_checkpointing, pairs, packing, device))
-    return model, packing
+        per_token, free = measured(model, pairs, packing, device), free_bytes(device)
+        say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
+        rows = reference_packing(packing, per_token, free, device)
+    return model, packing, rows
 
 
 def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:

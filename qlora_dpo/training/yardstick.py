@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.encode import EncodedPair, digest, encode, load_pairs
+from qlora_dpo.data.encode import encode, load_pairs
+from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe import Recipe, is_local
