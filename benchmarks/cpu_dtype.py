@@ -15,12 +15,14 @@ from torch import Tensor
 from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model import attention
+from qlora_dpo.model.base import keep_dense, load_base, load_tokenizer
 from qlora_dpo.model.device import choose
+from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.sources import fetch
 from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.pack import collate
+from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.training.run import pad_token_id
 
 ROUNDS = 7
@@ -33,9 +35,16 @@ def main() -> None:
     source = fetch(asked.model)
     tokenizer = load_tokenizer(source)
     pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[:8]
-    batch = collate(pairs, pad_token_id(tokenizer))
+    packing = Packing(2048, pad_token_id(tokenizer), "spans")
+    batch = collate(pairs, packing)
     devices = {name: choose(name) for name in ("bf16", "fp32")}
-    models = {name: attach(load_base(source, asked.model, here), asked.lora, 0) for name, here in devices.items()}
+    models = {}
+    for name, here in devices.items():
+        base = load_base(source, asked.model, here)
+        keep_dense(base, here.torch_dtype)
+        attention.use(base)
+        models[name] = attach(base, asked.lora, 0)
+        make_lean(models[name], here.torch_dtype)
     for model in models.values():  # so that gradients of lora_A are not 0
         for name, parameter in trainable(model).items():
             if "lora_B" in name:
@@ -55,7 +64,10 @@ def main() -> None:
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
     cosine = torch.nn.functional.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0).item()
     change = ((logps["bf16"] - logps["fp32"]).abs() / logps["fp32"].abs()).max().item()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {batch.pairs} pairs, {batch.tokens} tokens")
+    tokens = batch.input_ids_BL.numel()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {batch.pairs} pairs, a row of {tokens} tokens"
+    )
     for name, median in medians.items():
         print(f"{name}: {median:.2f} s forward and backward (median of {ROUNDS})")
     print(f"fp32 / bf16: {medians['fp32'] / medians['bf16']:.2f}")

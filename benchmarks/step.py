@@ -82,22 +82,29 @@ def main() -> None:
     if asked.memory:
         _memory(names)
         return
-    steps = _steps(bench, names)
+    made = steps_of(bench, names)
+    steps = {name: made[name] for name in names}
     if asked.peak:
         before = _resident()
         steps[names[0]]()
-        print(json.dumps({"loaded": before, "peak": _peak(bench.here)}))
+        print(json.dumps({"loaded": before, "peak": peak(bench.here)}))
         return
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     warm_up = 0 if asked.cold else 1
-    for turn in range(asked.rounds + warm_up):
-        for name in names:
+    seconds = timed(bench, steps, asked.rounds + warm_up)
+    report(bench, {name: taken[warm_up:] for name, taken in seconds.items()}, asked.max_length)
+
+
+def timed(bench: Bench, steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Run every variant once a round, in turn; seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name, step in steps.items():
             started = time.perf_counter()
-            steps[name]()
-            _wait(bench.here)
+            step()
+            wait(bench.here)
             seconds[name].append(time.perf_counter() - started)
             print(f"round {turn} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    _report(bench, {name: taken[warm_up:] for name, taken in seconds.items()}, asked)
+    return seconds
 
 
 def _arguments() -> argparse.Namespace:
@@ -129,7 +136,7 @@ def _bench(asked: argparse.Namespace) -> Bench:
     return Bench(source, table, here, tokenizer, pairs, asked.best, asked.row, int(tokenizer.pad_token_id))
 
 
-def _steps(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]]:
+def steps_of(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]]:
     """For each variant a function that takes one optimizer step; models are loaded once and shared."""
     steps: dict[str, Callable[[], None]] = {}
     if {"trl-4", "trl-1"} & set(names):
@@ -259,7 +266,7 @@ def _our_step(
     optimizer.zero_grad()
 
 
-def _report(bench: Bench, seconds: dict[str, list[float]], asked: argparse.Namespace) -> None:
+def report(bench: Bench, seconds: dict[str, list[float]], max_length: int) -> None:
     """The table: seconds, ratios to ours as shipped, work and the share of the machine's matmul rate."""
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     shipped = next((name for name in ("cached", "lean") if name in medians), next(iter(medians)))
@@ -267,7 +274,7 @@ def _report(bench: Bench, seconds: dict[str, list[float]], asked: argparse.Names
     rate = flops.matmul_rate(shape, bench.here)
     print(
         f"{bench.source.name}, {bench.table.quantization}, {bench.here.compute_dtype}, {len(bench.pairs)} pairs, "
-        f"max_length {asked.max_length}, {bench.here.name}, medians of {asked.rounds} rounds; "
+        f"max_length {max_length}, {bench.here.name}, medians of {len(next(iter(seconds.values())))} rounds; "
         f"matmul rate {rate / 1e9:.0f} GFLOP/s"
     )
     print(
@@ -323,13 +330,13 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _peak(here: device.Device) -> int:
+def peak(here: device.Device) -> int:
     if here.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _wait(here: device.Device) -> None:
+def wait(here: device.Device) -> None:
     if here.type == "cuda":
         torch.cuda.synchronize()
 

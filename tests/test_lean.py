@@ -22,9 +22,10 @@ QUANTIZATIONS = pytest.mark.parametrize("quantization", ["none", "nf4"])
 PAIR = jobs.pairs(1, seed=3)[0]
 
 
-def both(quantization: str, place: Any = jobs.CPU) -> tuple[Any, Any]:
+def both(quantization: str, place: Any = jobs.CPU, targets: Any = "all-linear") -> tuple[Any, Any]:
     """The same model and adapter twice: with PEFT's layers, and with lean ones."""
-    models = [jobs.stirred(attach(jobs.base_model(quantization, place), jobs.recipe().lora, 42)) for _ in range(2)]
+    table = jobs.recipe(lora={"target_modules": targets}).lora
+    models = [jobs.stirred(attach(jobs.base_model(quantization, place), table, 42)) for _ in range(2)]
     make_lean(models[1], place.torch_dtype)
     return models[0], models[1]
 
@@ -36,9 +37,10 @@ def logits(model: Any, place: Any = jobs.CPU) -> torch.Tensor:
 
 
 @QUANTIZATIONS
-def test_outputs_and_gradients_are_those_of_pefts_layers(quantization: str) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "up_proj"], ["q_proj", "v_proj", "down_proj"]])
+def test_outputs_and_gradients_are_those_of_pefts_layers(quantization: str, targets: Any) -> None:
     found = []
-    for model in both(quantization):
+    for model in both(quantization, targets=targets):
         out = logits(model)
         out.square().mean().backward()
         found.append((out.detach(), jobs.gradients(model)))

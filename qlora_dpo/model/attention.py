@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 Backend = Literal["spans", "batched", "varlen"]
+BEYOND = ("softcap", "position_bias", "s_aux")
+"""What some models' layers ask of attention and packed rows do not do: capped scores, biases by position, sinks."""
 TILE = 256
 """Queries whose scores exist at once: what lies above the diagonal is computed for nothing only inside a tile."""
 NAME = "qlora_dpo_packed"
@@ -183,6 +185,8 @@ def why_not(model: Any, longest: int) -> str:
         return f"{type(model).__name__} has no rotary positions"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention scores"
+    if getattr(config, "attention_dropout", None):
+        return "it drops attention scores at random"
     windows = [getattr(module, "sliding_window", None) for module in model.modules()]
     if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         windows.append(getattr(config, "sliding_window", None))
@@ -217,6 +221,8 @@ def packed_attention(
     if layout is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return plain
+    if more := [name for name in BEYOND if kwargs.get(name) is not None]:
+        raise ValueError(f"a layer asks attention for {', '.join(more)}")
     window = kwargs.get("sliding_window")
     if window is not None and window < layout.longest:
         raise ValueError(f"a layer looks back {window} tokens only, and a sequence of the row has {layout.longest}")

@@ -30,6 +30,10 @@ def make_lean(model: nn.Module, dtype: torch.dtype) -> str:
     for group in _groups(model, plain):
         for layer in group:
             layer.forward = partial(_forward, layer, group, dtype)
+    for module in model.modules():
+        # beside an adapter on some layers only; without a kept weight bitsandbytes' own function keeps less
+        if isinstance(module, bnb.nn.Linear4bit) and hasattr(module, "dense_weight"):
+            module.forward = partial(_base, module, dtype)
     others = ", ".join(sorted(set(filter(None, reasons.values()))))
     words = f"lora: {len(plain)} of {len(layers)} layers in one function"
     return f"{words}, the others by PEFT: {others}" if others else words
@@ -69,7 +73,7 @@ def _forward(layer: Any, group: list[Any], dtype: torch.dtype, input_TI: Tensor)
         peft: Tensor = type(layer).forward(layer, input_TI)
         return peft
     if layer.disable_adapters:
-        return _base(layer.get_base_layer(), input_TI, dtype)
+        return _base(layer.get_base_layer(), dtype, input_TI)
     version, waiting = getattr(input_TI, "_lean_outputs", (-1, {}))
     if id(layer) not in waiting or version != input_TI._version:
         waiting = dict(zip(map(id, group), _computed(group, input_TI, dtype), strict=True))
@@ -86,7 +90,7 @@ def _computed(group: list[Any], input_TI: Tensor, dtype: torch.dtype) -> tuple[T
     return _Lean.apply(input_TI, group, dtype, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _base(base: Any, input_TI: Tensor, dtype: torch.dtype) -> Tensor:
+def _base(base: Any, dtype: torch.dtype, input_TI: Tensor) -> Tensor:
     plain_TO = nn.functional.linear(input_TI.to(dtype), dense_weight(base, dtype), _bias(base, dtype))
     return plain_TO.to(_output_dtype(base, input_TI, dtype))
 
