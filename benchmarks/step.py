@@ -82,8 +82,7 @@ def main() -> None:
     if asked.memory:
         _memory(names)
         return
-    made = steps_of(bench, names)
-    steps = {name: made[name] for name in names}
+    steps = steps_of(bench, names)
     if asked.peak:
         before = _resident()
         steps[names[0]]()
@@ -163,7 +162,7 @@ def steps_of(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]
         steps["lean"] = lambda: _our_step(lean, bench, packed)
         steps["cached"] = lambda: _our_step(lean, bench, packed, known_P2)
         steps["checkpointed"] = lambda: _our_step(lean, bench, packed, known_P2, recomputed=layers)
-    return steps
+    return {name: steps[name] for name in names}
 
 
 def _trainer(bench: Bench, **changed: Any) -> Any:

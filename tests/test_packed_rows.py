@@ -223,9 +223,10 @@ def test_varlen_attention_is_that_of_padded_spans() -> None:
 
 
 @KINDS
-def test_a_model_that_rows_can_serve_is_given_rows(kind: str) -> None:
-    base, pairs = architectures.made(architectures.CONFIGS[kind]), drawn(9, 6)
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_that_rows_can_serve_is_given_rows(kind: str, dtype: Any) -> None:
+    base, pairs = architectures.made(architectures.CONFIGS[kind]), drawn(9, 12)
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.device.choose(dtype))
     assert packing.backend == "spans"
     assert why == "packed rows of up to 300 tokens, attention by spans"
 
@@ -246,11 +247,12 @@ def test_a_model_that_rows_cannot_serve_gets_padded_batches_and_is_told_why(kind
     assert score(base, collate(pairs, packing), jobs.CPU).chosen_logp_P.isfinite().all()
 
 
-def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out() -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: Any) -> None:
     base, pairs = architectures.made(architectures.CONFIGS["llama"]), jobs.pairs(9)
     # a layer that looks at the token to the left, as convolutions and recurrences do, whichever sequence it is of
     base.model.layers[0].register_forward_hook(lambda layer, inputs, out: out + 0.5 * out.roll(1, 1))
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.device.choose(dtype))
     assert packing.backend is None
     assert why == (
         "padded batches, since in packed rows spans gives other log-probabilities than padded batches; "

@@ -109,8 +109,8 @@ def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     chosen: ComputeDtype
     match dtype:
         case "auto" if native:
-            # benchmarks/README.md: 1.9 times as fast as fp32, gradients at a cosine above 0.999
-            chosen, reason = "bf16", "this CPU has bf16 instructions: about twice as fast as fp32"
+            # benchmarks/README.md: gradients at a cosine above 0.999 to those of fp32
+            chosen, reason = "bf16", "this CPU has bf16 instructions, which are faster than fp32"
         case "auto":
             chosen, reason = "fp32", "this CPU has no bf16 instructions"
         case "bf16" | "fp32":

@@ -14,7 +14,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import language_model, score
 from qlora_dpo.preference.pack import Packing, collate, longest
 
-PROVED_ON = 3
+PROVED_ON = 8
 
 
 def choose_packing(
@@ -100,6 +100,10 @@ def _logps(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: D
 
 
 def _close(found: Tensor, expected: Tensor, device: Device) -> bool:
-    """True if they differ by rounding only: 1e-4 of the value in float32, 2 % in 16 bits."""
+    """True if they differ by rounding only: by 1e-4 of their L2 norm in float32, by 2 % in 16 bits.
+
+    Measured on SmolLM2 in bf16: rounding moves eight pairs by 0.5 %, an answer that sees the other one by over 30 %;
+    a single short answer may move by 3 %.
+    """
     tolerance = 1e-4 if device.compute_dtype == "fp32" else 2e-2
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    return bool((found - expected).norm() <= tolerance * expected.norm())

@@ -189,7 +189,8 @@ def guard_adapter(
     own = own_L.gather(-1, torch.tensor(pair.chosen, device=own_L.device)[:, None]).sum().item()
     with adapter_off(model):
         ours = live_logps(model, [pair], packing, device)[0, 0].item()
-    if not math.isclose(ours, own, rel_tol=_tolerance(device), abs_tol=_tolerance(device)):
+    # one answer alone, which in 16 bits moves by more than many together
+    if not math.isclose(ours, own, rel_tol=3 * _tolerance(device), abs_tol=10 * _tolerance(device)):
         raise ModelError(
             f"the log-probability of a probe answer is {own:.4f} by the model and {ours:.4f} by this program: the "
             "model changes its logits after the output head, which is not supported yet"
@@ -199,13 +200,13 @@ def guard_adapter(
 def guard_first_loss(live_P2: Tensor, reference_P2: Tensor, beta: float, device: Device) -> None:
     """Prove that an untrained policy has the reference's log-probabilities, so that the first loss is ln 2.
 
-    In float32 the loss must be ln 2 to 1e-4; in 16 bits another batch may round differently, so the log-probabilities
-    are compared to 2 %. Raises ModelError.
+    In float32 the loss must be ln 2 to 1e-4; in 16 bits another row may round differently, so the log-probabilities
+    may differ by 2 % of their L2 norm. Raises ModelError.
     """
     drift_P2 = live_P2 - reference_P2
     loss = dpo(drift_P2[:, 0] - drift_P2[:, 1], beta).mean().item()
     exact = abs(loss - math.log(2)) <= 1e-4
-    close = bool((drift_P2.abs() <= _tolerance(device) * (1 + reference_P2.abs())).all())
+    close = bool(drift_P2.norm() <= _tolerance(device) * reference_P2.norm())
     if not (exact or (close and device.compute_dtype != "fp32")):
         raise ModelError(
             f"the first DPO loss would be {loss:.6f} instead of ln 2 = 0.693147: the cached reference does not belong "
