@@ -247,12 +247,11 @@ def test_a_model_that_rows_cannot_serve_gets_padded_batches_and_is_told_why(kind
     assert score(base, collate(pairs, packing), jobs.CPU).chosen_logp_P.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", ["fp32"])
-def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: Any) -> None:
+def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out() -> None:
     base, pairs = architectures.made(architectures.CONFIGS["llama"]), jobs.pairs(9)
     # a layer that looks at the token to the left, as convolutions and recurrences do, whichever sequence it is of
     base.model.layers[0].register_forward_hook(lambda layer, inputs, out: out + 0.5 * out.roll(1, 1))
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.device.choose(dtype))
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
     assert packing.backend is None
     assert why == (
         "padded batches, since in packed rows spans gives other log-probabilities than padded batches; "
