@@ -1,9 +1,9 @@
-"""Makes plain LoRA layers lean: one autograd function for all layers that read the same tensor, without PEFT's copies.
+"""Makes a LoRA model lean: plain LoRA layers, the MLPs made of them and the norms keep and copy less, as PEFT computes.
 
-T tokens, I inputs, O outputs of a layer, r rank, R the ranks of a group's layers together.
+T tokens, I inputs, O outputs of a layer, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,11 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import Linear, Linear4bit, LoraLayer
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qlora_dpo.model.base import dense_weight
+from qlora_dpo.model import products
+from qlora_dpo.model.products import Group
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that read the same tensor, in the order in which they are called."""
@@ -27,12 +30,17 @@ def make_lean(model: nn.Module, dtype: torch.dtype) -> str:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     reasons = {id(layer): _not_plain(layer) for layer in layers}
     plain = [layer for layer in layers if not reasons[id(layer)]]
-    for group in _groups(model, plain):
-        for layer in group:
-            layer.forward = partial(_forward, layer, group, dtype)
+    for group in _groups(model, plain, dtype):
+        for layer in group.layers:
+            layer.forward = partial(_linear, layer, group)
     for module in model.modules():
-        # beside an adapter on some layers only; without a kept weight bitsandbytes' own function keeps less
-        if isinstance(module, bnb.nn.Linear4bit) and hasattr(module, "dense_weight"):
+        if _is_lean_mlp(module, plain):
+            into, down = Group((module.gate_proj, module.up_proj), dtype), Group((module.down_proj,), dtype)
+            module.forward = partial(_mlp, module.forward, into, down)
+        elif _computes_as(module, LlamaRMSNorm):
+            module.forward = partial(_norm, module, module.forward)
+        elif isinstance(module, bnb.nn.Linear4bit) and hasattr(module, "dense_weight"):
+            # beside an adapter on some layers only; without a kept weight bitsandbytes' own function keeps less
             module.forward = partial(_base, module, dtype)
     others = ", ".join(sorted(set(filter(None, reasons.values()))))
     words = f"lora: {len(plain)} of {len(layers)} layers in one function"
@@ -52,7 +60,7 @@ def _not_plain(layer: Any) -> str:
     return "lora_bias" if layer.lora_bias["default"] else ""
 
 
-def _groups(model: nn.Module, plain: list[Any]) -> Iterator[list[Any]]:
+def _groups(model: nn.Module, plain: list[Any], dtype: torch.dtype) -> Iterator[Group]:
     """The plain layers, those that read the same tensor together."""
     left = {id(layer): layer for layer in plain}
     for module in model.modules():
@@ -60,11 +68,30 @@ def _groups(model: nn.Module, plain: list[Any]) -> Iterator[list[Any]]:
         for names in GROUPS:
             group = [children[name] for name in names if id(children.get(name)) in left]
             if len(group) > 1:
-                yield [left.pop(id(layer)) for layer in group]
-    yield from ([layer] for layer in left.values())
+                yield Group(tuple(left.pop(id(layer)) for layer in group), dtype)
+    yield from (Group((layer,), dtype) for layer in left.values())
 
 
-def _forward(layer: Any, group: list[Any], dtype: torch.dtype, input_TI: Tensor) -> Tensor:
+def _is_lean_mlp(module: Any, plain: list[Any]) -> bool:
+    """True for down(silu(gate(x)) * up(x)) of three plain LoRA layers."""
+    return (
+        _computes_as(module, LlamaMLP)
+        and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+        and {id(module.gate_proj), id(module.up_proj), id(module.down_proj)} <= set(map(id, plain))
+    )
+
+
+def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
+    """True if the module's class has the very instructions of `known`, as many models of transformers repeat them."""
+    own, code = getattr(type(module).forward, "__code__", None), known.forward.__code__
+    return own is not None and (own.co_code, own.co_names, own.co_consts) == (
+        code.co_code,
+        code.co_names,
+        code.co_consts,
+    )
+
+
+def _linear(layer: Any, group: Group, input_TI: Tensor) -> Tensor:
     """The output of `layer`; the first of a group to be called computes the others' as well.
 
     They wait at the tensor they were made from, so a layer that reads another tensor after all computes its own.
@@ -73,10 +100,10 @@ def _forward(layer: Any, group: list[Any], dtype: torch.dtype, input_TI: Tensor)
         peft: Tensor = type(layer).forward(layer, input_TI)
         return peft
     if layer.disable_adapters:
-        return _base(layer.get_base_layer(), dtype, input_TI)
+        return _base(layer.get_base_layer(), group.dtype, input_TI)
     version, waiting = getattr(input_TI, "_lean_outputs", (-1, {}))
     if id(layer) not in waiting or version != input_TI._version:
-        waiting = dict(zip(map(id, group), _computed(group, input_TI, dtype), strict=True))
+        waiting = dict(zip(map(id, group.layers), products.linear(input_TI, group), strict=True))
     output: Tensor = waiting.pop(id(layer))
     if waiting:
         input_TI._lean_outputs = input_TI._version, waiting  # type: ignore[attr-defined]
@@ -85,70 +112,20 @@ def _forward(layer: Any, group: list[Any], dtype: torch.dtype, input_TI: Tensor)
     return output
 
 
-def _computed(group: list[Any], input_TI: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    weights = [layer.lora_A["default"].weight for layer in group] + [layer.lora_B["default"].weight for layer in group]
-    return _Lean.apply(input_TI, group, dtype, *weights)  # type: ignore[no-any-return, no-untyped-call]
+def _mlp(own: Callable[[Tensor], Tensor], into: Group, down: Group, input_TI: Tensor) -> Tensor:
+    """The output of a gated MLP; layer by layer where no gradient is asked, which keeps nothing anyway."""
+    if not torch.is_grad_enabled() or any(
+        layer.merged or layer.disable_adapters for layer in into.layers + down.layers
+    ):
+        return own(input_TI)
+    return products.gated(input_TI, into, down)
+
+
+def _norm(norm: Any, own: Callable[[Tensor], Tensor], input_TD: Tensor) -> Tensor:
+    if not input_TD.requires_grad or norm.weight.requires_grad:
+        return own(input_TD)
+    return products.norm(input_TD, own, norm.weight, norm.variance_epsilon)
 
 
 def _base(base: Any, dtype: torch.dtype, input_TI: Tensor) -> Tensor:
-    plain_TO = nn.functional.linear(input_TI.to(dtype), dense_weight(base, dtype), _bias(base, dtype))
-    return plain_TO.to(_output_dtype(base, input_TI, dtype))
-
-
-def _output_dtype(base: Any, input_TI: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What the layer would give without us, so that the base stays the same to the last bit.
-
-    bitsandbytes gives back the dtype it was given, a dense layer under autocast that of the product.
-    """
-    return input_TI.dtype if isinstance(base, bnb.nn.Linear4bit) else dtype
-
-
-def _bias(base: Any, dtype: torch.dtype) -> Tensor | None:
-    return None if base.bias is None else base.bias.to(dtype)
-
-
-class _Lean(torch.autograd.Function):
-    """y = W x + b + scaling * B A x for each layer of a group, W frozen; keeps x and A x, and adds in place.
-
-    The input is converted to the compute dtype once, all A are one product, and the input's gradient is one sum.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, input_TI: Tensor, group: list[Any], dtype: torch.dtype, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        shape = input_TI.shape
-        x_TI = input_TI.detach().reshape(-1, shape[-1]).to(dtype)
-        ranks = [len(a_rI) for a_rI in weights[: len(group)]]
-        a_RI = torch.cat(weights[: len(group)]).to(dtype)
-        b_Or = [weight.to(dtype) for weight in weights[len(group) :]]
-        outputs = []
-        with torch.autocast(x_TI.device.type, enabled=False):
-            low_TR = x_TI @ a_RI.T
-            for layer, own_Or, low_Tr in zip(group, b_Or, low_TR.split(ranks, 1), strict=True):
-                base = layer.get_base_layer()
-                output_TO = nn.functional.linear(x_TI, dense_weight(base, dtype), _bias(base, dtype))
-                output_TO.addmm_(low_Tr, own_Or.T, alpha=layer.scaling["default"])
-                outputs.append(output_TO.view(*shape[:-1], -1).to(_output_dtype(base, input_TI, dtype)))
-        ctx.save_for_backward(x_TI, low_TR, a_RI, *b_Or)
-        ctx.group, ctx.ranks, ctx.input = group, ranks, (shape, input_TI.dtype)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, low_TR, a_RI, *b_Or = ctx.saved_tensors
-        shape, dtype = ctx.input
-        slopes_TO = [slope.reshape(-1, slope.shape[-1]).to(x_TI.dtype) for slope in slopes]
-        slopes_Tr, slopes_Or = [], []
-        with torch.autocast(x_TI.device.type, enabled=False):
-            for layer, own_Or, low_Tr, slope_TO in zip(
-                ctx.group, b_Or, low_TR.split(ctx.ranks, 1), slopes_TO, strict=True
-            ):
-                slopes_Tr.append((slope_TO @ own_Or).mul_(layer.scaling["default"]))
-                slopes_Or.append((slope_TO.T @ low_Tr).mul_(layer.scaling["default"]).float())
-            slope_TR = torch.cat(slopes_Tr, 1)
-            slope_RI = slope_TR.T @ x_TI
-            slope_TI = slope_TR @ a_RI
-            for layer, slope_TO in zip(ctx.group, slopes_TO, strict=True):
-                slope_TI.addmm_(slope_TO, dense_weight(layer.get_base_layer(), x_TI.dtype))
-        return slope_TI.view(shape).to(dtype), None, None, *slope_RI.float().split(ctx.ranks), *slopes_Or
+    return products.base_output(base, dtype, input_TI.to(dtype)).to(products.output_dtype(base, input_TI, dtype))

@@ -186,8 +186,7 @@ def _chunk(
         total_c = total_c * shrink_c + share_cv.sum(-1)
         if metrics:
             logits_c += logits_cv.sum(-1)
-            # as dot products: the elementwise product would be one more tensor of (c, v)
-            weighted_c = weighted_c * shrink_c + torch.bmm(share_cv[:, None, :], logits_cv[:, :, None])[:, 0, 0]
+            weighted_c = weighted_c * shrink_c + torch.linalg.vecdot(share_cv, logits_cv)
         if wants_gradient:
             share_cv[place] = 0
             others_cD.mul_(shrink_c[:, None]).add_(share_cv.to(hidden_cD.dtype) @ tile_vD)
