@@ -1,5 +1,6 @@
 """What fits in memory: bytes that are free, bytes a step keeps for its backward pass, and what follows from both."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_dpo.model.base import keep_dense
 from qlora_dpo.model.device import Device
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Parameters of glibc's mallopt, as malloc.h numbers them."""
 
 USABLE = 0.8
 """Share of the free bytes that is planned with; the rest is for temporaries and the allocator's rounding."""
@@ -55,6 +59,24 @@ def _left_in_group() -> int:
         return max(0, int(most) - int(used))
     except (OSError, ValueError):  # no control group, or "max"
         return 2**62
+
+
+def keep_freed_memory(*, keep: bool = True) -> None:
+    """Let the C library keep what a step frees for the next one; without `keep`, do as it does unasked.
+
+    glibc hands blocks of 32 MiB and more back to the system at once, which has to zero their pages when the next block
+    is asked for: a tenth of a step of the 0.5B model (benchmarks/README.md). Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    largest_unmapped = 2**25  # what glibc's own threshold grows to
+    for name, kept, unasked in (
+        (M_MMAP_MAX, 0, 2**16),
+        (M_TRIM_THRESHOLD, -1, 2 * largest_unmapped),
+        (M_MMAP_THRESHOLD, largest_unmapped, largest_unmapped),
+    ):
+        mallopt(name, kept if keep else unasked)
 
 
 def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:

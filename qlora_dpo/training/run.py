@@ -20,7 +20,7 @@ from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits
+from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
@@ -147,6 +147,7 @@ def _load(
     base = load_base(prepared.source, recipe.model, device)
     if own and device.type == "cpu":
         say(keep_dense_if_it_fits(base, device))
+        keep_freed_memory()
     packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
     say(f"layout: {why}")
     probed = pairs[0]
