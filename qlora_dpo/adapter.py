@@ -2,8 +2,8 @@
 
 import json
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import write_whole
+from qlora_dpo.lock import LOCK, held
+from qlora_dpo.manifest import MANIFEST, damage, write_manifest
 from qlora_dpo.model import base, device, sources
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
@@ -25,7 +27,7 @@ from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METRICS = "metrics.jsonl"
-LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", METRICS, "wandb")
+LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", METRICS, "wandb", LOCK)
 
 
 @dataclass
@@ -58,18 +60,45 @@ def _insist_on_room(folder: Path, *, resume: bool) -> None:
     if resume and not (folder / "checkpoints").is_dir():
         raise RunError(f"{folder}: holds no checkpoints to resume from; train without --resume")
     # what an attempt left that was killed before its first checkpoint holds nothing to lose
-    if not resume and folder.exists() and any(each.name not in LEFT_BY_ATTEMPTS for each in folder.iterdir()):
+    # a killed write leaves its temporary name, .recipe.toml.abc
+    left = [f".{name}." for name in LEFT_BY_ATTEMPTS]
+    if (
+        not resume
+        and folder.exists()
+        and any(
+            each.name not in LEFT_BY_ATTEMPTS and not each.name.startswith(tuple(left)) for each in folder.iterdir()
+        )
+    ):
         raise RunError(f"{folder}: is not empty; name another folder with -o DIR, remove it, or go on with --resume")
 
 
 @contextmanager
-def claimed(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> Iterator[None]:
-    """`claim` for as long as a run lasts: one that fails before its first figure leaves `folder` as it was."""
-    new, resolved = not folder.exists(), folder / "resolved.toml"
-    before = resolved.read_bytes() if resume and resolved.is_file() else None
+def claimed(folder: Path, loaded: LoadedRecipe, *, resume: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """`claim` for as long as a run lasts, and let no other in: one that fails early leaves `folder` as it was.
+
+    Raises RunError if another process is in it; `say` is told if one died there.
+    """
+    new = not folder.exists()
     _insist_on_room(folder, resume=resume)
     try:
-        claim(folder, loaded, resume=resume)
+        with held(folder, say):
+            _insist_on_room(folder, resume=resume)  # another run may have come and gone in between
+            with _undone_if_it_fails_early(folder, resume=resume):
+                claim(folder, loaded, resume=resume)
+                yield
+    except BaseException:
+        if new and folder.is_dir():
+            with suppress(OSError):  # it is not empty, or another run has come in
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _undone_if_it_fails_early(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Put back the recipe of a resumed run that fails; take away that of a run that fails before its first figure."""
+    resolved = folder / "resolved.toml"
+    before = resolved.read_bytes() if resume and resolved.is_file() else None
+    try:
         yield
     except BaseException:
         if before is not None:
@@ -77,8 +106,6 @@ def claimed(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> Iterator[Non
         elif not resume and not _has_figures(folder):
             for name in ("recipe.toml", "resolved.toml", METRICS):
                 (folder / name).unlink(missing_ok=True)
-            if new and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
         raise
 
 
@@ -87,7 +114,14 @@ def _has_figures(folder: Path) -> bool:
 
 
 def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
-    """Write adapter and tokenizer in PEFT's and transformers' own formats; each file appears whole."""
+    """Write adapter and tokenizer in PEFT's and transformers' own formats, and a manifest of them.
+
+    Without adapter_config.json, which goes first and comes last, the folder counts as none: it never holds a mixture of
+    two adapters. Raises RunError if a weight is not finite.
+    """
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
+        raise RunError(f"{folder}: no adapter was written, since {bad[0]} is not finite; lower train.learning_rate")
     config = model.peft_config["default"]
     config.base_model_name_or_path = source.hub_id or str(source.folder)
     config.revision = source.revision
@@ -95,9 +129,12 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerB
         model.save_pretrained(work, save_embedding_layers=False)
         tokenizer.save_pretrained(work)
         Path(work, "README.md").unlink(missing_ok=True)
-        # the config comes last: only with it does the folder count as an adapter
-        for file in sorted(Path(work).iterdir(), key=lambda each: each.name == CONFIG):
+        files = sorted(Path(work).iterdir(), key=lambda each: each.name == CONFIG)
+        for name in (CONFIG, MANIFEST):
+            (folder / name).unlink(missing_ok=True)
+        for file in files:
             write_whole(folder / file.name, file.read_bytes())
+    write_manifest(folder, [folder / file.name for file in files])
 
 
 def newest(home: Path = HOME) -> Path:
@@ -132,6 +169,8 @@ def open_adapter(folder: Path, dtype: str = "auto") -> Opened:
     source = sources.fetch(table)
     if run is not None and source.fingerprint != run["base"]["fingerprint"]:
         raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
+    if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file() and (damaged := damage(folder, needed=WEIGHTS)):
+        raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
     model = base.load_base(source, table, here)
     own = (folder / "tokenizer.json").is_file()
     tokenizer = base.load_tokenizer(Source(source.name, folder if own else source.folder, ""))

@@ -29,12 +29,27 @@ def full_disk_named(target: Path) -> Iterator[None]:
     except OSError as error:
         match error.errno:
             case errno.ENOSPC | errno.EDQUOT:
-                sentence = f"{target}: the disk is full; free some space, or set QLORA_DPO_CACHE to another disk"
+                sentence = f"{target}: the disk is full; {_more_space(target)}"
             case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR:
                 sentence = f"{target}: cannot be written ({error.strerror}); choose a folder that you may write to"
             case _:
                 raise
         raise SourceError(sentence) from error
+
+
+def insist_on_space(target: Path, needed: int) -> None:
+    """Raise SourceError if the disk that `target` will lie on has fewer than `needed` bytes free."""
+    home = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise SourceError(
+            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; {_more_space(target)}"
+        )
+
+
+def _more_space(target: Path) -> str:
+    cached = target.absolute().is_relative_to(cache_home().absolute())
+    return "free some space" + (", or set QLORA_DPO_CACHE to another disk" if cached else "")
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -1,11 +1,12 @@
 """All that decides a run, as one frozen value: the recipe's tables, keys, defaults and the reader that checks them."""
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -264,6 +265,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except ValidationError as error:
         raise RecipeError("\n".join(sentences(error, Recipe, path, text, overrides))) from error
     return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
+
+
+def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> None:
+    """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `also`."""
+    tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
+    known = [f"{name}.{key}" for name, (table, *_) in tables.items() for key in table.model_fields] + list(also)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            guess = f"; did you mean {near[0]}?" if near else f"; write TABLE.KEY, or {' or '.join(also)}"
+            raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
 
 
 def resolved_text(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
-from qlora_dpo.errors import Interrupted, RunError
+from qlora_dpo.errors import Interrupted, RunError, SourceError
 from qlora_dpo.training import checkpoint
 from qlora_dpo.training.checkpoint import State, newest_valid, verify
 from qlora_dpo.training.loop import fit
@@ -37,6 +38,7 @@ def train(
     resume: Path | None = None,
     heldout: int = 6,
     seed: int = 42,
+    allowed: tuple[str, ...] = (),
     **changes: Any,
 ) -> tuple[PeftModel, State]:
     """Train in `folder`; with `stop_at`, the signal arrives while that step ends."""
@@ -45,7 +47,7 @@ def train(
     what = jobs.recipe(quantization, **tables)
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what, place)
-    job = jobs.job(model, what, folder, heldout=heldout, place=place)
+    job = replace(jobs.job(model, what, folder, heldout=heldout, place=place), allowed=allowed)
     if resume is None:
         torch.manual_seed(1)
     with Tracker(folder, job.plan.total_steps) as tracker:
@@ -185,7 +187,8 @@ def test_a_changed_recipe_is_refused_with_what_changed(stopped: Path) -> None:
         train(stopped, resume=newest, learning_rate=2e-3, seed=1)
     assert str(error.value) == (
         f"{newest}: belongs to another run; changed since: "
-        "train.learning_rate was 0.001, is 0.002; train.seed was 42, is 1"
+        "train.learning_rate was 0.001, is 0.002; train.seed was 42, is 1; put it back, or go on with "
+        "--allow train.learning_rate --allow train.seed"
     )
 
 
@@ -197,8 +200,49 @@ def test_changed_data_and_another_base_are_refused(stopped: Path) -> None:
     with pytest.raises(RunError) as error:
         checkpoint.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
     assert str(error.value) == (
-        f"{newest}: belongs to another run; changed since: the base model's weights; the training pairs"
+        f"{newest}: belongs to another run; changed since: the base model's weights; the training pairs; put it back, "
+        "or go on with --allow base --allow pairs"
     )
+
+
+def test_what_is_allowed_may_change_and_is_what_later_resumes_compare_with(stopped: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    _, state = train(stopped, resume=newest, learning_rate=2e-3, allowed=("train.learning_rate",))
+    assert state.recipe["train"]["learning_rate"] == 2e-3
+    with pytest.raises(RunError, match=r"train\.learning_rate was 0\.002, is 0\.001; put it back"):
+        train(stopped, resume=newest_valid(stopped)[0])
+
+
+def test_another_rank_cannot_be_allowed(stopped: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    model = jobs.fresh(jobs.recipe("nf4", lora={"r": 8}))
+    kept = State(**checkpoint.json.loads((newest / "state.json").read_text()))
+    with pytest.raises(RunError) as error:
+        checkpoint.load_checkpoint(newest, kept, model, torch.optim.AdamW(jobs.trainable(model).values()))
+    assert str(error.value) == (
+        f"{newest}: its adapter has other layers or ranks than [lora] asks for; put [lora] back"
+    )
+
+
+def every_key() -> list[str]:
+    """All keys of a recipe that has every table."""
+    tables = jobs.recipe(track={"wandb": "project"}).model_dump()
+    return [f"{table}.{key}" for table, keys in tables.items() for key in keys]
+
+
+@pytest.mark.parametrize("key", every_key())
+def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str) -> None:
+    was = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), "base", "pairs")
+    now = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), "base", "pairs")
+    table, name = key.split(".")
+    now.recipe[table][name] = "something else"
+    free = key.startswith(("samples.", "track.")) or key in {
+        "train.max_steps",
+        "train.logging_steps",
+        "train.eval_steps",
+        "train.save_steps",
+    }
+    assert list(checkpoint._differences(was, now)) == ([] if free else [key])
 
 
 def test_a_resumed_run_may_have_another_max_steps(stopped: Path) -> None:
@@ -207,16 +251,51 @@ def test_a_resumed_run_may_have_another_max_steps(stopped: Path) -> None:
     assert (state.step, state.evals[-1]["step"]) == (7, 7)
 
 
-def test_a_full_disk_leaves_no_half_written_checkpoint(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_full_disk_the_old_checkpoints_stay_and_the_run_goes_on(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted((stopped / "checkpoints").iterdir())
 
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(Exception, match="the disk is full"):
-        train(stopped, resume=newest_valid(stopped)[0])
+    _, state = train(stopped, resume=newest_valid(stopped)[0])
+    assert state.step == 9
+    said = capsys.readouterr().err
+    for step in (6, 8):
+        folder = stopped / "checkpoints" / f"step-00000{step}"
+        assert (
+            f"step {step} is not saved: {folder}: the disk is full; free some space; the run goes on, and older "
+            "checkpoints stay\n"
+        ) in said
     assert sorted((stopped / "checkpoints").iterdir()) == before
+
+
+def test_a_stopped_run_that_cannot_save_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(SourceError, match=r"step-000003: the disk is full; free some space$"):
+        train(tmp_path, stop_at=3, save_steps=100)
+
+
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_run_that_skipped_it(stopped: Path) -> None:
+    newest = stopped / "checkpoints" / "step-000005"
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    (stopped / "checkpoints" / ".step-000005.killed").mkdir()
+    train(stopped, resume=newest_valid(stopped)[0], save_steps=1)
+    assert sorted(each.name for each in (stopped / "checkpoints").iterdir()) == ["step-000007", "step-000008"]
+    assert newest_valid(stopped) == (stopped / "checkpoints" / "step-000008", [])
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_two_that_are_kept(stopped: Path) -> None:
+    newest = stopped / "checkpoints" / "step-000005"
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(Interrupted):
+        train(stopped, resume=newest_valid(stopped)[0], stop_at=6, save_steps=100)
+    assert sorted(each.name for each in (stopped / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
 
 
 def _untimed(record: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,9 @@ def test_a_prompt_is_an_optional_system_turn_then_user_and_assistant_in_turn() -
         ("bell\x07 back\x08 return\r nul\x00 del\x7f", "bell back return nul del"),
         ("abc\u202edcba\u202c \u2066x\u2069 \u200f\u061c", "abcdcba x "),
         ("half \ud83d", "half \ufffd"),
+        ("pass\u200bword\u200d\u2060\ufeff \u00adx\U000e0041", "password x"),
+        ("one\u2028line\u2029", "oneline"),
+        ("\x1b\u200b[31mred", "[31mred"),
         ("\x1b\x1b[31m[31mtwice", "[31mtwice"),
     ],
 )

@@ -51,6 +51,7 @@ FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "manifest.json",
     "metrics.jsonl",
     "recipe.toml",
     "resolved.toml",
@@ -305,7 +306,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(place: Workplace, trained:
     assert (changed.returncode, changed.stderr.splitlines()[-1]) == (
         1,
         f"qlora-dpo: adapters/stopped/checkpoints/step-00000{stopped[1]}: belongs to another run; changed since: "
-        "train.learning_rate was 0.001, is 0.0005",
+        "train.learning_rate was 0.001, is 0.0005; put it back, or go on with --allow train.learning_rate",
     )
     assert (folder / "resolved.toml").read_bytes() == resolved
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_dpo.errors import RunError
@@ -19,6 +20,7 @@ from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.recipe import DpoTable
+from qlora_dpo.training import finite
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.loop import fit
@@ -245,17 +247,75 @@ def test_a_logged_line_is_the_mean_over_all_pairs_since_the_last(tmp_path: Path)
     assert last["num_tokens"] == three["num_tokens"]
 
 
-def test_a_gradient_that_is_not_finite_is_refused_with_the_steps_rows(tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_refused_by_name_with_the_steps_rows(tmp_path: Path) -> None:
     what = jobs.recipe()
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    next(iter(trainable(model).values())).data[0, 0] = float("nan")
+    name, weight = next(iter(trainable(model).items()))
+    weight.data[0, 0] = float("nan")
     before = copy.deepcopy(jobs.adapter(model))
     rows = ", ".join(str(job.train.pairs[i].row) for i in job.plan.indices(1))
     with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
         fit(model, job, jobs.start(job), tracker)
     assert str(error.value) == (
-        f"step 1: the gradient is not finite, so nothing was changed; the step's pairs are rows {rows} of data.train; "
-        "look at them, or lower train.learning_rate"
+        f"step 1: the weight {name} is not finite, so nothing was changed; the step's pairs are rows {rows} of "
+        "data.train; look at them, or lower train.learning_rate"
     )
     assert all(torch.equal(value.nan_to_num(), before[n].nan_to_num()) for n, value in jobs.adapter(model).items())
+
+
+def test_a_reference_that_is_not_finite_is_found_by_the_row_of_its_pair(tmp_path: Path) -> None:
+    what = jobs.recipe()
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, tmp_path)
+    pair = job.plan.indices(1)[2]
+    job.train.reference_P2[pair, 0] = float("inf")
+    before = jobs.adapter(model)
+    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
+        fit(model, job, jobs.start(job), tracker)
+    assert str(error.value).startswith(f"step 1: the loss of row {job.train.pairs[pair].row} is not finite, so nothing")
+    assert jobs.all_apart(jobs.adapter(model), before) == 0
+
+
+def test_a_gradient_that_overflows_is_found_by_the_name_of_its_weight(tmp_path: Path) -> None:
+    what = jobs.recipe()
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, tmp_path)
+    name, weight = list(trainable(model).items())[3]
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
+        fit(model, job, jobs.start(job), tracker)
+    assert str(error.value).startswith(f"step 1: the gradient of {name} is not finite, so nothing was changed; ")
+
+
+def test_a_learning_rate_that_blows_the_weights_up_ends_the_run_and_saves_nothing(tmp_path: Path) -> None:
+    tables = {"train": {"learning_rate": 1e30, "max_grad_norm": 1e9, "save_steps": 1, "num_train_epochs": 5}}
+    with pytest.raises(RunError, match="is not finite"):
+        train(tmp_path, **tables)
+    for file in tmp_path.rglob("adapter.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(file).values())
+
+
+def test_steps_skipped_in_a_row_are_counted_apart_from_all() -> None:
+    state, counts = State(0, {}, "", ""), []
+    for skipped in (True, True, False, True):
+        state.count_skipped(skipped)
+        counts.append((state.skipped_steps, state.skipped_in_a_row))
+    assert counts == [(1, 1), (2, 2), (2, 0), (3, 1)]
+
+
+def test_scaled_gradients_may_overflow_four_times_in_a_row_but_not_five() -> None:
+    finite.insist_on_finite(7, float("inf"), {}, [3], [3, 4], scaled=True)
+    finite.insist_on_some_steps(7, 4, {}, [], [3, 4])
+    with pytest.raises(RunError) as error:
+        finite.insist_on_some_steps(7, 5, {}, [], [3, 4])
+    assert str(error.value) == (
+        "step 7: the norm of the gradient is not finite, so nothing was changed; the step's pairs are rows 3, 4 of "
+        "data.train; look at them, or lower train.learning_rate; 5 steps in a row were skipped"
+    )
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_loss_that_is_not_finite_beside_a_finite_gradient_is_refused(scaled: bool) -> None:
+    with pytest.raises(RunError, match="step 7: the loss of row 3 is not finite"):
+        finite.insist_on_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)

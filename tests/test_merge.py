@@ -380,7 +380,8 @@ def refused(adapter: Path) -> str:
 
 
 def rewrite(adapter: Path, change: dict[str, str | None]) -> None:
-    """Rename tensors of the adapter; None leaves one out."""
+    """Rename tensors of the adapter; None leaves one out. As if another program had made it, without a manifest."""
+    (adapter / "manifest.json").unlink()
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     for old, new in change.items():
@@ -393,6 +394,8 @@ def rewrite(adapter: Path, change: dict[str, str | None]) -> None:
 def test_a_truncated_adapter_is_named(own: Path) -> None:
     file = own / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
+    assert refused(own).startswith(f"{own}: is damaged: adapter_model.safetensors has not its size; ")
+    (own / "manifest.json").unlink()  # an adapter from elsewhere has none
     assert refused(own).startswith(f"{own}: the adapter cannot be attached to its base: ")
     assert "\n" not in refused(own)
 

@@ -13,6 +13,7 @@ from qlora_dpo.cli.failure import report
 from qlora_dpo.cli.merge import merge
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.cli.train import train
+from qlora_dpo.cli.verify import verify
 from qlora_dpo.errors import DONE
 
 
@@ -25,6 +26,7 @@ def commands() -> None:
     qlora-dpo train recipes/quickstart.toml    a recipe becomes an adapter
     qlora-dpo merge                            the newest adapter becomes a full model
     qlora-dpo chat                             talk to either
+    qlora-dpo verify adapters/quickstart       is it still what was written?
     """
 
 
@@ -32,6 +34,7 @@ def commands() -> None:
 commands.add_command(train)
 commands.add_command(merge)
 commands.add_command(chat)
+commands.add_command(verify)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ LESS_MEMORY = (
 def report(error: BaseException) -> int:
     """Write what went wrong to stderr and return the exit code; the traceback only if QLORA_DPO_TRACEBACK=1."""
     if os.environ.get("QLORA_DPO_TRACEBACK") == "1":
-        traceback.print_exception(error)
+        click.echo(_printable("".join(traceback.format_exception(error))), err=True, nl=False)
     text, code = _explained(error)
     for line in _printable(text).splitlines():
         click.echo(f"qlora-dpo: {line}", err=True)
@@ -72,7 +72,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _printable(text: str) -> str:
-    """`text` without what could steer the terminal: it may quote a data file, a model card or a hub's answer."""
+    """`text` without secrets and what could steer the terminal: it may quote a file, an address or a hub's answer."""
     from qlora_dpo.data.dialogue import printable
+    from qlora_dpo.redact import redacted
 
-    return printable(text)
+    return printable(redacted(text))

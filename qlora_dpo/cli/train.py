@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe: lora.r=8")
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the run [adapters/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the folder.")
+@click.option("--allow", metavar="KEY", multiple=True, help="Resume although this key of the recipe has changed.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is loaded.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many optimizer steps.")
 @click.option("--dropped-rows", is_flag=True, help="List the row numbers of all pairs that are left out.")
@@ -23,6 +24,7 @@ def train(
     overrides: tuple[str, ...],
     output: Path | None,
     resume: bool,
+    allow: tuple[str, ...],
     dry_run: bool,
     max_steps: int | None,
     dropped_rows: bool,
@@ -39,6 +41,10 @@ def train(
     loaded = recipe.load(recipe_file, (*overrides, *steps))
     folder = output or Path("adapters") / loaded.name
 
+    if allow and not resume:
+        raise click.UsageError("--allow says what may have changed since a checkpoint; it needs --resume")
+    recipe.insist_on_keys(allow, also=("base", "pairs"), option="--allow")
+
     from qlora_dpo.model import device
 
     here = device.choose(loaded.recipe.model.dtype)
@@ -48,9 +54,10 @@ def train(
 
     from qlora_dpo import adapter
     from qlora_dpo.cli.train_results import answer, publish, record_run
+    from qlora_dpo.errors import RunError
     from qlora_dpo.training import checkpoint, run
 
-    with adapter.claimed(folder, loaded, resume=resume):
+    with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
         click.echo("reading base and data; what is not in the cache is downloaded", err=True)
         prepared = run.prepare(loaded.recipe)
         for side in (prepared.train, prepared.heldout):
@@ -59,12 +66,17 @@ def train(
         with run.follow(prepared, loaded, folder, resume_from) as tracker:
             for sentence in skipped:
                 tracker.note(sentence)
-            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from)
+            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow)
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)
             answers = answer(outcome, loaded.recipe, here, tracker)
         publish(folder, outcome, answers, loaded, record_run(folder, outcome, loaded.recipe, here))
+    if outcome.unsaved:
+        raise RunError(
+            f"{folder}: the adapter is whole, but {len(outcome.unsaved)} checkpoints could not be saved: "
+            f"{outcome.unsaved[0]}"
+        )
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:

@@ -18,7 +18,12 @@ _ESCAPES = re.compile(
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # control sequences: colour, cursor, erase
     r"|\x1b[ -/]*[0-~]?"  # all other escapes
 )
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but newline and tab, DEL, C1
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that reorder text
+    r"\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"  # what has no width: it hides words in words
+    r"\u2028\u2029]"  # line ends that are no newline
+)
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
@@ -78,6 +83,7 @@ def check_roles(prompt: Sequence[Message]) -> None:
 
 def printable(text: str) -> str:
     r"""Return `text` without what could steer a terminal: escape sequences, control characters other than \n and \t
-    (C0, DEL and C1), and marks that reorder text from right to left. Half surrogate pairs become U+FFFD.
+    (C0, DEL and C1), marks that reorder text from right to left, and characters without width. Half surrogate pairs
+    become U+FFFD.
     """
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _ESCAPES.sub("", text)))

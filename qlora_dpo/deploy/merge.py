@@ -18,6 +18,7 @@ from qlora_dpo.adapter import CONFIG, Opened, open_adapter
 from qlora_dpo.deploy.card import merged_card, public_name
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import whole_folder, write_json, write_whole
+from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import device
 from qlora_dpo.model.base import dequantized, linear4bit_layers
 
@@ -106,6 +107,7 @@ def merge(opened: Opened, output: Path, onto: Onto, dtype: Dtype, check: Check) 
         }
         write_json(temporary / "merge.json", record)
         write_whole(temporary / "README.md", merged_card(record))
+        write_manifest(temporary, [file for file in temporary.iterdir() if file.is_file()])
     return Merged(output, onto, dtype, record["bytes"], record["shards"], quantization, figures)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe import is_local
+from qlora_dpo.redact import redacted
 from qlora_dpo.report.samples import prompt_text
 from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_markdown
 
@@ -181,7 +182,7 @@ def _making(run: Record, recipe_text: str) -> str:
             fenced(scrubbed(run["command"]), "sh"),
             "\n".join(facts) + "\n",
             "The recipe:\n",
-            fenced(scrubbed(printable(recipe_text)), "toml"),
+            fenced(scrubbed(redacted(printable(recipe_text))), "toml"),
         ]
     )
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.files import sha256_of, whole_folder, write_json
+from qlora_dpo.files import insist_on_space, whole_folder, write_json
+from qlora_dpo.manifest import damage, write_manifest
 from qlora_dpo.model.lora import trainable
 
 KEPT = 2
-MANIFEST = "manifest.json"
+SMALL_FILES = 2**20
+"""Bytes of everything in a checkpoint that is not a tensor, at most."""
 # keys that may differ between the two parts of a run without changing what a step does
 FREE_KEYS = ("train.max_steps", "train.logging_steps", "train.eval_steps", "train.save_steps", "samples.", "track.")
 
@@ -32,46 +34,59 @@ class State:
     evals: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     num_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     scheduler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
+    def count_skipped(self, skipped: bool) -> None:
+        """Count the step just taken: was it skipped, since its scaled gradient overflowed?"""
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
 
 def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments and random states; keep the newest two."""
+    """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments and random states; keep the newest two.
+
+    Raises SourceError if the disk has no room for it, RunError if a tensor is not finite; then nothing has changed.
+    """
     folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
     parameters = trainable(model)
+    adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimizer))
+    insist_on_finite(folder, adapter | moments)
+    insist_on_space(folder, SMALL_FILES + sum(tensor.nbytes for tensor in (adapter | moments).values()))
     with whole_folder(folder) as temporary:
-        save_file(_on_cpu(parameters), temporary / "adapter.safetensors")
-        save_file(_moments(parameters, optimizer), temporary / "optimizer.safetensors")
+        save_file(adapter, temporary / "adapter.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
         save_file(_random_states(), temporary / "random.safetensors")
         write_json(temporary / "state.json", asdict(state))
-        files = sorted(temporary.iterdir())
-        write_json(
-            temporary / MANIFEST,
-            {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
-        )
+        write_manifest(temporary, temporary.iterdir())
+        if folder.exists():  # a resume has skipped it, since it is damaged
+            shutil.rmtree(folder)
     damaged = verify(folder)
     if damaged:
         raise RunError(f"{folder}: was not written as it should be: {damaged}; check the disk")
-    for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+    _prune(folder.parent)
     return folder
+
+
+def insist_on_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise RunError that names the first tensor that is not finite; such a tensor is never saved."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise RunError(f"{folder}: not written, since {name} is not finite; lower train.learning_rate")
+
+
+def _prune(home: Path) -> None:
+    """Keep the newest two checkpoints that verify, and nothing that a kill left half-written."""
+    kept = [folder for folder in sorted(home.glob("step-*"), reverse=True) if not verify(folder)][:KEPT]
+    for old in {*home.glob("step-*"), *home.glob(".step-*")} - set(kept):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint folder, in a few words; empty if every file is as its manifest says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if (folder / name).stat().st_size != expected["bytes"]:
-                return f"{name} has not its size"
-            if sha256_of(folder / name) != expected["sha256"]:
-                return f"{name} has not its SHA-256"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    return "" if "state.json" in manifest else "state.json is not in the manifest"
+    return damage(folder, needed="state.json")
 
 
 def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
@@ -87,17 +102,28 @@ def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     )
 
 
-def load_checkpoint(folder: Path, asked: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Put the checkpoint into model and optimizer and return its state.
+def load_checkpoint(
+    folder: Path, asked: State, model: nn.Module, optimizer: torch.optim.Optimizer, allowed: Collection[str] = ()
+) -> State:
+    """Put the checkpoint into model and optimizer and return its state, with what is `asked` from here on.
 
-    Raises RunError with the keys that differ if the checkpoint belongs to another recipe, base or data than `asked`.
+    Raises RunError with the keys that differ if the checkpoint belongs to another recipe, base or data than `asked`,
+    unless they are `allowed`, and if its tensors do not fit the adapter.
     """
     state = State(**json.loads((folder / "state.json").read_text()))
-    if changed := _differences(state, asked):
-        raise RunError(f"{folder}: belongs to another run; changed since: {'; '.join(changed)}")
-    parameters, moments = trainable(model), load_file(folder / "optimizer.safetensors")
+    changed = {key: how for key, how in _differences(state, asked).items() if key not in allowed}
+    if changed:
+        options = " ".join(f"--allow {key}" for key in changed)
+        raise RunError(
+            f"{folder}: belongs to another run; changed since: {'; '.join(changed.values())}; put it back, or go on "
+            f"with {options}"
+        )
+    parameters, saved = trainable(model), load_file(folder / "adapter.safetensors")
+    if {name: value.shape for name, value in saved.items()} != {name: each.shape for name, each in parameters.items()}:
+        raise RunError(f"{folder}: its adapter has other layers or ranks than [lora] asks for; put [lora] back")
+    moments = load_file(folder / "optimizer.safetensors")
     with torch.no_grad():
-        for name, value in load_file(folder / "adapter.safetensors").items():
+        for name, value in saved.items():
             parameters[name].copy_(value)
     for name, parameter in parameters.items():
         own = {key: moments[f"{key}|{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
@@ -108,20 +134,23 @@ def load_checkpoint(folder: Path, asked: State, model: nn.Module, optimizer: tor
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
+    state.recipe = asked.recipe
+    state.base_fingerprint, state.data_fingerprint = asked.base_fingerprint, asked.data_fingerprint
     return state
 
 
-def _differences(state: State, asked: State) -> list[str]:
+def _differences(state: State, asked: State) -> dict[str, str]:
+    """How what is asked differs from what the checkpoint was made by, by the name under which --allow knows it."""
     was, now = _flat(state.recipe), _flat(asked.recipe)
-    changed = [
-        f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
+    changed = {
+        key: f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
-    ]
+    }
     if state.base_fingerprint != asked.base_fingerprint:
-        changed.append("the base model's weights")
+        changed["base"] = "the base model's weights"
     if state.data_fingerprint != asked.data_fingerprint:
-        changed.append("the training pairs")
+        changed["pairs"] = "the training pairs"
     return changed
 
 
@@ -138,7 +167,7 @@ def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             moments[f"{key}|{name}"] = value
-    return _on_cpu(moments)
+    return moments
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dpo.data.dialogue import printable
+from qlora_dpo.redact import redacted
 
 UNITS = {"reference": "pairs", "evaluate": "pairs"}
 PLAIN_PHASE_SECONDS = 30.0  # without a terminal a long phase says where it is this often
@@ -133,7 +134,7 @@ class Lines:
 
     def note(self, text: str) -> None:
         """Write one line."""
-        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.write(f"{printable(redacted(text))}\n")
         sys.stderr.flush()
 
     def step(self, step: int) -> None:
@@ -193,7 +194,7 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Write one line above the bars, whatever brackets it holds."""
-        self.console.print(Text(printable(text)), soft_wrap=True)
+        self.console.print(Text(printable(redacted(text))), soft_wrap=True)
 
     def step(self, step: int) -> None:
         """Move the training bar."""

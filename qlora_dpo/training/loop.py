@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from qlora_dpo.errors import Interrupted, RunError
+from qlora_dpo.errors import Interrupted, SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.logps import score
@@ -28,6 +28,7 @@ from qlora_dpo.preference.reference import Store, ride_along
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.checkpoint import State, load_checkpoint, save_checkpoint
 from qlora_dpo.training.evaluate import Side, evaluate
+from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.tracker import Tracker
@@ -45,18 +46,21 @@ class Job:
     packing: Packing
     folder: Path
     store: Store
+    allowed: tuple[str, ...] = ()
+    unsaved: list[str] = field(default_factory=list)
+    """Why checkpoints could not be saved, a sentence each; the run goes on without them."""
 
 
 def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path | None = None) -> State:
     """Train `model` in place and return the final state with all evaluations.
 
-    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and RunError when loss or gradient stop being
-    finite.
+    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, RunError when loss or gradient stop being
+    finite, and SourceError if the disk has no room for the checkpoint that an interrupted run needs.
     """
     table, plan = job.recipe.train, job.plan
     tools = _tools(model, job)
     if resume is not None:
-        state = _restored(resume, state, model, tools)
+        state = _restored(resume, state, model, tools, job.allowed)
     if not state.evals:
         evaluate_now(model, job, state, tracker)
 
@@ -73,11 +77,12 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
             if last or due(state.step, table.eval_steps, epoch_ends):
                 with window.paused():
                     evaluate_now(model, job, state, tracker)
-            if stop.asked or (not last and due(state.step, table.save_steps, epoch_ends)):
-                with window.paused():
-                    saved = _save(job.folder, state, model, tools)
             if stop.asked:
+                saved = _save(job.folder, state, model, tools)
                 raise Interrupted(f"stopped after step {state.step}; {saved} is saved, --resume goes on from there")
+            if not last and due(state.step, table.save_steps, epoch_ends):
+                with window.paused():
+                    _save_if_there_is_room(job, state, model, tools, tracker.note)
     return state
 
 
@@ -103,24 +108,31 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
 def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
     table, pairs = job.recipe.train, job.plan.indices(state.step + 1)
+    rows, wrong = [job.train.pairs[i].row for i in pairs], list[int]()
     for group in micro_batches([job.train.pairs[i] for i in pairs], job.packing):
-        loss, tokens = _forward(model, job, [pairs[i] for i in group], sums)
-        tools.accelerator.backward(loss / len(pairs))
+        loss_P, tokens = _forward(model, job, [pairs[i] for i in group], sums)
+        tools.accelerator.backward(loss_P.sum() / len(pairs))
+        wrong += [rows[i] for i, finite in zip(group, loss_P.detach().isfinite().tolist(), strict=True) if not finite]
         state.num_tokens += tokens
-    norm = float(tools.accelerator.clip_grad_norm_(trainable(model).values(), table.max_grad_norm))
-    _insist_on_finite(norm, pairs, job, state.step + 1)
+    parameters = trainable(model)
+    norm = float(tools.accelerator.clip_grad_norm_(parameters.values(), table.max_grad_norm))
+    scaled = tools.accelerator.scaler is not None
+    insist_on_finite(state.step + 1, norm, parameters, wrong, rows, scaled=scaled)
     rate = float(tools.schedule.get_last_lr()[0])
     tools.accelerated.step()
-    if not tools.accelerator.optimizer_step_was_skipped:
+    skipped = bool(tools.accelerator.optimizer_step_was_skipped)
+    state.count_skipped(skipped)
+    insist_on_some_steps(state.step + 1, state.skipped_in_a_row, parameters, wrong, rows)
+    if not skipped:
         tools.schedule.step()
     tools.optimizer.zero_grad()
     state.step += 1
     return rate, norm
 
 
-def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools) -> State:
+def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, allowed: tuple[str, ...]) -> State:
     """The state of `checkpoint`, with model and tools as they were when it was saved."""
-    state = load_checkpoint(checkpoint, asked, model, tools.optimizer)
+    state = load_checkpoint(checkpoint, asked, model, tools.optimizer, allowed)
     restore_schedule(tools.schedule, tools.optimizer, state.scheduler)
     if tools.accelerator.scaler is not None and state.scaler:
         tools.accelerator.scaler.load_state_dict(state.scaler)
@@ -134,8 +146,17 @@ def _save(folder: Path, state: State, model: PeftModel, tools: _Tools) -> Path:
     return save_checkpoint(folder, state, model, tools.optimizer)
 
 
+def _save_if_there_is_room(job: Job, state: State, model: PeftModel, tools: _Tools, say: Callable[[str], None]) -> None:
+    """Save, or note why not: what was saved before is still there, and the end of the run will tell."""
+    try:
+        _save(job.folder, state, model, tools)
+    except SourceError as error:
+        job.unsaved.append(str(error))
+        say(f"step {state.step} is not saved: {error}; the run goes on, and older checkpoints stay")
+
+
 def _forward(model: PeftModel, job: Job, indices: Sequence[int], sums: Sums) -> tuple[torch.Tensor, int]:
-    """The summed loss of some training pairs, and how many tokens it took."""
+    """The loss of each of some training pairs, and how many tokens it took."""
     place = job.device.torch_device
     batch = collate([job.train.pairs[i] for i in indices], job.packing).to(place)
     reference_P2 = _reference(model, job, indices, batch).to(place)
@@ -144,7 +165,7 @@ def _forward(model: PeftModel, job: Job, indices: Sequence[int], sums: Sums) -> 
         scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, job.recipe.dpo
     )
     sums.add(scores, losses, reference_P2, batch.tokens)
-    return losses.total_P.sum(), batch.tokens
+    return losses.total_P, batch.tokens
 
 
 def _reference(model: PeftModel, job: Job, indices: Sequence[int], batch: MicroBatch) -> torch.Tensor:
@@ -169,17 +190,6 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
 def due(step: int, every: int | None, otherwise: bool) -> bool:
     """True if something is done after `step`: every so many steps, or where the recipe does not say, `otherwise`."""
     return otherwise if every is None else step % every == 0
-
-
-def _insist_on_finite(norm: float, pairs: Sequence[int], job: Job, step: int) -> None:
-    """Refuse to take a step from a gradient that is not finite, unless the GradScaler skips it anyway."""
-    if math.isfinite(norm) or job.device.grad_scaler:
-        return
-    rows = ", ".join(str(job.train.pairs[i].row) for i in pairs)
-    raise RunError(
-        f"step {step}: the gradient is not finite, so nothing was changed; the step's pairs are rows {rows} of "
-        "data.train; look at them, or lower train.learning_rate"
-    )
 
 
 class _Window:
@@ -212,6 +222,7 @@ class _Window:
             "tokens_per_second": self.sums.tokens / seconds,
             "seconds": state.seconds,
             "memory_bytes": peak_bytes(self.job.device),
+            **({"skipped_steps": state.skipped_steps} if self.job.device.grad_scaler else {}),
         }
 
 

@@ -37,6 +37,7 @@ from qlora_dpo.preference.reference import (
     store_folder,
 )
 from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.redact import redacted
 from qlora_dpo.training import tracker as tracking
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.evaluate import Side
@@ -67,6 +68,7 @@ class Outcome:
     prepared: Prepared
     reference_computed: int
     peak_bytes: int
+    unsaved: list[str]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -88,8 +90,18 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(source, tokenizer, train, heldout, seconds)
 
 
-def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, resume_from: Path | None) -> Outcome:
-    """Load the base, ask the reference, prove the start, and train with the recipe's engine."""
+def run(
+    prepared: Prepared,
+    recipe: Recipe,
+    device: Device,
+    tracker: Tracker,
+    resume_from: Path | None,
+    allowed: tuple[str, ...] = (),
+) -> Outcome:
+    """Load the base, ask the reference, prove the start, and train with the recipe's engine.
+
+    A run that resumes may differ from the one before in the `allowed` keys.
+    """
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
     plan, own = make_plan(len(pairs), recipe.train), recipe.train.engine == "qlora_dpo"
     with timed(seconds, "load"):
@@ -113,7 +125,8 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
     few = first[:4]
     live_P2 = live_logps(model, [pairs[i] for i in few], packing, device)
     guard_first_loss(live_P2, train_P2[few], recipe.dpo.beta, device)
-    job = Job(recipe, device, plan, Side(pairs, train_P2), Side(heldout, heldout_P2), packing, tracker.run_dir, store)
+    sides = Side(pairs, train_P2), Side(heldout, heldout_P2)
+    job = Job(recipe, device, plan, *sides, packing, tracker.run_dir, store, allowed)
     state = State(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
@@ -132,7 +145,7 @@ def run(prepared: Prepared, recipe: Recipe, device: Device, tracker: Tracker, re
                 model, state = fit_with_trl(model, job, state, tracker, prepared.tokenizer)
             case never:
                 assert_never(never)
-    return Outcome(model.eval(), state, prepared, store.computed, peak_bytes(device))
+    return Outcome(model.eval(), state, prepared, store.computed, peak_bytes(device), job.unsaved)
 
 
 def _load(
@@ -195,7 +208,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         "name": folder.resolve().name,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": redacted(command),
         "versions": {
             "qlora_dpo": __version__,
             "python": platform.python_version(),

@@ -1,0 +1,63 @@
+"""`qlora-dpo verify`: is a run, an adapter or a merged model still what was written?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Check a run, an adapter or a merged model against its manifest and base.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every file of DIR, a run, an adapter or a merged model, against its manifest, and the base of an adapter.
+
+    \b
+    qlora-dpo verify adapters/hh
+    """
+    from qlora_dpo.errors import RecipeError, RunError
+
+    folder = folder.expanduser()
+    wrong, parts = 0, 0
+    for part, damage in _checked(folder):
+        click.echo(f"{part}: {damage or 'as it was written'}")
+        wrong, parts = wrong + bool(damage), parts + 1
+    if not parts:
+        found = "holds no adapter, no checkpoint and no merged model" if folder.is_dir() else "there is no such folder"
+        raise RecipeError(f"{folder}: {found}; name the folder of a run or of a merged model")
+    if wrong:
+        raise RunError(
+            f"{folder}: {wrong} of {parts} parts cannot be trusted; take them from a backup, or make them again"
+        )
+
+
+def _checked(folder: Path) -> Iterator[tuple[str, str]]:
+    """Each part of `folder`, and what is wrong with it; empty if nothing is."""
+    from qlora_dpo.adapter import CONFIG, WEIGHTS
+    from qlora_dpo.manifest import damage
+    from qlora_dpo.training import checkpoint
+
+    if (folder / CONFIG).is_file():
+        yield "adapter", damage(folder, needed=WEIGHTS)
+        yield "base", _base_damage(folder)
+    elif (folder / "merge.json").is_file():
+        yield "merged model", damage(folder, needed="config.json")
+    for each in sorted((folder / "checkpoints").glob("step-*")):
+        yield f"checkpoints/{each.name}", checkpoint.verify(each)
+
+
+def _base_damage(folder: Path) -> str:
+    """Why the base that is there now is not the one the adapter was trained on; it is fetched if it is not cached."""
+    from qlora_dpo.adapter import described
+    from qlora_dpo.data.dialogue import printable
+    from qlora_dpo.errors import QloraDpoError
+    from qlora_dpo.model.sources import fetch
+
+    try:
+        table, run, _ = described(folder)
+        source = fetch(table)
+    except QloraDpoError as error:
+        return printable(str(error))
+    if run is None:
+        return "run.json is missing, which would say on which weights it was trained"
+    same = source.fingerprint == run["base"]["fingerprint"]
+    return "" if same else f"{printable(source.name)} has other weights than it was trained on"

@@ -1,0 +1,46 @@
+"""A list of a folder's files with bytes and SHA-256, written last: what it does not confirm is damaged."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from qlora_dpo.files import sha256_of, write_json
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """List `files` of `folder` in its manifest."""
+    write_json(
+        folder / MANIFEST,
+        {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(files)},
+    )
+
+
+def listed(folder: Path) -> list[str]:
+    """The names of the files that the manifest lists; empty if there is none or it is damaged."""
+    try:
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return list(names) if isinstance(names, dict) else []
+
+
+def damage(folder: Path, needed: str) -> str:
+    """What is wrong with a folder, in a few words; empty if every file is as its manifest says and `needed` is one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if Path(name).name != name:
+                return f"{MANIFEST} names a file outside of the folder"
+            if (folder / name).stat().st_size != expected["bytes"]:
+                return f"{name} has not its size"
+            if sha256_of(folder / name) != expected["sha256"]:
+                return f"{name} has not its SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return "" if needed in manifest else f"{needed} is not in the manifest"

@@ -1,0 +1,39 @@
+"""Takes secrets out of what is written or printed: the environment's, the hub login's, and what looks like one."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+HIDDEN = "***"
+_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_LOOKS = re.compile(
+    # hub, OpenAI, GitHub, GitLab, Slack, AWS, Google
+    r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[A-Za-z0-9_-]{16,}"
+    r"|(?<=://)[^/\s@]+(?=@)"  # user and password in an address
+    r"|(?<=[?&]token=)[^&\s]+|(?<=[?&]key=)[^&\s]+",
+    re.IGNORECASE,
+)
+LEAST = 8
+"""Characters of a value that counts as a secret: a shorter one would be found in ordinary words."""
+
+
+def redacted(text: str) -> str:
+    """`text` with *** for every secret in it."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _LOOKS.sub(HIDDEN, text)
+
+
+def _secrets() -> Iterator[str]:
+    """Values of environment variables that are named like secrets and do not name a file, and the hub login's token."""
+    for name, value in os.environ.items():
+        if _NAMES.search(name) and len(value) >= LEAST and not value.startswith(("/", "~")):
+            yield value
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    try:
+        token = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return
+    if len(token) >= LEAST:
+        yield token

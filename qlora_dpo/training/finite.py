@@ -1,0 +1,61 @@
+"""Judges whether a step's loss and gradient can be trusted, and names what cannot."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from qlora_dpo.errors import RunError
+
+MOST_SKIPPED = 5
+"""Steps in a row whose scaled gradients may overflow. The scale halves each time, so more have another cause."""
+
+
+def insist_on_finite(
+    step: int,
+    norm: float,
+    parameters: Mapping[str, torch.nn.Parameter],
+    wrong: Sequence[int],
+    rows: Sequence[int],
+    *,
+    scaled: bool,
+) -> None:
+    """Raise RunError if a loss or the gradient is not finite; a `scaled` gradient may be, since its step is skipped.
+
+    `wrong` are the rows of pairs whose loss is not finite, `rows` those of all pairs of the step.
+    """
+    overflows = not math.isfinite(norm)
+    # a loss that is not finite beside a finite gradient is no overflow that a smaller scale would cure
+    if (overflows and not scaled) or (wrong and not overflows):
+        raise RunError(not_finite(step, parameters, wrong, rows))
+
+
+def insist_on_some_steps(
+    step: int,
+    skipped_in_a_row: int,
+    parameters: Mapping[str, torch.nn.Parameter],
+    wrong: Sequence[int],
+    rows: Sequence[int],
+) -> None:
+    """Raise RunError if too many steps were skipped one after another."""
+    if skipped_in_a_row >= MOST_SKIPPED:
+        why = not_finite(step, parameters, wrong, rows)
+        raise RunError(f"{why}; {skipped_in_a_row} steps in a row were skipped")
+
+
+def not_finite(
+    step: int, parameters: Mapping[str, torch.nn.Parameter], wrong: Sequence[int], rows: Sequence[int]
+) -> str:
+    """What is not finite, where it was found first (weights, then losses, then gradients), and the step's pairs."""
+    weights = [f"the weight {name}" for name, each in parameters.items() if not bool(each.isfinite().all())]
+    losses = [f"the loss of row {row}" for row in wrong]
+    gradients = [
+        f"the gradient of {name}"
+        for name, each in parameters.items()
+        if each.grad is not None and not bool(each.grad.isfinite().all())
+    ]
+    first = [*weights, *losses, *gradients, "the norm of the gradient"][0]
+    return (
+        f"step {step}: {first} is not finite, so nothing was changed; the step's pairs are rows "
+        f"{', '.join(map(str, rows))} of data.train; look at them, or lower train.learning_rate"
+    )

@@ -1,0 +1,87 @@
+"""Runs something in a child process whose disk fails, or which dies, at one chosen file event."""
+
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+Fault = Literal["killed", "torn", "full"]
+EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def struck(act: Callable[[], None], point: int, fault: Fault, below: Path) -> bool:
+    """Run `act` in a child process in which a `fault` strikes at the `point`-th file event `below` a folder.
+
+    `killed`: the process ends before the event. `torn`: before that, files that were written but not flushed lose their
+    second half, as after a power cut. `full`: this event and all later ones that write fail for lack of space. True if
+    the event was reached.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch has threads; none of them is used here
+        child = os.fork()
+    if not child:
+        try:
+            _Disk(point, fault, str(below)).watch()
+            act()
+        except BaseException as error:
+            os._exit(1 if fault == "full" and _is_full(error) else 77)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 1, 9), f"the child ended with {code}"
+    return code != 0
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """True for the error that `full` raises, however it was put into words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _Disk:
+    """Counts what this process does to files below a folder, and strikes when its turn has come."""
+
+    def __init__(self, point: int, fault: Fault, below: str) -> None:
+        self.point, self.fault, self.below = point, fault, below
+        self.count, self.flushed = 0, set[str]()
+        self.flush = os.fsync
+
+    def watch(self) -> None:
+        os.fsync = self._fsync
+        sys.addaudithook(self._event)
+
+    def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        opens = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & WRITES)
+        if opens or event in EVENTS:
+            self._meet(str(arguments[0]), takes_space=opens or event == "os.mkdir")
+
+    def _fsync(self, handle: int) -> None:
+        path = str(Path(f"/proc/self/fd/{handle}").readlink())
+        self._meet(path, takes_space=True)
+        self.flush(handle)
+        self.flushed.add(path)
+
+    def _meet(self, path: str, *, takes_space: bool) -> None:
+        if not path.startswith(self.below):
+            return
+        self.count += 1
+        if self.fault == "full":
+            if self.count >= self.point and takes_space:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        elif self.count == self.point:
+            self.point = -1  # what follows is no longer watched
+            if self.fault == "torn":
+                self._tear()
+            os._exit(9)
+
+    def _tear(self) -> None:
+        for file in Path(self.below).rglob("*"):
+            temporary = any(part.startswith(".") for part in file.relative_to(self.below).parts)
+            if file.is_file() and temporary and str(file) not in self.flushed:
+                os.truncate(file, file.stat().st_size // 2)
