@@ -1,6 +1,7 @@
 """The adapter directory: claim one for a run, save an adapter into it, find the newest, and open what was saved."""
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.lock import LOCK, held
@@ -27,6 +29,8 @@ from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METRICS = "metrics.jsonl"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What a run may be called: it becomes a folder, a card's title and a tracker's run."""
 LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", METRICS, "wandb", LOCK)
 
 
@@ -55,6 +59,11 @@ def claim(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> None:
 
 
 def _insist_on_room(folder: Path, *, resume: bool) -> None:
+    if not NAME.fullmatch(folder.resolve().name):
+        raise RecipeError(
+            f"{printable(str(folder))}: the name of a run has letters, digits, dots, - and _ only, and at most 64 of "
+            "them; name another folder with -o DIR"
+        )
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is a file; name a new folder with -o DIR")
     if resume and not (folder / "checkpoints").is_dir():

@@ -91,6 +91,9 @@ class DataTable(Table):
     """Longest prompt plus answer, in tokens."""
     overlong: Literal["drop", "cut_prompt", "error"] = "drop"
     """What happens to a pair longer than `max_length`: left out, its prompt cut at the front, or the run refused."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The run is refused if more than this share of the rows are no usable pairs (equal or empty answers, broken roles,
+    ...); pairs longer than `max_length` do not count."""
     max_train_samples: Positive | None = None
     """Train on this many pairs, drawn with `train.seed`; absent: all."""
     max_eval_samples: Positive | None = None

@@ -2,8 +2,9 @@
 
 import pytest
 
-from qlora_dpo.data.audit import Audit, baselines, quantiles
+from qlora_dpo.data.audit import OVERLONG, Audit, baselines, insist_on_few_bad_rows, quantiles
 from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.errors import DataError
 
 AUDIT = Audit(
     source="pairs.jsonl",
@@ -69,3 +70,26 @@ def test_baselines_count_a_tie_as_one_half() -> None:
 def test_baselines_need_pairs() -> None:
     with pytest.raises(ValueError, match=r"^baselines need at least one pair$"):
         baselines([])
+
+
+def account(used: int, dropped: dict[str, tuple[int, ...]], not_drawn: int = 0) -> Audit:
+    """An account of rows that adds up."""
+    rows = used + not_drawn + sum(map(len, dropped.values()))
+    return Audit("pairs.jsonl", "prompt, chosen, rejected", rows, used, dropped, not_drawn, (), {})
+
+
+def test_more_bad_rows_than_are_allowed_refuse_the_run_with_their_reasons() -> None:
+    audit = account(97, {"equal answers": (3, 9), "empty answer": (4,)})
+    with pytest.raises(DataError) as error:
+        insist_on_few_bad_rows(audit, 0.01)
+    assert str(error.value) == (
+        "pairs.jsonl: 3 of 100 rows (3.0%) are no usable pairs: equal answers (2), empty answer (1); "
+        "data.max_bad_share = 0.01 allows 1.0%; list them with --dropped-rows and mend them, or raise it"
+    )
+    insist_on_few_bad_rows(audit, 0.03)
+
+
+def test_long_pairs_are_not_bad_and_rows_that_were_not_drawn_do_not_count() -> None:
+    insist_on_few_bad_rows(account(50, {OVERLONG: tuple(range(1, 51))}), 0)
+    with pytest.raises(DataError, match=r"1 of 50 rows \(2\.0%\)"):
+        insist_on_few_bad_rows(account(49, {"empty answer": (4,)}, not_drawn=1000), 0.01)

@@ -237,6 +237,7 @@ def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str)
     table, name = key.split(".")
     now.recipe[table][name] = "something else"
     free = key.startswith(("samples.", "track.")) or key in {
+        "data.max_bad_share",
         "train.max_steps",
         "train.logging_steps",
         "train.eval_steps",

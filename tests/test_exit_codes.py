@@ -55,7 +55,7 @@ def said(place: Workplace, *commands: list[str], within: tuple[str, ...] = (), *
     )
     found = [Said(*json.loads(line)) for line in done.stdout.splitlines()]
     assert len(found) == len(commands), done.stderr
-    assert [each for each in found if "Traceback" in each.err or each.out] == []
+    assert [each for each in found if "Traceback" in each.err or (each.code and each.out)] == []
     return found
 
 
@@ -123,6 +123,23 @@ def test_what_does_not_exist_is_a_sentence_and_nothing_is_left(place: Workplace)
         (1, "given: is a file; name a new folder with -o DIR"): train(output="given"),
         (1, "hf: is not empty; name another folder with -o DIR, remove it, or go on with --resume"): train(output="hf"),
         (1, "adapters/x: holds no checkpoints to resume from; train without --resume"): [*train(), "--resume"],
+        (2, "--allow trian.seed: a recipe has no such key; did you mean train.seed?"): [
+            *train(),
+            *("--resume", "--allow", "trian.seed"),
+        ],
+        (
+            2,
+            "--allow says what may have changed since a checkpoint; it needs --resume; see qlora-dpo train --help",
+        ): [*train(), "--allow", "train.seed"],
+        (
+            2,
+            "adapters/my run: the name of a run has letters, digits, dots, - and _ only, and at most 64 of them; name "
+            "another folder with -o DIR",
+        ): train(output="adapters/my run"),
+        (2, "adapters/none: there is no such folder; name the folder of a run or of a merged model"): [
+            "verify",
+            "adapters/none",
+        ],
         (1, "adapters: holds no adapter; train one first: qlora-dpo train recipes/quickstart.toml"): ["merge"],
         (2, "adapters/none: there is no such folder; name the adapter folder of a finished run"): [
             "merge",
@@ -150,8 +167,7 @@ def test_a_damaged_model_folder_is_named(place: Workplace) -> None:
         "empty": "is not a model folder: it needs config.json and *.safetensors",
         "words": "its tokenizer cannot be loaded: Expecting property name enclosed in double quotes: line 1 column 2 "
         "(char 1)",
-        "config": "its tokenizer cannot be loaded: It looks like the config file at "
-        f"'{given}/config/config.json' is not a valid JSON file.",
+        "config": "its config.json or its index is damaged (JSONDecodeError)",
     }
     found = said(place, *(train(f"model.name=./given/{name}") for name in expected), train("model.name=./given/none"))
     assert [each.last for each in found] == [
@@ -200,6 +216,27 @@ head -c 4096 /dev/zero >given/refs/filled
 exec "$@"
 """
 SMALL_DISKS = ("unshare", "--map-root-user", "--mount", "sh", "-ec", MOUNT, "sh")
+
+
+def test_data_with_too_many_bad_rows_is_refused_until_the_recipe_allows_them(place: Workplace) -> None:
+    (place.folder / "given").mkdir()
+    some = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows(24)]
+    some[6]["rejected"] = some[6]["chosen"]
+    for name, part in (("bad", some[:20]), ("good", some[20:])):
+        (place.folder / "given" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = ("data.train=./given/bad.jsonl", "data.eval=./given/good.jsonl")
+    refused, allowed = said(
+        place,
+        [*train(*data), "--dropped-rows"],
+        train(*data, "data.max_bad_share=0.05", "train.batch_size=2", "samples.prompts=1"),
+    )[:2]
+    assert refused.last == (
+        1,
+        "qlora-dpo: given/bad.jsonl: 1 of 20 rows (5.0%) are no usable pairs: equal answers (1); "
+        "data.max_bad_share = 0.01 allows 1.0%; list them with --dropped-rows and mend them, or raise it",
+    )
+    assert "  rows, dropped: equal answers: 7" in refused.err.splitlines()
+    assert allowed.code == 0, allowed.err
 
 
 def test_a_full_or_locked_disk_is_named_with_what_would_help(place: Workplace) -> None:

@@ -54,6 +54,7 @@ def train(
 
     from qlora_dpo import adapter
     from qlora_dpo.cli.train_results import answer, publish, record_run
+    from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.errors import RunError
     from qlora_dpo.training import checkpoint, run
 
@@ -62,6 +63,7 @@ def train(
         prepared = run.prepare(loaded.recipe)
         for side in (prepared.train, prepared.heldout):
             click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
+            insist_on_few_bad_rows(side.audit, loaded.recipe.data.max_bad_share)
         resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
         with run.follow(prepared, loaded, folder, resume_from) as tracker:
             for sentence in skipped:

@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_dpo.errors import DataError
+
 if TYPE_CHECKING:
     from qlora_dpo.data.encoded import EncodedPair
+
+OVERLONG = "longer than max_length"
+"""The reason of a pair that is left out for its length alone."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,22 @@ class Audit:
         """The row numbers behind the counts, a line per reason."""
         groups = [*((f"dropped: {reason}", rows) for reason, rows in self.dropped.items()), ("prompt cut", self.cut)]
         return [f"  rows, {reason}: {', '.join(map(str, rows))}" for reason, rows in groups if rows]
+
+
+def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
+    """Raise DataError if more than the share `most` of the rows looked at are no usable pairs.
+
+    A pair that is merely longer than data.max_length is not bad.
+    """
+    bad = {reason: len(rows) for reason, rows in audit.dropped.items() if reason != OVERLONG}
+    count, looked_at = sum(bad.values()), audit.rows - audit.not_drawn
+    if count > most * looked_at:
+        reasons = ", ".join(f"{reason} ({rows:,})" for reason, rows in bad.items())
+        raise DataError(
+            f"{audit.source}: {count:,} of {looked_at:,} rows ({count / looked_at:.1%}) are no usable pairs: "
+            f"{reasons}; data.max_bad_share = {most:g} allows {most:.1%}; list them with --dropped-rows and mend them, "
+            "or raise it"
+        )
 
 
 def quantiles(lengths: Sequence[int]) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.data.audit import Audit, quantiles
+from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format, check_text, render, tokenize
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import EncodedPair, Ids, digest
@@ -19,7 +19,6 @@ from qlora_dpo.data.sources import Part, Rows, read_rows
 from qlora_dpo.errors import DataError, SourceError
 from qlora_dpo.recipe import DataTable
 
-OVERLONG = "longer than max_length"
 CHUNK = 1024
 """Pairs rendered and tokenized at once: enough to keep the tokenizer's threads busy, few enough to draw 50 quickly."""
 

@@ -163,7 +163,8 @@ def delta(layer: Any) -> Tensor:
 
 def _load_original(opened: Opened, dtype: torch.dtype) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(opened.source.folder, dtype=dtype).requires_grad_(False).eval()
+        model = AutoModelForCausalLM.from_pretrained(opened.source.folder, dtype=dtype, trust_remote_code=False)
+        return model.requires_grad_(False).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{opened.source.name}: cannot be loaded: {str(error).splitlines()[0]}") from error
 

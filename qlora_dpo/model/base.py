@@ -18,7 +18,7 @@ from qlora_dpo.recipe import ModelTable
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer; one without a padding token pads with its end token."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
@@ -42,6 +42,7 @@ def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedMo
             source.folder,
             dtype=device.weight_dtype,
             device_map={"": device.type},
+            trust_remote_code=False,  # unset, transformers would ask on the terminal
             **quantization,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, SourceError
 from qlora_dpo.files import cache_home, full_disk_named, sha256_of, whole_folder, write_json
 from qlora_dpo.recipe import ModelTable, is_local
@@ -70,10 +72,33 @@ def fingerprint(folder: Path, name: str | None = None) -> str:
             else ("it needs config.json and *.safetensors")
         )
         raise ModelError(f"{name or folder}: is not a model folder: {why}")
+    _insist_on_no_surprises(folder, str(name or folder))
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:
         digest.update(f"{file.name} {_sha256_cheaply(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _insist_on_no_surprises(folder: Path, name: str) -> None:
+    """Raise ModelError for a model that needs code of its own, or whose index names files outside of its folder."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            raise ModelError(
+                f"{name}: needs code from its own repository to run, and such code is never run; name a model that "
+                "transformers itself knows"
+            )
+        for index in folder.glob("*.safetensors.index.json"):
+            for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+                if Path(file).name != file or not (folder / file).is_file():
+                    raise ModelError(
+                        f"{name}: its {index.name} names {printable(file)!r}, which is no file of the folder; get the "
+                        "model again, or name another one"
+                    )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
 
 
 def _sha256_cheaply(file: Path) -> str:
@@ -210,6 +235,4 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _most_used_type(folder: Path) -> str:
-    import json
-
     return str(json.loads((folder / "source.json").read_text())["most_used_type"])

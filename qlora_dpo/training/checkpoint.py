@@ -20,7 +20,10 @@ KEPT = 2
 SMALL_FILES = 2**20
 """Bytes of everything in a checkpoint that is not a tensor, at most."""
 # keys that may differ between the two parts of a run without changing what a step does
-FREE_KEYS = ("train.max_steps", "train.logging_steps", "train.eval_steps", "train.save_steps", "samples.", "track.")
+FREE_KEYS = (
+    *("train.max_steps", "train.logging_steps", "train.eval_steps", "train.save_steps"),
+    *("data.max_bad_share", "samples.", "track."),
+)
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import random
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,22 +15,26 @@ EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def struck(act: Callable[[], None], point: int, fault: Fault, below: Path) -> bool:
+def struck(act: Callable[[], None], point: int, fault: Fault, below: Path, seed: int | None = None) -> bool:
     """Run `act` in a child process in which a `fault` strikes at the `point`-th file event `below` a folder.
 
     `killed`: the process ends before the event. `torn`: before that, files that were written but not flushed lose their
-    second half, as after a power cut. `full`: this event and all later ones that write fail for lack of space. True if
-    the event was reached.
+    second half, as after a power cut; with a `seed`, they end anywhere, or in zeros. `full`: this event and all later
+    ones that write fail for lack of space. True if the event was reached.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch has threads; none of them is used here
         child = os.fork()
     if not child:
         try:
-            _Disk(point, fault, str(below)).watch()
+            _Disk(point, fault, str(below), seed).watch()
             act()
         except BaseException as error:
-            os._exit(1 if fault == "full" and _is_full(error) else 77)
+            if fault == "full" and _is_full(error):
+                os._exit(1)
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(77)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, 1, 9), f"the child ended with {code}"
@@ -47,8 +53,8 @@ def _is_full(error: BaseException | None) -> bool:
 class _Disk:
     """Counts what this process does to files below a folder, and strikes when its turn has come."""
 
-    def __init__(self, point: int, fault: Fault, below: str) -> None:
-        self.point, self.fault, self.below = point, fault, below
+    def __init__(self, point: int, fault: Fault, below: str, seed: int | None) -> None:
+        self.point, self.fault, self.below, self.seed = point, fault, below, seed
         self.count, self.flushed = 0, set[str]()
         self.flush = os.fsync
 
@@ -81,7 +87,13 @@ class _Disk:
             os._exit(9)
 
     def _tear(self) -> None:
-        for file in Path(self.below).rglob("*"):
+        draw = random.Random(self.seed)
+        for file in sorted(Path(self.below).rglob("*")):
             temporary = any(part.startswith(".") for part in file.relative_to(self.below).parts)
-            if file.is_file() and temporary and str(file) not in self.flushed:
-                os.truncate(file, file.stat().st_size // 2)
+            if not file.is_file() or not temporary or str(file) in self.flushed:
+                continue
+            size = file.stat().st_size
+            kept = size // 2 if self.seed is None else draw.randint(0, size)
+            os.truncate(file, kept)
+            if self.seed is not None and draw.random() < 0.5:
+                os.truncate(file, size)  # what was not written reads as zeros

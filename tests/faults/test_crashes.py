@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -89,6 +90,27 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(step: int, fault: Fault, his
             save(tmp_path / "run", step + 1)
             assert newest_valid(tmp_path / "run")[0].name == f"step-{step + 1:06d}"
             assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("states", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_whatever_unflushed_writes_are_lost_the_state_is_the_old_one_or_the_new_one(
+    states: int, history: Path, tmp_path: Path
+) -> None:
+    draw, found = random.Random(0), {2: 0, 3: 0}
+    trained(3)
+    run = tmp_path / "run"
+    for seed in range(states):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(history / "2", run)
+        struck(lambda: save(run, 3), draw.randint(1, 40), "torn", run, seed)
+        newest, skipped = newest_valid(run)
+        number = int(newest.name.removeprefix("step-"))
+        whole = history / str(number) / "checkpoints" / newest.name
+        assert skipped == [], seed
+        assert all((newest / file.name).read_bytes() == file.read_bytes() for file in whole.iterdir()), seed
+        found[number] += 1
+    print(f"{states} states: {found[2]} old, {found[3]} new")
+    assert min(found.values()) > 0
 
 
 @FAULTS

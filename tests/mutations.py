@@ -1,0 +1,247 @@
+"""Plants mistakes one by one in a copy of the code and sees whether a test of the default suite finds each.
+
+    python tests/mutations.py              # all, about a quarter of an hour on two cores
+    python tests/mutations.py pack.py      # those of one file
+
+Prints a line for each, and ends with exit code 1 if one survives. The suite is asked by file, those first that ought
+to find the mistake.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+HOME = Path(__file__).parents[1]
+
+LOSS = "test_objective.py test_trl_oracle.py"
+LOGPS = "test_logps.py test_packed_rows.py"
+PACK = "test_pack.py test_packed_rows.py"
+LEAN = "test_lean.py test_packed_rows.py"
+LOOP = "test_loop.py test_checkpoint.py"
+REFERENCE = "test_reference.py test_loop.py"
+CHECKPOINT = "test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
+MERGE = "test_merge.py"
+
+MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "preference/objective.py": [
+        ("-F.logsigmoid(beta * margin_P)", "-F.logsigmoid(margin_P)", LOSS),
+        ("-F.logsigmoid(-beta * margin_P)", "-F.logsigmoid(beta * margin_P)", LOSS),
+        ("-F.logsigmoid(beta * margin_P)", "-(beta * margin_P).sigmoid().log()", LOSS),
+        ("(1 - label_smoothing) * agree_P", "agree_P", LOSS),
+        ("-chosen_logp_P / chosen_tokens_P", "-chosen_logp_P", LOSS),
+        ("(chosen_logp_P - reference_P2[:, 0]) - (", "(chosen_logp_P - reference_P2[:, 1]) - (", LOSS),
+        ("- (rejected_logp_P - reference_P2[:, 1])", "- (rejected_logp_P - reference_P2[:, 0])", LOSS),
+        ("- (rejected_logp_P - reference_P2[:, 1])", "- rejected_logp_P", LOSS),
+        ("dpo_P + table.sft_weight * sft_P", "dpo_P + sft_P", LOSS),
+        ("table.beta, table.label_smoothing", "table.beta", LOSS),
+    ],
+    "preference/metrics.py": [
+        (
+            "self.beta * (scores.chosen_logp_P.detach() - reference_P2[:, 0])",
+            "scores.chosen_logp_P.detach() - reference_P2[:, 0]",
+            LOOP + " test_trl_oracle.py",
+        ),
+        ("self.pairs += len(chosen_P)", "self.pairs += 1", LOOP),
+        ("+ ties / 2", "+ ties", LOOP),
+        ("(chosen_P - rejected_P).double()", "(rejected_P - chosen_P).double()", LOOP + " test_trl_oracle.py"),
+        ("total / weights.get(name, self.pairs)", "total / self.pairs", LOOP + " test_trl_oracle.py"),
+        ('"entropy": self.chosen_tokens + self.rejected_tokens', '"entropy": self.chosen_tokens', "test_trl_oracle.py"),
+    ],
+    "preference/logps.py": [
+        ("logp_S[:chosen]", "logp_S[chosen:]", LOGPS),
+        (
+            "rejected_tokens_P=batch.tokens_S[chosen:]",
+            "rejected_tokens_P=batch.tokens_S[:chosen]",
+            LOGPS + " test_trl_oracle.py",
+        ),
+        ("batch.row_N[first:last] - start", "batch.row_N[first:last]", LOGPS),
+        ("others_RD * -gradient_R[:, None]", "others_RD * gradient_R[:, None]", LOGPS),
+        ("gradient_N - gradient_R[row_N] * logp_N.exp()", "gradient_N", LOGPS),
+        ("total_c = total_c * shrink_c + share_cv.sum(-1)", "total_c = total_c + share_cv.sum(-1)", LOGPS),
+        ("weighted_c = weighted_c * shrink_c +", "weighted_c = weighted_c +", LOGPS),
+        ("share_cv[place] = 0", "pass", LOGPS),
+        ("others_cD.mul_(shrink_c[:, None]).add_", "others_cD.add_", LOGPS),
+        ("column_n = target_n - start", "column_n = target_n", LOGPS),
+        ("logits_c / vocabulary", "logits_c / words", LOGPS),
+        ("logits_cv += bias_V[start : start + words].to(exact)", "pass", LOGPS),
+    ],
+    "preference/pack.py": [
+        ("position_l[-len(answer) - 1 : -1]", "position_l[-len(answer) :]", PACK),
+        ("position_l[-len(answer) - 1 : -1], answer", "position_l[-len(answer) - 1 : -2], answer[:-1]", PACK),
+        ("positions.extend(range(shared, len(sequence)))", "positions.extend(range(len(sequence) - shared))", PACK),
+        (
+            "positions.extend(range(shared, len(sequence)))",
+            "positions.extend(range(len(ids) - len(sequence) + shared, len(ids)))",
+            PACK,
+        ),
+        ("_stretches(where[:shared])", "((0, len(ids)),)", PACK),
+        ("_stretches(where[:shared])", "()", PACK),
+        ("mask[s, : len(sequence)] = 1", "mask[s] = 1", PACK),
+        ("if groups and own - shared <= room:", "if True and groups:", PACK),
+        (
+            "tokens=sum(map(len, places.position_SL))",
+            "tokens=places.input_ids_BL.numel()",
+            PACK + " test_trl_oracle.py",
+        ),
+        (
+            "answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
+            "answers = [pair.rejected for pair in pairs] + [pair.chosen for pair in pairs]",
+            PACK,
+        ),
+    ],
+    "preference/reference.py": [
+        ("with adapter_off(model), torch.no_grad():", "with torch.no_grad():", REFERENCE),
+        (
+            "            with adapter_off(model):\n                store.add",
+            "            if True:\n                store.add",
+            REFERENCE,
+        ),
+        ('"base": source.fingerprint,', "", REFERENCE),
+        ('"quantization": table.quantization,', "", REFERENCE),
+        ("if hashlib.sha256(content).hexdigest() != file.stem:", "if False:", REFERENCE),
+        ("self.unsaved |= new", "pass", REFERENCE),
+        ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+    ],
+    "preference/layout.py": [
+        ("if not _close(found_P2, expected_P2, device):", "if False:", PACK),
+        ("elif _mixes(model, few, packed, device):", "elif False:", PACK),
+        ("language_model(model).set_attn_implementation(before)", "pass", PACK),
+    ],
+    "model/attention.py": [
+        ("triu(sees - tokens + 1)", "triu(sees - tokens + 2)", PACK),
+        ("own = ((self.start, start),) if start > self.start else ()", "own = ()", PACK),
+        (
+            "torch.ones(span.tokens, span.sees).tril(span.sees - span.tokens)",
+            "torch.ones(span.tokens, span.sees)",
+            PACK,
+        ),
+        ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
+    ],
+    "model/products.py": [
+        ('alpha=layer.scaling["default"]))', "alpha=1.0))", LEAN),
+        (
+            'slopes_Tr.append((slope_TO @ own_Or).mul_(layer.scaling["default"]))',
+            "slopes_Tr.append(slope_TO @ own_Or)",
+            LEAN,
+        ),
+        ("slope_TI = slope_TR @ joined[0]", "slope_TI = torch.zeros_like(slope_TR @ joined[0])", LEAN),
+        ("return acted_TO * up_TO, slope_gate_TO", "return acted_TO, slope_gate_TO", LEAN),
+        ("* inverse_T1**3", "* inverse_T1**2", LEAN),
+    ],
+    "training/loop.py": [
+        ("tools.accelerator.backward(loss_P.sum() / len(pairs))", "tools.accelerator.backward(loss_P.mean())", LOOP),
+        ("tools.accelerator.backward(loss_P.sum() / len(pairs))", "tools.accelerator.backward(loss_P.sum())", LOOP),
+        ("        tools.schedule.step()", "        pass", LOOP),
+        ("    tools.optimizer.zero_grad()\n", "", LOOP),
+        ("job.plan.indices(state.step + 1)", "job.plan.indices(state.step or 1)", LOOP),
+        ("restore_schedule(tools.schedule, tools.optimizer, state.scheduler)", "pass", CHECKPOINT),
+        (
+            "if last or due(state.step, table.eval_steps, epoch_ends):",
+            "if due(state.step, table.eval_steps, epoch_ends):",
+            LOOP,
+        ),
+        ("    model.train()\n    window", "    window", LOOP + " test_lean.py faults/test_resumes.py"),
+    ],
+    "training/plan.py": [
+        ("math.ceil(self.pairs / self.batch_size)", "self.pairs // self.batch_size", "test_plan.py test_loop.py"),
+        ("seed * 1_000_003 + epoch", "seed * 1_000_003", "test_plan.py"),
+        ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "test_plan.py"),
+    ],
+    "training/evaluate.py": [
+        ("    model.eval()\n", "", "test_loop.py faults/test_resumes.py test_checkpoint.py"),
+        ("side.reference_P2[group]", "side.reference_P2[: len(group)]", LOOP),
+        ("model.train(was_training)", "pass", LOOP),
+    ],
+    "training/finite.py": [
+        ("(overflows and not scaled) or", "", LOOP),
+        (" or (wrong and not overflows)", "", LOOP),
+        (">= MOST_SKIPPED", "> MOST_SKIPPED", LOOP),
+    ],
+    "training/checkpoint.py": [
+        ('torch.set_rng_state(random["cpu"])', "pass", CHECKPOINT),
+        ('for key in ("exp_avg", "exp_avg_sq", "step")', 'for key in ("exp_avg", "step")', CHECKPOINT),
+        ("            parameters[name].copy_(value)", "            pass", CHECKPOINT),
+        ("insist_on_finite(folder, adapter | moments)", "pass", CHECKPOINT),
+        ("if not verify(folder)][:KEPT]", "][:KEPT]", CHECKPOINT),
+        ("if state.data_fingerprint != asked.data_fingerprint:", "if False:", CHECKPOINT),
+        ("not key.startswith(FREE_KEYS)", 'not key.startswith((*FREE_KEYS, "dpo."))', CHECKPOINT),
+    ],
+    "deploy/merge.py": [
+        ("(base.cpu() + delta(layer).cpu()).to(dtype)", "base.cpu().to(dtype)", MERGE),
+        ("(base.cpu() + delta(layer).cpu()).to(dtype)", "(base.cpu().to(dtype) + delta(layer).cpu().to(dtype))", MERGE),
+        ('base = place.float() if onto == "original" else trained_weight(layer)', "base = place.float()", MERGE),
+        ('onto == "trained" and kl > MOST_KL', "False", MERGE),
+        ("if reason := _beyond_weights(config):", 'if reason := "":', MERGE),
+    ],
+    "manifest.py": [
+        ('if sha256_of(folder / name) != expected["sha256"]:', "if False:", CHECKPOINT),
+        ('return "" if needed in manifest', 'return "" if True', CHECKPOINT),
+    ],
+}
+
+
+def main() -> int:
+    """Plant them all, or those in files whose name ends with an argument."""
+    asked = [
+        (file, *mutant)
+        for file, mutants in MUTANTS.items()
+        for mutant in mutants
+        if not sys.argv[1:] or any(file.endswith(end) for end in sys.argv[1:])
+    ]
+    with tempfile.TemporaryDirectory() as work:
+        copies: Queue[Path] = Queue()
+        for number in range(2):
+            copies.put(_copy(Path(work) / str(number)))
+        with ThreadPoolExecutor(2) as pool:
+            killed = list(pool.map(lambda each: _killed(copies, *each), asked))
+    print(f"{sum(killed)} of {len(killed)} planted mistakes were found by the default suite")
+    return 0 if all(killed) else 1
+
+
+def _copy(folder: Path) -> Path:
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=HOME, capture_output=True, text=True, check=True
+    )
+    for name in names.stdout.splitlines():
+        if (HOME / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HOME / name, folder / name)
+    return folder
+
+
+def _killed(copies: "Queue[Path]", file: str, old: str, new: str, tests: str) -> bool:
+    """True if a test fails with the mistake in place."""
+    home = copies.get()
+    try:
+        place, started = home / "qlora_dpo" / file, time.monotonic()
+        whole = place.read_text()
+        if old not in whole:
+            raise SystemExit(f"{file}: has no {old!r} any more; mend tests/mutations.py")
+        place.write_text(whole.replace(old, new, 1))
+        files = [f"tests/{name}" for name in tests.split()]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"},
+        )
+        place.write_text(whole)
+        by = next((line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+        told = f"found by {by}" if done.returncode == 1 else f"SURVIVES ({done.returncode})"
+        mistake = f"{' '.join(old.split())[:60]!r} -> {' '.join(new.split())[:60]!r}"
+        print(f"{file}: {mistake}: {told}, {time.monotonic() - started:.0f} s", flush=True)
+        return done.returncode == 1
+    finally:
+        copies.put(home)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
