@@ -19,7 +19,7 @@ from queue import Queue
 
 HOME = Path(__file__).parents[1]
 
-LOSS = "test_objective.py test_trl_oracle.py"
+LOSS = "test_objective.py test_oracle.py test_trl_oracle.py"
 LOGPS = "test_logps.py test_packed_rows.py"
 PACK = "test_pack.py test_packed_rows.py"
 LEAN = "test_lean.py test_packed_rows.py"

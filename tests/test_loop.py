@@ -319,3 +319,33 @@ def test_scaled_gradients_may_overflow_four_times_in_a_row_but_not_five() -> Non
 def test_a_loss_that_is_not_finite_beside_a_finite_gradient_is_refused(scaled: bool) -> None:
     with pytest.raises(RunError, match="step 7: the loss of row 3 is not finite"):
         finite.insist_on_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)
+
+
+def test_the_logged_gradient_norm_is_that_of_the_mean_loss(tmp_path: Path) -> None:
+    tables = {"train": {"max_steps": 1, "batch_size": 8, "max_grad_norm": 1e-3}}
+    what = jobs.recipe(**tables)
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, tmp_path, train=8)
+    expected = step_gradient(model, job.train.reference_P2, [list(range(8))], what.dpo).norm()
+    model.zero_grad()
+    with Tracker(tmp_path, job.plan.total_steps) as tracker:
+        fit(model, job, jobs.start(job), tracker)
+    (line,) = [each for each in read(tmp_path / METRICS) if each["kind"] == "train"]
+    assert line["grad_norm"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_dropout_works_in_training_and_not_in_an_evaluation(tmp_path: Path) -> None:
+    what = jobs.recipe(lora={"lora_dropout": 0.5}, train={"max_steps": 3})
+    kept = []
+    for seed in (1, 2):
+        AcceleratorState._reset_state(True)
+        model = jobs.stirred(jobs.fresh(what))  # in evaluation mode, as after asking the reference
+        job = jobs.job(model, what, tmp_path / str(seed))
+        torch.manual_seed(seed)
+        with Tracker(tmp_path / str(seed), job.plan.total_steps) as tracker:
+            fit(model, job, jobs.start(job), tracker)
+        kept.append(jobs.adapter(model))
+    assert jobs.all_apart(kept[0], kept[1]) > 1e-4
+    side = Side(PAIRS, torch.zeros(8, 2))
+    first, second = (evaluate(model.train(), side, DpoTable(), jobs.PACKED, jobs.CPU) for _ in range(2))
+    assert first["eval_loss"] == second["eval_loss"]
