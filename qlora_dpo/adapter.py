@@ -23,6 +23,7 @@ from qlora_dpo.lock import LOCK, held
 from qlora_dpo.manifest import MANIFEST, damage, write_manifest
 from qlora_dpo.model import base, device, sources
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source
 from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
 
@@ -129,7 +130,7 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerB
     two adapters. Raises RunError if a weight is not finite.
     """
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if bad := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
+    if bad := names_not_finite(weights):
         raise RunError(f"{folder}: no adapter was written, since {bad[0]} is not finite; lower train.learning_rate")
     config = model.peft_config["default"]
     config.base_model_name_or_path = source.hub_id or str(source.folder)

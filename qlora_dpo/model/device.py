@@ -47,6 +47,11 @@ class Device:
         return torch.bfloat16 if on_ampere else torch.float32
 
     @property
+    def tolerance(self) -> float:
+        """How far rounding alone moves the log-probabilities of several answers, relative to their L2 norm."""
+        return 1e-4 if self.compute_dtype == "fp32" else 2e-2
+
+    @property
     def grad_scaler(self) -> bool:
         """True if gradients need loss scaling, as fp16 does."""
         return self.compute_dtype == "fp16"

@@ -1,6 +1,6 @@
 """Attaches a LoRA adapter in float32, and switches it off to ask the reference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -53,3 +53,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def names_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity."""
+    return [name for name, each in tensors.items() if not bool(each.isfinite().all())]

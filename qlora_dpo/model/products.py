@@ -151,6 +151,7 @@ class _LeanGated(torch.autograd.Function):
     def forward(ctx: Any, input_TI: Tensor, into: Group, down: Group, *adapters: Tensor) -> Tensor:
         shape = input_TI.shape
         x_TI = input_TI.detach().reshape(-1, shape[-1]).to(into.dtype)
+        # A and B of gate and of up, then those of down; joined, the two A are one
         joined_into, joined_down = into.joined(adapters[:4]), down.joined(adapters[4:])
         with torch.autocast(x_TI.device.type, enabled=False):
             (gate_TO, up_TO), low_TR = into.outputs(x_TI, joined_into)

@@ -121,11 +121,7 @@ def _mixes(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: D
         hidden_states(model, each, device)[~inside_L].float() for each in (batch, replace(batch, input_ids_BL=other_BL))
     )
     moved_T = (after_TD - before_TD).norm(dim=1) / before_TD.norm(dim=1)
-    return bool((moved_T > _tolerance(device)).any())
-
-
-def _tolerance(device: Device) -> float:
-    return 1e-4 if device.compute_dtype == "fp32" else 2e-2
+    return bool((moved_T > device.tolerance).any())
 
 
 def _close(found: Tensor, expected: Tensor, device: Device) -> bool:
@@ -134,4 +130,4 @@ def _close(found: Tensor, expected: Tensor, device: Device) -> bool:
     Measured on SmolLM2 in bf16: rounding moves eight pairs by 0.5 %, an answer that sees the other one by over 30 %;
     a single short answer may move by 3 %.
     """
-    return bool((found - expected).norm() <= _tolerance(device) * expected.norm())
+    return bool((found - expected).norm() <= device.tolerance * expected.norm())

@@ -190,7 +190,7 @@ def guard_adapter(
     with adapter_off(model):
         ours = live_logps(model, [pair], packing, device)[0, 0].item()
     # one answer alone, which in 16 bits moves by more than many together
-    if not math.isclose(ours, own, rel_tol=3 * _tolerance(device), abs_tol=10 * _tolerance(device)):
+    if not math.isclose(ours, own, rel_tol=3 * device.tolerance, abs_tol=10 * device.tolerance):
         raise ModelError(
             f"the log-probability of a probe answer is {own:.4f} by the model and {ours:.4f} by this program: the "
             "model changes its logits after the output head, which is not supported yet"
@@ -206,13 +206,9 @@ def guard_first_loss(live_P2: Tensor, reference_P2: Tensor, beta: float, device:
     drift_P2 = live_P2 - reference_P2
     loss = dpo(drift_P2[:, 0] - drift_P2[:, 1], beta).mean().item()
     exact = abs(loss - math.log(2)) <= 1e-4
-    close = bool(drift_P2.norm() <= _tolerance(device) * reference_P2.norm())
+    close = bool(drift_P2.norm() <= device.tolerance * reference_P2.norm())
     if not (exact or (close and device.compute_dtype != "fp32")):
         raise ModelError(
             f"the first DPO loss would be {loss:.6f} instead of ln 2 = 0.693147: the cached reference does not belong "
             f"to this model; delete {cache_home() / 'reference'} and start again"
         )
-
-
-def _tolerance(device: Device) -> float:
-    return 1e-4 if device.compute_dtype == "fp32" else 2e-2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json
 from qlora_dpo.manifest import damage, write_manifest
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import names_not_finite, trainable
 
 KEPT = 2
 SMALL_FILES = 2**20
@@ -56,7 +56,8 @@ def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: to
     folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
     parameters = trainable(model)
     adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimizer))
-    insist_on_finite(folder, adapter | moments)
+    if bad := names_not_finite(adapter | moments):
+        raise RunError(f"{folder}: not written, since {bad[0]} is not finite; lower train.learning_rate")
     insist_on_space(folder, SMALL_FILES + sum(tensor.nbytes for tensor in (adapter | moments).values()))
     with whole_folder(folder) as temporary:
         save_file(adapter, temporary / "adapter.safetensors")
@@ -71,13 +72,6 @@ def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: to
         raise RunError(f"{folder}: was not written as it should be: {damaged}; check the disk")
     _prune(folder.parent)
     return folder
-
-
-def insist_on_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise RunError that names the first tensor that is not finite; such a tensor is never saved."""
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise RunError(f"{folder}: not written, since {name} is not finite; lower train.learning_rate")
 
 
 def _prune(home: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qlora_dpo.errors import RunError
+from qlora_dpo.model.lora import names_not_finite
 
 MOST_SKIPPED = 5
 """Steps in a row whose scaled gradients may overflow. The scale halves each time, so more have another cause."""
@@ -47,13 +48,10 @@ def not_finite(
     step: int, parameters: Mapping[str, torch.nn.Parameter], wrong: Sequence[int], rows: Sequence[int]
 ) -> str:
     """What is not finite, where it was found first (weights, then losses, then gradients), and the step's pairs."""
-    weights = [f"the weight {name}" for name, each in parameters.items() if not bool(each.isfinite().all())]
+    slopes = {name: each.grad for name, each in parameters.items() if each.grad is not None}
+    weights = [f"the weight {name}" for name in names_not_finite(parameters)]
     losses = [f"the loss of row {row}" for row in wrong]
-    gradients = [
-        f"the gradient of {name}"
-        for name, each in parameters.items()
-        if each.grad is not None and not bool(each.grad.isfinite().all())
-    ]
+    gradients = [f"the gradient of {name}" for name in names_not_finite(slopes)]
     first = [*weights, *losses, *gradients, "the norm of the gradient"][0]
     return (
         f"step {step}: {first} is not finite, so nothing was changed; the step's pairs are rows "

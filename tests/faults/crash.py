@@ -15,6 +15,13 @@ EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
+def forked() -> int:
+    """Fork: 0 in the child, its pid in the parent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch has threads; none of them is used here
+        return os.fork()
+
+
 def struck(act: Callable[[], None], point: int, fault: Fault, below: Path, seed: int | None = None) -> bool:
     """Run `act` in a child process in which a `fault` strikes at the `point`-th file event `below` a folder.
 
@@ -22,9 +29,7 @@ def struck(act: Callable[[], None], point: int, fault: Fault, below: Path, seed:
     second half, as after a power cut; with a `seed`, they end anywhere, or in zeros. `full`: this event and all later
     ones that write fail for lack of space. True if the event was reached.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch has threads; none of them is used here
-        child = os.fork()
+    child = forked()
     if not child:
         try:
             _Disk(point, fault, str(below), seed).watch()

@@ -2,11 +2,11 @@
 
 import os
 import socket
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from crash import forked
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.lock import LOCK, held
@@ -14,9 +14,7 @@ from qlora_dpo.lock import LOCK, held
 
 def child(act: Callable[[], int]) -> int:
     """Fork a process that ends with what `act` returns; its pid."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = forked()
     if not pid:
         try:
             code = act()

@@ -4,8 +4,6 @@ import os
 import random
 import signal
 import time
-import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import jobs
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from crash import forked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,7 +43,7 @@ def train(folder: Path, stop_at: int | None = None, **changes: Any) -> dict[str,
     what = jobs.recipe(**{**TABLES, "train": {**TABLES["train"], **changes}})
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what)
-    job = replace(jobs.job(model, what, folder, heldout=2), folder=folder)
+    job = jobs.job(model, what, folder, heldout=2)
     try:
         newest = newest_valid(folder)[0]
     except RunError:
@@ -104,9 +103,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(
 
 def _child(folder: Path, seconds: float) -> int:
     """Train in a process of its own, which is killed after so many seconds if it has not ended; its exit code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = forked()
     if not pid:
         try:
             quiet = os.open(os.devnull, os.O_WRONLY)
