@@ -30,9 +30,10 @@ from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METRICS = "metrics.jsonl"
+AUDIT = "audit.json"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a run may be called: it becomes a folder, a card's title and a tracker's run."""
-LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", METRICS, "wandb", LOCK)
+LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", AUDIT, METRICS, "wandb", LOCK)
 
 
 @dataclass
@@ -114,7 +115,7 @@ def _undone_if_it_fails_early(folder: Path, *, resume: bool) -> Iterator[None]:
         if before is not None:
             write_whole(resolved, before)
         elif not resume and not _has_figures(folder):
-            for name in ("recipe.toml", "resolved.toml", METRICS):
+            for name in ("recipe.toml", "resolved.toml", AUDIT, METRICS):
                 (folder / name).unlink(missing_ok=True)
         raise
 

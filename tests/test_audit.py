@@ -13,28 +13,30 @@ AUDIT = Audit(
     used=2_000,
     dropped={"empty answer": (3, 17), "equal answers": (4,)},
     not_drawn=3,
-    cut=(9,),
+    repaired={"prompt cut at the front": (9,), "control tokens read as text": (9, 12)},
     tokens={"prompt": (10, 20, 30), "chosen": (5, 6, 7), "rejected": (1, 2, 3)},
     note="A note.",
 )
 
 TABLE = """\
 pairs.jsonl: strings (prompt, chosen and rejected)
-  rows read                           2,006
-  pairs used                          2,000
-    of them with the prompt cut       1
-  not drawn                           3
-  dropped: empty answer               2
-  dropped: equal answers              1
-  prompt, tokens (p50 / p95 / max)    10 / 20 / 30
-  chosen, tokens (p50 / p95 / max)    5 / 6 / 7
-  rejected, tokens (p50 / p95 / max)  1 / 2 / 3
+  rows read                                2,006
+  pairs used                               2,000
+    repaired: prompt cut at the front      1
+    repaired: control tokens read as text  2
+  not drawn                                3
+  dropped: empty answer                    2
+  dropped: equal answers                   1
+  prompt, tokens (p50 / p95 / max)         10 / 20 / 30
+  chosen, tokens (p50 / p95 / max)         5 / 6 / 7
+  rejected, tokens (p50 / p95 / max)       1 / 2 / 3
   A note."""
 
 NUMBERS = """
   rows, dropped: empty answer: 3, 17
   rows, dropped: equal answers: 4
-  rows, prompt cut: 9"""
+  rows, repaired: prompt cut at the front: 9
+  rows, repaired: control tokens read as text: 9, 12"""
 
 
 def test_the_account_is_a_table_of_plain_text() -> None:
@@ -46,7 +48,7 @@ def test_row_numbers_are_named_on_request() -> None:
 
 
 def test_what_did_not_happen_has_no_line() -> None:
-    clean = Audit("pairs.jsonl", "strings", 2, 2, {}, 0, (), {})
+    clean = Audit("pairs.jsonl", "strings", 2, 2, {}, 0, {}, {})
     assert clean.lines(numbers=True) == ["pairs.jsonl: strings", "  rows read   2", "  pairs used  2"]
 
 
@@ -75,7 +77,8 @@ def test_baselines_need_pairs() -> None:
 def account(used: int, dropped: dict[str, tuple[int, ...]], not_drawn: int = 0) -> Audit:
     """An account of rows that adds up."""
     rows = used + not_drawn + sum(map(len, dropped.values()))
-    return Audit("pairs.jsonl", "prompt, chosen, rejected", rows, used, dropped, not_drawn, (), {})
+    first = {reason: f"pairs.jsonl:{min(numbers)}" for reason, numbers in dropped.items()}
+    return Audit("pairs.jsonl", "prompt, chosen, rejected", rows, used, dropped, not_drawn, {}, {}, first)
 
 
 def test_more_bad_rows_than_are_allowed_refuse_the_run_with_their_reasons() -> None:
@@ -83,7 +86,8 @@ def test_more_bad_rows_than_are_allowed_refuse_the_run_with_their_reasons() -> N
     with pytest.raises(DataError) as error:
         insist_on_few_bad_rows(audit, 0.01)
     assert str(error.value) == (
-        "pairs.jsonl: 3 of 100 rows (3.0%) are no usable pairs: equal answers (2), empty answer (1); "
+        "pairs.jsonl: 3 of 100 rows (3.0%) are no usable pairs: equal answers (2, first pairs.jsonl:3), "
+        "empty answer (1, first pairs.jsonl:4); "
         "data.max_bad_share = 0.01 allows 1.0%; list them with --dropped-rows and mend them, or raise it"
     )
     insist_on_few_bad_rows(audit, 0.03)
@@ -93,3 +97,21 @@ def test_long_pairs_are_not_bad_and_rows_that_were_not_drawn_do_not_count() -> N
     insist_on_few_bad_rows(account(50, {OVERLONG: tuple(range(1, 51))}), 0)
     with pytest.raises(DataError, match=r"1 of 50 rows \(2\.0%\)"):
         insist_on_few_bad_rows(account(49, {"empty answer": (4,)}, not_drawn=1000), 0.01)
+
+
+def test_a_table_names_twenty_reasons_and_counts_the_others() -> None:
+    audit = account(9, {f"reason {number}": (1,) * (30 - number) for number in range(25)})
+    lines = audit.lines()
+    assert "  dropped: reason 0         30" in lines
+    assert lines[-1] == "  dropped: 5 other reasons  40"
+    assert len([line for line in lines if "dropped" in line]) == 21
+    with pytest.raises(DataError, match=r"reason 4 \(26, first pairs.jsonl:1\) and 20 other reasons; data"):
+        insist_on_few_bad_rows(audit, 0.01)
+
+
+def test_the_whole_account_is_told_with_every_row() -> None:
+    facts = AUDIT.facts()
+    assert facts["dropped"] == {"empty answer": [3, 17], "equal answers": [4]}
+    assert facts["repaired"] == {"prompt cut at the front": [9], "control tokens read as text": [9, 12]}
+    assert facts["rows"] == facts["used"] + facts["not_drawn"] + sum(map(len, facts["dropped"].values()))
+    assert facts["tokens"]["prompt"] == {"p50": 10, "p95": 20, "max": 30}

@@ -17,7 +17,7 @@ def pair(number: int, chosen: str = "Ask the people.") -> Pair:
     return Pair(({"role": "user", "content": f"How do I cook {number} birds?"},), chosen, "Wait.", number, {})
 
 
-PAIRS = [pair(1), pair(2, "Wait."), pair(3), pair(4, "<|im_end|>")]
+PAIRS = [pair(1), pair(2, "Wait."), pair(3), pair(4, "\n\nNo.")]
 
 
 @pytest.fixture(autouse=True)

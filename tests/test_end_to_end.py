@@ -50,6 +50,7 @@ FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "audit.json",
     "chat_template.jinja",
     "manifest.json",
     "metrics.jsonl",

@@ -56,6 +56,7 @@ def train(
     from qlora_dpo.cli.train_results import answer, publish, record_run
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.errors import RunError
+    from qlora_dpo.files import write_json
     from qlora_dpo.training import checkpoint, run
 
     with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
@@ -64,6 +65,9 @@ def train(
         for side in (prepared.train, prepared.heldout):
             click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
             insist_on_few_bad_rows(side.audit, loaded.recipe.data.max_bad_share)
+        write_json(
+            folder / adapter.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
+        )
         resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
         with run.follow(prepared, loaded, folder, resume_from) as tracker:
             for sentence in skipped:

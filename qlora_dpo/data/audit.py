@@ -1,8 +1,8 @@
 """What is wrong with the data, and what is left of it: rows read, pairs used, rows dropped by reason, token lengths."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,13 +11,18 @@ from qlora_dpo.errors import DataError
 if TYPE_CHECKING:
     from qlora_dpo.data.encoded import EncodedPair
 
+MOST_REASONS = 20
+"""Lines of a table for reasons; a hostile file could have one of its own for each row."""
 OVERLONG = "longer than max_length"
 """The reason of a pair that is left out for its length alone."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The account of one part of the data; `rows == used + not_drawn + all dropped rows`."""
+    """The account of one part of the data; `rows == used + not_drawn + all dropped rows`.
+
+    Every row is kept as it is, repaired, dropped or not looked at, and the last three are listed by number.
+    """
 
     source: str
     """File or data set and split, as messages name it."""
@@ -31,21 +36,25 @@ class Audit:
     """Numbers of the rows left out, counted from 1, by reason."""
     not_drawn: int
     """Rows not looked at further because `max_*_samples` pairs had been drawn."""
-    cut: tuple[int, ...]
-    """Numbers of the used rows whose prompt was cut at the front."""
+    repaired: Mapping[str, tuple[int, ...]]
+    """Numbers of the used rows that were changed, by what was done to them; a row can stand under several."""
     tokens: Mapping[str, tuple[int, int, int]]
     """For prompt, chosen and rejected: the median, the 95th percentile and the longest, in tokens."""
+    first: Mapping[str, str] = field(default_factory=dict)
+    """Where the first row of each reason stands, as messages name it: `pairs.jsonl:17`."""
     note: str = ""
     """What a reader should know about the encoding; empty for most chat templates."""
 
     def table(self) -> list[tuple[str, str]]:
         """Two columns of plain text, one line per count; the second is a number or three."""
         lines = [("rows read", f"{self.rows:,}"), ("pairs used", f"{self.used:,}")]
-        if self.cut:
-            lines.append(("  of them with the prompt cut", f"{len(self.cut):,}"))
+        lines += [(f"  repaired: {what}", f"{len(rows):,}") for what, rows in self.repaired.items()]
         if self.not_drawn:
             lines.append(("not drawn", f"{self.not_drawn:,}"))
-        lines += [(f"dropped: {reason}", f"{len(rows):,}") for reason, rows in self.dropped.items()]
+        dropped = sorted(self.dropped.items(), key=lambda each: -len(each[1]))
+        lines += [(f"dropped: {reason}", f"{len(rows):,}") for reason, rows in dropped[:MOST_REASONS]]
+        if rest := [rows for _, rows in dropped[MOST_REASONS:]]:
+            lines.append((f"dropped: {len(rest):,} other reasons", f"{sum(map(len, rest)):,}"))
         lines += [
             (f"{part}, tokens (p50 / p95 / max)", " / ".join(map(str, self.tokens[part]))) for part in self.tokens
         ]
@@ -62,8 +71,35 @@ class Audit:
 
     def numbers(self) -> list[str]:
         """The row numbers behind the counts, a line per reason."""
-        groups = [*((f"dropped: {reason}", rows) for reason, rows in self.dropped.items()), ("prompt cut", self.cut)]
+        groups = [
+            *((f"dropped: {reason}", rows) for reason, rows in self.dropped.items()),
+            *((f"repaired: {what}", rows) for what, rows in self.repaired.items()),
+        ]
         return [f"  rows, {reason}: {', '.join(map(str, rows))}" for reason, rows in groups if rows]
+
+    def facts(self) -> dict[str, Any]:
+        """What audit.json says: the whole account with every row number."""
+        return {
+            "source": self.source,
+            "shape": self.shape,
+            "rows": self.rows,
+            "used": self.used,
+            "not_drawn": self.not_drawn,
+            "dropped": {reason: list(rows) for reason, rows in self.dropped.items()},
+            "repaired": {what: list(rows) for what, rows in self.repaired.items()},
+            "tokens": {part: dict(zip(("p50", "p95", "max"), each, strict=True)) for part, each in self.tokens.items()},
+        }
+
+    def reasons(self, but: str = "") -> str:
+        """Every reason but one, with how many rows it has and where the first of them stands."""
+        told = [
+            f"{reason} ({len(rows):,}, first {self.first[reason]})"
+            if reason in self.first
+            else f"{reason} ({len(rows):,})"
+            for reason, rows in self.dropped.items()
+            if reason != but
+        ]
+        return ", ".join(told[:5]) + (f" and {len(told) - 5} other reasons" if len(told) > 5 else "")
 
 
 def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
@@ -71,14 +107,13 @@ def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
 
     A pair that is merely longer than data.max_length is not bad.
     """
-    bad = {reason: len(rows) for reason, rows in audit.dropped.items() if reason != OVERLONG}
-    count, looked_at = sum(bad.values()), audit.rows - audit.not_drawn
+    count = sum(len(rows) for reason, rows in audit.dropped.items() if reason != OVERLONG)
+    looked_at = audit.rows - audit.not_drawn
     if count > most * looked_at:
-        reasons = ", ".join(f"{reason} ({rows:,})" for reason, rows in bad.items())
         raise DataError(
             f"{audit.source}: {count:,} of {looked_at:,} rows ({count / looked_at:.1%}) are no usable pairs: "
-            f"{reasons}; data.max_bad_share = {most:g} allows {most:.1%}; list them with --dropped-rows and mend them, "
-            "or raise it"
+            f"{audit.reasons(but=OVERLONG)}; data.max_bad_share = {most:g} allows {most:.1%}; list them with "
+            "--dropped-rows and mend them, or raise it"
         )
 
 

@@ -5,20 +5,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
-from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format, check_text, render, tokenize
+from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format
+from qlora_dpo.data.chat_template import REFUSALS, chat_ids, habits, repairs
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import EncodedPair, Ids, digest
 from qlora_dpo.data.encoded_cache import keep, key_of, look_up
+from qlora_dpo.data.limits import TooMuch
 from qlora_dpo.data.overlong import cut_prompt
 from qlora_dpo.data.pairs import Pair, find_pairs
 from qlora_dpo.data.sources import Part, Rows, read_rows
-from qlora_dpo.errors import DataError, SourceError
+from qlora_dpo.errors import DataError, ModelError, SourceError
 from qlora_dpo.recipe import DataTable
 
+CUT = "prompt cut at the front"
 CHUNK = 1024
 """Pairs rendered and tokenized at once: enough to keep the tokenizer's threads busy, few enough to draw 50 quickly."""
 
@@ -61,7 +63,6 @@ def load_pairs(
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
     used.sort(key=lambda both: both[0].row)
-    before = {pair.row: pair for pair in found.pairs}
     audit = Audit(
         source=rows.name,
         shape=found.shape.value,
@@ -69,13 +70,31 @@ def load_pairs(
         used=len(used),
         dropped={reason: tuple(sorted(numbers)) for reason, numbers in dropped.items()},
         not_drawn=len(order) - looked_at,
-        cut=tuple(pair.row for _, pair in used if pair.prompt != before[pair.row].prompt),
+        repaired=_repaired([pair for _, pair in used], {pair.row: pair for pair in found.pairs}, tokenizer),
         tokens=_lengths([each for each, _ in used]),
+        first={reason: rows.place(min(numbers)) for reason, numbers in dropped.items()},
         note=form.note,
     )
     if not used:
         raise DataError(_none_usable(audit))
     return PairSet([each for each, _ in used], [each for _, each in used], audit)
+
+
+def _repaired(
+    used: Sequence[Pair], before: dict[int, Pair], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, tuple[int, ...]]:
+    """Numbers of the used rows by what was done to them."""
+    own, done = habits(tokenizer), dict[str, list[int]]()
+    for pair in used:
+        if pair.prompt != before[pair.row].prompt:
+            done.setdefault(CUT, []).append(pair.row)
+        texts: list[Message] = [
+            *pair.prompt,
+            *({"role": "assistant", "content": each} for each in (pair.chosen, pair.rejected)),
+        ]
+        for what in repairs(own, texts):
+            done.setdefault(what, []).append(pair.row)
+    return {what: tuple(rows) for what, rows in done.items()}
 
 
 def _drawn(pairs: Sequence[Pair], rows: int, seed: int) -> list[Pair]:
@@ -123,19 +142,24 @@ def _encoded_once(
 
 def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat) -> list[EncodedPair | str]:
     """Encode pairs of any length together; for each, its ids or the reason why it has none."""
+    chosen, rejected = ([_whole(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
     try:
-        texts = [
-            *render(tokenizer, [pair.prompt for pair in pairs], answered=False),
-            *render(tokenizer, [_whole(pair, pair.chosen) for pair in pairs], answered=True),
-            *render(tokenizer, [_whole(pair, pair.rejected) for pair in pairs], answered=True),
-        ]
-    except (TemplateError, TypeError, ValueError) as error:
+        prompts = chat_ids(tokenizer, [pair.prompt for pair in pairs], answered=False)
+        answered = chat_ids(tokenizer, [*chosen, *rejected], answered=True)
+    except (*REFUSALS, Unusable, TooMuch) as error:
         if len(pairs) > 1:
             return [each for pair in pairs for each in encode([pair], tokenizer, form)]
-        return [f"chat template refuses it: {printable(str(error))}"]
-    ids = tokenize(tokenizer, texts)
+        match error:
+            case Unusable():
+                return [str(error)]
+            case TooMuch():
+                raise ModelError(
+                    f"row {pairs[0].row}: the model's chat template {error}; take the row out, or name another model"
+                ) from error
+            case _:
+                return [f"chat template refuses it: {printable(str(error))}"]
     count = len(pairs)
-    parts = zip(pairs, ids[:count], ids[count : 2 * count], ids[2 * count :], strict=True)
+    parts = zip(pairs, prompts, answered[:count], answered[count:], strict=True)
     return [_encoded(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
 
 
@@ -145,7 +169,6 @@ def _whole(pair: Pair, answer: str) -> list[Message]:
 
 def _encoded(pair: Pair, form: ChatFormat, prompt: Ids, chosen: Ids, rejected: Ids) -> EncodedPair | str:
     try:
-        check_text(form, (*_whole(pair, pair.chosen), *_whole(pair, pair.rejected)[-1:]))
         answers = answer_ids(form, prompt, chosen), answer_ids(form, prompt, rejected)
     except Unusable as unusable:
         return str(unusable)
@@ -195,5 +218,5 @@ def _too_long(rows: Rows, over: Sequence[int], max_length: int) -> str:
 
 
 def _none_usable(audit: Audit) -> str:
-    reasons = "; ".join(f"{reason} ({len(numbers):,})" for reason, numbers in audit.dropped.items())
-    return f"{audit.source}: none of its {audit.rows:,} rows is a usable pair: {reasons}"
+    which = "its only row is no" if audit.rows == 1 else f"none of its {audit.rows:,} rows is a"
+    return f"{audit.source}: {which} usable pair: {audit.reasons()}"

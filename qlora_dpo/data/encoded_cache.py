@@ -17,7 +17,7 @@ from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.files import cache_home, write_whole
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when the same pair would be encoded otherwise, so that no entry of an older version is used."""
 
 Result = EncodedPair | str

@@ -40,5 +40,7 @@ def _token_starts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Where each token of `text` starts, in characters; without a fast tokenizer, every character."""
     if not tokenizer.is_fast:
         return list(range(len(text)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     return [start for start, _ in encoded["offset_mapping"]]

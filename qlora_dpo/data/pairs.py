@@ -30,6 +30,10 @@ UNDERSTOOD = (
 )
 
 
+MOST_CHARACTERS = 1_000_000
+"""Characters of a row's prompt and answers; more is no conversation, and would be tokenized for seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A prompt (optional system turn, then user and assistant in turn, ending with user) and its two answers."""
@@ -55,15 +59,16 @@ class Found:
 def find_pairs(rows: Rows, keep: Sequence[str] = ()) -> Found:
     """Read every row as a pair of the one shape that the source has.
 
-    A row that is well formed but no pair (equal or empty answers, unequal prompts, roles that do not alternate, a
-    last turn that is not the assistant's, a null) is counted under its reason. Raises DataError with the row's place
-    for a column that is missing or of the wrong type, and RecipeError if a column of `keep` is missing.
+    A row that is none (a column that is missing, null or of another type, equal or empty answers, unequal prompts,
+    roles that do not alternate, a last turn that is not the assistant's, more text than any model reads) is counted
+    under its reason. Raises DataError where no row has a shape that is understood, and RecipeError if a column of
+    `keep` is missing.
     """
     shape = recognise(rows)
     found = Found(shape, [], {})
     for number, row in enumerate(rows.rows, 1):
         try:
-            prompt, chosen, rejected = _turns(shape, row, rows.place, number)
+            prompt, chosen, rejected = _turns(shape, row)
             _check(prompt, chosen, rejected)
         except Unusable as unusable:
             found.dropped.setdefault(str(unusable), []).append(number)
@@ -74,31 +79,40 @@ def find_pairs(rows: Rows, keep: Sequence[str] = ()) -> Found:
 
 
 def recognise(rows: Rows) -> Shape:
-    """The shape of the first row whose answers are not null; raises DataError if it is none that is understood."""
+    """The shape of the first row that has one; raises DataError, about the first row with answers, if none has."""
+    for row in rows.rows:
+        if shape := _shape(row):
+            return shape
     first = next((row for row in rows.rows if not {"chosen", "rejected"} <= row.keys() or _answered(row)), None)
     if first is None:
         raise DataError(f'{rows.name}: "chosen" or "rejected" is null in every row')
     _columns(first, rows.name)
-    match kind_of(first.get("prompt")), kind_of(first["chosen"]), kind_of(first["rejected"]):
-        case "null", "a string", "a string" if any(is_hh(str(row.get("chosen"))) for row in rows.rows):
+    kinds = kind_of(first.get("prompt")), kind_of(first["chosen"]), kind_of(first["rejected"])
+    if kinds == ("null", "a string", "a string"):
+        raise DataError(
+            f'{rows.name}: "chosen" and "rejected" are strings without "\\n\\nHuman:" and "\\n\\nAssistant:" '
+            f'turns, and there is no "prompt"; it has the columns {_names(first)}; {UNDERSTOOD}'
+        )
+    prompt = f'"prompt" is {kinds[0]}' if "prompt" in first else 'there is no "prompt"'
+    raise DataError(
+        f'{rows.place(rows.rows.index(first) + 1)}: {prompt}, "chosen" is {kinds[1]} and "rejected" is {kinds[2]}; '
+        f"it has the columns {_names(first)}; {UNDERSTOOD}"
+    )
+
+
+def _shape(row: Row) -> Shape | None:
+    """The shape of a row by the types of its columns; None if it has none that is understood."""
+    match row.get("prompt"), row.get("chosen"), row.get("rejected"):
+        case None, str(chosen), str(rejected) if is_hh(chosen) or is_hh(rejected):
             return Shape.HH
-        case "null", "a string", "a string":
-            raise DataError(
-                f'{rows.name}: "chosen" and "rejected" are strings without "\\n\\nHuman:" and "\\n\\nAssistant:" '
-                f'turns, and there is no "prompt"; it has the columns {_names(first)}; {UNDERSTOOD}'
-            )
-        case "a string", "a string", "a string":
-            return Shape.HH_PROMPT if is_hh(first["prompt"]) else Shape.STRINGS
-        case "a list", "a list", "a list":
-            return Shape.CHATS if _holds_user(first["chosen"]) else Shape.MESSAGES
-        case "null" | "a string", "a list", "a list":
+        case str(prompt), str(), str():
+            return Shape.HH_PROMPT if is_hh(prompt) else Shape.STRINGS
+        case list(), list(chosen), list():
+            return Shape.CHATS if _holds_user(chosen) else Shape.MESSAGES
+        case None | str(), list(), list():
             return Shape.CHATS
-        case _, chosen, rejected:
-            prompt = f'"prompt" is {kind_of(first["prompt"])}' if "prompt" in first else 'there is no "prompt"'
-            raise DataError(
-                f'{rows.place(rows.rows.index(first) + 1)}: {prompt}, "chosen" is {chosen} and "rejected" is '
-                f"{rejected}; it has the columns {_names(first)}; {UNDERSTOOD}"
-            )
+        case _:
+            return None
 
 
 def _answered(row: Row) -> bool:
@@ -128,35 +142,27 @@ def _columns(row: Row, place: str) -> None:
 
 Turns = tuple[tuple[Message, ...], str, str]
 
+WANTED = {
+    Shape.HH: {"chosen": "a string", "rejected": "a string"},
+    Shape.HH_PROMPT: {"prompt": "a string", "chosen": "a string", "rejected": "a string"},
+    Shape.STRINGS: {"prompt": "a string", "chosen": "a string", "rejected": "a string"},
+    Shape.MESSAGES: {"prompt": "a list", "chosen": "a list", "rejected": "a list"},
+    Shape.CHATS: {"chosen": "a list", "rejected": "a list"},
+}
 
-def _turns(shape: Shape, row: Row, place: Any, number: int) -> Turns:
-    """Prompt and two answers of a row of `shape`."""
-    if not {"chosen", "rejected"} <= row.keys():
-        _columns(row, place(number))
-    match shape:
-        case Shape.HH:
-            wanted = {"chosen": "a string", "rejected": "a string"}
-        case Shape.HH_PROMPT | Shape.STRINGS:
-            wanted = {"prompt": "a string", "chosen": "a string", "rejected": "a string"}
-        case Shape.MESSAGES:
-            wanted = {"prompt": "a list", "chosen": "a list", "rejected": "a list"}
-        case Shape.CHATS:
-            wanted = {"chosen": "a list", "rejected": "a list"}
-        case _:
-            assert_never(shape)
+
+def _turns(shape: Shape, row: Row) -> Turns:
+    """Prompt and two answers of a row; raises Unusable if it is not of `shape`."""
+    wanted = WANTED[shape]
     for column, kind in wanted.items():
-        found = kind_of(row.get(column))
         if column not in row:
-            raise DataError(f'{place(number)}: has no column "{column}", which the first row has')
-        if found not in (kind, "null"):
-            raise DataError(f'{place(number)}: "{column}" is {found}; as in the first row it must be {kind}')
-    for column in wanted:
-        if row[column] is None:
-            raise Unusable(f"{column} is null")
+            raise Unusable(f"no column {column}")
+        if (found := kind_of(row[column])) != kind:
+            raise Unusable(f"{column} is null" if found == "null" else f"{column} is {found}, not {kind}")
     match shape:
         case Shape.HH:
             if row.get("prompt") is not None:
-                raise DataError(f'{place(number)}: has a "prompt", which the first row has not')
+                raise Unusable("a prompt beside whole HH dialogues")
             return split_hh(row["chosen"], row["rejected"])
         case Shape.HH_PROMPT:
             return _hh_prompt(row["prompt"], row["chosen"], row["rejected"])
@@ -165,12 +171,12 @@ def _turns(shape: Shape, row: Row, place: Any, number: int) -> Turns:
                 raise Unusable("prompt is marked as HH text, unlike the first row's")
             return ({"role": "user", "content": row["prompt"]},), row["chosen"], row["rejected"]
         case Shape.MESSAGES:
-            prompt, chosen, rejected = (_messages(row[each], each, place(number)) for each in wanted)
+            prompt, chosen, rejected = (_messages(row[each], each) for each in wanted)
             return prompt, _one_answer(chosen), _one_answer(rejected)
         case Shape.CHATS:
-            chosen, rejected = (_messages(row[each], each, place(number)) for each in wanted)
+            chosen, rejected = (_messages(row[each], each) for each in wanted)
             split = split_chats(chosen, rejected)
-            _check_prompt_column(row.get("prompt"), split[0], place(number))
+            _check_prompt_column(row.get("prompt"), split[0])
             return split
         case _:
             assert_never(shape)
@@ -188,21 +194,21 @@ def _hh_prompt(prompt: str, chosen: str, rejected: str) -> Turns:
     return tuple(turns[:-1]), answers[0][1]["content"], answers[1][1]["content"]
 
 
-def _messages(value: list[Any], column: str, place: str) -> tuple[Message, ...]:
+def _messages(value: list[Any], column: str) -> tuple[Message, ...]:
     """Check one message list; keys of a message other than role and content are left out."""
-    return tuple(_message(each, f'{place}: "{column}" message {number}') for number, each in enumerate(value, 1))
+    return tuple(_message(each, f"a message of {column}") for each in value)
 
 
-def _message(value: Any, place: str) -> Message:
+def _message(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
-        raise DataError(f'{place} is {kind_of(value)}; it must be an object with "role" and "content"')
+        raise Unusable(f"{name} is {kind_of(value)}, not an object with role and content")
     for key in ("role", "content"):
-        if key not in value:
-            raise DataError(f'{place} has no "{key}"; a message has "role" and "content"')
-        if not isinstance(value[key], str):
-            raise DataError(f'{place}: its "{key}" is {kind_of(value[key])}; it must be a string')
+        if not isinstance(value.get(key), str):
+            wrong = f"has {kind_of(value[key])} as its {key}" if key in value else f"has no {key}"
+            raise Unusable(f"{name} {wrong}")
     if value["role"] not in ROLES:
-        raise DataError(f'{place}: its role is "{printable(value["role"])}"; it must be one of {", ".join(ROLES)}')
+        role = printable(value["role"])[:20]
+        raise Unusable(f'{name} has the role "{role}", which is none of {", ".join(ROLES)}')
     return {"role": value["role"], "content": value["content"]}
 
 
@@ -214,7 +220,7 @@ def _one_answer(answer: tuple[Message, ...]) -> str:
     return answer[0]["content"]
 
 
-def _check_prompt_column(column: Any, prompt: tuple[Message, ...], place: str) -> None:
+def _check_prompt_column(column: Any, prompt: tuple[Message, ...]) -> None:
     """A prompt beside whole chats must be found in them: as one of the user turns, or as all turns."""
     match column:
         case None:
@@ -222,9 +228,9 @@ def _check_prompt_column(column: Any, prompt: tuple[Message, ...], place: str) -
         case str():
             agrees = column in (turn["content"] for turn in prompt if turn["role"] == "user")
         case list():
-            agrees = _messages(column, "prompt", place) == prompt
+            agrees = _messages(column, "prompt") == prompt
         case _:
-            raise DataError(f'{place}: "prompt" is {kind_of(column)}; it must be a string or a list of messages')
+            raise Unusable(f"prompt is {kind_of(column)}, not a string or a list")
     if not agrees:
         raise Unusable("prompt column is not the prompt of the chats")
 
@@ -232,14 +238,22 @@ def _check_prompt_column(column: Any, prompt: tuple[Message, ...], place: str) -
 def _check(prompt: tuple[Message, ...], chosen: str, rejected: str) -> None:
     """Raise Unusable with the first reason that holds."""
     check_roles(prompt)
-    if any(not turn["content"].strip() for turn in prompt):
+    texts = (chosen, rejected, *(turn["content"] for turn in prompt))
+    if not all(map(_is_text, texts)):
+        raise Unusable("text with half a surrogate pair")
+    if any(_is_blank(turn["content"]) for turn in prompt):
         raise Unusable("empty turn in the prompt")
-    if not chosen.strip() or not rejected.strip():
+    if _is_blank(chosen) or _is_blank(rejected):
         raise Unusable("empty answer")
     if chosen.strip() == rejected.strip():
         raise Unusable("equal answers")
-    if not all(_is_text(each) for each in (chosen, rejected, *(turn["content"] for turn in prompt))):
-        raise Unusable("text with half a surrogate pair")
+    if sum(map(len, texts)) > MOST_CHARACTERS:
+        raise Unusable(f"more than {MOST_CHARACTERS:,} characters")
+
+
+def _is_blank(text: str) -> bool:
+    """True if nobody would see anything of `text`: white space, control characters and characters without width."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def _is_text(text: str) -> bool:

@@ -4,20 +4,22 @@ In names: R rows of a batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from qlora_dpo.data.dialogue import Message
-from qlora_dpo.errors import ModelError
+from qlora_dpo.data.chat_template import REFUSALS, chat_ids, rendered, tokenize
+from qlora_dpo.data.dialogue import Message, Unusable
+from qlora_dpo.data.limits import TooMuch
+from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.talk.settings import Settings
 
 
@@ -93,39 +95,39 @@ def stream(
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The token ids of a conversation up to where the assistant's next message begins."""
-    return _template_ids(tokenizer, messages, add_generation_prompt=True)
+    with _template_named(tokenizer):
+        return list(chat_ids(tokenizer, [messages], answered=False)[0])
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end an answer: tokenizer's and generation config's, and what the chat template puts after one."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
-    after = _template_ids(
-        tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], tail="!"
-    )
+    asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    with _template_named(tokenizer):
+        after = tokenize(tokenizer, [rendered(tokenizer, [asked], answered=True)[0].rpartition("!")[2]])[0]
     special = [each for each in after[:1] if each in tokenizer.added_tokens_decoder]
     return frozenset(each for each in (tokenizer.eos_token_id, *several, *special) if each is not None)
+
+
+@contextmanager
+def _template_named(tokenizer: Any) -> Iterator[None]:
+    """Turn what a chat template can do wrong into a sentence about it."""
+    if tokenizer.chat_template is None:
+        raise ModelError("this model's tokenizer has no chat template; take an instruction-tuned model to talk to")
+    try:
+        yield
+    except REFUSALS as error:
+        raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
+    except TooMuch as error:
+        raise ModelError(f"the model's chat template {error}; take another model") from error
+    except Unusable as error:
+        raise RecipeError(f"this message cannot be asked: its {error}; leave that out") from error
 
 
 def context_tokens(model: Any) -> int | None:
     """The longest text, in tokens, that the model's positions reach; None if it names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _template_ids(
-    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, tail: str = ""
-) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise ModelError("this model's tokenizer has no chat template; take an instruction-tuned model to talk to")
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
-    # Templates write their special tokens themselves
-    ids: list[int] = tokenizer(text.rpartition(tail)[2] if tail else text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:

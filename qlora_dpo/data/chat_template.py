@@ -1,0 +1,181 @@
+"""Writes conversations in a tokenizer's chat template: what somebody wrote never becomes a control token.
+
+The template came with a model and is foreign code: it runs in transformers' sandbox, under limits.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from qlora_dpo.data.dialogue import Message, Unusable, printable
+from qlora_dpo.data.encoded import Ids
+from qlora_dpo.data.limits import TooMuch, limited
+
+Chat = Sequence[Message]
+
+SECONDS, SECONDS_PER_CHAT = 10.0, 0.05
+"""A template may take so long; the slowest of the usual ones takes under a millisecond for a chat."""
+MORE_BYTES = 2**30
+"""A template may ask for so much memory."""
+MOST_WRITTEN = 100_000
+"""Characters that a template may write beside twenty times what stands in the chat."""
+
+REFUSALS = (TemplateError, TypeError, ValueError)
+"""What a template raises that does not take a conversation."""
+
+FOLDED = "system turn written before the first question"
+AS_TEXT = "control tokens read as text"
+
+_HOUSE, _OTHER_HOUSE = range(0xE000, 0xF900), 0xF0000
+"""Characters of Unicode's private use areas: they stand for what somebody wrote, and for the tokens themselves."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a tokenizer and its template do with what somebody wrote."""
+
+    special: re.Pattern[str] | None
+    """Finds the tokenizer's control tokens in text, where they would forge or end turns."""
+    folds_system: bool
+    """True if the template has no system turn: its text then stands before the first question."""
+
+
+def chat_ids(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[Ids]:
+    """Token ids of each chat as the template writes it; without an answer, up to where the assistant starts to write.
+
+    They are the ids that `apply_chat_template` gives, but that a control token in somebody's text (`<|im_end|>`) is
+    read as the characters it is written with. Raises Unusable where the tokenizer cannot do that, one of REFUSALS
+    where the template does not take a chat, and TooMuch where it runs or writes without end.
+    """
+    own = habits(tokenizer)
+    masked = [_masked(own, folded(own, chat)) for chat in chats]
+    texts = rendered(tokenizer, [chat for chat, _ in masked], answered)
+    found = tokenize(tokenizer, texts)
+    return [
+        _spelt_out(tokenizer, own, text, words) if words else ids
+        for text, ids, (_, words) in zip(texts, found, masked, strict=True)
+    ]
+
+
+def rendered(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[str]:
+    """The template's text of each chat, as it stands; raises as `chat_ids` does."""
+    with limited(SECONDS + SECONDS_PER_CHAT * len(chats), MORE_BYTES):
+        texts = tokenizer.apply_chat_template(
+            [list(chat) for chat in chats], tokenize=False, add_generation_prompt=not answered
+        )
+    for chat, text in zip(chats, texts, strict=True):
+        most = 20 * sum(len(turn["content"]) for turn in chat) + MOST_WRITTEN
+        if len(text) > most:
+            raise TooMuch(f"writes {len(text):,} characters for a chat that needs no more than {most:,}")
+    return [str(text) for text in texts]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
+    """Token ids of rendered texts, nothing added: the ids that `apply_chat_template` gives."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [tuple(ids) for ids in encoded["input_ids"]]
+
+
+def habits(tokenizer: Any) -> Habits:
+    """What is known of `tokenizer` and its template, found by looking at what they do."""
+    return _habits(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _habits(tokenizer: Any, template: str) -> Habits:
+    words = sorted(filter(str.strip, special_tokens(tokenizer).values()), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, words))) if words else None
+    return Habits(special, _folds_system(tokenizer))
+
+
+def _folds_system(tokenizer: Any) -> bool:
+    """True if the template takes a question and its answer, but refuses a system turn before them or leaves it out."""
+    chat: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}]
+    system: Message = {"role": "system", "content": "Answer in one word."}
+    try:
+        rendered(tokenizer, [chat], answered=True)
+    except REFUSALS:
+        return False
+    try:
+        return system["content"] not in rendered(tokenizer, [[system, *chat]], answered=True)[0]
+    except REFUSALS:
+        return True
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The control tokens of a tokenizer, by id."""
+    added = {int(number): token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
+
+
+def folded(own: Habits, chat: Chat) -> list[Message]:
+    """`chat` as this template takes it: without a system turn if it has no place for one."""
+    if not own.folds_system or len(chat) < 2 or chat[0]["role"] != "system" or chat[1]["role"] != "user":
+        return list(chat)
+    return [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
+
+
+def repairs(own: Habits, chat: Chat) -> list[str]:
+    """What is done to a chat before it is trained on, in the words of the audit table."""
+    done = [FOLDED] if folded(own, chat) != list(chat) else []
+    return [*done, AS_TEXT] if own.special and any(own.special.search(turn["content"]) for turn in chat) else done
+
+
+def _masked(own: Habits, chat: Chat) -> tuple[list[Message], Mapping[str, str]]:
+    """The chat with a character of its own for each control token that somebody wrote, and what each stands for."""
+    contents = [turn["content"] for turn in chat]
+    words = dict.fromkeys(word for text in contents for word in own.special.findall(text)) if own.special else {}
+    if not words or own.special is None:
+        return list(chat), {}
+    written = set("".join(contents))
+    free = (letter for letter in map(chr, _HOUSE) if letter not in written)
+    letters = dict(zip(words, free, strict=False))
+    if len(letters) < len(words):
+        raise Unusable("text holds control tokens and every character that could stand for them")
+    masked = [own.special.sub(lambda found: letters[found[0]], text) for text in contents]
+    chat = [{"role": turn["role"], "content": text} for turn, text in zip(chat, masked, strict=True)]
+    return chat, {letter: word for word, letter in letters.items()}
+
+
+def _spelt_out(tokenizer: Any, own: Habits, text: str, words: Mapping[str, str]) -> Ids:
+    """Ids of a rendered text whose masked control tokens are put back, as text.
+
+    They are read by a copy of the tokenizer that knows its control tokens under other names, which the template's own
+    are given here. Raises Unusable if there can be no such copy.
+    """
+    renamed = _renamed(tokenizer) if tokenizer.is_fast else None
+    if renamed is None or own.special is None or any(name in text for name in renamed[1].values()):
+        raise Unusable(f"text holds the control token {printable(min(words.values()))}, which cannot be read as text")
+    copy, names = renamed
+    text = own.special.sub(lambda found: names[found[0]], text)
+    for letter, word in words.items():
+        text = text.replace(letter, word)
+    return tuple(copy.encode(text, add_special_tokens=False).ids)
+
+
+@lru_cache(maxsize=2)
+def _renamed(tokenizer: Any) -> tuple[Tokenizer, dict[str, str]] | None:
+    """A copy of a tokenizer whose control tokens are called after private characters, and the names of all of them.
+
+    None if a control token would get another id under another name.
+    """
+    special = special_tokens(tokenizer)
+    names = {word: chr(_OTHER_HOUSE + number) for number, word in enumerate(special.values())}
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab = state["model"]["vocab"]
+    if isinstance(vocab, dict):
+        state["model"]["vocab"] = {names.get(word, word): number for word, number in vocab.items()}
+    else:  # Unigram: pieces with their scores
+        state["model"]["vocab"] = [[names.get(word, word), score] for word, score in vocab]
+    if isinstance(unknown := state["model"].get("unk_token"), str):
+        state["model"]["unk_token"] = names.get(unknown, unknown)
+    copy = Tokenizer.from_str(json.dumps(state))
+    return (copy, names) if all(copy.token_to_id(names[word]) == number for number, word in special.items()) else None

@@ -1,0 +1,61 @@
+"""Bounds on what foreign code may take: seconds and memory, while a chat template that came with a model is run."""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class TooMuch(Exception):
+    """A limit was passed; the text says which, as in "takes longer than 10 seconds"."""
+
+
+@contextmanager
+def limited(seconds: float, more_bytes: int) -> Iterator[None]:
+    """Raise TooMuch if the block runs longer than `seconds`, or asks for `more_bytes` more than the process has.
+
+    The clock is the process's alarm, which only the main thread can set: in other threads there is no limit of time.
+    Memory is limited where the kernel tells what the process has (Linux).
+    """
+    with _clock(seconds), _memory(more_bytes):
+        yield
+
+
+@contextmanager
+def _clock(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TooMuch(f"takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _memory(more_bytes: int) -> Iterator[None]:
+    statm: Any = Path("/proc/self/statm")
+    if not statm.is_file():  # pragma: no cover - not Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(statm.read_text().split()[0]) * resource.getpagesize() + more_bytes
+    lower = wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
+    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
+    try:
+        yield
+    except MemoryError as error:
+        raise TooMuch(f"asks for more than {more_bytes / 2**30:g} GiB of memory") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
