@@ -178,14 +178,33 @@ def open_adapter(folder: Path, dtype: str = "auto") -> Opened:
     table, run, recipe = described(folder)
     here = device.choose(dtype)  # type: ignore[arg-type]
     source = sources.fetch(table)
-    if run is not None and source.fingerprint != run["base"]["fingerprint"]:
-        raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
+    if run is not None:
+        _insist_on_the_base_of(run, table, source, folder)
     if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file() and (damaged := damage(folder, needed=WEIGHTS)):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
     model = base.load_base(source, table, here)
     own = (folder / "tokenizer.json").is_file()
     tokenizer = base.load_tokenizer(Source(source.name, folder if own else source.folder, ""))
+    # not the tokenizer's own, which another release of transformers may build in another way
+    trained = (run or {}).get("tokenizer", {}).get("template")
+    if trained and trained != base.tokenizer_fingerprints(tokenizer)["template"]:
+        raise ModelError(
+            f"{folder}: its chat template is another than it was trained with; take chat_template.jinja from a backup"
+        )
     return Opened(attach_saved(model, folder), tokenizer, here, source, folder, run, recipe)
+
+
+def _insist_on_the_base_of(run: dict[str, Any], table: ModelTable, source: Source, folder: Path) -> None:
+    """Raise ModelError if the adapter of `run` was trained on other weights, or on weights quantized in another way."""
+    trained = run["base"]
+    if source.fingerprint != trained["fingerprint"]:
+        raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
+    for key in ("quantization", "double_quant"):
+        if trained.get(key, getattr(table, key)) != getattr(table, key):
+            raise ModelError(
+                f"{folder}: was trained with model.{key} = {json.dumps(trained[key])}, and its resolved.toml says "
+                f"{json.dumps(getattr(table, key))}; put that back"
+            )
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -195,13 +214,32 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
             saved = set(file.keys())
         peft = PeftModel.from_pretrained(model, folder)
     except FileNotFoundError as error:
-        raise ModelError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read") from error
+        raise ModelError(f"{folder}: has no {WEIGHTS}{_converted(folder)}") from error
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if sizes := re.search(r"size mismatch for (\S+):", str(error)):
+            raise ModelError(
+                f"{folder}: was made for a base of another size: {printable(sizes[1])} does not fit this one; name the "
+                f"right base as base_model_name_or_path in {CONFIG}"
+            ) from error
         first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {first}") from error
+        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {printable(first)}") from error
     if misplaced := saved ^ set(get_peft_model_state_dict(peft, save_embedding_layers=False)):
-        raise ModelError(f"{folder}: {len(misplaced)} tensors do not fit the base, for example {min(misplaced)}")
+        raise ModelError(
+            f"{folder}: {len(misplaced)} tensors do not fit the base, for example {printable(min(misplaced))}"
+        )
     return peft.eval()
+
+
+def _converted(folder: Path) -> str:
+    """How to make a pickled adapter readable, if there is one: it is never unpickled here."""
+    pickled = next((file.name for ending in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(ending))), None)
+    if pickled is None:
+        return ""
+    return (
+        f", and {pickled} is pickled, which can run code and is not read; if you trust it, convert it: python -c "
+        f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled}', weights_only=True), "
+        f"'{WEIGHTS}')\" in that folder"
+    )
 
 
 def described(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:

@@ -35,3 +35,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own, and empty."""
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """An adapter beside its base, both the test's own to damage."""
+    from adapters_made import save_adapter, save_base  # torch, which most tests do not need
+
+    save_base(tmp_path / "base")
+    return save_adapter(tmp_path / "a", tmp_path / "base")

@@ -108,7 +108,16 @@ def job(model: PeftModel, what: Recipe, folder: Path, train: int = 10, heldout: 
 
 def start(of: Job) -> State:
     """The state before the first step."""
-    return State(0, of.recipe.model_dump(exclude_none=True), source().fingerprint, data_fingerprint(of.train.pairs))
+    return State(
+        0,
+        of.recipe.model_dump(exclude_none=True),
+        {
+            "base": source().fingerprint,
+            "tokenizer": "tokenizer",
+            "template": "template",
+            "pairs": data_fingerprint(of.train.pairs),
+        },
+    )
 
 
 def adapter(model: PeftModel) -> dict[str, torch.Tensor]:

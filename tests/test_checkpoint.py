@@ -1,12 +1,15 @@
 """A run that is stopped goes on to the same bytes, from the newest checkpoint that is whole, or says why not."""
 
 import os
+import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jobs
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,6 +19,7 @@ from qlora_dpo.errors import Interrupted, RunError, SourceError
 from qlora_dpo.training import checkpoint
 from qlora_dpo.training.checkpoint import State, newest_valid, verify
 from qlora_dpo.training.loop import fit
+from qlora_dpo.training.random_states import random_states, restore
 from qlora_dpo.training.tracker import Tracker
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -192,17 +196,46 @@ def test_a_changed_recipe_is_refused_with_what_changed(stopped: Path) -> None:
     )
 
 
-def test_changed_data_and_another_base_are_refused(stopped: Path) -> None:
+def test_changed_data_tokenizer_template_and_base_are_refused_by_name(stopped: Path) -> None:
     newest, _ = newest_valid(stopped)
-    what = jobs.recipe("nf4")
-    model = jobs.fresh(what)
-    asked = State(0, State(**checkpoint.json.loads((newest / "state.json").read_text())).recipe, "other", "other")
+    model = jobs.fresh(jobs.recipe("nf4"))
+    kept = State(**checkpoint.json.loads((newest / "state.json").read_text()))
+    for names in (["base"], ["pairs"], ["tokenizer", "pairs"], ["base", "tokenizer", "template", "pairs"]):
+        asked = State(0, kept.recipe, kept.fingerprints | dict.fromkeys(names, "other"))
+        with pytest.raises(RunError) as error:
+            checkpoint.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
+        assert str(error.value) == (
+            f"{newest}: belongs to another run; changed since: "
+            f"{'; '.join(checkpoint.FINGERPRINTS[name] for name in names)}; put it back, or go on with "
+            f"{' '.join(f'--allow {name}' for name in names)}"
+        )
+
+
+def test_a_checkpoint_of_another_version_is_named(stopped: Path, tmp_path: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    shutil.copytree(newest, tmp_path / newest.name)
+    state = checkpoint.json.loads((newest / "state.json").read_text())
+    (tmp_path / newest.name / "state.json").write_text(checkpoint.json.dumps({**state, "a_later_field": 1}))
+    model = jobs.fresh(jobs.recipe("nf4"))
+    kept = State(**state)
     with pytest.raises(RunError) as error:
-        checkpoint.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
+        checkpoint.load_checkpoint(
+            tmp_path / newest.name, kept, model, torch.optim.AdamW(jobs.trainable(model).values())
+        )
     assert str(error.value) == (
-        f"{newest}: belongs to another run; changed since: the base model's weights; the training pairs; put it back, "
-        "or go on with --allow base --allow pairs"
+        f"{tmp_path / newest.name}: was saved by another version of qlora_dpo; go on with that one"
     )
+
+
+def test_every_generator_goes_on_where_it_stood() -> None:
+    def draws() -> tuple[float, ...]:
+        return (torch.rand(()).item(), random.random(), random.gauss(), np.random.rand(), np.random.randn())
+
+    draws()  # gauss and randn make two numbers and keep one
+    states = random_states()
+    expected = [draws() for _ in range(3)]
+    restore(states)
+    assert [draws() for _ in range(3)] == expected
 
 
 def test_what_is_allowed_may_change_and_is_what_later_resumes_compare_with(stopped: Path) -> None:
@@ -224,6 +257,9 @@ def test_another_rank_cannot_be_allowed(stopped: Path) -> None:
     )
 
 
+SAME = {name: name for name in checkpoint.FINGERPRINTS}
+
+
 def every_key() -> list[str]:
     """All keys of a recipe that has every table."""
     tables = jobs.recipe(track={"wandb": "project"}).model_dump()
@@ -232,8 +268,8 @@ def every_key() -> list[str]:
 
 @pytest.mark.parametrize("key", every_key())
 def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str) -> None:
-    was = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), "base", "pairs")
-    now = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), "base", "pairs")
+    was = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), SAME)
+    now = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), dict(SAME))
     table, name = key.split(".")
     now.recipe[table][name] = "something else"
     free = key.startswith(("samples.", "track.")) or key in {

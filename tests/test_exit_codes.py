@@ -232,7 +232,8 @@ def test_data_with_too_many_bad_rows_is_refused_until_the_recipe_allows_them(pla
     )[:2]
     assert refused.last == (
         1,
-        "qlora-dpo: given/bad.jsonl: 1 of 20 rows (5.0%) are no usable pairs: equal answers (1); "
+        "qlora-dpo: given/bad.jsonl: 1 of 20 rows (5.0%) are no usable pairs: equal answers (1, first "
+        "given/bad.jsonl:7); "
         "data.max_bad_share = 0.01 allows 1.0%; list them with --dropped-rows and mend them, or raise it",
     )
     assert "  rows, dropped: equal answers: 7" in refused.err.splitlines()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from adapters_made import save_adapter, save_base
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
@@ -19,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_dpo.adapter import Opened, open_model
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import merge as merging
-from qlora_dpo.errors import ModelError, RecipeError, RunError
+from qlora_dpo.errors import ModelError, RunError
 from qlora_dpo.model.base import dequantized, linear4bit_layers
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.training.agreement import measure
@@ -361,121 +360,6 @@ def test_weights_beyond_fp16_are_refused(tmp_path: Path) -> None:
         "model.norm.weight has values that torch.float16 cannot hold or that are not finite; try --dtype bf16"
     )
     assert not (tmp_path / "m").exists()
-
-
-# --- damaged and foreign adapters
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """An adapter that the test may damage."""
-    save_base(tmp_path / "base")
-    return save_adapter(tmp_path / "a", tmp_path / "base")
-
-
-def refused(adapter: Path) -> str:
-    with pytest.raises((ModelError, RecipeError)) as raised:
-        merging.open_for_merge(adapter)
-    return str(raised.value)
-
-
-def rewrite(adapter: Path, change: dict[str, str | None]) -> None:
-    """Rename tensors of the adapter; None leaves one out. As if another program had made it, without a manifest."""
-    (adapter / "manifest.json").unlink()
-    file = adapter / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for old, new in change.items():
-        value = tensors.pop(old)
-        if new is not None:
-            tensors[new] = value
-    save_file(tensors, file, {"format": "pt"})
-
-
-def test_a_truncated_adapter_is_named(own: Path) -> None:
-    file = own / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert refused(own).startswith(f"{own}: is damaged: adapter_model.safetensors has not its size; ")
-    (own / "manifest.json").unlink()  # an adapter from elsewhere has none
-    assert refused(own).startswith(f"{own}: the adapter cannot be attached to its base: ")
-    assert "\n" not in refused(own)
-
-
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_missing_tensor_is_named(own: Path) -> None:
-    name = f"base_model.model.{Q_PROJ}.lora_B.weight"
-    rewrite(own, {name: None})
-    assert refused(own) == f"{own}: 1 tensors do not fit the base, for example {name}"
-
-
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_misnamed_tensors_are_named(own: Path) -> None:
-    with safe_open(own / "adapter_model.safetensors", framework="pt") as file:
-        names = list(file.keys())
-    rewrite(own, {name: name.replace(".layers.", ".blocks.") for name in names})
-    assert refused(own) == (
-        f"{own}: {2 * len(names)} tensors do not fit the base, for example "
-        "base_model.model.model.blocks.0.mlp.down_proj.lora_A.weight"
-    )
-
-
-def test_an_adapter_of_pickled_weights_is_refused(own: Path) -> None:
-    (own / "adapter_model.safetensors").rename(own / "adapter_model.bin")
-    assert refused(own) == (f"{own}: has no adapter_model.safetensors; pickled adapters (.bin) are not read")
-
-
-def test_a_damaged_config_is_named(own: Path) -> None:
-    (own / "adapter_config.json").write_text('{"peft_type": "LORA", ')
-    assert refused(own) == f"{own}: its adapter_config.json is damaged (JSONDecodeError)"
-
-
-def test_a_base_that_changed_since_is_refused(own: Path) -> None:
-    save_base(own.parent / "base", seed=1)
-    base = own.parent / "base"
-    assert refused(own) == f"{own}: was trained on other weights of {base} than are there now"
-
-
-def test_what_is_no_adapter_folder_is_named(place: Path, tmp_path: Path) -> None:
-    hint = "name the adapter folder of a finished run"
-    assert refused(tmp_path / "away") == f"{tmp_path / 'away'}: there is no such folder; {hint}"
-    assert refused(place / "base") == f"{place / 'base'}: has no adapter_config.json; {hint}"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"use_dora": True}, "it has use_dora, whose weights are not base plus update"),
-        ({"lora_bias": True}, "it has lora_bias, which the base has no place for"),
-        ({"bias": "all"}, 'it has bias = "all", trained biases'),
-        ({"modules_to_save": ["lm_head"]}, "it has modules_to_save, fully trained modules"),
-        ({"trainable_token_indices": [1]}, "it has trainable_token_indices, trained embeddings"),
-        ({"layer_replication": [[0, 2], [0, 2]]}, "it has layer_replication, another number of layers"),
-        (
-            {"init_lora_weights": "pissa"},
-            'it has init_lora_weights = "pissa", which changes the base itself',
-        ),
-    ],
-)
-def test_adapters_that_are_more_than_an_update_are_refused(own: Path, change: dict[str, Any], reason: str) -> None:
-    file = own / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert refused(own) == f"{own}: cannot be merged: {reason}"
-
-
-def test_an_adapter_of_another_kind_is_refused(own: Path) -> None:
-    config = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "feedforward_modules": []}
-    (own / "adapter_config.json").write_text(json.dumps(config))
-    assert refused(own) == f"{own}: cannot be merged: it is of PEFT's type IA3, not LORA"
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_an_adapter_of_the_embeddings_is_refused(own: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = AutoModelForCausalLM.from_pretrained(own.parent / "base")
-    config = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM", use_rslora=True)
-    get_peft_model(base, config).save_pretrained(own.parent / "foreign", save_embedding_layers=False)
-    foreign = own.parent / "foreign"
-    assert refused(foreign) == f"{foreign}: cannot be merged: model.embed_tokens is no linear layer but Embedding"
 
 
 def test_a_foreign_adapter_with_rank_patterns_is_merged_as_peft_merges_it(own: Path) -> None:

@@ -43,7 +43,7 @@ def train(
 
     if allow and not resume:
         raise click.UsageError("--allow says what may have changed since a checkpoint; it needs --resume")
-    recipe.insist_on_keys(allow, also=("base", "pairs"), option="--allow")
+    recipe.insist_on_keys(allow, also=("base", "tokenizer", "template", "pairs"), option="--allow")
 
     from qlora_dpo.model import device
 

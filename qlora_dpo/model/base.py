@@ -1,5 +1,7 @@
 """Loads tokenizer and base model, in 4-bit NF4 or dense, so that every later step reads the weights it was given."""
 
+import hashlib
+import json
 from typing import Any
 
 import bitsandbytes as bnb
@@ -25,6 +27,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of how `tokenizer` splits text (words, merges, control tokens), and of its chat template."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        splits = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+    else:
+        splits = tokenizer.get_vocab()
+    words = json.dumps([splits, tokenizer.special_tokens_map], sort_keys=True)
+    texts = {"tokenizer": words, "template": str(tokenizer.chat_template)}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from qlora_dpo.errors import RunError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json
 from qlora_dpo.manifest import damage, write_manifest
 from qlora_dpo.model.lora import names_not_finite, trainable
+from qlora_dpo.training.random_states import random_states, restore
 
 KEPT = 2
 SMALL_FILES = 2**20
@@ -25,6 +26,13 @@ FREE_KEYS = (
     *("data.max_bad_share", "samples.", "track."),
 )
 
+FINGERPRINTS = {
+    "base": "the base model's weights",
+    "tokenizer": "the tokenizer",
+    "template": "the chat template",
+    "pairs": "the training pairs",
+}
+
 
 @dataclass
 class State:
@@ -32,8 +40,8 @@ class State:
 
     step: int
     recipe: dict[str, Any]
-    base_fingerprint: str
-    data_fingerprint: str
+    fingerprints: dict[str, str]
+    """SHA-256 of base, tokenizer, template and pairs, under the names that --allow knows."""
     evals: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     num_tokens: int = 0
@@ -62,7 +70,7 @@ def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: to
     with whole_folder(folder) as temporary:
         save_file(adapter, temporary / "adapter.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
-        save_file(_random_states(), temporary / "random.safetensors")
+        save_file(random_states(), temporary / "random.safetensors")
         write_json(temporary / "state.json", asdict(state))
         write_manifest(temporary, temporary.iterdir())
         if folder.exists():  # a resume has skipped it, since it is damaged
@@ -107,7 +115,10 @@ def load_checkpoint(
     Raises RunError with the keys that differ if the checkpoint belongs to another recipe, base or data than `asked`,
     unless they are `allowed`, and if its tensors do not fit the adapter.
     """
-    state = State(**json.loads((folder / "state.json").read_text()))
+    try:
+        state = State(**json.loads((folder / "state.json").read_text()))
+    except TypeError as error:
+        raise RunError(f"{folder}: was saved by another version of qlora_dpo; go on with that one") from error
     changed = {key: how for key, how in _differences(state, asked).items() if key not in allowed}
     if changed:
         options = " ".join(f"--allow {key}" for key in changed)
@@ -127,12 +138,8 @@ def load_checkpoint(
         optimizer.state[parameter] = {
             key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
         }
-    random = load_file(folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-    state.recipe = asked.recipe
-    state.base_fingerprint, state.data_fingerprint = asked.base_fingerprint, asked.data_fingerprint
+    restore(load_file(folder / "random.safetensors"))
+    state.recipe, state.fingerprints = asked.recipe, asked.fingerprints
     return state
 
 
@@ -144,11 +151,9 @@ def _differences(state: State, asked: State) -> dict[str, str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
     }
-    if state.base_fingerprint != asked.base_fingerprint:
-        changed["base"] = "the base model's weights"
-    if state.data_fingerprint != asked.data_fingerprint:
-        changed["pairs"] = "the training pairs"
-    return changed
+    return changed | {
+        name: what for name, what in FINGERPRINTS.items() if state.fingerprints.get(name) != asked.fingerprints[name]
+    }
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,10 +170,3 @@ def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
         for key, value in optimizer.state[parameter].items():
             moments[f"{key}|{name}"] = value
     return moments
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

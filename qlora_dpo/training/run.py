@@ -19,7 +19,7 @@ from qlora_dpo import __version__
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
@@ -130,8 +130,11 @@ def run(
     state = State(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
-        base_fingerprint=prepared.source.fingerprint,
-        data_fingerprint=data_fingerprint(pairs),
+        fingerprints={
+            "base": prepared.source.fingerprint,
+            **tokenizer_fingerprints(prepared.tokenizer),
+            "pairs": data_fingerprint(pairs),
+        },
     )
     with timed(seconds, "train"):
         match recipe.train.engine:
@@ -234,6 +237,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
             "quantization": recipe.model.quantization,
             "double_quant": recipe.model.double_quant,
         },
+        "tokenizer": tokenizer_fingerprints(prepared.tokenizer),
         "data": {
             "train": recipe.data.train,
             "eval": recipe.data.eval or recipe.data.train,
