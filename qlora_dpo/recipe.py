@@ -16,8 +16,10 @@ from qlora_dpo.recipe_errors import sentences
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 
-MOST_BYTES = 1_000_000
-"""A longer file is no recipe but data or a model that was named by mistake."""
+MOST_BYTES = 2**16
+"""A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
+MOST_SENTENCES = 20
+"""Mistakes that are told at once."""
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
@@ -266,7 +268,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(sentences(error, Recipe, path, text, overrides))) from error
+        told = list(sentences(error, Recipe, path, text, overrides))
+        more = [f"{path}: {len(told) - MOST_SENTENCES:,} more mistakes"] if len(told) > MOST_SENTENCES else []
+        raise RecipeError("\n".join(told[:MOST_SENTENCES] + more)) from error
     return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
 
 
@@ -295,8 +299,12 @@ def _read(path: str, file: Path) -> tuple[str, dict[str, Any]]:
         return text, tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start}); save the recipe as UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{path}: is nested too deeply to be a recipe") from error
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: is not valid TOML: {error}") from error
+    except ValueError as error:  # more digits than Python takes for a number
+        raise RecipeError(f"{path}: holds a number with too many digits") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -293,14 +293,29 @@ def test_what_is_no_text_is_refused(
     refused(["train", "bad.toml"], [f"bad.toml: {message}"], capsys)
 
 
-@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 5000], ids=["deep", "many digits"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = " + "[" * 50_000, "is nested too deeply to be a recipe"),
+        ("a = " + "9" * 5000, "holds a number with too many digits"),
+    ],
+    ids=["deep", "many digits"],
+)
 def test_what_the_toml_reader_gives_up_on_is_refused(
-    text: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
+    text: str, message: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("bad.toml").write_text(text, encoding="utf-8")
+    refused(["train", "bad.toml"], [f"bad.toml: {message}"], capsys)
+
+
+def test_twenty_mistakes_are_told_and_the_others_counted(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bad.toml").write_text(BOTH + "".join(f"unknown{number} = 1\n" for number in range(1050)), encoding="utf-8")
     assert main(["train", "bad.toml"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("qlora-dpo: bad.toml: is not valid TOML: ") and error.count("\n") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith('qlora-dpo: bad.toml:5: [data] has no key "unknown0"; ')
+    assert len(lines) == 21 and lines[20] == "qlora-dpo: bad.toml: 1,030 more mistakes"
 
 
 def test_a_folder_is_no_recipe(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
