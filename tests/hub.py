@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 import urllib.parse
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +24,11 @@ class Hub(ThreadingHTTPServer):
     """Serves `root/models/OWNER/NAME/...` and `root/datasets/OWNER/NAME/...` at `url`: `with Hub(root) as hub`.
 
     A client reads HF_ENDPOINT when huggingface_hub is imported, so it belongs into a subprocess's environment.
-    `log` has a line per answer.
+    `log` has a line per answer. While `fault` is set, every answer is that: an HTTP status, "slow" (nothing for
+    `slow_seconds`), or "cut" (the connection ends in the middle); a client switches with GET /fault/NAME.
     """
+
+    slow_seconds = 12.0
 
     daemon_threads = True
 
@@ -32,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.root = Path(root)
         self.log: list[str] = []
+        self.fault = ""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -142,8 +147,30 @@ class _Answer(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def _spoilt(self) -> bool:
+        """True if the answer was spoilt, as `Hub.fault` says."""
+        fault = self.server.fault
+        if fault.isdigit():
+            self._send(int(fault), b'{"error": "no"}', "application/json", {})
+        elif fault == "slow":
+            time.sleep(self.server.slow_seconds)
+            self.close_connection = True
+        elif fault == "cut":
+            self.server.log.append(f"{self.command} {self.path} -> cut")
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b'{"sha": "')
+            self.close_connection = True
+        return bool(fault)
+
     def do_GET(self) -> None:
         address = urllib.parse.urlsplit(self.path)
+        if address.path.startswith("/fault/"):
+            self.server.fault = address.path.removeprefix("/fault/")
+            return self._send(200, b"", "text/plain", {})
+        if self._spoilt():
+            return None
         path = urllib.parse.unquote(address.path)
         if found := RESOLVE.fullmatch(path):
             return self._file("datasets" if found[1] else "models", found[2], found[3], found[4])
@@ -159,6 +186,8 @@ class _Answer(BaseHTTPRequestHandler):
         return self._missing("", f"not served: {path}")
 
     def do_POST(self) -> None:
+        if self._spoilt():
+            return None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         found = API.fullmatch(urllib.parse.unquote(urllib.parse.urlsplit(self.path).path))
         if not found or found[3] != "paths-info":

@@ -131,18 +131,27 @@ def _from_hub(name: str, revision: str | None) -> Source:
     except RevisionNotFoundError as error:
         raise RecipeError(f'{name}: has no revision "{revision}"; check model.revision') from error
     except LocalEntryNotFoundError as error:
-        raise SourceError(
-            f"{name}: is not in the cache, and the hub cannot be reached; connect and try again"
-        ) from error
+        raise SourceError(f"{name}: is not in the cache, and {_trouble(error)}") from error
     except RepositoryNotFoundError as error:
         raise RecipeError(
             f"{name}: the hub has no such model, or it is private; check model.name, or log in with `hf auth login`"
         ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise SourceError(f"{name}: the hub did not answer ({type(error).__name__}); try again later") from error
+        raise SourceError(f"{name}: is not in the cache, and {_trouble(error)}") from error
     except OSError as error:
         raise SourceError(f"{name}: {_disk_sentence(error)}") from error
     return Source(name, folder, fingerprint(folder, name), hub_id=name, revision=folder.name)
+
+
+def _trouble(error: BaseException | None) -> str:
+    """What keeps a model from being downloaded, and what to do."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            status = error.response.status_code
+            remedy = "log in again with `hf auth login`" if status in (401, 403) else "try later"
+            return f"the hub answered with an error ({status}); {remedy}"
+        error = error.__cause__
+    return "the hub cannot be reached; connect and try again"
 
 
 def _answers(name: str, revision: str | None) -> bool:
