@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe_errors import sentences
+from qlora_dpo.redact import line_of_secret
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 
@@ -264,6 +265,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """
     file = find(path)
     text, values = _read(path, file)
+    _insist_on_no_secret(path, text, overrides)
     set_by_hand = {".".join(keys) for keys in (_override(values, each) for each in overrides)}
     try:
         recipe = Recipe.model_validate(values)
@@ -272,6 +274,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         more = [f"{path}: {len(told) - MOST_SENTENCES:,} more mistakes"] if len(told) > MOST_SENTENCES else []
         raise RecipeError("\n".join(told[:MOST_SENTENCES] + more)) from error
     return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
+
+
+def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None:
+    """Raise RecipeError if a token stands in the recipe, which is copied into every run and its model card."""
+    line = line_of_secret(text)
+    place = f"{path}:{line}" if line else "--set" if any(map(line_of_secret, overrides)) else ""
+    if place:
+        raise RecipeError(
+            f"{place}: holds what looks like a token or a password, and a recipe is copied into every run and card; "
+            "take it out, and log in with `hf auth login` or set HF_TOKEN"
+        )
 
 
 def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> None:

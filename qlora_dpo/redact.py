@@ -14,6 +14,10 @@ _LOOKS = re.compile(
     r"|(?<=[?&]token=)[^&\s]+|(?<=[?&]key=)[^&\s]+",
     re.IGNORECASE,
 )
+_SURELY = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{40,}|\bglpat-[A-Za-z0-9_-]{20,}"
+    r"|\bsk-[A-Za-z0-9_-]{40,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{35}|://[^/\s:@]*:[^/\s@]+@"
+)
 LEAST = 8
 """Characters of a value that counts as a secret: a shorter one would be found in ordinary words."""
 
@@ -23,6 +27,12 @@ def redacted(text: str) -> str:
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _LOOKS.sub(HIDDEN, text)
+
+
+def line_of_secret(text: str) -> int | None:
+    """The first line, from 1, that surely holds a token or an address with a password; None if there is none."""
+    found = _SURELY.search(text)
+    return text.count("\n", 0, found.start()) + 1 if found else None
 
 
 def _secrets() -> Iterator[str]:

@@ -1,13 +1,21 @@
 """Tells Weights & Biases what metrics.jsonl says: the same names and steps, and nothing about the machine."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+START_SECONDS, FINISH_SECONDS = 15, 30
+"""A service that does not answer may hold up a run's start and end so long; wandb's own would be 90 and without end."""
+
 
 class WandbRun:
-    """One Weights & Biases run. Training never waits for its health: its first failure is said once and ends it."""
+    """One Weights & Biases run. Training never waits for its health.
+
+    A service that cannot be reached at the start has the run recorded offline; any other failure is said once and ends
+    the tracking.
+    """
 
     def __init__(self, run_dir: Path, project: str, name: str, say: Callable[[str], None]) -> None:
         self.run_dir, self.project, self.name, self.say = run_dir, project, name, say
@@ -30,9 +38,28 @@ class WandbRun:
 
     def _start(self, config: Mapping[str, Any]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reports its own errors home by default
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # wandb's own thread would print tracebacks
         import wandb
 
         mode = _mode()
+        try:
+            self._init(mode, config)
+        except Exception as error:
+            if mode != "online":
+                raise
+            self.say(f"wandb: the service cannot be used ({_reason(error)})")
+            wandb.teardown()
+            mode = "offline"
+            self._init(mode, config)
+        if mode == "offline":
+            self.say(f'wandb: offline; after "wandb login", upload with: wandb sync {self._files("offline-run")}')
+
+    def _files(self, kind: str) -> str:
+        return f"{self.run_dir / 'wandb'}/{kind}-*"
+
+    def _init(self, mode: Any, config: Mapping[str, Any]) -> None:
+        import wandb
+
         earlier = self.run_dir / "wandb" / "run_id.txt"
         run_id = earlier.read_text(encoding="utf-8").strip() if earlier.is_file() else None
         (self.run_dir / "wandb").mkdir(parents=True, exist_ok=True)
@@ -47,18 +74,24 @@ class WandbRun:
             settings=_settings(),
         )
         earlier.write_text(f"{self.run.id}\n", encoding="utf-8")
-        if mode == "offline":
-            self.say(
-                f'wandb: offline; after "wandb login", upload with: wandb sync {self.run_dir / "wandb"}/offline-run-*'
-            )
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
             call()
+        except TimeoutError:
+            self.say(
+                f"wandb: not all was uploaded within {FINISH_SECONDS} seconds; upload the rest with: "
+                f"wandb sync {self._files('run')}"
+            )
         except Exception as error:  # tracking is never worth a training run
             self.run = None
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self.say(f"wandb: {reason[0]}; the run goes on without it")
+            self.say(f"wandb: {_reason(error)}; the run goes on without it")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error that says something: a service in trouble answers with pages and placeholders."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith("<")), "it did not answer as it should")[:200]
 
 
 def sent(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +123,9 @@ def _settings() -> Any:
 
     return wandb.Settings(
         silent=True,
-        init_timeout=30,  # seconds; wandb's own 90 would hold up a run on a machine without network
+        init_timeout=START_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
         console="off",
         disable_git=True,
         disable_code=True,

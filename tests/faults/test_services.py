@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub import Hub
+from tracked import TRAIN, tracked
+from tracking_service import Service
 from workplace import DATA, HH, MODEL, Workplace, closed_port, fill
 
 COMMANDS = """
@@ -93,3 +96,51 @@ def test_what_is_not_cached_is_refused_in_a_sentence_and_nothing_is_left(place: 
         assert (code, digest, last) == (1, None, f"qlora-dpo: {MODEL}: is not in the cache, and {trouble}")
         assert seconds < 40
     assert not (place.folder / "adapters").exists() or not list((place.folder / "adapters").iterdir())
+
+
+AT_THE_START = ["401", "500", "cut", pytest.param("slow", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("fault", AT_THE_START)
+def test_a_tracker_that_fails_at_the_start_has_the_run_recorded_offline(tmp_path: Path, fault: str) -> None:
+    with Hub(tmp_path) as broken:
+        broken.fault = fault
+        done = tracked(tmp_path, TRAIN, env={"WANDB_BASE_URL": broken.url, "WANDB_API_KEY": "feedc0de" * 5})
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    cannot, offline, step = done.stderr.splitlines()
+    assert cannot.startswith("wandb: the service cannot be used (")
+    assert offline == (f'wandb: offline; after "wandb login", upload with: wandb sync {tmp_path}/wandb/offline-run-*')
+    assert step.startswith("step 10/48  loss 0.6931")
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.slow
+def test_a_tracker_that_is_down_has_the_run_recorded_offline(tmp_path: Path) -> None:
+    done = tracked(tmp_path, TRAIN, env={"WANDB_BASE_URL": closed_port(), "WANDB_API_KEY": "feedc0de" * 5})
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    assert "connection refused" in done.stderr.splitlines()[0]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def test_a_tracker_that_answers_gets_the_record(tmp_path: Path) -> None:
+    with Service() as service:
+        done = tracked(tmp_path, TRAIN, env={"WANDB_BASE_URL": service.url, "WANDB_API_KEY": "feedc0de" * 5})
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 1
+    assert any("wandb-history.jsonl" in each and "rewards/accuracies" in each for each in service.log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["401", "500", "cut", "slow"])
+def test_a_tracker_that_breaks_after_the_start_holds_up_the_end_for_half_a_minute(tmp_path: Path, fault: str) -> None:
+    with Service(fault) as service:
+        started = time.monotonic()
+        done = tracked(tmp_path, TRAIN, env={"WANDB_BASE_URL": service.url, "WANDB_API_KEY": "feedc0de" * 5})
+    assert time.monotonic() - started < 60
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("step 10/48  loss 0.6931")
+    told = fault != "401"  # then wandb gives up by itself, and says nothing
+    assert lines[1:] == told * [
+        f"wandb: not all was uploaded within 30 seconds; upload the rest with: wandb sync {tmp_path}/wandb/run-*"
+    ]

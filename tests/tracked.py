@@ -1,0 +1,53 @@
+"""A tracker with real wandb in a process of its own, and a record for it to follow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TRAIN = {
+    "step": 10,
+    "epoch": 0.5,
+    "loss": 0.6931,
+    "rewards/accuracies": 0.5,
+    "rewards/margins": 0.0,
+    "learning_rate": 1e-5,
+    "pairs_per_second": 1.94,
+    "tokens_per_second": 410.2,
+    "seconds": 80.0,
+    "memory_bytes": 1288490188,
+}
+
+TRACKED = """
+import json, pathlib, sys
+from qlora_dpo.recipe import TrackTable
+from qlora_dpo.training.tracker import Tracker
+folder, project, start, config, *records = sys.argv[1:]
+with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(wandb=project),
+             config=json.loads(config), name="quickstart") as run:
+    for record in map(json.loads, records):
+        (run.train if "loss" in record else run.evaluation)(record)
+print("wandb" in sys.modules)
+"""
+OFFLINE = {"WANDB_MODE": "offline"}
+SECRETS = {"HF_TOKEN": "hf_FakeFakeFakeFakeFake", "WANDB_API_KEY": "feedc0de" * 5}
+CONFIG = {"model": {"name": "Qwen/Qwen2-0.5B-Instruct"}, "train": {"learning_rate": 5e-6, "max_steps": None}}
+
+
+def tracked(
+    folder: Path, *records: dict[str, Any], project: str = "house-rules", start: int = 0, env: dict[str, str] = OFFLINE
+) -> subprocess.CompletedProcess[str]:
+    """Run the tracker with real wandb in a process of its own, at home in `folder`."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+    arguments = [str(folder), project, str(start), json.dumps(CONFIG), *map(json.dumps, records)]
+    return subprocess.run(
+        [sys.executable, "-c", TRACKED, *arguments],
+        env={**own, "HOME": str(home), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
