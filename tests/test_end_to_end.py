@@ -245,6 +245,30 @@ def test_the_card_has_the_table_of_epochs_and_no_path_of_this_machine(trained: D
     assert f"base_model: {MODEL}" in card
 
 
+def test_the_table_of_epochs_is_what_metrics_jsonl_says_step_by_step(trained: Done) -> None:
+    card = (trained.folder / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in card.partition("## By epoch")[2].splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    records, loss_of, before = trained.lines("metrics.jsonl"), dict[int, float](), 0
+    for record in (each for each in records if each["kind"] == "train"):
+        loss_of |= dict.fromkeys(
+            range(before + 1, record["step"] + 1), record["loss"]
+        )  # a line is a mean since the last
+        before = record["step"]
+    evals = {record["step"]: record for record in records if record["kind"] == "eval"}
+    names = {"Validation Loss": "eval_loss"} | {
+        name: f"eval_{name[0].lower()}{name[1:]}" for name in head if "/" in name
+    }
+    assert len(names) >= 6
+    for row, steps, epoch in zip(rows, (range(1, 7), range(7, 9)), ("1", "1.333"), strict=True):
+        cells = dict(zip(head, row, strict=True))
+        assert cells["Epoch"] == epoch
+        assert float(cells["Training Loss"]) == pytest.approx(sum(loss_of[s] for s in steps) / len(steps), abs=6e-5)
+        for name, key in names.items():
+            figures = cells[name].replace("\\", "").removeprefix("+")
+            assert float(figures) == pytest.approx(evals[steps[-1]][key], rel=6e-3, abs=6e-4), name
+
+
 def test_another_learning_rate_asks_the_reference_nothing_and_needs_no_hub(trained: Done, faster: Done) -> None:
     run = faster.json("run.json")
     assert run["reference_pairs_computed"] == 0

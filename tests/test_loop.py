@@ -1,6 +1,7 @@
 """A training step is the same however it is cut, moves every LoRA weight and nothing else, and is told as it was."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import RunError
 from qlora_dpo.model.base import dequantized, linear4bit_layers
 from qlora_dpo.model.lora import trainable
@@ -50,13 +52,19 @@ def train(
     return model, state, read(folder / METRICS)
 
 
-def step_gradient(model: PeftModel, reference_P2: Tensor, groups: list[list[int]], table: DpoTable) -> Tensor:
+def step_gradient(
+    model: PeftModel,
+    reference_P2: Tensor,
+    groups: list[list[int]],
+    table: DpoTable,
+    pairs: Sequence[EncodedPair] = PAIRS,
+) -> Tensor:
     """The gradient of the mean loss over all pairs, summed over micro-batches."""
     model.zero_grad()
     for group in groups:
-        scores = score(model, collate([PAIRS[i] for i in group], jobs.PACKED), jobs.CPU)
+        scores = score(model, collate([pairs[i] for i in group], jobs.PACKED), jobs.CPU)
         logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
-        (objective(*logps, reference_P2[group], table).total_P.sum() / len(PAIRS)).backward()
+        (objective(*logps, reference_P2[group], table).total_P.sum() / len(pairs)).backward()
     return jobs.gradients(model)
 
 
@@ -69,6 +77,30 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(quantizatio
     for budget in (1, 100, 200):
         cut = step_gradient(model, reference_P2, micro_batches(PAIRS, replace(jobs.PACKED, token_budget=budget)), table)
         assert jobs.apart(cut, whole) < 1e-5, budget
+
+
+def test_the_short_last_step_of_an_epoch_is_the_mean_over_its_own_pairs(tmp_path: Path) -> None:
+    what = jobs.recipe(train={"max_grad_norm": 1e9})
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, tmp_path)  # ten pairs in steps of four: the third step has two
+    last = job.plan.indices(3)
+    assert (len(last), job.plan.total_steps) == (2, 3)
+    tracker = Tracker(tmp_path, 3)
+    said, expected = tracker.step, list[torch.Tensor]()
+
+    def step(number: int) -> None:
+        said(number)
+        if number == 2:
+            for pair in last:  # one at a time
+                some, reference_P2 = [job.train.pairs[pair]], job.train.reference_P2[[pair]]
+                expected.append(step_gradient(model, reference_P2, [[0]], what.dpo, some))
+            model.zero_grad()
+
+    tracker.step = step  # type: ignore[method-assign]
+    with tracker:
+        fit(model, job, jobs.start(job), tracker)
+    logged = [record["grad_norm"] for record in read(tmp_path / METRICS) if record["kind"] == "train"]
+    assert logged[2] == pytest.approx(float(torch.stack(expected).mean(0).norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -148,7 +180,7 @@ def test_training_leaves_every_bit_of_a_4_bit_base_as_it_was(dtype: Any, tmp_pat
     what = jobs.recipe("nf4", train={"num_train_epochs": 2})
     place = jobs.device.choose(dtype)
     model = jobs.fresh(what, place)
-    job = jobs.job(model, what, tmp_path, place=place)  # the first forward casts biases to the compute dtype
+    job = jobs.job(model, what, tmp_path, place=place)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     weights = {name: dequantized(layer).clone() for name, layer in linear4bit_layers(model).items()}
     with Tracker(tmp_path, job.plan.total_steps) as tracker:
@@ -297,7 +329,7 @@ def test_a_learning_rate_that_blows_the_weights_up_ends_the_run_and_saves_nothin
 
 
 def test_steps_skipped_in_a_row_are_counted_apart_from_all() -> None:
-    state, counts = State(0, {}, "", ""), []
+    state, counts = State(0, {}, {}), []
     for skipped in (True, True, False, True):
         state.count_skipped(skipped)
         counts.append((state.skipped_steps, state.skipped_in_a_row))

@@ -67,12 +67,15 @@ def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedMo
 
 
 def keep_weights_in_place(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first CPU forward.
+    """Stop bitsandbytes from changing a 4-bit layer in its first forward.
 
-    On CPUs with AVX512-BF16 it would; dequantizing, merging and later gradients would then silently read garbage.
+    On CPUs with AVX512-BF16 it would repack the weights: dequantizing, merging and later gradients would then silently
+    read garbage. On every device it would cast the bias to the compute dtype, which is done here instead.
     """
     for layer in linear4bit_layers(model).values():
         layer.support_avx512bf16_for_cpu = False
+        if layer.bias is not None:
+            layer.bias.data = layer.bias.data.to(layer.compute_dtype)
 
 
 def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
