@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe import LoraTable
@@ -14,7 +14,7 @@ from qlora_dpo.recipe import LoraTable
 
 def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
     """Attach an adapter that changes nothing yet (lora_B is 0); its lora_A is drawn with `seed`."""
-    torch.manual_seed(seed)
+    set_seed(seed)  # of every generator: a checkpoint keeps them all
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=table.r,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from crash import Fault, struck
 from peft import PeftModel
+from transformers import set_seed
 
 from qlora_dpo.adapter import CONFIG, WEIGHTS, save_adapter
 from qlora_dpo.errors import QloraDpoError, RunError
@@ -25,7 +26,7 @@ from qlora_dpo.training.checkpoint import State, newest_valid, save_checkpoint, 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 
 FAULTS = pytest.mark.parametrize("fault", ["killed", "torn", "full"])
-START = State(0, {}, "base", "pairs")
+START = State(0, {}, {"base": "base", "pairs": "pairs"})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def trained(step: int) -> tuple[PeftModel, torch.optim.Optimizer]:
 def save(run_dir: Path, step: int) -> None:
     """Save the checkpoint of `step`."""
     model, optimizer = trained(step)
-    torch.manual_seed(step)
+    set_seed(step)
     save_checkpoint(run_dir, replace(copy.deepcopy(START), step=step), model, optimizer)
 
 

@@ -1,6 +1,6 @@
 """Writes tests/requirements.lock: every package the suite runs with, by version and SHA-256, as pip resolves it now.
 
-python tests/lock.py
+python tests/write_requirements_lock.py
 """
 
 import json
@@ -25,7 +25,7 @@ def main() -> None:
     where = (
         f"CPython {'.'.join(platform.python_version_tuple()[:2])}, {platform.system()} {platform.machine()}, CPU torch"
     )
-    head = f"# What the suite was last locked to ({where}); written by tests/lock.py\n"
+    head = f"# What the suite was last locked to ({where}); written by tests/write_requirements_lock.py\n"
     LOCK.write_text(head + "".join(f"{line}\n" for line in sorted(pinned)))
     print(f"{LOCK}: {len(pinned)} packages")
 

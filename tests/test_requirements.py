@@ -49,6 +49,6 @@ def test_the_oldest_releases_are_the_floors_of_pyproject(asked: list[Requirement
     oldest = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines[2:])}
     floors = {canonicalize_name(each.name): each.specifier for each in asked if canonicalize_name(each.name) in oldest}
     assert len(floors) == len(oldest) >= 15
-    for name, version in oldest.items():
+    for name, release in oldest.items():
         floor = next(each.version for each in floors[name] if each.operator == ">=")
-        assert version.removesuffix(".0").removesuffix(".0") == floor.removesuffix(".0").removesuffix(".0"), name
+        assert release.removesuffix(".0").removesuffix(".0") == floor.removesuffix(".0").removesuffix(".0"), name
