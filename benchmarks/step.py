@@ -42,7 +42,7 @@ from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
 from qlora_dpo.preference.reference import live_logps, ride_along
-from qlora_dpo.recipe import DataTable, DpoTable, LoraTable, ModelTable
+from qlora_dpo.recipe import DataTable, LoraTable, ModelTable, Sigmoid
 
 TRL = ("trl-4", "trl-1", "trl-best", "trl-compact")
 OURS = ("padded", "packed", "lean", "cached", "checkpointed")
@@ -262,8 +262,7 @@ def _our_step(
         batch = collate([bench.pairs[i] for i in group], packing).to(place)
         reference_P2 = ride_along(model, batch, bench.here) if known_P2 is None else known_P2[group].to(place)
         scores = score(model, batch, bench.here)
-        logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
-        (objective(*logps, reference_P2, DpoTable()).total_P.sum() / len(bench.pairs)).backward()
+        (objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(bench.pairs)).backward()
     torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), 1.0)
     optimizer.step()
     optimizer.zero_grad()

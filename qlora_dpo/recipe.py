@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe_errors import sentences
+from qlora_dpo.recipe_objective import TABLES, Objective, Sigmoid
+from qlora_dpo.recipe_tables import Natural, Positive, Table, Text
 from qlora_dpo.redact import line_of_secret
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
@@ -21,18 +23,6 @@ MOST_BYTES = 2**16
 """A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
 MOST_SENTENCES = 20
 """Mistakes that are told at once."""
-
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Table(BaseModel):
-    """A recipe table: frozen, strictly typed, and without room for keys that nothing reads."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelTable(Table):
@@ -113,17 +103,6 @@ class DataTable(Table):
         if self.revision is not None and is_local(self.train) and (self.eval is None or is_local(self.eval)):
             raise ValueError("has a revision, which only a hub data set takes; leave it out")
         return self
-
-
-class DpoTable(Table):
-    """The objective."""
-
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the policy is held to the reference."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """The share of pairs assumed to be labelled the wrong way round (conservative DPO)."""
-    sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the negative log-likelihood per token of the chosen answer (RPO), added to the DPO loss."""
 
 
 class TrainTable(Table):
@@ -207,7 +186,7 @@ class Recipe(Table):
     model: ModelTable
     lora: LoraTable = LoraTable()
     data: DataTable
-    dpo: DpoTable = DpoTable()
+    objective: Objective = Sigmoid()
     train: TrainTable = TrainTable()
     samples: SamplesTable = SamplesTable()
     track: TrackTable | None = None
@@ -290,12 +269,17 @@ def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None
 def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> None:
     """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `also`."""
     tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
-    known = [f"{name}.{key}" for name, (table, *_) in tables.items() for key in table.model_fields] + list(also)
+    tables["objective"] = TABLES
+    known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _keys(table)] + list(also)
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             guess = f"; did you mean {near[0]}?" if near else f"; write TABLE.KEY, or {' or '.join(also)}"
             raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
+
+
+def _keys(table: Any) -> Iterator[str]:
+    yield from getattr(table, "model_fields", ())
 
 
 def resolved_text(recipe: Recipe) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qlora_dpo.recipe_objective import TABLES, Plain, loss_types
+
 OTHER_TOOLS = {
     "lora_rank": ("LLaMA-Factory's", "lora.r"),
     "lora_r": ("axolotl's and TRL's", "lora.r"),
@@ -16,12 +18,12 @@ OTHER_TOOLS = {
     "lora_target": ("LLaMA-Factory's", "lora.target_modules"),
     "lora_target_modules": ("axolotl's and TRL's", "lora.target_modules"),
     "lora_target_linear": ("axolotl's", 'lora.target_modules = "all-linear"'),
-    "pref_beta": ("LLaMA-Factory's", "dpo.beta"),
-    "rl_beta": ("axolotl's", "dpo.beta"),
-    "dpo_beta": ("Soup's and unsloth's", "dpo.beta"),
-    "pref_ftx": ("LLaMA-Factory's", "dpo.sft_weight"),
-    "rpo_alpha": ("TRL's", "dpo.sft_weight"),
-    "dpo_label_smoothing": ("LLaMA-Factory's", "dpo.label_smoothing"),
+    "pref_beta": ("LLaMA-Factory's", "objective.beta"),
+    "rl_beta": ("axolotl's", "objective.beta"),
+    "dpo_beta": ("Soup's and unsloth's", "objective.beta"),
+    "pref_ftx": ("LLaMA-Factory's", "objective.sft_weight"),
+    "rpo_alpha": ("TRL's", "objective.sft_weight"),
+    "dpo_label_smoothing": ("LLaMA-Factory's", "objective.label_smoothing"),
     "micro_batch_size": ("axolotl's", "train.micro_batch_tokens (tokens, not pairs)"),
     "per_device_train_batch_size": ("TRL's", "train.batch_size (pairs per optimizer step)"),
     "gradient_accumulation_steps": ("TRL's", "train.batch_size (pairs per optimizer step)"),
@@ -51,7 +53,12 @@ OTHER_TOOLS = {
     "wandb_project": ("axolotl's", '[track] wandb = "PROJECT"'),
     "report_to": ("transformers'", '[track] wandb = "PROJECT"'),
     "output_dir": ("TRL's", "the command's -o DIR"),
-    "loss_type": ("TRL's", "nothing yet: this version has the sigmoid loss and dpo.sft_weight"),
+    "pref_loss": ("LLaMA-Factory's", "objective.loss_type"),
+    "rl": ("axolotl's", "objective.loss_type"),
+    "rlhf_type": ("ms-swift's", "objective.loss_type"),
+    "cpo_alpha": ("TRL's", "objective.sft_weight"),
+    "loss_weights": ("TRL's", 'objective.losses, beside loss_type = "sum"'),
+    "simpo_gamma_beta_ratio": ("SimPO's scripts'", "objective.simpo_gamma (beta times that)"),
 }
 
 KINDS = {
@@ -74,7 +81,7 @@ def sentences(
     """Yield one line for every key that is wrong, in the order of the file."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for each in error.errors(include_url=False):
-        keys = tuple(str(part) for part in each["loc"] if isinstance(part, str))[:2]
+        keys = ("objective", "loss_type") if each["type"] == "union_tag_invalid" else _keys(each["loc"])
         found.setdefault(keys, []).append(dict(each))
     lines = key_lines(text)
     placed = []
@@ -84,6 +91,12 @@ def sentences(
         where = f"--set {by_hand[-1]}" if by_hand else f"{path}:{line}" if line else path
         placed.append((line, f"{where}: {_sentence(keys, problems, recipe)}"))
     return (sentence for _, sentence in sorted(placed))
+
+
+def _keys(place: Sequence[str | int]) -> tuple[str, ...]:
+    """Table and key of an error's place; pydantic puts the kind of objective between them."""
+    names = [part for part in place if isinstance(part, str)]
+    return tuple(names[:1] + names[2:3] if names[:1] == ["objective"] else names[:2])
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -114,6 +127,11 @@ def _dotted(name: str) -> tuple[str, ...]:
 def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: type[BaseModel]) -> str:
     first = problems[0]
     name = ".".join(keys)
+    if keys[:1] == ("objective",):
+        if first["type"] == "union_tag_invalid":
+            return _unknown_loss(first["input"].get("loss_type"))
+        if first["type"] == "extra_forbidden":
+            return _unread_key(keys[1], str(first["loc"][1]), recipe)
     table = recipe.model_fields[keys[0]].annotation if keys and keys[0] in recipe.model_fields else None
     match first["type"]:
         case "extra_forbidden":
@@ -129,12 +147,32 @@ def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: typ
             return f"{name} is {_shown(first['input'])}; it must be {_wanted(problems)}"
 
 
+def _unknown_loss(found: object) -> str:
+    known = [name for table in TABLES for name in loss_types(table)]
+    close = difflib.get_close_matches(str(found), known, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"it must be one of {', '.join(known)}"
+    return f"objective.loss_type is {_shown(found)}; {hint}"
+
+
+def _unread_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
+    """A key of [objective] that its loss does not read: which losses do, or what may have been meant."""
+    own = next(table for table in TABLES if kind in (*loss_types(table), "plain" if table is Plain else ""))
+    readers = [name for table in TABLES if key in table.model_fields for name in loss_types(table)]
+    if readers:
+        loss = "this loss" if own is Plain else f'loss_type = "{loss_types(own)[0]}"'
+        verb = "does" if len(readers) == 1 else "do"
+        return f'[objective] has "{key}", which {loss} does not read; {", ".join(readers)} {verb}'
+    return _unknown_key(("objective", key), list(own.model_fields), recipe)
+
+
 def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
     place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
     if key in OTHER_TOOLS:
         owner, ours = OTHER_TOOLS[key]
         return f'{place} has no key "{key}": that is {owner} name; here it is {ours}'
     homes = [table for table, field in recipe.model_fields.items() if key in _fields(field.annotation)]
+    if any(key in table.model_fields for table in TABLES):
+        homes.append("objective")
     if homes:
         return f'{place} has no key "{key}"; it belongs to [{"] or [".join(homes)}]'
     kind = "key" if len(keys) > 1 else "table"

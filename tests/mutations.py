@@ -19,7 +19,7 @@ from queue import Queue
 
 HOME = Path(__file__).parents[1]
 
-LOSS = "test_objective.py test_oracle.py test_trl_oracle.py"
+LOSS = "test_objective.py test_oracle.py test_trl_oracle.py test_losses.py"
 LOGPS = "test_logps.py test_packed_rows.py"
 PACK = "test_pack.py test_packed_rows.py"
 LEAN = "test_lean.py test_packed_rows.py"
@@ -30,27 +30,54 @@ MERGE = "test_merge.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/objective.py": [
-        ("-F.logsigmoid(beta * margin_P)", "-F.logsigmoid(margin_P)", LOSS),
-        ("-F.logsigmoid(-beta * margin_P)", "-F.logsigmoid(beta * margin_P)", LOSS),
-        ("-F.logsigmoid(beta * margin_P)", "-(beta * margin_P).sigmoid().log()", LOSS),
-        ("(1 - label_smoothing) * agree_P", "agree_P", LOSS),
+        (
+            "agree_P = -F.logsigmoid(beta * margin_P)",
+            "agree_P = -F.logsigmoid(margin_P)",
+            LOSS,
+        ),
+        (
+            "return (1 - label_smoothing) * agree_P + label_smoothing * flipped_P",
+            "return agree_P + label_smoothing * flipped_P",
+            LOSS,
+        ),
+        ("/ (1 - 2 * label_smoothing)", "", LOSS),
+        ("torch.relu(1 - beta * margin_P)", "torch.relu(1 - margin_P)", LOSS),
+        ("(margin_P - 1 / (2 * beta)) ** 2", "(margin_P - 1 / beta) ** 2", LOSS),
+        ("math.log1p(-label_smoothing)", "math.log(label_smoothing)", LOSS),
+        ("- 0.5 * F.logsigmoid(-beta * rejected_P)", "- 0.5 * F.logsigmoid(beta * rejected_P)", LOSS),
+        ("return (chosen_P - 0.5 / beta) ** 2", "return (chosen_P + 0.5 / beta) ** 2", LOSS),
+        ("torch.sigmoid(-beta * (chosen_P - rejected_P))", "torch.sigmoid(beta * (chosen_P - rejected_P))", LOSS),
+        ("0.5 * pull_P", "pull_P", LOSS),
+        ("dpop_lambda * torch.relu(-chosen_P)", "dpop_lambda * torch.relu(chosen_P)", LOSS),
+        ("beta * margin_P + length_alpha * longer_P", "beta * margin_P - length_alpha * longer_P", LOSS),
+        ("beta * margin_P - odpo_alpha * offset_P", "beta * margin_P", LOSS),
+        ("reward_P - gamma / beta", "reward_P - gamma", LOSS),
+        ("-beta * F.logsigmoid(odds_P)", "-F.logsigmoid(odds_P)", LOSS),
+        ("one_P.sort().values - other_P.sort().values", "one_P - other_P", LOSS),
         ("-chosen_logp_P / chosen_tokens_P", "-chosen_logp_P", LOSS),
-        ("(chosen_logp_P - reference_P2[:, 0]) - (", "(chosen_logp_P - reference_P2[:, 1]) - (", LOSS),
-        ("- (rejected_logp_P - reference_P2[:, 1])", "- (rejected_logp_P - reference_P2[:, 0])", LOSS),
-        ("- (rejected_logp_P - reference_P2[:, 1])", "- rejected_logp_P", LOSS),
-        ("dpo_P + table.sft_weight * sft_P", "dpo_P + sft_P", LOSS),
-        ("table.beta, table.label_smoothing", "table.beta", LOSS),
+        ("ratio_P2 = ratio_P2 - logps.reference_P2", "ratio_P2 = ratio_P2 - logps.reference_P2.flip(1)", LOSS),
+        ("ratio_P2 = ratio_P2 - logps.reference_P2", "pass", LOSS),
+        ("preference_P + (table.sft_weight * sft_P", "preference_P + (sft_P", LOSS),
+        ("return dpo(score_P - asked_P, beta, table.label_smoothing)", "return dpo(score_P - asked_P, beta)", LOSS),
+        ("preference_P = preference_P * logps.likely_P", "pass", LOSS),
+        ("total_P = total_P * logps.columns.weight_P", "pass", LOSS),
+        ("(end - start) * (step - 1)", "(end - start) * step", LOSS),
+        ("mean = table.beta_momentum * mean + (1 - table.beta_momentum) * now", "mean = now", LOSS),
+    ],
+    "preference/counted.py": [
+        ("[alpha] * (length - shorter)", "[1.0] * (length - shorter)", LOSS),
+        ("_drawn(length, shorter, draw)", "_drawn(length, length, draw)", LOSS),
+        ("random.Random(pair.digest)", "random.Random()", LOSS),
     ],
     "preference/metrics.py": [
-        (
-            "self.beta * (scores.chosen_logp_P.detach() - reference_P2[:, 0])",
-            "scores.chosen_logp_P.detach() - reference_P2[:, 0]",
-            LOOP + " test_trl_oracle.py",
-        ),
         ("self.pairs += len(chosen_P)", "self.pairs += 1", LOOP),
         ("+ ties / 2", "+ ties", LOOP),
         ("(chosen_P - rejected_P).double()", "(rejected_P - chosen_P).double()", LOOP + " test_trl_oracle.py"),
-        ("total / weights.get(name, self.pairs)", "total / self.pairs", LOOP + " test_trl_oracle.py"),
+        (
+            "self.totals[name] / weights.get(name, self.pairs)",
+            "self.totals[name] / self.pairs",
+            LOOP + " test_trl_oracle.py",
+        ),
         ('"entropy": self.chosen_tokens + self.rejected_tokens', '"entropy": self.chosen_tokens', "test_trl_oracle.py"),
     ],
     "preference/logps.py": [
@@ -135,8 +162,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("* inverse_T1**3", "* inverse_T1**2", LEAN),
     ],
     "training/loop.py": [
-        ("tools.accelerator.backward(loss_P.sum() / len(pairs))", "tools.accelerator.backward(loss_P.mean())", LOOP),
-        ("tools.accelerator.backward(loss_P.sum() / len(pairs))", "tools.accelerator.backward(loss_P.sum())", LOOP),
         ("        tools.schedule.step()", "        pass", LOOP),
         ("    tools.optimizer.zero_grad()\n", "", LOOP),
         ("job.plan.indices(state.step + 1)", "job.plan.indices(state.step or 1)", LOOP),
@@ -147,6 +172,14 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             LOOP,
         ),
         ("    model.train()\n    window", "    window", LOOP + " test_lean.py faults/test_resumes.py"),
+    ],
+    "training/step.py": [
+        ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.mean())", LOOP),
+        ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.sum())", LOOP),
+        ("torch.set_rng_state(draw)", "pass", "test_losses.py"),
+        ("        start += len(group)", "        pass", "test_losses.py"),
+        ("needs_whole_step(job.recipe.objective) and len(groups) > 1", "False", "test_losses.py"),
+        ("state.num_tokens += batch.tokens", "state.num_tokens += 1", LOOP + " test_trl_oracle.py"),
     ],
     "training/plan.py": [
         ("math.ceil(self.pairs / self.batch_size)", "self.pairs // self.batch_size", "test_plan.py test_loop.py"),
@@ -164,7 +197,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (">= MOST_SKIPPED", "> MOST_SKIPPED", LOOP),
     ],
     "training/checkpoint.py": [
-        ('torch.set_rng_state(random["cpu"])', "pass", CHECKPOINT),
+        ('restore(load_file(folder / "random.safetensors"))', "pass", CHECKPOINT),
         ('for key in ("exp_avg", "exp_avg_sq", "step")', 'for key in ("exp_avg", "step")', CHECKPOINT),
         ("            parameters[name].copy_(value)", "            pass", CHECKPOINT),
         ("if bad := names_not_finite(adapter | moments):", "if bad := []:", CHECKPOINT),

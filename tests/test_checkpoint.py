@@ -47,7 +47,11 @@ def train(
 ) -> tuple[PeftModel, State]:
     """Train in `folder`; with `stop_at`, the signal arrives while that step ends."""
     place = jobs.device.choose(dtype)  # type: ignore[arg-type]
-    tables = {"train": {**TRAIN, "seed": seed, **changes}, "lora": {"lora_dropout": 0.1}, "dpo": {"sft_weight": 0.2}}
+    tables = {
+        "train": {**TRAIN, "seed": seed, **changes},
+        "lora": {"lora_dropout": 0.1},
+        "objective": {"sft_weight": 0.2},
+    }
     what = jobs.recipe(quantization, **tables)
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what, place)

@@ -104,7 +104,7 @@ def test_the_heads_gradient_is_the_numeric_one(states: int, words: int, monkeypa
     hidden_TD = torch.randn(batch.input_ids_BL.numel(), 5, dtype=torch.float64, generator=generator, requires_grad=True)
     weight_VD, bias_V = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((11, 5), (11,)))
     assert torch.autograd.gradcheck(
-        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, batch, True)[0], hidden_TD
+        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, batch, True, False)[0], hidden_TD
     )
 
 

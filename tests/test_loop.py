@@ -21,7 +21,7 @@ from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import collate, micro_batches
-from qlora_dpo.recipe import DpoTable
+from qlora_dpo.recipe_objective import Sigmoid
 from qlora_dpo.training import finite
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.evaluate import Side, evaluate
@@ -56,15 +56,14 @@ def step_gradient(
     model: PeftModel,
     reference_P2: Tensor,
     groups: list[list[int]],
-    table: DpoTable,
+    table: Sigmoid,
     pairs: Sequence[EncodedPair] = PAIRS,
 ) -> Tensor:
     """The gradient of the mean loss over all pairs, summed over micro-batches."""
     model.zero_grad()
     for group in groups:
         scores = score(model, collate([pairs[i] for i in group], jobs.PACKED), jobs.CPU)
-        logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
-        (objective(*logps, reference_P2[group], table).total_P.sum() / len(pairs)).backward()
+        (objective(scores.beside(reference_P2[group]), table).total_P.sum() / len(pairs)).backward()
     return jobs.gradients(model)
 
 
@@ -72,7 +71,7 @@ def step_gradient(
 def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(quantization: str) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe(quantization)))
     reference_P2 = -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0))
-    table = DpoTable(sft_weight=0.3, label_smoothing=0.1)
+    table = Sigmoid(sft_weight=0.3, label_smoothing=0.1)
     whole = step_gradient(model, reference_P2, [list(range(len(PAIRS)))], table)
     for budget in (1, 100, 200):
         cut = step_gradient(model, reference_P2, micro_batches(PAIRS, replace(jobs.PACKED, token_budget=budget)), table)
@@ -93,7 +92,7 @@ def test_the_short_last_step_of_an_epoch_is_the_mean_over_its_own_pairs(tmp_path
         if number == 2:
             for pair in last:  # one at a time
                 some, reference_P2 = [job.train.pairs[pair]], job.train.reference_P2[[pair]]
-                expected.append(step_gradient(model, reference_P2, [[0]], what.dpo, some))
+                expected.append(step_gradient(model, reference_P2, [[0]], what.objective, some))
             model.zero_grad()
 
     tracker.step = step  # type: ignore[method-assign]
@@ -108,7 +107,7 @@ def test_the_token_budget_changes_neither_the_adapter_nor_what_is_logged(quantiz
     runs = []
     for budget in (1, 100, 5000):
         AcceleratorState._reset_state(True)
-        tables = {"train": {"micro_batch_tokens": budget, "num_train_epochs": 2}, "dpo": {"sft_weight": 0.5}}
+        tables = {"train": {"micro_batch_tokens": budget, "num_train_epochs": 2}, "objective": {"sft_weight": 0.5}}
         runs.append(train(tmp_path / str(budget), quantization, **tables))
     (model, _, metrics), *others = runs
     for other, _, lines in others:
@@ -135,7 +134,7 @@ VARYING = {
 def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
     side = Side(PAIRS, -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0)))
-    table = DpoTable(sft_weight=0.3)
+    table = Sigmoid(sft_weight=0.3)
     expected, found = (
         evaluate(model, side, table, replace(jobs.PACKED, token_budget=tokens), jobs.CPU) for tokens in (200, budget)
     )
@@ -147,7 +146,7 @@ def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
 def test_an_evaluation_leaves_the_model_in_its_mode_and_weights() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe())).train()
     before = jobs.adapter(model)
-    evaluate(model, Side(PAIRS, torch.zeros(8, 2)), DpoTable(), jobs.PACKED, jobs.CPU)
+    evaluate(model, Side(PAIRS, torch.zeros(8, 2)), Sigmoid(), jobs.PACKED, jobs.CPU)
     assert model.training
     assert jobs.all_apart(jobs.adapter(model), before) == 0
 
@@ -158,7 +157,7 @@ def test_a_tie_counts_as_half_a_right_answer() -> None:
     reference_P2 = torch.stack([batch.chosen_logp_P, batch.rejected_logp_P], 1).detach()
     reference_P2[:2, 0] -= 1  # two pairs are right by 1 nat, one is wrong by 1, five are ties
     reference_P2[2, 0] += 1
-    found = evaluate(model, Side(PAIRS, reference_P2), DpoTable(), jobs.PACKED, jobs.CPU)
+    found = evaluate(model, Side(PAIRS, reference_P2), Sigmoid(), jobs.PACKED, jobs.CPU)
     assert (found["eval_rewards/accuracies"], found["eval_ties"], found["eval_pairs"]) == (4.5 / 8, 5, 8)
     assert found["eval_rewards/margins"] == pytest.approx(0.1 * (2 - 1) / 8)
 
@@ -241,7 +240,7 @@ def test_logging_and_evaluation_come_when_the_recipe_says(
 
 MEANS = {
     "loss",
-    "dpo_loss",
+    "preference_loss",
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -258,7 +257,7 @@ RUNNING = {"learning_rate", "grad_norm", "num_tokens", "pairs_per_second", "toke
 
 @pytest.mark.parametrize(("sft_weight", "extra"), [(0.0, set()), (0.5, {"sft_loss"})])
 def test_metrics_have_trls_names(sft_weight: float, extra: set[str], tmp_path: Path) -> None:
-    _, _, metrics = train(tmp_path, train={"max_steps": 1}, dpo={"sft_weight": sft_weight})
+    _, _, metrics = train(tmp_path, train={"max_steps": 1}, objective={"sft_weight": sft_weight})
     common = {"kind", "step", "epoch"}
     assert metrics[1].keys() == MEANS | extra | RUNNING | common | {"memory_bytes"}
     assert metrics[0].keys() == {f"eval_{name}" for name in MEANS | extra} | common | {
@@ -358,7 +357,7 @@ def test_the_logged_gradient_norm_is_that_of_the_mean_loss(tmp_path: Path) -> No
     what = jobs.recipe(**tables)
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path, train=8)
-    expected = step_gradient(model, job.train.reference_P2, [list(range(8))], what.dpo).norm()
+    expected = step_gradient(model, job.train.reference_P2, [list(range(8))], what.objective).norm()
     model.zero_grad()
     with Tracker(tmp_path, job.plan.total_steps) as tracker:
         fit(model, job, jobs.start(job), tracker)
@@ -379,5 +378,5 @@ def test_dropout_works_in_training_and_not_in_an_evaluation(tmp_path: Path) -> N
         kept.append(jobs.adapter(model))
     assert jobs.all_apart(kept[0], kept[1]) > 1e-4
     side = Side(PAIRS, torch.zeros(8, 2))
-    first, second = (evaluate(model.train(), side, DpoTable(), jobs.PACKED, jobs.CPU) for _ in range(2))
+    first, second = (evaluate(model.train(), side, Sigmoid(), jobs.PACKED, jobs.CPU) for _ in range(2))
     assert first["eval_loss"] == second["eval_loss"]

@@ -24,7 +24,7 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown table": (
         BOTH + "[optimizer]\nname = 1\n",
-        [':5: a recipe has no table "optimizer"; it has model, lora, data, dpo, train, samples, track'],
+        [':5: a recipe has no table "optimizer"; it has model, lora, data, objective, train, samples, track'],
     ),
     "misspelt table": (BOTH + "[lorra]\nr = 1\n", [':5: a recipe has no table "lorra"; did you mean "lora"?']),
     "misspelt key": (
@@ -32,21 +32,51 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
         [':6: [lora] has no key "lora_aplha"; did you mean "lora_alpha"?'],
     ),
     "unlike any key": (
-        BOTH + "[dpo]\nzzz = 1\n",
-        [':6: [dpo] has no key "zzz"; it has beta, label_smoothing, sft_weight'],
+        BOTH + "[objective]\nzzz = 1\n",
+        [
+            ':6: [objective] has no key "zzz"; it has sft_weight, use_weighting, weight_column, beta, beta_end, '
+            "ld_alpha, f_divergence_type, f_alpha_divergence_coef, loss_type, label_smoothing, margin_column"
+        ],
     ),
     "key of another table": (
         BOTH + "[lora]\nlearning_rate = 1e-4\n",
         [':6: [lora] has no key "learning_rate"; it belongs to [train]'],
     ),
-    "key outside its table": ("beta = 0.1\n" + BOTH, [':1: a recipe has no key "beta"; it belongs to [dpo]']),
+    "unknown loss": (
+        BOTH + '[objective]\nloss_type = "simpoo"\n',
+        [':6: objective.loss_type is the string "simpoo"; did you mean "simpo"?'],
+    ),
+    "a key that another loss reads": (
+        BOTH + '[objective]\nloss_type = "dpop"\nlabel_smoothing = 0.1\n',
+        [
+            ':7: [objective] has "label_smoothing", which loss_type = "dpop" does not read; sigmoid, robust, exo_pair, '
+            "aot, aot_unpaired, simpo, cpo do"
+        ],
+    ),
+    "a key that a loss without keys does not read": (
+        BOTH + '[objective]\nloss_type = "ipo"\ndiscopop_tau = 0.1\n',
+        [':7: [objective] has "discopop_tau", which this loss does not read; discopop does'],
+    ),
+    "a value of the loss": (
+        BOTH + '[objective]\nloss_type = "robust"\nlabel_smoothing = 0.5\n',
+        [":7: objective.label_smoothing is 0.5; it must be less than 0.5"],
+    ),
+    "a key that the loss needs": (
+        BOTH + '[objective]\nloss_type = "robust"\n',
+        [':5: [objective] needs the key "label_smoothing"'],
+    ),
+    "a divergence that the loss does not read": (
+        BOTH + '[objective]\nloss_type = "apo_zero"\nf_divergence_type = "forward_kl"\n',
+        [':5: [objective] has f_divergence_type, which loss_type = "apo_zero" does not read'],
+    ),
+    "key outside its table": ("beta = 0.1\n" + BOTH, [':1: a recipe has no key "beta"; it belongs to [objective]']),
     "LLaMA-Factory's rank": (
         BOTH + "[lora]\nlora_rank = 8\n",
         [':6: [lora] has no key "lora_rank": that is LLaMA-Factory\'s name; here it is lora.r'],
     ),
     "LLaMA-Factory's beta": (
-        BOTH + "[dpo]\npref_beta = 0.1\n",
-        [':6: [dpo] has no key "pref_beta": that is LLaMA-Factory\'s name; here it is dpo.beta'],
+        BOTH + "[objective]\npref_beta = 0.1\n",
+        [':6: [objective] has no key "pref_beta": that is LLaMA-Factory\'s name; here it is objective.beta'],
     ),
     "axolotl's micro batch": (
         BOTH + "[train]\nmicro_batch_size = 2\n",
@@ -113,15 +143,18 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     ),
     "zero": (BOTH + "[train]\nbatch_size = 0\n", [":6: train.batch_size is 0; it must be greater than 0"]),
     "minus one for off": (BOTH + "[train]\nmax_steps = -1\n", [":6: train.max_steps is -1; it must be greater than 0"]),
-    "infinite": (BOTH + "[dpo]\nbeta = inf\n", [":6: dpo.beta is inf; it must be a finite number"]),
-    "not a number": (BOTH + "[dpo]\nsft_weight = nan\n", [":6: dpo.sft_weight is nan; it must be a finite number"]),
+    "infinite": (BOTH + "[objective]\nbeta = inf\n", [":6: objective.beta is inf; it must be a finite number"]),
+    "not a number": (
+        BOTH + "[objective]\nsft_weight = nan\n",
+        [":6: objective.sft_weight is nan; it must be a finite number"],
+    ),
     "whole dropout": (
         BOTH + "[lora]\nlora_dropout = 1.0\n",
         [":6: lora.lora_dropout is 1.0; it must be less than 1.0"],
     ),
     "half the labels wrong": (
-        BOTH + "[dpo]\nlabel_smoothing = 0.5\n",
-        [":6: dpo.label_smoothing is 0.5; it must be less than 0.5"],
+        BOTH + "[objective]\nlabel_smoothing = 0.5\n",
+        [":6: objective.label_smoothing is 0.5; it must be less than 0.5"],
     ),
     "huge number": (
         BOTH + "[lora]\nr = 1" + "0" * 30 + "\n",

@@ -1,13 +1,13 @@
 """The losses as mathematics: worked numbers and identities."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from qlora_dpo.preference.objective import dpo, objective, sft
-from qlora_dpo.recipe import DpoTable
+from qlora_dpo.preference.objective import Logps, dpo, objective, sft
+from qlora_dpo.recipe_objective import Sigmoid
 
 MARGINS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 60.0], dtype=torch.float64)
 
@@ -43,14 +43,16 @@ def test_dpo_stays_finite_and_keeps_its_slope_at_a_hopeless_margin() -> None:
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin() -> None:
-    chosen_P, rejected_P, reference_P2 = _log_probabilities()
-    tokens_P = torch.ones(4)
-    table = DpoTable(beta=0.3)
-    there = objective(chosen_P, rejected_P, tokens_P, reference_P2, table)
-    back = objective(rejected_P, chosen_P, tokens_P, reference_P2.flip(1), table)
-    margin_P = (chosen_P - reference_P2[:, 0]) - (rejected_P - reference_P2[:, 1])
-    torch.testing.assert_close(there.dpo_P, dpo(margin_P, 0.3))
-    torch.testing.assert_close(back.dpo_P, dpo(-margin_P, 0.3))
+    here = logps()
+    there = replace(
+        here,
+        chosen_logp_P=here.rejected_logp_P,
+        rejected_logp_P=here.chosen_logp_P,
+        reference_P2=here.reference_P2.flip(1),
+    )
+    margin_P = (here.chosen_logp_P - here.reference_P2[:, 0]) - (here.rejected_logp_P - here.reference_P2[:, 1])
+    torch.testing.assert_close(objective(here, Sigmoid(beta=0.3)).preference_P, dpo(margin_P, 0.3))
+    torch.testing.assert_close(objective(there, Sigmoid(beta=0.3)).preference_P, dpo(-margin_P, 0.3))
 
 
 def test_sft_is_the_chosen_answers_negative_log_likelihood_per_token() -> None:
@@ -58,12 +60,13 @@ def test_sft_is_the_chosen_answers_negative_log_likelihood_per_token() -> None:
 
 
 def test_the_objective_adds_the_weighted_sft_term() -> None:
-    chosen_P, rejected_P, reference_P2 = _log_probabilities()
-    losses = objective(chosen_P, rejected_P, torch.tensor([1, 2, 3, 4]), reference_P2, DpoTable(sft_weight=0.5))
-    torch.testing.assert_close(losses.total_P, losses.dpo_P + 0.5 * losses.sft_P)
+    losses = objective(logps(), Sigmoid(sft_weight=0.5))
+    torch.testing.assert_close(losses.total_P, losses.preference_P + 0.5 * losses.sft_P)
 
 
-def _log_probabilities() -> tuple[Tensor, Tensor, Tensor]:
+def logps() -> Logps:
+    """Four pairs of random log-probabilities in float64."""
     generator = torch.Generator().manual_seed(0)
-    values = -20 * torch.rand(4, 4, generator=generator)
-    return values[:, 0], values[:, 1], values[:, 2:]
+    values = -20 * torch.rand(4, 4, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(3, 30, (4, 2), generator=generator).double()
+    return Logps(values[:, 0], values[:, 1], tokens[:, 0], tokens[:, 1], values[:, 2:], values[:, 0])

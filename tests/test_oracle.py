@@ -15,9 +15,9 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.model import attention
 from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import dpo, objective
+from qlora_dpo.preference.objective import Logps, dpo, objective
 from qlora_dpo.preference.pack import collate, micro_batches
-from qlora_dpo.recipe import DpoTable
+from qlora_dpo.recipe_objective import Sigmoid
 from qlora_dpo.talk.generate import prompt_ids
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -64,16 +64,12 @@ def test_the_objective_is_its_definition_in_float64(beta: float, label_smoothing
     for _ in range(200):
         chosen, rejected, chosen_reference, rejected_reference = (draw.uniform(-200, 0) for _ in range(4))
         tokens = draw.randint(1, 50)
-        table = DpoTable(beta=beta, label_smoothing=label_smoothing, sft_weight=0.3)
-        found = objective(
-            torch.tensor([chosen]),
-            torch.tensor([rejected]),
-            torch.tensor([tokens]),
-            torch.tensor([[chosen_reference, rejected_reference]]),
-            table,
-        )
+        table = Sigmoid(beta=beta, label_smoothing=label_smoothing, sft_weight=0.3)
+        chosen_P, rejected_P, tokens_P = torch.tensor([chosen]), torch.tensor([rejected]), torch.tensor([tokens])
+        reference_P2 = torch.tensor([[chosen_reference, rejected_reference]])
+        found = objective(Logps(chosen_P, rejected_P, tokens_P, tokens_P, reference_P2, chosen_P), table)
         margin = (chosen - chosen_reference) - (rejected - rejected_reference)
-        assert found.dpo_P.item() == pytest.approx(loss(margin, beta, label_smoothing), rel=1e-5, abs=2e-5)
+        assert found.preference_P.item() == pytest.approx(loss(margin, beta, label_smoothing), rel=1e-5, abs=2e-5)
         assert found.total_P.item() == pytest.approx(
             loss(margin, beta, label_smoothing) - 0.3 * chosen / tokens, rel=1e-5, abs=2e-5
         )

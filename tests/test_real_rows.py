@@ -22,7 +22,7 @@ from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import ride_along
-from qlora_dpo.recipe import DpoTable
+from qlora_dpo.recipe_objective import Sigmoid
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODEL, ROWS = SHARED / "models" / "stories260k", SHARED / "data" / "hh" / "full-hh-style.jsonl.gz"
@@ -84,8 +84,7 @@ def test_loss_and_gradients_of_real_rows_are_trls(budget: int, tmp_path: Path) -
         batch = collate([pairs[i] for i in group], packing)
         reference_P2 = ride_along(model, batch, jobs.CPU)
         scores = score(model, batch, jobs.CPU)
-        logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
-        ours = objective(*logps, reference_P2, DpoTable()).total_P.sum() / len(pairs)
+        ours = objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(pairs)
         ours.backward()
         total += ours.item()
     assert total == pytest.approx(loss.item(), rel=1e-5)

@@ -47,7 +47,7 @@ def test_a_recipe_keeps_its_own_text_and_what_was_set(tmp_path: Path) -> None:
     [
         ("lora.r=8", "lora", "r", 8),
         (" lora . r = 8 ", "lora", "r", 8),
-        ("dpo.beta=1", "dpo", "beta", 1.0),
+        ("objective.beta=1", "objective", "beta", 1.0),
         ("train.learning_rate=2e-4", "train", "learning_rate", 2e-4),
         ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
         ("data.train_split=train[:100]", "data", "train_split", "train[:100]"),
@@ -128,7 +128,7 @@ def test_the_resolved_text_keeps_what_is_hard_to_write(tmp_path: Path) -> None:
     given = Recipe(
         model=ModelTable(name="org/base"),
         data=DataTable(train="org/pairs", train_split=nasty),
-        dpo=recipe_module.DpoTable(beta=1e-300, label_smoothing=0.1 + 0.2),
+        objective=recipe_module.Sigmoid(beta=1e-300, label_smoothing=0.1 + 0.2),
     )
     assert load(write(tmp_path, resolved_text(given))).recipe == given
 

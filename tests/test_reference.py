@@ -185,7 +185,7 @@ def test_another_rate_rank_seed_or_beta_asks_the_reference_nothing(own_cache: Pa
         "rate": {"train": {"learning_rate": 1e-5}},
         "rank": {"lora": {"r": 2}},
         "seed": {"train": {"seed": 7}},
-        "beta": {"dpo": {"beta": 0.5}},
+        "beta": {"objective": {"beta": 0.5}},
     }.items():
         assert whole_run(tmp_path / name, other).reference_computed == 0, name
     assert whole_run(tmp_path / "nf4", {"model": {"quantization": "nf4"}}).reference_computed == 12

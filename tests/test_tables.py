@@ -19,7 +19,7 @@ def evaluation(step: int, epoch: float, loss: float, accuracy: float, margin: fl
         "step": step,
         "epoch": epoch,
         "eval_loss": loss,
-        "eval_dpo_loss": loss / 2,
+        "eval_preference_loss": loss / 2,
         "eval_sft_loss": loss / 2,
         "eval_rewards/accuracies": accuracy,
         "eval_rewards/margins": margin,
@@ -123,7 +123,7 @@ def test_results_at_80_columns() -> None:
         "                                  step 0       step 24       step 48",
         " " + "─" * 67,
         " loss                             1.3863        0.2500        0.5000",
-        " DPO loss                         0.6931        0.1250        0.2500",
+        " preference loss                  0.6931        0.1250        0.2500",
         " accuracy                          0.500         0.950         0.900",
         "   95 % interval             0.377-0.623   0.863-0.983   0.799-0.953",
         "   ties                               60             0             1",
@@ -139,12 +139,12 @@ def test_results_at_80_columns() -> None:
     ]
 
 
-def test_the_dpo_loss_has_a_row_only_beside_an_sft_loss() -> None:
+def test_the_preference_loss_has_a_row_only_beside_an_sft_loss() -> None:
     plain = results()
     for record in plain["evals"]:
         del record["eval_sft_loss"]
     assert [label for label, _ in tables.result_rows(plain)][:2] == ["loss", "accuracy"]
-    assert [label for label, _ in tables.result_rows(results())][:2] == ["loss", "DPO loss"]
+    assert [label for label, _ in tables.result_rows(results())][:2] == ["loss", "preference loss"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Stock TRL as judge: the same loss, the same gradients, the same twenty steps."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import Losses, objective
+from qlora_dpo.preference.objective import Logps, Losses, objective, weighs_pairs
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import live_logps, probe
 from qlora_dpo.training.loop import Job, fit
@@ -98,7 +100,7 @@ def test_loss_and_gradients_of_a_batch_are_trls(quantization: str, tmp_path: Pat
 
 @QUANTIZATIONS
 def test_with_sft_term_both_agree_where_chosen_answers_are_of_one_length(quantization: str, tmp_path: Path) -> None:
-    model, job, trainer = stirred_trainer(quantization, tmp_path, chosen_tokens=5, dpo={"sft_weight": 0.5})
+    model, job, trainer = stirred_trainer(quantization, tmp_path, chosen_tokens=5, objective={"sft_weight": 0.5})
     loss = trainer.compute_loss(trainer.model, inputs(job, trainer))
     loss.backward()
     expected = jobs.gradients(model)
@@ -118,8 +120,9 @@ def test_the_sigmoid_loss_is_trls_on_the_same_log_probabilities(tmp_path: Path) 
         loss = trainer.compute_loss(trainer.model, one)
         reference_P2 = torch.stack(trainer.compute_ref_log_probs(trainer.model, one), dim=1)
         chosen_P, rejected_P = (torch.tensor(trainer._metrics["eval"][f"logps/{a}"]) for a in ("chosen", "rejected"))
-        ours = objective(chosen_P, rejected_P, torch.ones(1), reference_P2, job.recipe.dpo)
-        assert ours.dpo_P.item() == pytest.approx(loss.item(), abs=1e-6)
+        logps = Logps(chosen_P, rejected_P, torch.ones(1), torch.ones(1), reference_P2, chosen_P)
+        ours = objective(logps, job.recipe.objective)
+        assert ours.preference_P.item() == pytest.approx(loss.item(), abs=1e-6)
 
 
 def test_trls_reference_is_the_base_with_the_adapter_off(tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_trl_is_quiet_and_leaves_no_files(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
-    train("trl", jobs.recipe(dpo={"sft_weight": 0.5}), tmp_path / "run")
+    train("trl", jobs.recipe(objective={"sft_weight": 0.5}), tmp_path / "run")
     said = capsys.readouterr()
     assert said.out == ""
     assert "\nengine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs\n" in said.err
@@ -173,9 +176,10 @@ def test_trl_is_quiet_and_leaves_no_files(
 
 def test_label_smoothing_is_refused_since_trl_would_ignore_it(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        train("trl", jobs.recipe(dpo={"label_smoothing": 0.1}), tmp_path / "run")
+        train("trl", jobs.recipe(objective={"label_smoothing": 0.1}), tmp_path / "run")
     assert str(error.value) == (
-        'dpo.label_smoothing needs train.engine = "qlora_dpo": TRL\'s sigmoid loss ignores it; set it to 0'
+        "[objective] has label_smoothing, which TRL's sigmoid loss ignores; leave it out, or set train.engine = "
+        '"qlora_dpo"'
     )
 
 
@@ -231,6 +235,7 @@ def inputs(job: Job, trainer: Any, indices: Any = range(4)) -> dict[str, Tensor]
 
 
 def our_losses(model: Any, job: Job) -> Losses:
-    scores = score(model, collate(job.train.pairs[:4], jobs.PACKED), jobs.CPU)
-    logps = scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P
-    return objective(*logps, job.train.reference_P2[:4], job.recipe.dpo)
+    table = job.recipe.objective
+    batch = collate(job.train.pairs[:4], replace(jobs.PACKED, counted=counted(table)))
+    scores = score(model, batch, jobs.CPU, likely=weighs_pairs(table))
+    return objective(scores.beside(job.train.reference_P2[:4]), table)

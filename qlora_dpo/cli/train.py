@@ -8,6 +8,7 @@ import click
 if TYPE_CHECKING:
     from qlora_dpo.model.device import Device
     from qlora_dpo.recipe import LoadedRecipe
+    from qlora_dpo.recipe_objective import Objective
 
 
 @click.command(short_help="Tune a model on preference pairs as a recipe says.")
@@ -89,7 +90,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     """What the run will do, one decision a line."""
     from qlora_dpo.recipe import is_local
 
-    model, lora, data, dpo, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "dpo", "train"))
+    model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
     heldout = data.eval or data.train
     return [
         f"recipe      {loaded.path}",
@@ -101,11 +102,28 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)),
         f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
         f"held out    {heldout}" + ("" if is_local(heldout) else f", split {data.eval_split}"),
-        f"objective   sigmoid DPO, beta {dpo.beta:g}"
-        + (f", plus {dpo.sft_weight:g} * SFT on the chosen answer" if dpo.sft_weight else "")
-        + "; the reference is the same model with its adapter off",
+        f"objective   {_objective(loaded.recipe.objective)}",
         f"steps       {steps.batch_size} pairs each, {steps.num_train_epochs} epoch(s)"
         + (f", at most {steps.max_steps} steps" if steps.max_steps else "")
         + f"; learning rate {steps.learning_rate:g}, {steps.lr_scheduler_type}; engine {steps.engine}",
         f"output      {folder}",
     ]
+
+
+def _objective(table: "Objective") -> str:
+    """The loss with every key that is not at its default, and what the reference is."""
+    from qlora_dpo.recipe_objective import ReferenceFree
+
+    name = "sigmoid DPO" if table.loss_type == "sigmoid" else table.loss_type
+    keys = ["beta", *sorted(table.model_fields_set - {"loss_type", "beta", "sft_weight"})]
+    told = [f"{key} {getattr(table, key)}" for key in keys if getattr(table, key, None) is not None]
+    sft = getattr(table, "sft_weight", 0)
+    return (
+        ", ".join([name, *told])
+        + (f", plus {sft:g} * SFT on the chosen answer" if sft else "")
+        + (
+            "; no reference"
+            if isinstance(table, ReferenceFree)
+            else "; the reference is the same model with its adapter off"
+        )
+    )

@@ -1,9 +1,10 @@
 """Pairs become token ids: the prompt, and each answer from where the prompt ends to the template's end token."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,9 +36,14 @@ class PairSet:
 
 
 def load_pairs(
-    table: DataTable, part: Part, tokenizer: PreTrainedTokenizerBase, seed: int, keep: Sequence[str] = ()
+    table: DataTable,
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    keep: Mapping[str, str] = MappingProxyType({}),
 ) -> PairSet:
-    """Read, check, draw and encode the pairs of `part`; `keep` names columns that stay with each pair as text.
+    """Read, check, draw and encode the pairs of `part`; `keep` names columns that stay with each pair as text,
+    and the keys of the recipe that ask for them.
 
     With `max_train_samples` or `max_eval_samples`, every row gets a random number from `random.Random(seed)`, in
     the order of the rows; rows are then taken from the smallest number on until that many usable pairs are found, so

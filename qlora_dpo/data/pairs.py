@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, assert_never
 
 from qlora_dpo.data.dialogue import Message, Unusable, check_roles, is_hh, parse_hh, printable, split_chats, split_hh
@@ -56,7 +57,7 @@ class Found:
     dropped: dict[str, list[int]]
 
 
-def find_pairs(rows: Rows, keep: Sequence[str] = ()) -> Found:
+def find_pairs(rows: Rows, keep: Mapping[str, str] = MappingProxyType({})) -> Found:
     """Read every row as a pair of the one shape that the source has.
 
     A row that is none (a column that is missing, null or of another type, equal or empty answers, unequal prompts,
@@ -73,7 +74,7 @@ def find_pairs(rows: Rows, keep: Sequence[str] = ()) -> Found:
         except Unusable as unusable:
             found.dropped.setdefault(str(unusable), []).append(number)
             continue
-        extra = {column: _kept(row, column, rows) for column in keep}
+        extra = {column: _kept(row, column, key, rows) for column, key in keep.items()}
         found.pairs.append(Pair(prompt, chosen, rejected, number, extra))
     return found
 
@@ -264,7 +265,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _kept(row: Row, column: str, rows: Rows) -> str:
+def _kept(row: Row, column: str, key: str, rows: Rows) -> str:
     if column not in row:
-        raise RecipeError(f'{rows.name}: has no column "{column}", which samples.group_by names; it has {_names(row)}')
+        raise RecipeError(f'{rows.name}: has no column "{column}", which {key} names; it has {_names(row)}')
     return "" if row[column] is None else str(row[column])

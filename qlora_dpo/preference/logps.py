@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora_dpo.model.base import dense_weight
 from qlora_dpo.model.device import Device
+from qlora_dpo.preference.objective import Columns, Logps
 from qlora_dpo.preference.pack import MicroBatch
 
 # 152k vocabulary: float32 logits of 8 pairs of 512 tokens would be 4.6 GiB. A CPU works on them while they are in its
@@ -24,10 +25,12 @@ WORDS_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
 
 @dataclass(frozen=True)
 class Scores:
-    """What a forward pass says about P pairs. Only the first two carry gradients."""
+    """What a forward pass says about P pairs. Only the first three carry gradients."""
 
-    chosen_logp_P: Tensor  # nats, summed over the answer
+    chosen_logp_P: Tensor  # nats, summed over the tokens of the answer that count
     rejected_logp_P: Tensor
+    chosen_whole_P: Tensor  # nats, summed over the answer
+    likely_P: Tensor | None  # how likely the model is to write both answers itself, as WPO weighs pairs
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
     chosen_logits_sum: float  # mean over V, summed over the chosen answers' tokens
@@ -35,27 +38,50 @@ class Scores:
     entropy_sum: float  # nats, over all answer tokens
     chosen_top1_sum: float
 
+    def beside(self, reference_P2: Tensor, columns: Columns | None = None) -> Logps:
+        """What a loss is given: these log-probabilities beside the reference's, and what the data says of the pairs."""
+        return Logps(
+            self.chosen_logp_P,
+            self.rejected_logp_P,
+            self.chosen_tokens_P,
+            self.rejected_tokens_P,
+            reference_P2,
+            self.chosen_whole_P,
+            self.likely_P,
+            columns,
+        )
 
-def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool = True) -> Scores:
+
+def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool = True, likely: bool = False) -> Scores:
     """Run `batch` through `model` once and sum the log-probabilities of each answer.
 
-    Without `metrics`, logits, entropy and top-1 stay 0: the reference needs none of them.
+    Without `metrics`, logits, entropy and top-1 stay 0: the reference needs none of them. With `likely`, it is said
+    how likely the model is to write each pair's answers itself (Zhou et al. 2024, eq. 2).
     """
     head = language_model(model).get_output_embeddings()
     weight_VD = dense_weight(head, device.torch_dtype)
-    logp_N, logits_R, entropy_R, top1_N = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_states(model, batch, device), weight_VD, head.bias, batch, metrics
+    logp_N, logits_R, entropy_R, top1_N, squares_R = _HeadLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_states(model, batch, device), weight_VD, head.bias, batch, metrics, likely
     )
     row_M = batch.row_N[batch.scored_M]
     chosen = batch.pairs
     # tokens of a sequence stand together; index_add would sum them in another order every time on a GPU
-    logp_S, logits_S, entropy_S, top1_S = (
+    logp_M = logp_N[batch.scored_M]
+    whole_S, logits_S, entropy_S, top1_S = (
         torch.segment_reduce(each_M, "sum", lengths=batch.tokens_S)
-        for each_M in (logp_N[batch.scored_M], logits_R[row_M], entropy_R[row_M], top1_N[batch.scored_M])
+        for each_M in (logp_M, logits_R[row_M], entropy_R[row_M], top1_N[batch.scored_M])
     )
+    logp_S, likely_P = whole_S, None
+    if batch.weight_M is not None:
+        logp_S = torch.segment_reduce(logp_M * batch.weight_M, "sum", lengths=batch.tokens_S)
+    if likely:
+        aligned_S = torch.segment_reduce(logp_M.detach() - squares_R[row_M], "sum", lengths=batch.tokens_S)
+        likely_P = (aligned_S / batch.tokens_S).reshape(2, chosen).sum(0).exp()
     return Scores(
         chosen_logp_P=logp_S[:chosen],
         rejected_logp_P=logp_S[chosen:],
+        chosen_whole_P=whole_S[:chosen],
+        likely_P=likely_P,
         chosen_tokens_P=batch.tokens_S[:chosen],
         rejected_tokens_P=batch.tokens_S[chosen:],
         chosen_logits_sum=logits_S[:chosen].sum().item(),
@@ -104,7 +130,8 @@ class _HeadLogps(torch.autograd.Function):
         bias_V: Tensor | None,
         batch: MicroBatch,
         metrics: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        likely: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         hidden_RD = hidden_TD[batch.state_R].to(weight_VD.dtype)
         wants_gradient = hidden_TD.requires_grad
         starts = range(0, len(hidden_RD), STATES_AT_ONCE)
@@ -119,17 +146,20 @@ class _HeadLogps(torch.autograd.Function):
                 batch.target_N[first:last],
                 metrics,
                 wants_gradient,
+                likely,
             )
             for start, (first, last) in zip(starts, pairwise(firsts), strict=True)
         ]
-        logp_N, logits_R, entropy_R, top1_N, others_RD = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        logp_N, logits_R, entropy_R, top1_N, squares_R, others_RD = (
+            torch.cat(parts) for parts in zip(*chunks, strict=True)
+        )
         ctx.save_for_backward(others_RD, logp_N, weight_VD, batch.state_R, batch.row_N, batch.target_N)
         ctx.hidden = hidden_TD.shape, hidden_TD.dtype
-        ctx.mark_non_differentiable(logits_R, entropy_R, top1_N)
-        return logp_N, logits_R, entropy_R, top1_N
+        ctx.mark_non_differentiable(logits_R, entropy_R, top1_N, squares_R)
+        return logp_N, logits_R, entropy_R, top1_N, squares_R
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient_N: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """With p the probability of a token and W its row of the head, d logp / d hidden = W_target - sum of p W.
 
         The sum over tokens that are not scored was made in the forward pass; those that are come on top of it here, so
@@ -144,7 +174,7 @@ class _HeadLogps(torch.autograd.Function):
         slope_RD.index_add_(0, row_N, factor_N[:, None] * weight_VD[target_N].to(factor_N.dtype))
         slope_TD = torch.zeros(shape, dtype=dtype, device=gradient_N.device)
         slope_TD[state_R] = slope_RD.to(dtype)
-        return slope_TD, None, None, None, None
+        return slope_TD, None, None, None, None, None
 
 
 def _chunk(
@@ -155,8 +185,10 @@ def _chunk(
     target_n: Tensor,
     metrics: bool,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For some states: log-probabilities and top-1 of n, mean logit and entropy of c, and (c, D) for the gradient.
+    likely: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For some states: log-probabilities and top-1 of n; mean logit, entropy and log of the sum of squared
+    probabilities of c; and (c, D) for the gradient.
 
     The vocabulary comes in tiles (v words). Sums of exponentials are kept relative to the largest logit so far and
     rescaled when a larger one comes, as flash attention does (Dao et al. 2022, algorithm 1).
@@ -165,7 +197,7 @@ def _chunk(
     states, vocabulary = len(hidden_cD), len(weight_VD)
     top_c = hidden_cD.new_full((states,), -torch.inf, dtype=exact)
     best_c = torch.zeros(states, dtype=torch.long, device=hidden_cD.device)
-    total_c, logits_c, weighted_c = (torch.zeros_like(top_c) for _ in range(3))
+    total_c, logits_c, weighted_c, squares_c = (torch.zeros_like(top_c) for _ in range(4))
     target_logit_n = top_c.new_zeros(len(target_n))
     others_cD = torch.zeros_like(hidden_cD, dtype=exact)
     words = WORDS_AT_ONCE[hidden_cD.device.type]
@@ -187,6 +219,8 @@ def _chunk(
         if metrics:
             logits_c += logits_cv.sum(-1)
             weighted_c = weighted_c * shrink_c + torch.linalg.vecdot(share_cv, logits_cv)
+        if likely:
+            squares_c = squares_c * shrink_c.square() + torch.linalg.vecdot(share_cv, share_cv)
         if wants_gradient:
             share_cv[place] = 0
             others_cD.mul_(shrink_c[:, None]).add_(share_cv.to(hidden_cD.dtype) @ tile_vD)
@@ -196,5 +230,6 @@ def _chunk(
         logits_c / vocabulary,
         (log_total_c - weighted_c / total_c) if metrics else weighted_c,
         (best_c[row_n] == target_n).to(exact),
+        (squares_c.log() - 2 * total_c.log()) if likely else squares_c,
         others_cD.div_(total_c[:, None]),
     )

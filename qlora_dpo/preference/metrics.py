@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from qlora_dpo.preference.logps import Scores
 from qlora_dpo.preference.objective import Losses
+from qlora_dpo.recipe_objective import Objective, WithSft
 
 TIE = 1e-4
 """Nats. Margins below this are what float32 rounds differently in another batch, so the pair counts as a tie."""
@@ -24,33 +23,44 @@ class Sums:
     rejected_tokens: int = 0
     totals: dict[str, float] = field(default_factory=dict)
 
-    def add(self, scores: Scores, losses: Losses, reference_P2: Tensor, tokens: int = 0) -> None:
-        """Add the pairs of one micro-batch, which took `tokens` tokens through the model."""
-        chosen_P = self.beta * (scores.chosen_logp_P.detach() - reference_P2[:, 0])
-        rejected_P = self.beta * (scores.rejected_logp_P.detach() - reference_P2[:, 1])
+    def add_scores(self, scores: Scores, tokens: int = 0) -> None:
+        """Add what one micro-batch, which took `tokens` tokens through the model, says about its pairs."""
+        self.tokens += tokens
+        self.chosen_tokens += int(scores.chosen_tokens_P.sum())
+        self.rejected_tokens += int(scores.rejected_tokens_P.sum())
+        self._add(
+            {
+                "logps/chosen": scores.chosen_logp_P.detach().double().sum().item(),
+                "logps/rejected": scores.rejected_logp_P.detach().double().sum().item(),
+                "logits/chosen": scores.chosen_logits_sum,
+                "logits/rejected": scores.rejected_logits_sum,
+                "entropy": scores.entropy_sum,
+                "mean_token_accuracy": scores.chosen_top1_sum,
+            }
+        )
+
+    def add_losses(self, losses: Losses) -> None:
+        """Add the losses and rewards of some pairs."""
+        chosen_P, rejected_P = losses.rewards_P2.unbind(1)
         tie_P = (chosen_P - rejected_P).abs() <= self.beta * TIE
         ties = int(tie_P.sum())
         self.pairs += len(chosen_P)
-        self.tokens += tokens
         self.ties += ties
-        self.chosen_tokens += int(scores.chosen_tokens_P.sum())
-        self.rejected_tokens += int(scores.rejected_tokens_P.sum())
-        for name, amount in {
-            "loss": losses.total_P.detach().double().sum().item(),
-            "dpo_loss": losses.dpo_P.detach().double().sum().item(),
-            "sft_loss": losses.sft_P.detach().double().sum().item(),
-            "rewards/chosen": chosen_P.double().sum().item(),
-            "rewards/rejected": rejected_P.double().sum().item(),
-            # a tie is half right: neither answer is preferred
-            "rewards/accuracies": float((chosen_P > rejected_P)[~tie_P].sum()) + ties / 2,
-            "rewards/margins": (chosen_P - rejected_P).double().sum().item(),
-            "logps/chosen": scores.chosen_logp_P.detach().double().sum().item(),
-            "logps/rejected": scores.rejected_logp_P.detach().double().sum().item(),
-            "logits/chosen": scores.chosen_logits_sum,
-            "logits/rejected": scores.rejected_logits_sum,
-            "entropy": scores.entropy_sum,
-            "mean_token_accuracy": scores.chosen_top1_sum,
-        }.items():
+        self._add(
+            {
+                "loss": losses.total_P.detach().double().sum().item(),
+                "preference_loss": losses.preference_P.detach().double().sum().item(),
+                "sft_loss": losses.sft_P.detach().double().sum().item(),
+                "rewards/chosen": chosen_P.double().sum().item(),
+                "rewards/rejected": rejected_P.double().sum().item(),
+                # a tie is half right: neither answer is preferred
+                "rewards/accuracies": float((chosen_P > rejected_P)[~tie_P].sum()) + ties / 2,
+                "rewards/margins": (chosen_P - rejected_P).double().sum().item(),
+            }
+        )
+
+    def _add(self, amounts: dict[str, float]) -> None:
+        for name, amount in amounts.items():
             self.totals[name] = self.totals.get(name, 0.0) + amount
 
     def means(self) -> dict[str, float]:
@@ -61,8 +71,20 @@ class Sums:
             "entropy": self.chosen_tokens + self.rejected_tokens,
             "mean_token_accuracy": self.chosen_tokens,
         }
+        names = sorted(self.totals, key=ORDER.index)
         return {
-            name: total / weights.get(name, self.pairs)
-            for name, total in self.totals.items()
-            if self.sft or name != "sft_loss"
+            name: self.totals[name] / weights.get(name, self.pairs) for name in names if self.sft or name != "sft_loss"
         }
+
+
+def sums_for(table: Objective) -> Sums:
+    """Empty sums for the figures of one objective."""
+    return Sums(getattr(table, "beta", 1.0), sft=isinstance(table, WithSft) and table.sft_weight > 0)
+
+
+ORDER = (
+    *("loss", "preference_loss", "sft_loss"),
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
+)
+"""The order in which records name them."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, Ids
 from qlora_dpo.model.attention import Backend, Layout, Span
+from qlora_dpo.preference.counted import Counted
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Packing:
     token_budget: int
     pad_token_id: int
     backend: Backend | None
+    counted: Counted | None = None
+    """How the tokens of answers count; None if all count alike."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class MicroBatch:
     target_N: Tensor
     scored_M: Tensor  # which of the N scored tokens stands there; sequence after sequence
     tokens_S: Tensor  # answer tokens of each sequence
+    weight_M: Tensor | None  # how much each answer token counts; None if all count alike
     pairs: int
     tokens: int  # of all sequences, as TRL counts them: a prompt once for each answer, no padding
 
@@ -115,6 +119,7 @@ def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
     number = {each: index for index, each in enumerate(distinct)}
     states = sorted({position for position, _ in distinct})
     row = {position: index for index, position in enumerate(states)}
+    weights = [packing.counted.weights(pair) for pair in pairs] if packing.counted else []
     return MicroBatch(
         input_ids_BL=places.input_ids_BL,
         position_ids_BL=places.position_ids_BL,
@@ -125,6 +130,7 @@ def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
         target_N=torch.tensor([token for _, token in distinct]),
         scored_M=torch.tensor([number[each] for each in scored]),
         tokens_S=torch.tensor([len(answer) for answer in answers]),
+        weight_M=torch.tensor([w for side in (0, 1) for each in weights for w in each[side]]) if weights else None,
         pairs=len(pairs),
         tokens=sum(map(len, places.position_SL)),
     )

@@ -22,6 +22,7 @@ from qlora_dpo.files import cache_home, write_whole
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import Source
+from qlora_dpo.preference.counted import Counted
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import dpo
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
@@ -30,14 +31,15 @@ from qlora_dpo.recipe import ModelTable
 SECONDS_BETWEEN_SAVES = 60.0
 
 
-def store_folder(source: Source, table: ModelTable, device: Device) -> Path:
+def store_folder(source: Source, table: ModelTable, device: Device, counted: Counted | None = None) -> Path:
     """Where the log-probabilities of this base lie: one folder per weights, quantization and arithmetic.
 
     The arithmetic is the device's name, its compute dtype and torch's version: in 16 bits another kernel moves an
     answer by a tenth of a nat, and the first loss would not be ln 2.
 
     Tokenizer, template, encoding and data need no part in the name, because each entry is found by the SHA-256 of its
-    pair's token ids. Learning rate, rank, seed, beta and the run's name have no part in it at all.
+    pair's token ids. An objective that weighs tokens has answers of its own.
+    Learning rate, rank, seed, beta and the run's name have no part in it at all.
     """
     key = {
         "format": 1,
@@ -48,7 +50,7 @@ def store_folder(source: Source, table: ModelTable, device: Device) -> Path:
         "torch": torch.__version__,
         "compute_dtype": device.compute_dtype,
         "attention": device.attention,
-    }
+    } | ({"counted": counted.name} if counted else {})
     return cache_home() / "reference" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 

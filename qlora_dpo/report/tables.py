@@ -64,7 +64,10 @@ def result_rows(results: Record) -> list[tuple[str, list[str]]]:
     with_sft = any("eval_sft_loss" in record for record in shown)
     rows = [
         ("loss", [_number(record, "eval_loss", "{:z.4f}") for record in shown]),
-        ("DPO loss", [_number(record, "eval_dpo_loss", "{:z.4f}") for record in shown] if with_sft else []),
+        (
+            "preference loss",
+            [_number(record, "eval_preference_loss", "{:z.4f}") for record in shown] if with_sft else [],
+        ),
         ("accuracy", [_number(record, "eval_rewards/accuracies", "{:.3f}") for record in shown]),
         ("  95 % interval", [_interval(record) for record in shown]),
         ("  ties", [_ties(record) for record in shown]),

@@ -47,6 +47,8 @@ class State:
     num_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    margin_mean: float = 0.0
+    """The running mean of margins, in nats, that beta-DPO compares a step's margins with."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +20,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_dpo.errors import Interrupted, SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.metrics import Sums
-from qlora_dpo.preference.objective import objective
-from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
-from qlora_dpo.preference.reference import Store, ride_along
+from qlora_dpo.preference.metrics import Sums, sums_for
+from qlora_dpo.preference.pack import Packing
+from qlora_dpo.preference.reference import Store
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.checkpoint import State, load_checkpoint, save_checkpoint
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
+from qlora_dpo.training.step import gradient
 from qlora_dpo.training.tracker import Tracker
 
 
@@ -107,13 +106,9 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
 
 def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
-    table, pairs = job.recipe.train, job.plan.indices(state.step + 1)
-    rows, wrong = [job.train.pairs[i].row for i in pairs], list[int]()
-    for group in micro_batches([job.train.pairs[i] for i in pairs], job.packing):
-        loss_P, tokens = _forward(model, job, [pairs[i] for i in group], sums)
-        tools.accelerator.backward(loss_P.sum() / len(pairs))
-        wrong += [rows[i] for i, finite in zip(group, loss_P.detach().isfinite().tolist(), strict=True) if not finite]
-        state.num_tokens += tokens
+    table, pairs = job.recipe.train, job.train.pairs
+    rows = [pairs[i].row for i in job.plan.indices(state.step + 1)]
+    wrong = [pairs[i].row for i in gradient(model, job, state, tools.accelerator.backward, sums)]
     parameters = trainable(model)
     norm = float(tools.accelerator.clip_grad_norm_(parameters.values(), table.max_grad_norm))
     scaled = tools.accelerator.scaler is not None
@@ -155,34 +150,10 @@ def _save_if_there_is_room(job: Job, state: State, model: PeftModel, tools: _Too
         say(f"step {state.step} is not saved: {error}; the run goes on, and older checkpoints stay")
 
 
-def _forward(model: PeftModel, job: Job, indices: Sequence[int], sums: Sums) -> tuple[torch.Tensor, int]:
-    """The loss of each of some training pairs, and how many tokens it took."""
-    place = job.device.torch_device
-    batch = collate([job.train.pairs[i] for i in indices], job.packing).to(place)
-    reference_P2 = _reference(model, job, indices, batch).to(place)
-    scores = score(model, batch, job.device)
-    losses = objective(
-        scores.chosen_logp_P, scores.rejected_logp_P, scores.chosen_tokens_P, reference_P2, job.recipe.dpo
-    )
-    sums.add(scores, losses, reference_P2, batch.tokens)
-    return losses.total_P, batch.tokens
-
-
-def _reference(model: PeftModel, job: Job, indices: Sequence[int], batch: MicroBatch) -> torch.Tensor:
-    """What the reference says of the batch's pairs, (P, 2): as asked before the run, or asked now and kept."""
-    known_P2 = job.train.reference_P2[list(indices)]
-    if not known_P2.isnan().any():
-        return known_P2
-    asked_P2 = ride_along(model, batch, job.device)
-    job.train.reference_P2[list(indices)] = asked_P2.cpu()
-    job.store.add([job.train.pairs[i] for i in indices], asked_P2)
-    return asked_P2
-
-
 def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
     """Evaluate on the held-out pairs, note it in the state, and tell the tracker."""
     with tracker.phase("evaluate", len(job.heldout.pairs)) as advance:
-        record = evaluate(model, job.heldout, job.recipe.dpo, job.packing, job.device, advance)
+        record = evaluate(model, job.heldout, job.recipe.objective, job.packing, job.device, advance)
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
 
@@ -197,7 +168,7 @@ class _Window:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.sums = Sums(job.recipe.dpo.beta, sft=job.recipe.dpo.sft_weight > 0)
+        self.sums = sums_for(job.recipe.objective)
         self.started, self.idle = time.monotonic(), 0.0
 
     @contextmanager

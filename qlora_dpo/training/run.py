@@ -6,12 +6,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch
 from peft import PeftModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -25,7 +26,9 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
 from qlora_dpo.model.sources import Source, fetch
+from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
+from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import (
     Store,
@@ -40,6 +43,7 @@ from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.redact import redacted
 from qlora_dpo.training import tracker as tracking
 from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.columns import column_keys, columns_of
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Job, fit, peak_bytes
 from qlora_dpo.training.plan import make_plan
@@ -84,9 +88,10 @@ def prepare(recipe: Recipe) -> Prepared:
         tokenizer = load_tokenizer(source)
     with timed(seconds, "encode"):
         seed = recipe.train.seed
-        keep = [recipe.samples.group_by] if recipe.samples.group_by else []
-        train = load_pairs(recipe.data, "train", tokenizer, seed)
-        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, keep)
+        numbers = column_keys(recipe.objective)
+        groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
+        train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
+        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
     return Prepared(source, tokenizer, train, heldout, seconds)
 
 
@@ -107,25 +112,32 @@ def run(
     with timed(seconds, "load"):
         model, packing, rows = _load(prepared, recipe, device, tracker.note)
     with timed(seconds, "reference"):
-        store = Store(store_folder(prepared.source, recipe.model, device))
+        store = Store(store_folder(prepared.source, recipe.model, device, packing.counted))
         # in its only epoch each pair is asked once in any case: then it is asked along with its step, and the first
         # step need not wait for the last pair; TRL asks in every step by itself
         rides_along = recipe.train.num_train_epochs == 1 or not own
         first = plan.indices(1)
         now = [pairs[i] for i in (first if rides_along else sorted(set(plan.order)))]
-        with tracker.phase("reference", len(now) + len(heldout)) as advance:
-            for some in (now, heldout):
-                reference_logps(model, some, store, rows, device, advance)
-        train_P2, heldout_P2 = store.look_up(pairs), store.look_up(heldout)
-        later = int(train_P2.isnan().any(1).sum()) if rides_along and own else 0
-    tracker.note(
-        f"reference: {store.computed} pairs computed, {len(now) + len(heldout) - store.computed} from the cache"
-        + (", the others along with the only step they are in" if later else "")
+        if needs_reference(recipe.objective):
+            with tracker.phase("reference", len(now) + len(heldout)) as advance:
+                for some in (now, heldout):
+                    reference_logps(model, some, store, rows, device, advance)
+            train_P2, heldout_P2 = store.look_up(pairs), store.look_up(heldout)
+            later = rides_along and own and bool(train_P2.isnan().any())
+            tracker.note(
+                f"reference: {store.computed} pairs computed, {len(now) + len(heldout) - store.computed} from the cache"
+                + (", the others along with the only step they are in" if later else "")
+            )
+            few = first[:4]
+            live_P2 = live_logps(model, [pairs[i] for i in few], packing, device)
+            guard_first_loss(live_P2, train_P2[few], getattr(recipe.objective, "beta", 0.1), device)
+        else:
+            train_P2, heldout_P2 = torch.zeros(len(pairs), 2), torch.zeros(len(heldout), 2)
+            tracker.note(f"reference: none, {recipe.objective.loss_type} compares with no other model")
+    sides = (
+        Side(pairs, train_P2, columns_of(prepared.train.pairs, recipe.objective)),
+        Side(heldout, heldout_P2, columns_of(prepared.heldout.pairs, recipe.objective)),
     )
-    few = first[:4]
-    live_P2 = live_logps(model, [pairs[i] for i in few], packing, device)
-    guard_first_loss(live_P2, train_P2[few], recipe.dpo.beta, device)
-    sides = Side(pairs, train_P2), Side(heldout, heldout_P2)
     job = Job(recipe, device, plan, *sides, packing, tracker.run_dir, store, allowed)
     state = State(
         step=0,
@@ -177,7 +189,8 @@ def _load(
         per_token, free = measured(model, pairs, packing, device), free_bytes(device)
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
-    return model, packing, rows
+    weighed = counted(recipe.objective)
+    return model, replace(packing, counted=weighed), replace(rows, counted=weighed)
 
 
 def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:

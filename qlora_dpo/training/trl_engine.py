@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_objective import Aot, Discopop, ExoPair, Objective, Plain, Robust, Sigmoid, Sum
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.loop import Job, due, evaluate_now, peak_bytes
 from qlora_dpo.training.plan import Plan, epoch_order
@@ -33,17 +34,15 @@ def fit_with_trl(
 
     Evaluations are this project's, so that tables compare; the training lines are TRL's own. What differs: TRL's SFT
     term is a mean over the chosen tokens of a micro-batch where ours is a mean over pairs, a last, smaller batch of an
-    epoch is a mean over its micro-batches, and nothing is saved before the end. Raises RecipeError for label
-    smoothing, which TRL's sigmoid loss does not know, and RunError when the loss stops being finite.
+    epoch is a mean over its micro-batches, losses that compare the pairs of a step compare those of a micro-batch, and
+    nothing is saved before the end. Raises RecipeError for an objective that TRL's trainer does not have, and RunError
+    when the loss stops being finite.
     """
-    if job.recipe.dpo.label_smoothing:
-        raise RecipeError(
-            'dpo.label_smoothing needs train.engine = "qlora_dpo": TRL\'s sigmoid loss ignores it; set it to 0'
-        )
+    insist_on_trls(job.recipe.objective)
     tracker.note(
         f"engine: trl.DPOTrainer {version('trl')}, which asks the reference in every step and saves no checkpoint"
     )
-    if job.recipe.dpo.sft_weight:
+    if getattr(job.recipe.objective, "sft_weight", 0):
         tracker.note("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
     with TemporaryDirectory(prefix="qlora-dpo-trl-") as work, _forwards_restored(model):
         trainer = make_trainer(model, job, tokenizer, work)
@@ -74,7 +73,7 @@ def make_trainer(model: PeftModel, job: Job, tokenizer: PreTrainedTokenizerBase,
 
 def settings(recipe: Recipe, job: Job, folder: str) -> Any:
     """The recipe in TRL's terms; whatever it does not name stays at the value that this project's loop has."""
-    train, dpo, dtype = recipe.train, recipe.dpo, job.device.compute_dtype
+    train, dtype = recipe.train, job.device.compute_dtype
     at_once = pairs_at_once(recipe)
     return DPOConfig(
         output_dir=folder,
@@ -82,9 +81,7 @@ def settings(recipe: Recipe, job: Job, folder: str) -> Any:
         gradient_accumulation_steps=train.batch_size // at_once,
         num_train_epochs=train.num_train_epochs,
         max_steps=job.plan.total_steps,
-        beta=dpo.beta,
-        loss_type=["sigmoid", "sft"] if dpo.sft_weight else ["sigmoid"],
-        loss_weights=[1.0, dpo.sft_weight] if dpo.sft_weight else [1.0],
+        **_objective(recipe.objective),
         max_length=None,
         disable_dropout=False,
         learning_rate=train.learning_rate,
@@ -107,6 +104,40 @@ def settings(recipe: Recipe, job: Job, folder: str) -> Any:
         eval_strategy="no",
         report_to="none",
     )
+
+
+def insist_on_trls(table: Objective) -> None:
+    """Raise RecipeError unless `trl.DPOTrainer` computes the objective as the recipe means it."""
+    why = ""
+    if not isinstance(table, Sigmoid | Robust | ExoPair | Plain | Aot | Discopop | Sum) or table.loss_type == "cal_dpo":
+        why = f'loss_type = "{table.loss_type}", which TRL\'s DPOTrainer does not have'
+    elif isinstance(table, Sigmoid) and table.label_smoothing:
+        why = "label_smoothing, which TRL's sigmoid loss ignores"
+    else:
+        unknown = [
+            key for key in ("beta_end", "weight_column", "margin_column") if getattr(table, key, None) is not None
+        ]
+        why = f"{unknown[0]}, which TRL's DPOTrainer does not have" if unknown else ""
+    if why:
+        raise RecipeError(f'[objective] has {why}; leave it out, or set train.engine = "qlora_dpo"')
+
+
+def _objective(table: Any) -> dict[str, Any]:
+    """An objective that `insist_on_trls` lets pass, in the terms of DPOConfig."""
+    weights = (
+        {str(name): share for name, share in table.losses.items()} if isinstance(table, Sum) else {table.loss_type: 1.0}
+    )
+    if table.sft_weight:
+        weights["sft"] = table.sft_weight
+    own = ("f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "discopop_tau")
+    return {
+        "beta": table.beta,
+        "loss_type": list(weights),
+        "loss_weights": list(weights.values()),
+        "ld_alpha": table.ld_alpha,
+        "use_weighting": table.use_weighting,
+        **{key: value for key in own if (value := getattr(table, key, None)) is not None},
+    }
 
 
 def pairs_at_once(recipe: Recipe) -> int:
@@ -194,8 +225,8 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         state.seconds += seconds
         state.num_tokens += tokens
         names = {name: value for name, value in logs.items() if name != "epoch"}
-        if not self.job.recipe.dpo.sft_weight:
-            names["dpo_loss"] = logs["loss"]
+        if not getattr(self.job.recipe.objective, "sft_weight", 0):
+            names["preference_loss"] = logs["loss"]
         self.tracker.train(
             {
                 "step": step,

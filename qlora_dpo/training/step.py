@@ -1,0 +1,121 @@
+"""The gradient of one optimizer step: the mean loss over its pairs, however they are split into micro-batches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.metrics import Sums
+from qlora_dpo.preference.objective import (
+    Logps,
+    Losses,
+    beta_at,
+    dynamic_beta,
+    needs_reference,
+    needs_whole_step,
+    objective,
+    together,
+    weighs_pairs,
+)
+from qlora_dpo.preference.pack import MicroBatch, collate, micro_batches
+from qlora_dpo.preference.reference import ride_along
+from qlora_dpo.recipe_objective import BetaDpo
+from qlora_dpo.training.checkpoint import State
+
+if TYPE_CHECKING:
+    from qlora_dpo.training.loop import Job
+
+Backward = Callable[[Tensor], Any]
+
+
+def gradient(model: PeftModel, job: "Job", state: State, backward: Backward, sums: Sums) -> list[int]:
+    """Add up the gradient of the step after `state.step`; return the pairs whose loss is not finite, as indices."""
+    indices = job.plan.indices(state.step + 1)
+    groups = [
+        [indices[i] for i in group] for group in micro_batches([job.train.pairs[i] for i in indices], job.packing)
+    ]
+    if needs_whole_step(job.recipe.objective) and len(groups) > 1:
+        return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums)
+    wrong = list[int]()
+    for group in groups:
+        logps = _logps(model, job, state, group, sums)
+        losses = _losses(logps, job, state, sums)
+        backward(losses.total_P.sum() / len(indices))
+        wrong += _not_finite(losses, group)
+    return wrong
+
+
+def _of_pairs_that_depend_on_each_other(
+    model: PeftModel, job: "Job", state: State, groups: Sequence[list[int]], backward: Backward, sums: Sums
+) -> list[int]:
+    """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
+    draws, parts = list[Tensor](), list[Logps]()
+    for group in groups:
+        draws.append(torch.get_rng_state())
+        with torch.no_grad():
+            parts.append(_logps(model, job, state, group, sums))
+    everything = together(parts)
+    names = ("chosen_logp_P", "rejected_logp_P", "chosen_whole_P")
+    leaves = {name: getattr(everything, name).clone().requires_grad_() for name in names}
+    losses = _losses(replace(everything, **leaves), job, state, sums)
+    slopes = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
+    start = 0
+    for group, draw in zip(groups, draws, strict=True):
+        torch.set_rng_state(draw)  # the same dropout as when it was asked
+        logps, here = _logps(model, job, state, group, None), slice(start, start + len(group))
+        backward(
+            torch.stack(
+                [
+                    (getattr(logps, name) * slope[here]).sum()
+                    for name, slope in zip(names, slopes, strict=True)
+                    if slope is not None
+                ]
+            ).sum()
+        )
+        start += len(group)
+    return _not_finite(losses, [index for group in groups for index in group])
+
+
+def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums | None) -> Logps:
+    """What policy and reference say of some training pairs; without `sums`, for the second time in this step."""
+    place, side = job.device.torch_device, job.train
+    batch = collate([side.pairs[i] for i in indices], job.packing).to(place)
+    reference_P2 = _reference(model, job, indices, batch).to(place)
+    first, table = sums is not None, job.recipe.objective
+    scores = score(model, batch, job.device, metrics=first, likely=first and weighs_pairs(table))
+    if sums is not None:
+        sums.add_scores(scores, batch.tokens)
+        state.num_tokens += batch.tokens
+    return scores.beside(reference_P2, side.columns.of(list(indices)).to(place))
+
+
+def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
+    """The losses of some pairs at this step's beta."""
+    table = job.recipe.objective
+    beta = beta_at(table, state.step + 1, job.plan.total_steps)
+    if isinstance(table, BetaDpo):
+        ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1).detach() - logps.reference_P2
+        beta, state.margin_mean = dynamic_beta(ratio_P2[:, 0] - ratio_P2[:, 1], state.margin_mean, table, beta)
+    losses = objective(logps, table, beta)
+    sums.add_losses(losses)
+    return losses
+
+
+def _reference(model: PeftModel, job: "Job", indices: Sequence[int], batch: MicroBatch) -> Tensor:
+    """What the reference says of the batch's pairs, (P, 2): as asked before the run, or asked now and kept."""
+    known_P2 = job.train.reference_P2[list(indices)]
+    if not needs_reference(job.recipe.objective) or not known_P2.isnan().any():
+        return known_P2
+    asked_P2 = ride_along(model, batch, job.device)
+    job.train.reference_P2[list(indices)] = asked_P2.cpu()
+    job.store.add([job.train.pairs[i] for i in indices], asked_P2)
+    return asked_P2
+
+
+def _not_finite(losses: Losses, indices: Sequence[int]) -> list[int]:
+    finite = losses.total_P.detach().isfinite().tolist()
+    return [index for index, each in zip(indices, finite, strict=True) if not each]
