@@ -62,8 +62,53 @@ class LoraTable(Table):
     """Scale of the update: it is multiplied by `lora_alpha / r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that training zeroes at random."""
-    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
-    """`all-linear` (every linear layer but the head), or a list of module names."""
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """`all-linear` (every linear layer but the head), a list of module names, or a regular expression that whole names
+    must match."""
+    exclude_modules: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Module names that get no adapter after all."""
+    layers_to_transform: Annotated[list[Natural], Field(min_length=1)] | None = None
+    """Numbers of the layers, from 0, that get an adapter; absent: all. Needs a list as `target_modules`."""
+    rank_pattern: dict[Text, Positive] = Field(default={})
+    """Other ranks for some modules, by name or regular expression: `{ q_proj = 32 }`."""
+    alpha_pattern: dict[Text, Positive] = Field(default={})
+    """Other values of `lora_alpha` for some modules, by name or regular expression."""
+    use_rslora: bool = False
+    """Scale the update by `lora_alpha / sqrt(r)` (rank-stabilized LoRA)."""
+    use_dora: bool = False
+    """Learn the size of each output's weights apart from their direction (DoRA); slower."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """The learning rate of lora_B is this many times that of lora_A (LoRA+); absent: the same."""
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    """How lora_A is drawn. Ways that change the model before the first step (PiSSA, OLoRA, LoftQ, ...) are refused: the
+    base with its adapter off is the reference."""
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _base_stays(cls, name: Any) -> Any:
+        if isinstance(name, str) and name.startswith(("pissa", "olora", "loftq", "corda", "orthogonal")):
+            raise ValueError(
+                "a way in which the untrained adapter changes nothing, since the base with its adapter off is the "
+                "reference"
+            )
+        if name == "eva":
+            raise ValueError("a way that needs no pass over the data, which EVA does")
+        return name
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern_compiles(cls, modules: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(modules if isinstance(modules, str) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"all-linear, a list of names or a regular expression, and it is none: {error}") from error
+        return modules
+
+    @model_validator(mode="after")
+    def _layers_are_of_a_list(self) -> "LoraTable":
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("has layers_to_transform, which only a list as target_modules reads; write one")
+        return self
 
 
 class DataTable(Table):
@@ -110,9 +155,15 @@ class TrainTable(Table):
 
     engine: Literal["qlora_dpo", "trl"] = "qlora_dpo"
     """`qlora_dpo` is this project's loop; `trl` runs the same recipe through stock `trl.DPOTrainer`."""
+    optim: Literal["adamw_torch", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "adamw_torch"
+    )
+    """The optimizer. Those in 8 bits and the paged ones are bitsandbytes' and need a CUDA GPU."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
+    ] = "linear"
     """How the learning rate moves after the warm-up."""
     warmup_steps: Natural = 0
     """Optimizer steps over which the learning rate rises from 0."""

@@ -141,6 +141,8 @@ def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: typ
             return f"the recipe needs a table [{name}]"
         case "missing":
             return f'[{keys[0]}] needs the key "{keys[1]}"'
+        case "value_error" if keys == ("lora", "init_lora_weights"):
+            return f'{name} is {_shown(first["input"])}; it must be {first["ctx"]["error"]}: "default" or "gaussian"'
         case "value_error" if len(keys) == 1:
             return f"[{name}] {first['ctx']['error']}"
         case _:

@@ -172,7 +172,6 @@ def test_what_is_no_adapter_folder_is_named(own: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, "it has use_dora, whose weights are not base plus update"),
         ({"lora_bias": True}, "it has lora_bias, which the base has no place for"),
         ({"bias": "all"}, 'it has bias = "all", trained biases'),
         ({"modules_to_save": ["lm_head"]}, "it has modules_to_save, fully trained modules"),

@@ -42,6 +42,21 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
         BOTH + "[lora]\nlearning_rate = 1e-4\n",
         [':6: [lora] has no key "learning_rate"; it belongs to [train]'],
     ),
+    "PiSSA": (
+        BOTH + '[lora]\ninit_lora_weights = "pissa"\n',
+        [
+            ':6: lora.init_lora_weights is the string "pissa"; it must be a way in which the untrained adapter changes '
+            'nothing, since the base with its adapter off is the reference: "default" or "gaussian"'
+        ],
+    ),
+    "layers of no list": (
+        BOTH + "[lora]\nlayers_to_transform = [1]\n",
+        [":5: [lora] has layers_to_transform, which only a list as target_modules reads; write one"],
+    ),
+    "rank of a module": (
+        BOTH + "[lora]\nrank_pattern = { q_proj = 0 }\n",
+        [":6: lora.rank_pattern is 0; it must be greater than 0"],
+    ),
     "unknown loss": (
         BOTH + '[objective]\nloss_type = "simpoo"\n',
         [':6: objective.loss_type is the string "simpoo"; did you mean "simpo"?'],
@@ -119,19 +134,19 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "list of tables": ('[[model]]\nname = "a"\n' + DATA, [":1: model is a list; it must be a table"]),
     "wrong union": (
         BOTH + "[lora]\ntarget_modules = 4\n",
-        [':6: lora.target_modules is 4; it must be "all-linear" or a list of strings'],
+        [":6: lora.target_modules is 4; it must be a string in quotes or a list of strings"],
     ),
     "wrong element": (
         BOTH + '[lora]\ntarget_modules = ["q_proj", 3]\n',
-        [':6: lora.target_modules is a list; it must be "all-linear" or a list of strings that are not empty'],
+        [":6: lora.target_modules is a list; it must be a string in quotes or a list of strings that are not empty"],
     ),
     "nested list": (
         BOTH + '[lora]\ntarget_modules = [["q_proj"]]\n',
-        [':6: lora.target_modules is a list; it must be "all-linear" or a list of strings that are not empty'],
+        [":6: lora.target_modules is a list; it must be a string in quotes or a list of strings that are not empty"],
     ),
     "empty list": (
         BOTH + "[lora]\ntarget_modules = []\n",
-        [':6: lora.target_modules is a list; it must be "all-linear" or a list that is not empty'],
+        [":6: lora.target_modules is a list; it must be a string in quotes or a list that is not empty"],
     ),
     "not among the choices": (
         BOTH + 'overlong = "cut"\n',

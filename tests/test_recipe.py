@@ -138,7 +138,7 @@ def test_the_resolved_text_holds_every_key_that_has_a_value(tmp_path: Path) -> N
     text = resolved_text(recipe)
     for table, keys in recipe.model_dump(exclude_none=True).items():
         assert f"[{table}]" in text
-        assert all(f"\n{key} = " in text for key in keys)
+        assert all(f"\n{key} = " in text or f"[{table}.{key}]" in text for key in keys)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path: Path) -> None:

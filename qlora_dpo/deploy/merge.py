@@ -124,7 +124,7 @@ def write_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) ->
         base = place.float() if onto == "original" else trained_weight(layer)
         if base.shape != place.shape:
             raise ModelError(f"{opened.source.name}: {name} has another shape in 4-bit than in the files; not merged")
-        place.data = (base.cpu() + delta(layer).cpu()).to(dtype)
+        place.data = (summed(layer, base).cpu()).to(dtype)
     full.to(dtype)
     for name, parameter in full.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -161,6 +161,24 @@ def delta(layer: Any) -> Tensor:
     return added.float()
 
 
+@torch.no_grad()
+def summed(layer: Any, base: Tensor) -> Tensor:
+    """The layer's whole weight on top of `base`, (out, in) in float32.
+
+    DoRA (Liu et al. 2024, eq. 5) brings each row of the sum to a length of its own.
+    """
+    whole = base + delta(layer).to(base.device)
+    if not _is_dora(layer):
+        return whole
+    length: Tensor = layer.lora_magnitude_vector["default"].weight.detach().float().to(base.device)
+    scaled: Tensor = whole * (length / whole.norm(dim=1))[:, None]
+    return scaled
+
+
+def _is_dora(layer: Any) -> bool:
+    return isinstance(layer, LoraLayer) and bool(layer.use_dora.get("default"))
+
+
 def _load_original(opened: Opened, dtype: torch.dtype) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(opened.source.folder, dtype=dtype, trust_remote_code=False)
@@ -174,7 +192,6 @@ def _beyond_weights(config: Any) -> str:
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         return f"it is of PEFT's type {getattr(config.peft_type, 'value', config.peft_type)}, not LORA"
     reasons = {
-        "use_dora, whose weights are not base plus update": config.use_dora,
         "lora_bias, which the base has no place for": config.lora_bias,
         f'bias = "{config.bias}", trained biases': config.bias != "none",
         "modules_to_save, fully trained modules": config.modules_to_save,
@@ -193,7 +210,7 @@ def _not_a_sum(layer: nn.Module) -> str:
         return ""
     if not isinstance(layer, LoraLinear | Linear4bit):
         return f"is no linear layer but {type(layer).__name__}"
-    if layer.lora_variant:
+    if layer.lora_variant and not _is_dora(layer):
         return f"uses a variant of LoRA ({type(next(iter(layer.lora_variant.values()))).__name__})"
     return ""
 

@@ -21,6 +21,13 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         lora_alpha=table.lora_alpha,
         lora_dropout=table.lora_dropout,
         target_modules=table.target_modules if isinstance(table.target_modules, str) else list(table.target_modules),
+        exclude_modules=table.exclude_modules,
+        layers_to_transform=table.layers_to_transform,
+        rank_pattern=dict(table.rank_pattern),
+        alpha_pattern=dict(table.alpha_pattern),
+        use_rslora=table.use_rslora,
+        use_dora=table.use_dora,
+        init_lora_weights=True if table.init_lora_weights == "default" else table.init_lora_weights,
     )
     try:
         model = get_peft_model(base, config)

@@ -136,10 +136,11 @@ def load_checkpoint(
         for name, value in saved.items():
             parameters[name].copy_(value)
     for name, parameter in parameters.items():
-        own = {key: moments[f"{key}|{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
-        }
+        own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
+        if own:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
+            }
     restore(load_file(folder / "random.safetensors"))
     state.recipe, state.fingerprints = asked.recipe, asked.fingerprints
     return state
@@ -170,5 +171,5 @@ def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
-            moments[f"{key}|{name}"] = value
+            moments[f"{key}|{name}"] = torch.as_tensor(value)
     return moments

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.errors import Interrupted, SourceError
@@ -90,7 +89,7 @@ class _Tools:
     """What turns gradients into steps."""
 
     accelerator: Accelerator
-    optimizer: AdamW
+    optimizer: torch.optim.Optimizer
     accelerated: Any  # the same optimizer, which skips a step whose scaled gradients overflow
     schedule: LambdaLR
 
@@ -99,7 +98,8 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
     """Accelerator, optimizer and learning-rate schedule at step 0."""
     dtype = job.device.compute_dtype
     accelerator = Accelerator(mixed_precision="no" if dtype == "fp32" else dtype, cpu=job.device.type == "cpu")
-    optimizer = make_optimizer(trainable(model).values(), job.recipe.train)
+    ratio = job.recipe.lora.loraplus_lr_ratio
+    optimizer = make_optimizer(trainable(model), job.recipe.train, job.device, ratio)
     schedule = make_schedule(optimizer, job.recipe.train, job.plan.total_steps)
     return _Tools(accelerator, optimizer, accelerator.prepare_optimizer(optimizer), schedule)
 

@@ -1,23 +1,60 @@
-"""AdamW over the adapter's float32 weights, and the learning rate's course."""
+"""The optimizer over the adapter's float32 weights, and the learning rate's course."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, assert_never
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.model.device import Device
 from qlora_dpo.recipe import TrainTable
 
-
-def make_optimizer(parameters: Iterable[nn.Parameter], table: TrainTable) -> AdamW:
-    """AdamW with the defaults of the Trainer's `adamw_torch` (betas 0.9 and 0.999, epsilon 1e-8)."""
-    return AdamW(parameters, lr=table.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=table.weight_decay)
+Optimizer = torch.optim.Optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, table: TrainTable, total_steps: int) -> LambdaLR:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], table: TrainTable, device: Device, loraplus_lr_ratio: float | None = None
+) -> Optimizer:
+    """The recipe's optimizer, with the Trainer's defaults (betas 0.9 and 0.999, epsilon 1e-8).
+
+    With `loraplus_lr_ratio`, lora_B learns that many times as fast (Hayou et al. 2024, eq. 3). Raises RecipeError for
+    one that this device does not have.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+    if loraplus_lr_ratio is not None:
+        fast = {name for name in parameters if "lora_B" in name}
+        groups = [
+            {"params": [each for name, each in parameters.items() if name not in fast]},
+            {"params": [parameters[name] for name in fast], "lr": table.learning_rate * loraplus_lr_ratio},
+        ]
+    rate: dict[str, Any] = {"lr": table.learning_rate, "weight_decay": table.weight_decay}
+    adam: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    if table.optim not in ("adamw_torch", "adafactor", "sgd") and device.type != "cuda":
+        raise RecipeError(
+            f'train.optim = "{table.optim}" needs a CUDA GPU; on this CPU choose "adamw_torch", "adafactor" or "sgd"'
+        )
+    match table.optim:
+        case "adamw_torch":
+            return torch.optim.AdamW(groups, **rate, **adam)
+        case "adafactor":
+            return torch.optim.Adafactor(groups, **rate)
+        case "sgd":
+            return torch.optim.SGD(groups, **rate)
+        case "adamw_8bit":  # pragma: cuda
+            return bnb.optim.AdamW8bit(groups, **rate, **adam)  # type: ignore[no-any-return]
+        case "paged_adamw_8bit":  # pragma: cuda
+            return bnb.optim.PagedAdamW8bit(groups, **rate, **adam)  # type: ignore[no-any-return]
+        case "paged_adamw_32bit":  # pragma: cuda
+            return bnb.optim.PagedAdamW32bit(groups, **rate, **adam)  # type: ignore[no-any-return]
+        case never:
+            assert_never(never)
+
+
+def make_schedule(optimizer: Optimizer, table: TrainTable, total_steps: int) -> LambdaLR:
     """The course of the learning rate over `total_steps`, by transformers' names."""
     schedule: LambdaLR = get_scheduler(
         table.lr_scheduler_type, optimizer, num_warmup_steps=table.warmup_steps, num_training_steps=total_steps
@@ -25,7 +62,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, table: TrainTable, total_ste
     return schedule
 
 
-def restore_schedule(schedule: LambdaLR, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def restore_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put the schedule back to where `saved` was taken, and the optimizer's learning rate with it.
 
     The rate is that of this schedule, so a run that goes on with another `max_steps` follows its new course.

@@ -39,6 +39,9 @@ def fit_with_trl(
     when the loss stops being finite.
     """
     insist_on_trls(job.recipe.objective)
+    if job.recipe.train.optim not in ("adamw_torch", "sgd") or job.recipe.lora.loraplus_lr_ratio is not None:
+        asked = "lora.loraplus_lr_ratio" if job.recipe.lora.loraplus_lr_ratio is not None else "train.optim"
+        raise RecipeError(f'{asked} needs train.engine = "qlora_dpo" here; leave it out, or change the engine')
     tracker.note(
         f"engine: trl.DPOTrainer {version('trl')}, which asks the reference in every step and saves no checkpoint"
     )
@@ -87,7 +90,7 @@ def settings(recipe: Recipe, job: Job, folder: str) -> Any:
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_steps,
-        optim="adamw_torch",
+        optim=train.optim,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         gradient_checkpointing=train.gradient_checkpointing is True,
