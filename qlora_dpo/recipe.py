@@ -121,10 +121,21 @@ class DataTable(Table):
     """Split of a hub data set or folder to train on."""
     eval: Text | None = None
     """Where the held-out pairs are; absent: the same source as `train`."""
+    eval_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out the pairs of this share of the prompts of `train`, so that no prompt stands on both sides. Absent: 0.1
+    where `train` is a file and there is no `eval`, else the split `eval_split` is held out."""
     eval_split: Text = "test"
     """Split of a hub data set or folder that is held out."""
     revision: Text | None = None
     """A branch, tag or commit of a hub data set."""
+    format: Literal[
+        "auto", "hh", "hh_prompt", "strings", "messages", "chats", "sharegpt", "alpaca", "ranked", "unpaired"
+    ] = "auto"
+    """The shape of the rows; `auto` recognises it and says so."""
+    columns: dict[Text, Text] = Field(default={})
+    """Names of columns here, and what the data calls them: `{ prompt = "question", chosen = "good" }`."""
+    ranked_pairs: Literal["all", "best_worst"] = "all"
+    """Which ranked answers to one prompt make pairs: each two of different rank, or the best and the worst."""
     max_length: Positive = 512
     """Longest prompt plus answer, in tokens."""
     overlong: Literal["drop", "cut_prompt", "error"] = "drop"
@@ -139,15 +150,21 @@ class DataTable(Table):
 
     @model_validator(mode="after")
     def _pairs_are_held_out(self) -> "DataTable":
-        if self.eval is None and self.train.endswith(DATA_ENDINGS):
-            raise ValueError("trains on a file, which has no splits: name the file of held-out pairs with data.eval")
+        if self.eval is not None and self.eval_share is not None:
+            raise ValueError("has both eval and eval_share; name the held-out pairs, or hold a share out, not both")
         if self.eval == self.train and self.train.endswith(DATA_ENDINGS):
             raise ValueError("trains and evaluates on the same file; name another file of held-out pairs")
-        if self.eval in (None, self.train) and self.train_split == self.eval_split:
+        if self.held_out_share is None and self.eval in (None, self.train) and self.train_split == self.eval_split:
             raise ValueError(f'trains and evaluates on the same split "{self.train_split}"; give another eval_split')
         if self.revision is not None and is_local(self.train) and (self.eval is None or is_local(self.eval)):
             raise ValueError("has a revision, which only a hub data set takes; leave it out")
         return self
+
+    @property
+    def held_out_share(self) -> float | None:
+        """The share of the training source's prompts that is held out; None if the held-out pairs have a place."""
+        file = self.eval is None and self.train.endswith(DATA_ENDINGS)
+        return (0.1 if file else None) if self.eval_share is None else self.eval_share
 
 
 class TrainTable(Table):

@@ -229,6 +229,21 @@ class Orpo(WithSft):
     """Weight of the negative log-likelihood per token of the chosen answer."""
 
 
+class Kto(Table):
+    """KTO (Ethayarajh et al. 2024): answers that are labelled good or bad by themselves."""
+
+    loss_type: Literal["kto"]
+    """The loss."""
+    beta: Above0 = 0.1
+    """How strongly the policy is held to the reference."""
+    desirable_weight: AtLeast0 = 1.0
+    """Weight of the answers whose label is true."""
+    undesirable_weight: AtLeast0 = 1.0
+    """Weight of the answers whose label is false."""
+    weight_column: Text | None = None
+    """A column of numbers by which each answer's loss is multiplied; absent: 1 for all."""
+
+
 class Sft(Table):
     """The negative log-likelihood per token of the chosen answer alone; what comes before DPO."""
 
@@ -262,12 +277,13 @@ Objective = Annotated[
     | Annotated[AlphaPo, Tag("alphapo")]
     | Annotated[Cpo, Tag("cpo")]
     | Annotated[Orpo, Tag("orpo")]
+    | Annotated[Kto, Tag("kto")]
     | Annotated[Sft, Tag("sft")],
     Discriminator(_loss_type),
 ]
 TABLES: tuple[type[Table], ...] = (
     *(Sigmoid, Robust, ExoPair, Plain, Aot, Discopop, Dpop, Rdpo, Odpo, BetaDpo, SamPo, Sum),
-    *(Simpo, AlphaPo, Cpo, Orpo, Sft),
+    *(Simpo, AlphaPo, Cpo, Orpo, Kto, Sft),
 )
 ReferenceFree = Simpo | AlphaPo | Cpo | Orpo | Sft
 

@@ -120,6 +120,9 @@ WORKED: dict[str, tuple[Any, float]] = {
         0.3 * math.log1p((math.exp(-2.4) / (1 - math.exp(-2.4))) / (math.exp(-2) / (1 - math.exp(-2)))),
     ),
     "sft": (table("sft"), 2.0),
+    # the other answer's log-ratio of -2 is no distance; s(-0.5 * 1)
+    "kto, good": (table("kto", beta=0.5), 1 / (1 + math.exp(0.5))),
+    "kto, bad": (table("kto", beta=0.5, undesirable_weight=3.0), 3 / (1 + math.exp(-0.5))),
     "margin": (table("sigmoid", beta=0.5, margin_column="m"), math.log1p(math.exp(-(1.5 - 0.7)))),
     "sum": (
         table("sum", beta=0.5, losses={"hinge": 2.0, "bco_pair": 0.5}),
@@ -130,7 +133,7 @@ WORKED: dict[str, tuple[Any, float]] = {
 
 def worked(free: bool = False) -> Logps:
     reference_P2 = torch.zeros(1, 2) if free else torch.tensor([[-9.0, -10.0]])
-    columns = Columns(margin_P=torch.tensor([0.7]), scores_P2=torch.tensor([[5.0, 1.0]]))
+    columns = Columns(torch.tensor([1.0]), torch.tensor([0.7]), torch.tensor([[5.0, 1.0]]), torch.tensor([True]))
     one = [torch.tensor([value]) for value in (-8.0, -12.0, 4.0, 5.0)]
     return Logps(*one, reference_P2, one[0], None, columns)
 
@@ -140,9 +143,18 @@ def test_the_loss_of_one_pair_is_the_number_worked_by_hand(case: str) -> None:
     what, expected = WORKED[case]
     free = what.loss_type in ("simpo", "alphapo", "cpo", "orpo", "sft")
     logps = worked(free)
-    if case != "margin":
+    if case != "margin":  # only this one asks for a column of margins
         logps = replace(logps, columns=replace(logps.columns, margin_P=None))  # type: ignore[type-var]
+    if case == "kto, bad":
+        logps = replace(logps, columns=replace(logps.columns, label_P=torch.tensor([False])))  # type: ignore[type-var]
     assert objective(logps, what).total_P.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_kto_measures_a_good_answer_by_how_far_the_policy_is_from_the_reference() -> None:
+    logps = replace(worked(), reference_P2=torch.tensor([[-9.0, -13.5]]))  # the other answer is 1.5 nats likelier
+    losses = objective(logps, table("kto", beta=0.5))
+    assert losses.total_P.item() == pytest.approx(1 / (1 + math.exp(0.5 * (1.0 - 1.5))), rel=1e-6)
+    assert losses.rewards_P2.tolist() == [[0.5, 0.75]]
 
 
 def test_dpop_counts_what_the_chosen_answer_loses() -> None:
@@ -167,7 +179,7 @@ def random_logps(count: int = 6, dtype: torch.dtype = torch.float64, seed: int =
         values[:, 2:],
         values[:, 0],
         None,
-        Columns(scores_P2=scores_P2),
+        Columns(scores_P2=scores_P2, label_P=torch.arange(count) % 2 == 0),
     )
 
 

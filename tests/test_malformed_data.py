@@ -15,14 +15,11 @@ import pytest
 import tiny
 
 from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.data.shapes import UNDERSTOOD
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe import DataTable
 
 GOOD = {"prompt": "Is it late?", "chosen": "No, it is early.", "rejected": "Yes."}
-UNDERSTOOD = (
-    'understood are "chosen" and "rejected" as whole HH dialogues, as strings beside a "prompt" string, as message '
-    'lists beside a "prompt" list, and as message lists that hold the whole chat'
-)
 ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .parquet"
 
 
@@ -295,29 +292,8 @@ COLUMNS = {
         "p.jsonl",
         lines(without("rejected") | {"rejcted": "b"}),
         1,
-        'p.jsonl: has no column "rejected"; it has prompt, chosen, rejcted; rename "rejcted" if it is meant',
-    ),
-    "unpaired data": one(
-        "p.json",
-        b'[{"messages": [], "label": true}]',
-        1,
-        f'p.json: has no column "chosen"; it has messages, label; {UNDERSTOOD}',
-    ),
-    "conversations": one(
-        "p.jsonl",
-        lines(
-            {"conversations": [], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
-        ),
-        1,
-        'p.jsonl:1: there is no "prompt", "chosen" is an object and "rejected" is an object; it has the columns '
-        f"conversations, chosen, rejected; {UNDERSTOOD}",
-    ),
-    "an instruction in place of a prompt": one(
-        "p.jsonl",
-        lines({"instruction": "a", "chosen": "b", "rejected": "c"}),
-        1,
-        'p.jsonl: "chosen" and "rejected" are strings without "\\n\\nHuman:" and "\\n\\nAssistant:" turns, and there '
-        f'is no "prompt"; it has the columns instruction, chosen, rejected; {UNDERSTOOD}',
+        'p.jsonl: has no column "rejected"; it has prompt, chosen, rejcted; set data.columns = '
+        '{ rejected = "rejcted" } if "rejcted" is meant',
     ),
     "terminal escapes in a column name": one(
         "p.jsonl",
@@ -397,7 +373,13 @@ def test_there_are_forty_cases_and_more() -> None:
 def test_a_column_to_keep_must_exist(empty_folder: Path) -> None:
     write({"p.jsonl": lines(GOOD)})
     with pytest.raises(QloraDpoError) as refused:
-        load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", tiny.tokenizer(), 0, keep=["kind"])
+        load_pairs(
+            DataTable(train="./p.jsonl", eval="./q.jsonl"),
+            "train",
+            tiny.tokenizer(),
+            0,
+            keep={"kind": "samples.group_by"},
+        )
     assert str(refused.value) == (
         'p.jsonl: has no column "kind", which samples.group_by names; it has prompt, chosen, rejected'
     )

@@ -199,9 +199,9 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
         MODEL + '[data]\ntrain = "a.jsonl"\neval = "b.jsonl"\nrevision = "main"\n',
         [":3: [data] has a revision, which only a hub data set takes; leave it out"],
     ),
-    "nothing held out of a file": (
-        MODEL + '[data]\ntrain = "a.jsonl"\n',
-        [":3: [data] trains on a file, which has no splits: name the file of held-out pairs with data.eval"],
+    "held out twice": (
+        MODEL + '[data]\ntrain = "a.jsonl"\neval = "b.jsonl"\neval_share = 0.1\n',
+        [":3: [data] has both eval and eval_share; name the held-out pairs, or hold a share out, not both"],
     ),
     "the training file held out": (
         MODEL + '[data]\ntrain = "a.jsonl"\neval = "a.jsonl"\n',

@@ -89,7 +89,7 @@ def test_a_marked_prompt_among_plain_ones_is_not_taken_as_plain_text() -> None:
 
 def test_columns_to_keep_stay_with_the_pair_as_text() -> None:
     plain = {"prompt": "Is it late?", "chosen": "No.", "rejected": "Yes.", "kind": 7, "note": None}
-    found = find_pairs(rows(plain), keep=["kind", "note"])
+    found = find_pairs(rows(plain), keep={"kind": "a", "note": "b"})
     assert found.pairs[0].extra == {"kind": "7", "note": ""}
 
 

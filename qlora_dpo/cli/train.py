@@ -92,6 +92,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
     heldout = data.eval or data.train
+    share = data.held_out_share
     return [
         f"recipe      {loaded.path}",
         f"base        {model.name}: "
@@ -101,7 +102,8 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)),
         f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
-        f"held out    {heldout}" + ("" if is_local(heldout) else f", split {data.eval_split}"),
+        f"held out    {heldout}"
+        + (f", {share:.0%} of its prompts" if share else "" if is_local(heldout) else f", split {data.eval_split}"),
         f"objective   {_objective(loaded.recipe.objective)}",
         f"steps       {steps.batch_size} pairs each, {steps.num_train_epochs} epoch(s)"
         + (f", at most {steps.max_steps} steps" if steps.max_steps else "")

@@ -19,7 +19,7 @@ OVERLONG = "longer than max_length"
 
 @dataclass(frozen=True)
 class Audit:
-    """The account of one part of the data; `rows == used + not_drawn + all dropped rows`.
+    """The account of one part of the data; `rows == used - further + not_drawn + apart + all dropped rows`.
 
     Every row is kept as it is, repaired, dropped or not looked at, and the last three are listed by number.
     """
@@ -42,13 +42,21 @@ class Audit:
     """For prompt, chosen and rejected: the median, the 95th percentile and the longest, in tokens."""
     first: Mapping[str, str] = field(default_factory=dict)
     """Where the first row of each reason stands, as messages name it: `pairs.jsonl:17`."""
+    apart: int = 0
+    """Rows of the other part, where a share of the prompts of one source is held out."""
+    further: int = 0
+    """Pairs beyond the first of a row of ranked answers."""
     note: str = ""
     """What a reader should know about the encoding; empty for most chat templates."""
 
     def table(self) -> list[tuple[str, str]]:
         """Two columns of plain text, one line per count; the second is a number or three."""
         lines = [("rows read", f"{self.rows:,}"), ("pairs used", f"{self.used:,}")]
+        if self.further:
+            lines.append(("  of them beyond one a row", f"{self.further:,}"))
         lines += [(f"  repaired: {what}", f"{len(rows):,}") for what, rows in self.repaired.items()]
+        if self.apart:
+            lines.append(("of prompts of the other part", f"{self.apart:,}"))
         if self.not_drawn:
             lines.append(("not drawn", f"{self.not_drawn:,}"))
         dropped = sorted(self.dropped.items(), key=lambda each: -len(each[1]))
@@ -84,7 +92,9 @@ class Audit:
             "shape": self.shape,
             "rows": self.rows,
             "used": self.used,
+            "further": self.further,
             "not_drawn": self.not_drawn,
+            "apart": self.apart,
             "dropped": {reason: list(rows) for reason, rows in self.dropped.items()},
             "repaired": {what: list(rows) for what, rows in self.repaired.items()},
             "tokens": {part: dict(zip(("p50", "p95", "max"), each, strict=True)) for part, each in self.tokens.items()},
@@ -108,7 +118,7 @@ def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
     A pair that is merely longer than data.max_length is not bad.
     """
     count = sum(len(rows) for reason, rows in audit.dropped.items() if reason != OVERLONG)
-    looked_at = audit.rows - audit.not_drawn
+    looked_at = audit.rows - audit.not_drawn - audit.apart
     if count > most * looked_at:
         raise DataError(
             f"{audit.source}: {count:,} of {looked_at:,} rows ({count / looked_at:.1%}) are no usable pairs: "

@@ -1,9 +1,11 @@
 """Pairs become token ids: the prompt, and each answer from where the prompt ends to the template's end token."""
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from qlora_dpo.data.encoded import EncodedPair, Ids, digest
 from qlora_dpo.data.encoded_cache import keep, key_of, look_up
 from qlora_dpo.data.limits import TooMuch
 from qlora_dpo.data.overlong import cut_prompt
-from qlora_dpo.data.pairs import Pair, find_pairs
+from qlora_dpo.data.pairs import Found, Pair, Reading, find_pairs
 from qlora_dpo.data.sources import Part, Rows, read_rows
 from qlora_dpo.errors import DataError, ModelError, SourceError
 from qlora_dpo.recipe import DataTable
@@ -52,7 +54,15 @@ def load_pairs(
     """
     form = chat_format(tokenizer)
     rows = read_rows(table, part)
-    found = find_pairs(rows, keep)
+    reading = Reading(table.format, table.columns, table.ranked_pairs == "all")
+    found = find_pairs(rows, keep, reading)
+    apart = set[int]()
+    if table.held_out_share is not None:
+        mine = [pair for pair in found.pairs if _is_held_out(pair, table.held_out_share) == (part == "eval")]
+        apart = {pair.row for pair in found.pairs} - {pair.row for pair in mine}
+        if part == "eval":  # a row that is no pair belongs to no side; the training part accounts for it
+            apart |= {row for numbers in found.dropped.values() for row in numbers}
+        found = Found(found.shape, mine, found.dropped if part == "train" else {})
     wanted = table.max_train_samples if part == "train" else table.max_eval_samples
     order = found.pairs if wanted is None else _drawn(found.pairs, len(rows.rows), seed)
     used: list[tuple[EncodedPair, Pair]] = []
@@ -69,21 +79,40 @@ def load_pairs(
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
     used.sort(key=lambda both: both[0].row)
+    left_out = _once(dropped, {pair.row for pair, _ in used})
     audit = Audit(
         source=rows.name,
         shape=found.shape.value,
         rows=len(rows.rows),
         used=len(used),
-        dropped={reason: tuple(sorted(numbers)) for reason, numbers in dropped.items()},
-        not_drawn=len(order) - looked_at,
+        apart=len(apart),
+        further=len(used) - len({pair.row for pair, _ in used}),
+        dropped=left_out,
+        not_drawn=len({pair.row for pair in order} - {pair.row for pair in order[:looked_at]}),
         repaired=_repaired([pair for _, pair in used], {pair.row: pair for pair in found.pairs}, tokenizer),
         tokens=_lengths([each for each, _ in used]),
-        first={reason: rows.place(min(numbers)) for reason, numbers in dropped.items()},
+        first={reason: rows.place(numbers[0]) for reason, numbers in left_out.items()},
         note=form.note,
     )
     if not used:
         raise DataError(_none_usable(audit))
     return PairSet([each for each, _ in used], [each for _, each in used], audit)
+
+
+def _is_held_out(pair: Pair, share: float) -> bool:
+    """True for the share of all prompts that is held out: it depends on the prompt's text alone."""
+    text = json.dumps(pair.prompt, ensure_ascii=False, sort_keys=True)
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+
+def _once(dropped: Mapping[str, Sequence[int]], used: set[int]) -> dict[str, tuple[int, ...]]:
+    """Each row under one reason at most, and under none if a pair of it is used."""
+    counted, left_out = set(used), dict[str, tuple[int, ...]]()
+    for reason, numbers in dropped.items():
+        if new := sorted(set(numbers) - counted):
+            left_out[reason] = tuple(new)
+            counted |= set(new)
+    return left_out
 
 
 def _repaired(

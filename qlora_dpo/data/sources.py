@@ -32,6 +32,8 @@ def read_rows(table: DataTable, part: Part) -> Rows:
     does not exist or fit together (training and held-out pairs from the same rows included), SourceError for a hub
     or disk that does not answer, DataError for content that cannot be read.
     """
+    if table.held_out_share is not None:
+        part = "train"  # both parts are read from there, and told apart by their prompts
     check(table, part)
     name, split = _named(table, part)
     if not is_local(name):

@@ -22,6 +22,7 @@ from qlora_dpo.recipe_objective import (
     Divergence,
     Dpop,
     ExoPair,
+    Kto,
     Objective,
     Odpo,
     Orpo,
@@ -70,6 +71,8 @@ class Columns:
     weight_P: Tensor | None = None
     margin_P: Tensor | None = None
     scores_P2: Tensor | None = None
+    label_P: Tensor | None = None
+    """True for unpaired answers that are good; they stand in the chosen column, another answer in the rejected one."""
 
     def of(self, indices: list[int]) -> "Columns":
         """The numbers of some pairs."""
@@ -206,6 +209,18 @@ def alpha_reward(mean_logp_P: Tensor, alpha: float) -> Tensor:
     return mean_logp_P if alpha == 0 else -torch.expm1(-alpha * mean_logp_P) / alpha
 
 
+def kto(ratio_P: Tensor, label_P: Tensor, mean_P: Tensor, table: Kto, beta: float) -> Tensor:
+    """Ethayarajh et al. 2024, eq. 8; `mean_P` is how far the policy is from the reference, in nats."""
+    good_P = table.desirable_weight * torch.sigmoid(-beta * (ratio_P - mean_P))
+    bad_P = table.undesirable_weight * torch.sigmoid(beta * (ratio_P - mean_P))
+    return torch.where(label_P, good_P, bad_P)
+
+
+def distance(other_P: Tensor) -> Tensor:
+    """How far the policy is from the reference (eq. 7): the mean log-ratio of answers to other prompts, at least 0."""
+    return other_P.detach().mean().clamp(min=0).expand_as(other_P)
+
+
 def orpo(chosen_mean_P: Tensor, rejected_mean_P: Tensor, beta: float) -> Tensor:
     """Hong et al. 2024, eq. 7: minus `beta` times the log-sigmoid of the log odds ratio, of mean log-probabilities."""
     odds_P = (chosen_mean_P - rejected_mean_P) - (_log1mexp(chosen_mean_P) - _log1mexp(rejected_mean_P))
@@ -253,7 +268,7 @@ def weighs_pairs(table: Objective) -> bool:
 
 def needs_whole_step(table: Objective) -> bool:
     """True if a pair's loss depends on the other pairs of its step."""
-    return isinstance(table, Aot | BetaDpo)
+    return isinstance(table, Aot | BetaDpo | Kto)
 
 
 def objective(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
@@ -265,6 +280,10 @@ def objective(logps: Logps, table: Objective, beta: float | None = None) -> Loss
     tokens_P2 = torch.stack([logps.chosen_tokens_P, logps.rejected_tokens_P], 1)
     sft_P = sft(logps.chosen_whole_P, logps.chosen_tokens_P)
     rewards_P2 = strength * _reward(ratio_P2, tokens_P2, table)
+    if logps.columns is not None and logps.columns.label_P is not None:
+        # a good answer is right above the mean, a bad one below it
+        both_P2 = torch.stack([rewards_P2[:, 0], strength * distance(ratio_P2[:, 1])], 1)
+        rewards_P2 = torch.where(logps.columns.label_P[:, None], both_P2, both_P2.flip(1))
     preference_P = _preference(logps, ratio_P2, tokens_P2, table, strength)
     if logps.likely_P is not None:
         preference_P = preference_P * logps.likely_P
@@ -333,6 +352,10 @@ def _preference(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: Object
             return dpo(margin_P, beta, table.label_smoothing)
         case Orpo():
             return orpo(mean_P2[:, 0], mean_P2[:, 1], beta)
+        case Kto():
+            if columns.label_P is None:
+                raise ValueError("kto needs labels")
+            return kto(chosen_P, columns.label_P, distance(rejected_P), table, beta)
         case Sft():
             return sft(logps.chosen_whole_P, logps.chosen_tokens_P)
         case never:
