@@ -9,6 +9,7 @@ import click
 
 from qlora_dpo import __version__
 from qlora_dpo.cli.chat import chat
+from qlora_dpo.cli.data import data
 from qlora_dpo.cli.failure import report
 from qlora_dpo.cli.merge import merge
 from qlora_dpo.cli.quiet import silence
@@ -27,6 +28,7 @@ def commands() -> None:
     qlora-dpo merge                            the newest adapter becomes a full model
     qlora-dpo chat                             talk to either
     qlora-dpo verify adapters/quickstart       is it still what was written?
+    qlora-dpo data show pairs.jsonl            look at preference data, lint and split it
     """
 
 
@@ -35,6 +37,7 @@ commands.add_command(train)
 commands.add_command(merge)
 commands.add_command(chat)
 commands.add_command(verify)
+commands.add_command(data)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -42,6 +42,8 @@ class Audit:
     """For prompt, chosen and rejected: the median, the 95th percentile and the longest, in tokens."""
     first: Mapping[str, str] = field(default_factory=dict)
     """Where the first row of each reason stands, as messages name it: `pairs.jsonl:17`."""
+    at_reading: int = 0
+    """Dropped rows that are no pairs whatever the tokenizer; every row was looked at for that, drawn or not."""
     apart: int = 0
     """Rows of the other part, where a share of the prompts of one source is held out."""
     further: int = 0
@@ -118,10 +120,12 @@ def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
     A pair that is merely longer than data.max_length is not bad.
     """
     count = sum(len(rows) for reason, rows in audit.dropped.items() if reason != OVERLONG)
-    looked_at = audit.rows - audit.not_drawn - audit.apart
-    if count > most * looked_at:
+    read, encoded = audit.rows - audit.apart, audit.rows - audit.apart - audit.not_drawn
+    later = count - audit.at_reading
+    share = audit.at_reading / max(1, read) + later / max(1, encoded)
+    if share > most:
         raise DataError(
-            f"{audit.source}: {count:,} of {looked_at:,} rows ({count / looked_at:.1%}) are no usable pairs: "
+            f"{audit.source}: {count:,} of {encoded if later else read:,} rows ({share:.1%}) are no usable pairs: "
             f"{audit.reasons(but=OVERLONG)}; data.max_bad_share = {most:g} allows {most:.1%}; list them with "
             "--dropped-rows and mend them, or raise it"
         )

@@ -58,7 +58,7 @@ def load_pairs(
     found = find_pairs(rows, keep, reading)
     apart = set[int]()
     if table.held_out_share is not None:
-        mine = [pair for pair in found.pairs if _is_held_out(pair, table.held_out_share) == (part == "eval")]
+        mine = [pair for pair in found.pairs if is_held_out(pair, table.held_out_share) == (part == "eval")]
         apart = {pair.row for pair in found.pairs} - {pair.row for pair in mine}
         if part == "eval":  # a row that is no pair belongs to no side; the training part accounts for it
             apart |= {row for numbers in found.dropped.values() for row in numbers}
@@ -85,6 +85,7 @@ def load_pairs(
         shape=found.shape.value,
         rows=len(rows.rows),
         used=len(used),
+        at_reading=sum(map(len, found.dropped.values())),
         apart=len(apart),
         further=len(used) - len({pair.row for pair, _ in used}),
         dropped=left_out,
@@ -99,7 +100,7 @@ def load_pairs(
     return PairSet([each for each, _ in used], [each for _, each in used], audit)
 
 
-def _is_held_out(pair: Pair, share: float) -> bool:
+def is_held_out(pair: Pair, share: float) -> bool:
     """True for the share of all prompts that is held out: it depends on the prompt's text alone."""
     text = json.dumps(pair.prompt, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
