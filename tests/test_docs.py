@@ -57,7 +57,11 @@ def test_every_command_line_in_the_documents_is_one_that_exists() -> None:
             if name.startswith("-"):
                 continue
             assert name in commands.commands, f"{page.name}: qlora-dpo {line}"
-            options = {each for parameter in commands.commands[name].params for each in parameter.opts}
+            command = commands.commands[name]
+            if isinstance(command, click.Group) and words:
+                assert words[0] in command.commands, f"{page.name}: qlora-dpo {line}"
+                command = command.commands[words.pop(0)]
+            options = {each for parameter in command.params for each in parameter.opts}
             for word in words:
                 known = word.partition("=")[0] in {*options, "--help", "-h", "-"}
                 assert known or not word.startswith("-"), f"{page.name}: qlora-dpo {line}: {word}"
@@ -97,6 +101,7 @@ def test_every_package_folder_is_in_the_wheel() -> None:
 
 def test_every_option_of_every_command_has_a_help_text() -> None:
     for name, command in commands.commands.items():
-        for parameter in command.params:
-            if isinstance(parameter, click.Option):
-                assert parameter.help, f"{name} {parameter.opts}"
+        for each in (command, *getattr(command, "commands", {}).values()):
+            for parameter in each.params:
+                if isinstance(parameter, click.Option):
+                    assert parameter.help, f"{name} {each.name} {parameter.opts}"
