@@ -27,7 +27,8 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import device
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe import ModelTable, TrainTable
+from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe_train import TrainTable
 
 CAP = 15 * 2**30
 LENGTHS = (512, 1024, 2048)

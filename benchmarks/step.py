@@ -42,7 +42,9 @@ from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
 from qlora_dpo.preference.reference import live_logps, ride_along
-from qlora_dpo.recipe import DataTable, LoraTable, ModelTable, Sigmoid
+from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe_model import LoraTable, ModelTable
+from qlora_dpo.recipe_objective import Sigmoid
 
 TRL = ("trl-4", "trl-1", "trl-best", "trl-compact")
 OURS = ("padded", "packed", "lean", "cached", "checkpointed")

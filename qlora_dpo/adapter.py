@@ -25,7 +25,8 @@ from qlora_dpo.model import base, device, sources
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe import LoadedRecipe, ModelTable, Recipe, resolved_text
+from qlora_dpo.recipe import LoadedRecipe, Recipe, resolved_text
+from qlora_dpo.recipe_model import ModelTable
 
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

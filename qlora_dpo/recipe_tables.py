@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
+
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
@@ -17,3 +19,8 @@ class Table(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def is_local(name: str) -> bool:
+    """True if `name` is a path rather than a hub name: it starts with /, ./, ../ or ~, or has a data file's ending."""
+    return name in (".", "..") or name.startswith(("/", "./", "../", "~")) or name.endswith(DATA_ENDINGS)

@@ -20,7 +20,8 @@ from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store, reference_logps
-from qlora_dpo.recipe import ModelTable, Recipe
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Job

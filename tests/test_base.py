@@ -14,7 +14,7 @@ from qlora_dpo.errors import ModelError
 from qlora_dpo.model import device
 from qlora_dpo.model.base import dequantized, linear4bit_layers, load_base, load_tokenizer
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe import ModelTable
+from qlora_dpo.recipe_model import ModelTable
 
 IDS = torch.arange(3, 43)[None]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_dpo.recipe import TrainTable
+from qlora_dpo.recipe_train import TrainTable
 from qlora_dpo.training.plan import epoch_order, make_plan
 
 

@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from qlora_dpo import recipe as recipe_module
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import DataTable, ModelTable, Recipe, find, is_local, load, recipe_homes, resolved_text
+from qlora_dpo.recipe import Recipe, find, load, recipe_homes, resolved_text
+from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe_tables import is_local
 
 SMALLEST = '[model]\nname = "org/base"\n[data]\ntrain = "org/pairs"\n'
 SHIPPED = sorted(file for home in recipe_homes() for file in home.glob("*.toml"))

@@ -23,7 +23,7 @@ from hub import Hub
 from qlora_dpo.data.hub import in_a_sentence
 from qlora_dpo.data.sources import Rows, read_rows
 from qlora_dpo.errors import RecipeError, SourceError
-from qlora_dpo.recipe import DataTable
+from qlora_dpo.recipe_data import DataTable
 
 ROWS = [
     {"prompt": "Is it late?", "chosen": 'No, "early".\nVery.', "rejected": "Yes."},
@@ -156,7 +156,7 @@ import json, sys, time
 from qlora_dpo.data.hub import in_a_sentence
 from qlora_dpo.data.sources import read_rows
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.recipe import DataTable
+from qlora_dpo.recipe_data import DataTable
 for keys, part in json.loads(sys.argv[1]):
     start = time.perf_counter()
     try:

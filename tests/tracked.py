@@ -22,7 +22,7 @@ TRAIN = {
 
 TRACKED = """
 import json, pathlib, sys
-from qlora_dpo.recipe import TrackTable
+from qlora_dpo.recipe_train import TrackTable
 from qlora_dpo.training.tracker import Tracker
 folder, project, start, config, *records = sys.argv[1:]
 with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(wandb=project),

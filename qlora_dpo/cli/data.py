@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from qlora_dpo.data.encoded import EncodedPair
     from qlora_dpo.data.pairs import Found, Pair
     from qlora_dpo.data.sources import Part, Rows
-    from qlora_dpo.recipe import DataTable, Recipe
+    from qlora_dpo.recipe import Recipe
+    from qlora_dpo.recipe_data import DataTable
 
 SHOWN_ROWS = 10
 
@@ -150,13 +151,14 @@ def _table(source: str) -> "tuple[DataTable, Recipe | None]":
 
     from qlora_dpo import recipe
     from qlora_dpo.errors import RecipeError
+    from qlora_dpo.recipe_data import DataTable
 
     if source.endswith(".toml"):
         loaded = recipe.load(source)
         return loaded.recipe.data, loaded.recipe
     name = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
     try:
-        return recipe.DataTable(train=name), None
+        return DataTable(train=name), None
     except ValidationError as error:
         raise RecipeError(f"{source}: names no data") from error
 
@@ -181,7 +183,7 @@ def _tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
         return None
     from qlora_dpo.model.base import load_tokenizer
     from qlora_dpo.model.sources import fetch
-    from qlora_dpo.recipe import ModelTable
+    from qlora_dpo.recipe_model import ModelTable
 
     table = ModelTable(name=model) if model is not None else recipe.model if recipe is not None else None
     assert table is not None  # noqa: S101 - one of them is there

@@ -57,7 +57,7 @@ def _figures(opened: "Opened", folder: Path, written: Path) -> dict[str, Any]:
 
     from qlora_dpo.model.base import load_base
     from qlora_dpo.model.sources import Source
-    from qlora_dpo.recipe import ModelTable
+    from qlora_dpo.recipe_model import ModelTable
     from qlora_dpo.training.agreement import measure
     from qlora_dpo.training.yardstick import texts_for
 

@@ -88,7 +88,7 @@ def train(
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     """What the run will do, one decision a line."""
-    from qlora_dpo.recipe import is_local
+    from qlora_dpo.recipe_tables import is_local
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
     heldout = data.eval or data.train

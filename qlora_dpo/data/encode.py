@@ -21,7 +21,7 @@ from qlora_dpo.data.overlong import cut_prompt
 from qlora_dpo.data.pairs import Found, Pair, Reading, find_pairs
 from qlora_dpo.data.sources import Part, Rows, read_rows
 from qlora_dpo.errors import DataError, ModelError, SourceError
-from qlora_dpo.recipe import DataTable
+from qlora_dpo.recipe_data import DataTable
 
 CUT = "prompt cut at the front"
 CHUNK = 1024

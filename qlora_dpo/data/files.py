@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora_dpo.errors import DataError, RecipeError, SourceError
-from qlora_dpo.recipe import DATA_ENDINGS
+from qlora_dpo.recipe_tables import DATA_ENDINGS
 
 Row = dict[str, Any]
 

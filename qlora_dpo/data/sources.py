@@ -8,7 +8,8 @@ from typing import Literal
 
 from qlora_dpo.data.files import FileRows, Row, ending, read_file, shown
 from qlora_dpo.errors import DataError, RecipeError, SourceError
-from qlora_dpo.recipe import DATA_ENDINGS, DataTable, is_local
+from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe_tables import DATA_ENDINGS, is_local
 
 Part = Literal["train", "eval"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_dpo.data.dialogue import printable
-from qlora_dpo.recipe import is_local
+from qlora_dpo.recipe_tables import is_local
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

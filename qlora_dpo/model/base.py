@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe import ModelTable
+from qlora_dpo.recipe_model import ModelTable
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

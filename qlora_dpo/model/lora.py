@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import LoraTable
+from qlora_dpo.recipe_model import LoraTable
 
 
 def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:

@@ -26,7 +26,7 @@ from qlora_dpo.preference.counted import Counted
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import dpo
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
-from qlora_dpo.recipe import ModelTable
+from qlora_dpo.recipe_model import ModelTable
 
 SECONDS_BETWEEN_SAVES = 60.0
 

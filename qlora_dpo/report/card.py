@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qlora_dpo.data.dialogue import printable
-from qlora_dpo.recipe import is_local
+from qlora_dpo.recipe_tables import is_local
 from qlora_dpo.redact import redacted
 from qlora_dpo.report.samples import prompt_text
 from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_markdown

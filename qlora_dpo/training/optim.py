@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
-from qlora_dpo.recipe import TrainTable
+from qlora_dpo.recipe_train import TrainTable
 
 Optimizer = torch.optim.Optimizer
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_dpo.recipe import TrainTable
+from qlora_dpo.recipe_train import TrainTable
 
 
 @dataclass(frozen=True)

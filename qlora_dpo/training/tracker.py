@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TextIO
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import write_whole
-from qlora_dpo.recipe import TrackTable
+from qlora_dpo.recipe_train import TrackTable
 from qlora_dpo.training.display import Advance, Bars, Lines, evaluation_line, on_terminal
 
 METRICS = "metrics.jsonl"

@@ -12,7 +12,8 @@ from qlora_dpo.data.encode import encode, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.recipe import Recipe, is_local
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_tables import is_local
 
 MOST_PAIRS = 64
 MOST_TOKENS = 6_000

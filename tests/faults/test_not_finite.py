@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.errors import DataError, RunError
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.recipe import DataTable
+from qlora_dpo.recipe_data import DataTable
 from qlora_dpo.training import loop
 from qlora_dpo.training.loop import Job, fit
 from qlora_dpo.training.tracker import Tracker

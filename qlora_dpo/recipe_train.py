@@ -1,0 +1,89 @@
+"""The recipe's tables of the optimization, of the samples after it and of its tracking."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qlora_dpo.recipe_tables import Natural, Positive, Table, Text
+
+
+class TrainTable(Table):
+    """The optimization."""
+
+    engine: Literal["qlora_dpo", "trl"] = "qlora_dpo"
+    """`qlora_dpo` is this project's loop; `trl` runs the same recipe through stock `trl.DPOTrainer`."""
+    optim: Literal["adamw_torch", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "adamw_torch"
+    )
+    """The optimizer. Those in 8 bits and the paged ones are bitsandbytes' and need a CUDA GPU."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
+    ] = "linear"
+    """How the learning rate moves after the warm-up."""
+    warmup_steps: Natural = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this L2 norm."""
+    batch_size: Positive = 16
+    """Pairs per optimizer step."""
+    micro_batch_tokens: Positive = 2048
+    """Tokens that go through the model at once, a shared prompt counted once; changes memory and speed, no result."""
+    num_train_epochs: Positive = 1
+    """Passes over the training pairs."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps; absent: after the last epoch."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: a third slower, much less memory. `auto` does so for as few layers as
+    memory asks for, `true` for all of them, `false` for none."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the adapter's first weights, the order of the pairs and the draw of samples."""
+    logging_steps: Positive = 10
+    """Optimizer steps between two logged lines."""
+    eval_steps: Positive | None = None
+    """Optimizer steps between two evaluations; absent: at step 0, after each epoch and at the end."""
+    save_steps: Positive | None = None
+    """Optimizer steps between two checkpoints; absent: after each epoch but the last."""
+
+    @model_validator(mode="after")
+    def _warmup_is_used(self) -> "TrainTable":
+        if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                'has warmup_steps, which "constant" skips; write lr_scheduler_type = "constant_with_warmup"'
+            )
+        return self
+
+
+class SamplesTable(Table):
+    """Held-out prompts that base and tuned model answer after training, greedily."""
+
+    prompts: Natural = 3
+    """How many held-out prompts are answered and written to samples.jsonl."""
+    show: Natural = 3
+    """How many of them are shown side by side at the end."""
+    max_new_tokens: Positive = 96
+    """Longest answer, in tokens."""
+    group_by: Text | None = None
+    """A column of the held-out rows by which the answers are counted."""
+    count_matching: Text | None = None
+    """A regular expression; the share of answers that contain it is reported by group."""
+
+    @field_validator("count_matching")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"a regular expression, and it is not: {error}") from error
+        return pattern
+
+
+class TrackTable(Table):
+    """Experiment tracking."""
+
+    wandb: Text
+    """The Weights & Biases project; offline when not logged in."""
