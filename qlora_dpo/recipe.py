@@ -17,6 +17,7 @@ from qlora_dpo.recipe_model import LoraTable, ModelTable
 from qlora_dpo.recipe_objective import TABLES, Objective, Sigmoid
 from qlora_dpo.recipe_tables import Table, is_local
 from qlora_dpo.recipe_train import SamplesTable, TrackTable, TrainTable
+from qlora_dpo.recipe_watch import WatchTable
 from qlora_dpo.redact import line_of_secret
 
 MOST_BYTES = 2**16
@@ -33,6 +34,7 @@ class Recipe(Table):
     data: DataTable
     objective: Objective = Sigmoid()
     train: TrainTable = TrainTable()
+    watch: WatchTable = WatchTable()
     samples: SamplesTable = SamplesTable()
     track: TrackTable | None = None
 

@@ -52,6 +52,7 @@ OTHER_TOOLS = {
     "warmup_ratio": ("transformers' older", "train.warmup_steps"),
     "wandb_project": ("axolotl's", '[track] wandb = "PROJECT"'),
     "report_to": ("transformers'", '[track] wandb = "PROJECT"'),
+    "greater_is_better": ("transformers'", "train.metric_for_best_model (which way is better is known)"),
     "output_dir": ("TRL's", "the command's -o DIR"),
     "pref_loss": ("LLaMA-Factory's", "objective.loss_type"),
     "rl": ("axolotl's", "objective.loss_type"),

@@ -1,11 +1,32 @@
 """The recipe's tables of the optimization, of the samples after it and of its tracking."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_dpo.recipe_tables import Natural, Positive, Table, Text
+from qlora_dpo.recipe_tables import AtLeast0, Natural, Positive, Table, Text
+
+Metric = Literal[
+    "loss",
+    "preference_loss",
+    "sft_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "kl",
+]
+"""What an evaluation measures, under TRL's names."""
+LOWER_IS_BETTER: set[Metric] = {
+    *("loss", "preference_loss", "sft_loss", "rewards/rejected", "logps/rejected", "logits/rejected", "entropy", "kl")
+}
 
 
 class TrainTable(Table):
@@ -48,6 +69,20 @@ class TrainTable(Table):
     """Optimizer steps between two evaluations; absent: at step 0, after each epoch and at the end."""
     save_steps: Positive | None = None
     """Optimizer steps between two checkpoints; absent: after each epoch but the last."""
+    metric_for_best_model: Metric = "loss"
+    """The held-out figure by which one evaluation is better than another. Of losses, of the rejected answers' figures,
+    of `entropy` and `kl` less is better, of all others more."""
+    load_best_model_at_end: bool = False
+    """Write the adapter of the best evaluation rather than that of the last step."""
+    early_stopping_patience: Positive | None = None
+    """Stop when this many evaluations in a row are no better than the best one; absent: never."""
+    early_stopping_threshold: AtLeast0 = 0.0
+    """By how much an evaluation must be better to count."""
+
+    @field_validator("metric_for_best_model", mode="before")
+    @classmethod
+    def _without_its_prefix(cls, name: Any) -> Any:
+        return name.removeprefix("eval_") if isinstance(name, str) else name
 
     @model_validator(mode="after")
     def _warmup_is_used(self) -> "TrainTable":

@@ -276,12 +276,14 @@ def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str)
     now = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), dict(SAME))
     table, name = key.split(".")
     now.recipe[table][name] = "something else"
-    free = key.startswith(("samples.", "track.")) or key in {
+    free = key.startswith(("samples.", "track.", "watch.")) or key in {
         "data.max_bad_share",
         "train.max_steps",
         "train.logging_steps",
         "train.eval_steps",
         "train.save_steps",
+        "train.early_stopping_patience",
+        "train.early_stopping_threshold",
     }
     assert list(checkpoint._differences(was, now)) == ([] if free else [key])
 

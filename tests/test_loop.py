@@ -113,8 +113,10 @@ def test_the_token_budget_changes_neither_the_adapter_nor_what_is_logged(quantiz
     for other, _, lines in others:
         assert jobs.all_apart(jobs.adapter(other), jobs.adapter(model)) < 1e-5
         for line, expected in zip(lines, metrics, strict=True):
-            for name in sorted(expected.keys() - VARYING):
-                assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-5), (name, expected["step"])
+            for name in sorted(expected.keys() - VARYING - {"name", "sentence"}):
+                # of margins this small, rounding is a hundredth
+                room = 2e-3 if name == "eval_length_correlation" else 2e-5
+                assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=room), (name, expected["step"])
 
 
 # a rounding error decides between a tie and a preference while policy and reference are still the same
@@ -263,6 +265,9 @@ def test_metrics_have_trls_names(sft_weight: float, extra: set[str], tmp_path: P
     assert metrics[0].keys() == {f"eval_{name}" for name in MEANS | extra} | common | {
         "eval_pairs",
         "eval_ties",
+        "eval_loss_stderr",
+        "eval_logps/chosen_per_token",
+        "eval_kl",
         "seconds",
     }
 

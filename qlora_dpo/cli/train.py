@@ -56,7 +56,7 @@ def train(
     from qlora_dpo import adapter
     from qlora_dpo.cli.train_results import answer, publish, record_run
     from qlora_dpo.data.audit import insist_on_few_bad_rows
-    from qlora_dpo.errors import RunError
+    from qlora_dpo.errors import GateError, RunError
     from qlora_dpo.files import write_json
     from qlora_dpo.training import checkpoint, run
 
@@ -79,6 +79,8 @@ def train(
             record_run(folder, outcome, loaded.recipe, here)
             answers = answer(outcome, loaded.recipe, here, tracker)
         publish(folder, outcome, answers, loaded, record_run(folder, outcome, loaded.recipe, here))
+    if outcome.state.stopped_by_sign:
+        raise GateError(f"{folder}: {outcome.state.stopped}; the adapter is as it was then, and --resume goes on")
     if outcome.unsaved:
         raise RunError(
             f"{folder}: the adapter is whole, but {len(outcome.unsaved)} checkpoints could not be saved: "

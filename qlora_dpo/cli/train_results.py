@@ -20,6 +20,7 @@ from qlora_dpo.report.next_commands import next_commands
 from qlora_dpo.report.samples import side_by_side
 from qlora_dpo.report.tables import answers_table, epoch_table, results_table
 from qlora_dpo.talk.generate import answers
+from qlora_dpo.training.best import best
 from qlora_dpo.training.run import Outcome, facts, rounded, timed
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
@@ -70,6 +71,8 @@ def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedReci
     write_whole(folder / "README.md", model_card(run, results, samples, epochs, loaded.text))
     console = Console()
     console.print(results_table(results))
+    for sign in results["signs"]:
+        console.print(f"step {sign['step']}: {sign['sentence']}", style="yellow", markup=False, highlight=False)
     if loaded.recipe.samples.group_by or loaded.recipe.samples.count_matching:
         console.print(answers_table(results["answers"], samples))
     console.print(side_by_side(samples, loaded.recipe.samples.show))
@@ -77,15 +80,16 @@ def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedReci
 
 
 def summary(outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
-    """What results.json holds; the best evaluation is the one with the lowest loss."""
+    """What results.json holds; `best` is by the recipe's metric_for_best_model."""
     evals = outcome.state.evals
     return {
         "evals": evals,
         "first": evals[0]["step"],
-        "best": min(evals, key=lambda record: record["eval_loss"])["step"],
+        "best": best(evals, recipe.train.metric_for_best_model),
         "last": evals[-1]["step"],
         "baselines": baselines(outcome.prepared.heldout.encoded),
         "pairs": {"train": len(outcome.prepared.train.encoded), "eval": len(outcome.prepared.heldout.encoded)},
+        "signs": outcome.state.signs,
         "answers": count_answers(samples, recipe.samples.count_matching),
         "seconds": rounded(outcome.seconds),
     }

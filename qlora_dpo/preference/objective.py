@@ -102,6 +102,16 @@ class Losses:
     rewards_P2: Tensor
 
 
+def slopes(losses: Losses, logps: Logps) -> Tensor:
+    """How much each pair's log-probabilities still move its loss, (P,): the sum of the derivatives' sizes.
+
+    Needs log-probabilities with gradients, whose graph is kept.
+    """
+    inputs = [logps.chosen_logp_P, logps.rejected_logp_P, logps.chosen_whole_P]
+    found = torch.autograd.grad(losses.total_P.sum(), inputs, retain_graph=True, allow_unused=True)
+    return torch.stack([slope_P.abs() for slope_P in found if slope_P is not None]).sum(0)
+
+
 def dpo(margin_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Rafailov et al. 2023, eq. 7; with `label_smoothing`, conservative DPO (Mitchell 2023, eq. 3). Nats per pair."""
     agree_P = -F.logsigmoid(beta * margin_P)

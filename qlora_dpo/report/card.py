@@ -113,6 +113,9 @@ def _opening(run: Record) -> str:
 def _results(results: Record, samples: Sequence[Record]) -> str:
     pairs, answers = results["pairs"]["eval"], results.get("answers")
     text = f"## Results\n\nOn {pairs} held-out pairs; a tie counts as one half.\n\n{results_markdown(results)}"
+    if signs := results.get("signs"):
+        lines = [f"- Step {sign['step']}: {markdown_cell(sign['sentence'])}.\n" for sign in signs]
+        text += "\nSigns of trouble that the run told of:\n\n" + "".join(lines)
     if answers:
         text += f"\nGreedy answers to held-out prompts:\n\n{answers_markdown(answers, samples)}"
     return text

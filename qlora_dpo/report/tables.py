@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dpo.data.dialogue import printable
+from qlora_dpo.intervals import wilson
 
 Record = Mapping[str, Any]
 
@@ -30,19 +31,6 @@ NOTHING = "-"
 MATCHING = ["base matching", "tuned matching"]
 MATCHING_NOTE = "matching: the share of answers that contain samples.count_matching"
 CUT_OFF_NOTE = ">= : the token limit stopped some of these answers, so the true mean is higher"
-
-
-def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval for a share (Wilson 1927); 95 % with the default `z`. A tie may count as half a success.
-
-    Unlike share +- z * standard error it stays within 0 and 1, and it is not empty at 0 or n successes.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def steps_shown(results: Record) -> list[tuple[str, Record]]:
@@ -162,7 +150,7 @@ def epoch_table(records: Sequence[Record]) -> str:
     """
     train = [record for record in records if record["kind"] == "train"]
     evals = [record for record in records if record["kind"] == "eval"]
-    end = max((record["epoch"] for record in records), default=0.0)
+    end = max((record["epoch"] for record in [*train, *evals]), default=0.0)
     rows = []
     for number in range(math.ceil(end - 1e-6)):
         start, stop = float(number), min(number + 1.0, end)

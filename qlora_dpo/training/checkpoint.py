@@ -15,6 +15,7 @@ from qlora_dpo.errors import RunError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json
 from qlora_dpo.manifest import damage, write_manifest
 from qlora_dpo.model.lora import names_not_finite, trainable
+from qlora_dpo.training.best import prune_best, verify_best
 from qlora_dpo.training.random_states import random_states, restore
 
 KEPT = 2
@@ -23,6 +24,7 @@ SMALL_FILES = 2**20
 # keys that may differ between the two parts of a run without changing what a step does
 FREE_KEYS = (
     *("train.max_steps", "train.logging_steps", "train.eval_steps", "train.save_steps"),
+    *("train.early_stopping_patience", "train.early_stopping_threshold", "watch."),
     *("data.max_bad_share", "samples.", "track."),
 )
 
@@ -32,6 +34,20 @@ FINGERPRINTS = {
     "template": "the chat template",
     "pairs": "the training pairs",
 }
+
+
+@dataclass
+class SinceEval:
+    """Training pairs since the last evaluation: how many, their loss, and how many had hardly a gradient."""
+
+    pairs: int = 0
+    loss: float = 0.0
+    vanished: int = 0
+
+    def add(self, total_P: Tensor) -> None:
+        """Count some pairs and their losses."""
+        self.pairs += len(total_P)
+        self.loss += total_P.detach().double().sum().item()
 
 
 @dataclass
@@ -49,6 +65,16 @@ class State:
     skipped_in_a_row: int = 0
     margin_mean: float = 0.0
     """The running mean of margins, in nats, that beta-DPO compares a step's margins with."""
+    first_slope: float = 0.0
+    """How much log-probabilities moved the loss of a pair in the first step, on average."""
+    since_eval: SinceEval = field(default_factory=SinceEval)
+    signs: list[dict[str, Any]] = field(default_factory=list)
+    """Signs of trouble that were told: step, name and sentence."""
+    best: int | None = None
+    """The step of the best evaluation, where its adapter is kept."""
+    stopped: str = ""
+    """Why the run ended before its last step; empty if it did not."""
+    stopped_by_sign: bool = False
     scheduler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -80,20 +106,26 @@ def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: to
     damaged = verify(folder)
     if damaged:
         raise RunError(f"{folder}: was not written as it should be: {damaged}; check the disk")
-    _prune(folder.parent)
+    prune_best(folder.parent, _prune(folder.parent), state.best)
     return folder
 
 
-def _prune(home: Path) -> None:
-    """Keep the newest two checkpoints that verify, and nothing that a kill left half-written."""
+def _prune(home: Path) -> list[Path]:
+    """Keep the newest two checkpoints that verify, and nothing that a kill left half-written; returns those kept."""
     kept = [folder for folder in sorted(home.glob("step-*"), reverse=True) if not verify(folder)][:KEPT]
     for old in {*home.glob("step-*"), *home.glob(".step-*")} - set(kept):
         shutil.rmtree(old, ignore_errors=True)
+    return kept
 
 
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint folder, in a few words; empty if every file is as its manifest says."""
-    return damage(folder, needed="state.json")
+    if damaged := damage(folder, needed="state.json"):
+        return damaged
+    best = json.loads((folder / "state.json").read_text()).get("best")
+    if best is not None and (damaged := verify_best(folder.parents[1], best)):
+        return f"the best adapter so far, best-{best:06d}, is damaged: {damaged}"
+    return ""
 
 
 def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
@@ -118,7 +150,8 @@ def load_checkpoint(
     unless they are `allowed`, and if its tensors do not fit the adapter.
     """
     try:
-        state = State(**json.loads((folder / "state.json").read_text()))
+        values = json.loads((folder / "state.json").read_text())
+        state = State(**values | {"since_eval": SinceEval(**values.get("since_eval", {}))})
     except TypeError as error:
         raise RunError(f"{folder}: was saved by another version of qlora_dpo; go on with that one") from error
     changed = {key: how for key, how in _differences(state, asked).items() if key not in allowed}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.metrics import sums_for
-from qlora_dpo.preference.objective import Columns, Logps, objective, together, weighs_pairs
+from qlora_dpo.preference.metrics import Sums, sums_for
+from qlora_dpo.preference.objective import Columns, Logps, Losses, objective, together, weighs_pairs
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.recipe_objective import Objective
 
@@ -50,7 +50,29 @@ def evaluate(
         sums.add_scores(scores)
         advance(len(group))
     # of all pairs at once, since a loss may compare them with each other
-    sums.add_losses(objective(together(parts), table))
+    everything = together(parts)
+    losses = objective(everything, table)
+    sums.add_losses(losses)
     model.train(was_training)
     means = {f"eval_{name}": value for name, value in sums.means().items()}
-    return {**means, "eval_pairs": sums.pairs, "eval_ties": sums.ties, "seconds": time.monotonic() - started}
+    return {
+        **means,
+        **_watched(everything, losses, sums),
+        "eval_pairs": sums.pairs,
+        "eval_ties": sums.ties,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _watched(logps: Logps, losses: Losses, sums: Sums) -> dict[str, float]:
+    """What signs of trouble are judged by, beside the means."""
+    total_P = losses.total_P.double()
+    margin_P = (losses.rewards_P2[:, 0] - losses.rewards_P2[:, 1]).double()
+    longer_P = (logps.chosen_tokens_P - logps.rejected_tokens_P).double()
+    # without differences between pairs there is nothing that could go together
+    compares = sums.ties < sums.pairs > 2 and float(margin_P.std()) > 0 and float(longer_P.std()) > 0
+    correlation = float(torch.corrcoef(torch.stack([margin_P, longer_P]))[0, 1]) if compares else None
+    return {
+        "eval_loss_stderr": float(total_P.std(correction=0)) / sums.pairs**0.5,
+        "eval_logps/chosen_per_token": sums.totals["logps/chosen"] / sums.chosen_tokens,
+    } | ({"eval_length_correlation": correlation} if correlation is not None else {})

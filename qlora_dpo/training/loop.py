@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 
+from qlora_dpo.data.audit import baselines
 from qlora_dpo.errors import Interrupted, SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
@@ -23,13 +24,16 @@ from qlora_dpo.preference.metrics import Sums, sums_for
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.training.checkpoint import State, load_checkpoint, save_checkpoint
+from qlora_dpo.training.best import best, out_of_patience, save_best
+from qlora_dpo.training.checkpoint import SinceEval, State, load_checkpoint, save_checkpoint
+from qlora_dpo.training.drift import kl_to_base
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.step import gradient
 from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.training.watch import Course, signs
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,13 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
             if stop.asked:
                 saved = _save(job.folder, state, model, tools)
                 raise Interrupted(f"stopped after step {state.step}; {saved} is saved, --resume goes on from there")
-            if not last and due(state.step, table.save_steps, epoch_ends):
+            if not last and (state.stopped or due(state.step, table.save_steps, epoch_ends)):
                 with window.paused():
                     _save_if_there_is_room(job, state, model, tools, tracker.note)
+            if state.stopped:
+                if window.sums.pairs:
+                    tracker.train(window.record(state, norm, rate))
+                break
     return state
 
 
@@ -128,6 +136,7 @@ def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -
 def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, allowed: tuple[str, ...]) -> State:
     """The state of `checkpoint`, with model and tools as they were when it was saved."""
     state = load_checkpoint(checkpoint, asked, model, tools.optimizer, allowed)
+    state.stopped, state.stopped_by_sign = "", False
     restore_schedule(tools.schedule, tools.optimizer, state.scheduler)
     if tools.accelerator.scaler is not None and state.scaler:
         tools.accelerator.scaler.load_state_dict(state.scaler)
@@ -154,8 +163,46 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
     """Evaluate on the held-out pairs, note it in the state, and tell the tracker."""
     with tracker.phase("evaluate", len(job.heldout.pairs)) as advance:
         record = evaluate(model, job.heldout, job.recipe.objective, job.packing, job.device, advance)
+    seen, state.since_eval = state.since_eval, SinceEval()
+    if seen.pairs:
+        record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}
+    record["eval_kl"] = kl_to_base(model, job.heldout.pairs, job.packing, job.device)
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
+    _keep_the_best(model, job, state, tracker)
+    _look_for_signs(job, state, tracker)
+
+
+def _keep_the_best(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
+    """Save the adapter if this evaluation is the best so far, and stop the run if it has waited long enough."""
+    table = job.recipe.train
+    if table.load_best_model_at_end and best(state.evals, table.metric_for_best_model) == state.step:
+        try:
+            save_best(job.folder, state.step, model)
+            state.best = state.step
+        except SourceError as error:
+            job.unsaved.append(str(error))
+            tracker.note(f"the best adapter so far is not kept: {error}; the run goes on")
+    if state.step < job.plan.total_steps and out_of_patience(state.evals, table):
+        state.stopped = (
+            f"stopped early after step {state.step}: {table.early_stopping_patience} evaluations were no better by "
+            f"{table.metric_for_best_model} than step {best(state.evals, table.metric_for_best_model)}"
+        )
+        tracker.note(state.stopped)
+
+
+def _look_for_signs(job: Job, state: State, tracker: Tracker) -> None:
+    """Tell the signs of trouble that are new, and stop the run if the recipe says so."""
+    course = Course(state.evals, job.plan.total_steps, baselines(job.heldout.pairs), state.skipped_steps)
+    told = {sign["name"] for sign in state.signs}
+    for name, sentence in signs(course, job.recipe.watch).items():
+        if name in told:
+            continue
+        state.signs.append({"step": state.step, "name": name, "sentence": sentence})
+        tracker.sign(state.signs[-1])
+        if name in job.recipe.watch.stop and not state.stopped_by_sign:
+            state.stopped_by_sign = True
+            state.stopped = f"stopped after step {state.step} by watch.stop, {name}: {sentence}"
 
 
 def due(step: int, every: int | None, otherwise: bool) -> bool:

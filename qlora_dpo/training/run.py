@@ -42,6 +42,7 @@ from qlora_dpo.preference.reference import (
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.redact import redacted
 from qlora_dpo.training import tracker as tracking
+from qlora_dpo.training.best import load_best
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.columns import column_keys, columns_of
 from qlora_dpo.training.evaluate import Side
@@ -160,6 +161,9 @@ def run(
                 model, state = fit_with_trl(model, job, state, tracker, prepared.tokenizer)
             case never:
                 assert_never(never)
+    if state.best is not None:
+        load_best(tracker.run_dir, state.best, model)
+        tracker.note(f"the adapter is that of step {state.best}, the best by {recipe.train.metric_for_best_model}")
     return Outcome(model.eval(), state, prepared, store.computed, peak_bytes(device), job.unsaved)
 
 
@@ -222,7 +226,9 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
     prepared = outcome.prepared
     return {
         "name": folder.resolve().name,
-        "status": "finished",
+        "status": "stopped" if outcome.state.stopped else "finished",
+        **({"stopped": outcome.state.stopped} if outcome.state.stopped else {}),
+        "adapter_step": outcome.state.step if outcome.state.best is None else outcome.state.best,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redacted(command),
         "versions": {

@@ -18,6 +18,7 @@ from qlora_dpo.preference.objective import (
     needs_reference,
     needs_whole_step,
     objective,
+    slopes,
     together,
     weighs_pairs,
 )
@@ -25,9 +26,13 @@ from qlora_dpo.preference.pack import MicroBatch, collate, micro_batches
 from qlora_dpo.preference.reference import ride_along
 from qlora_dpo.recipe_objective import BetaDpo
 from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.random_states import random_states, restore
 
 if TYPE_CHECKING:
     from qlora_dpo.training.loop import Job
+
+VANISHING = 0.05
+"""A pair with less than this share of the first step's gradient has little more to teach."""
 
 Backward = Callable[[Tensor], Any]
 
@@ -53,9 +58,9 @@ def _of_pairs_that_depend_on_each_other(
     model: PeftModel, job: "Job", state: State, groups: Sequence[list[int]], backward: Backward, sums: Sums
 ) -> list[int]:
     """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
-    draws, parts = list[Tensor](), list[Logps]()
+    draws, parts = list[dict[str, Tensor]](), list[Logps]()
     for group in groups:
-        draws.append(torch.get_rng_state())
+        draws.append(random_states())
         with torch.no_grad():
             parts.append(_logps(model, job, state, group, sums))
     everything = together(parts)
@@ -65,7 +70,7 @@ def _of_pairs_that_depend_on_each_other(
     slopes = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
     start = 0
     for group, draw in zip(groups, draws, strict=True):
-        torch.set_rng_state(draw)  # the same dropout as when it was asked
+        restore(draw)  # the same dropout as when it was asked
         logps, here = _logps(model, job, state, group, None), slice(start, start + len(group))
         backward(
             torch.stack(
@@ -102,6 +107,12 @@ def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
         beta, state.margin_mean = dynamic_beta(ratio_P2[:, 0] - ratio_P2[:, 1], state.margin_mean, table, beta)
     losses = objective(logps, table, beta)
     sums.add_losses(losses)
+    slope_P = slopes(losses, logps)
+    if state.step == 0:
+        state.first_slope += float(slope_P.mean()) * len(slope_P) / len(job.plan.indices(1))
+    else:
+        state.since_eval.vanished += int((slope_P < VANISHING * state.first_slope).sum())
+    state.since_eval.add(losses.total_P)
     return losses
 
 

@@ -73,6 +73,11 @@ class Tracker:
         self._write("eval", record)
         self.note(evaluation_line(record, self.total_steps))
 
+    def sign(self, record: Mapping[str, Any]) -> None:
+        """Write a sign of trouble: `step`, its `name` and a `sentence` with advice."""
+        self._write("sign", record)
+        self.note(f"step {record['step']}: {record['sentence']}")
+
     def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
         """Show work beside the steps ("reference", "evaluate", "answers"); it yields `advance(count)`."""
         return self.display.phase(name, total)
@@ -81,13 +86,13 @@ class Tracker:
         """Write one line on stderr, above the bars where there are any."""
         self.display.note(text)
 
-    def _write(self, kind: Literal["train", "eval"], record: Mapping[str, Any]) -> None:
+    def _write(self, kind: Literal["train", "eval", "sign"], record: Mapping[str, Any]) -> None:
         line, lost = as_line({**record, "kind": kind})
         self.metrics.write(line)
         self.metrics.flush()
         if lost:
             self.note(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
-        if self.wandb is not None:
+        if self.wandb is not None and kind != "sign":
             self.wandb.log({**record, "kind": kind})
 
 

@@ -217,6 +217,8 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
             began = time.monotonic()
             evaluate_now(self.model, self.job, self.state, self.tracker)
             self.since += time.monotonic() - began
+        if self.state.stopped:
+            control.should_training_stop = control.should_log = True
 
     def on_log(self, args: Any, trl_state: Any, control: Any, logs: dict[str, Any], **more: Any) -> None:
         if "loss" not in logs:

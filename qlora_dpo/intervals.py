@@ -1,0 +1,16 @@
+"""The interval in which a share lies, given how often it was met among how many."""
+
+import math
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The score interval for a share (Wilson 1927); 95 % with the default `z`. A tie may count as half a success.
+
+    Unlike share +- z * standard error it stays within 0 and 1, and it is not empty at 0 or n successes.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

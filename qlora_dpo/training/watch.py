@@ -1,0 +1,109 @@
+"""Signs of trouble in a run, each judged from its evaluations alone and told in one sentence with advice."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_dpo.intervals import wilson
+from qlora_dpo.recipe_watch import Sign, WatchTable
+
+STUCK_NATS = 1e-3
+"""A held-out loss that has moved by less, a quarter of the run or more after its start, has not moved."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is known of a run at an evaluation, which is the last of `evals`."""
+
+    evals: list[dict[str, Any]]
+    total_steps: int
+    baselines: Mapping[str, float]
+    """Accuracy of picking the longer and the shorter answer, as shares."""
+    skipped_steps: int = 0
+
+
+def signs(course: Course, table: WatchTable) -> dict[Sign, str]:
+    """The signs that the newest evaluation shows, each with its sentence."""
+    return dict(_signs(course, table)) if course.evals[-1]["step"] > course.evals[0]["step"] else {}
+
+
+def _signs(course: Course, table: WatchTable) -> Iterator[tuple[Sign, str]]:
+    first, now = course.evals[0], course.evals[-1]
+    done = now["step"] / course.total_steps
+    if (best := _rises(course.evals)) is not None:
+        yield (
+            "eval_loss_rises",
+            f"the held-out loss rose twice, from {best['eval_loss']:.4f} at step {best['step']} to "
+            f"{now['eval_loss']:.4f}, while the training loss fell: the training pairs are being learned by heart; "
+            "take fewer epochs or a lower train.learning_rate, or set train.load_best_model_at_end = true",
+        )
+    lost = first["eval_logps/chosen_per_token"] - now["eval_logps/chosen_per_token"]
+    if lost > table.displacement_nats and now["eval_rewards/margins"] > first["eval_rewards/margins"]:
+        yield (
+            "likelihood_displacement",
+            f"the chosen answers have lost {lost:.2f} nats a token since step 0 while the margin grew: both answers "
+            'become unlikely; add objective.sft_weight, or try loss_type = "dpop" or a higher objective.beta',
+        )
+    if now["eval_kl"] > table.kl_nats:
+        yield (
+            "kl",
+            f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, so other abilities "
+            "may suffer; raise objective.beta, or lower train.learning_rate",
+        )
+    if done >= 0.5 and (rival := _rival(now, course.baselines)):
+        yield (
+            "accuracy_in_noise",
+            f"the held-out accuracy {now['eval_rewards/accuracies']:.3f} of {now['eval_pairs']} pairs cannot be told "
+            f"from {rival}; hold out more pairs, or train longer",
+        )
+    if abs(now.get("eval_length_correlation", 0.0)) > table.length_correlation:
+        yield (
+            "length_correlation",
+            f"the margins follow length (correlation {now['eval_length_correlation']:+.2f} with how much longer the "
+            'chosen answer is): length is what is learned; try loss_type = "sampo", "rdpo" or "sigmoid_norm"',
+        )
+    if now.get("eval_vanishing", 0.0) > table.vanishing_share:
+        yield (
+            "vanishing_gradient",
+            f"{now['eval_vanishing']:.0%} of the pairs since the last evaluation had less than a twentieth of the "
+            "first step's gradient: little is left to learn from them; stop here, or lower objective.beta",
+        )
+    if done >= 0.25 and abs(now["eval_loss"] - first["eval_loss"]) < STUCK_NATS:
+        yield (
+            "stuck",
+            f"the held-out loss {now['eval_loss']:.4f} is still that of step {first['step']}; raise "
+            "train.learning_rate (5e-6 to 1e-4 are usual), or look at the labels with `qlora-dpo data lint`",
+        )
+    if course.skipped_steps > table.skipped_share * now["step"]:
+        yield (
+            "skipped_steps",
+            f"{course.skipped_steps} of {now['step']} steps were skipped, since their gradients overflowed in fp16; "
+            'lower train.learning_rate, or set model.dtype = "fp32"',
+        )
+
+
+def _rises(evals: list[dict[str, Any]]) -> Record | None:
+    """The best evaluation, if the last two each have a higher loss than the one before, beyond their own error.
+
+    The training loss must have fallen meanwhile; one and the same bar for both would miss an overfitted model whose
+    training loss is already 0.
+    """
+    if len(evals) < 3:
+        return None
+    before, between, now = evals[-3:]
+    best = min(evals, key=lambda record: record["eval_loss"])
+    rises = before["eval_loss"] < between["eval_loss"] < now["eval_loss"]
+    error = math.hypot(now["eval_loss_stderr"], best["eval_loss_stderr"])
+    falls = now.get("eval_train_loss", math.inf) <= between.get("eval_train_loss", -math.inf)
+    return best if rises and falls and now["eval_loss"] - best["eval_loss"] > error else None
+
+
+def _rival(now: Record, baselines: Mapping[str, float]) -> str:
+    """What a 95 % interval around the accuracy does not tell apart from it; empty if nothing."""
+    low, high = wilson(now["eval_rewards/accuracies"] * now["eval_pairs"], now["eval_pairs"])
+    by_length = {f"picking the {which} answer ({share:.3f})": share for which, share in baselines.items()}
+    rivals = {"a coin (0.500)": 0.5, **{name: share for name, share in by_length.items() if share > 0.5}}
+    return next((name for name, share in rivals.items() if low <= share <= high), "")

@@ -1,0 +1,238 @@
+"""A run tells its signs of trouble: each fires where it was planted, and a healthy run has none."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+
+from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.lora import attach
+from qlora_dpo.preference.reference import reference_logps
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_watch import WatchTable
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.drift import kl_to_base
+from qlora_dpo.training.evaluate import Side
+from qlora_dpo.training.loop import fit
+from qlora_dpo.training.tracker import METRICS, Tracker, read
+from qlora_dpo.training.watch import Course, signs
+
+pytestmark = jobs.LIBRARIES_WARN
+
+KIND, CURT = range(20, 30), range(40, 50)
+"""Tokens that good and bad answers are made of."""
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> None:
+    AcceleratorState._reset_state(True)
+
+
+def taught(count: int, seed: int, *, longer_by: Sequence[int] = (0,), alike: bool = False) -> list[EncodedPair]:
+    """Pairs to learn from: a good answer has KIND tokens, a bad one CURT tokens, or both the same if `alike`.
+
+    The good answer of the n-th pair is longer by the n-th of `longer_by`, taken in turn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(some: range, length: int) -> tuple[int, ...]:
+        return tuple(some[i] for i in torch.randint(len(some), (length,), generator=generator).tolist())
+
+    made = []
+    for row in range(1, count + 1):
+        more = longer_by[row % len(longer_by)]
+        p, c, r = draw(range(60, 300), 6), draw(KIND, 6 + max(more, 0)), draw(KIND if alike else CURT, 6 - min(more, 0))
+        made.append(EncodedPair(p, c, r, row, digest(p, c, r)))
+    return made
+
+
+def policy(what: Recipe) -> PeftModel:
+    """The tiny model with larger weights, so that an adapter can move its answers far."""
+    base, generator = jobs.base_model(), torch.Generator().manual_seed(0)
+    for parameter in base.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model = attach(base, what.lora, what.train.seed)
+    make_lean(model, torch.float32)
+    return model
+
+
+def trained(
+    folder: Path, pairs: list[EncodedPair], judged: list[EncodedPair], **tables: dict[str, Any]
+) -> tuple[State, list[dict[str, Any]]]:
+    """Train the tiny model on some pairs; the final state, and the signs that its metrics tell."""
+    what = jobs.recipe(**tables)
+    folder.mkdir(exist_ok=True)
+    model = policy(what)
+    job = jobs.job(model, what, folder, len(pairs), len(judged))
+    ask = [Side(some, reference_logps(model, some, job.store, job.packing, jobs.CPU)) for some in (pairs, judged)]
+    job = replace(job, train=ask[0], heldout=ask[1])
+    with Tracker(folder, job.plan.total_steps) as tracker:
+        state = fit(model, job, jobs.start(job), tracker)
+    return state, [record for record in read(folder / METRICS) if record["kind"] == "sign"]
+
+
+def named(told: list[dict[str, Any]]) -> set[str]:
+    return {record["name"] for record in told}
+
+
+FAST = {"train": {"learning_rate": 1e-2, "num_train_epochs": 12, "batch_size": 8, "logging_steps": 50}}
+
+
+def test_a_healthy_run_has_no_sign(tmp_path: Path) -> None:
+    train = {"learning_rate": 1e-3, "num_train_epochs": 4, "batch_size": 8, "logging_steps": 50}
+    state, told = trained(
+        tmp_path, taught(64, 0), taught(64, 1), train=train, objective={"sft_weight": 1.0, "beta": 0.3}
+    )
+    assert told == state.signs == []
+    assert state.evals[-1]["eval_loss"] < state.evals[0]["eval_loss"]
+    assert state.evals[-1]["eval_rewards/accuracies"] > 0.9
+
+
+def test_chosen_answers_that_become_unlikely_are_told(tmp_path: Path) -> None:
+    # a loss that pushes both answers down, the bad one more
+    state, told = trained(tmp_path, taught(16, 0), taught(16, 1), objective={"loss_type": "apo_down"}, **FAST)
+    first, now = (state.evals[i]["eval_logps/chosen_per_token"] for i in (0, -1))
+    assert first - now > 0.25
+    assert named(told) == {"likelihood_displacement"}
+
+
+def test_pairs_learned_by_heart_and_margins_that_follow_length_are_told(tmp_path: Path) -> None:
+    # nothing but their length tells good answers from bad ones, and in the held-out pairs not even that
+    pairs = taught(64, 0, longer_by=(6, 9, 4), alike=True)
+    judged = taught(64, 1, longer_by=(9, -9, 5, -5, 0), alike=True)
+    train = {"learning_rate": 5e-3, "num_train_epochs": 2, "batch_size": 8, "logging_steps": 50}
+    state, told = trained(tmp_path, pairs, judged, train=train)
+    assert state.evals[-1]["eval_length_correlation"] > 0.8
+    assert named(told) == {"length_correlation", "eval_loss_rises", "accuracy_in_noise"}
+    losses = {each["step"]: each["eval_loss"] for each in state.evals}
+    assert next(sign["sentence"] for sign in told if sign["name"] == "eval_loss_rises") == (
+        f"the held-out loss rose twice, from {losses[0]:.4f} at step 0 to {losses[16]:.4f}, while the training loss "
+        "fell: the training pairs are being learned by heart; take fewer epochs or a lower train.learning_rate, or set "
+        "train.load_best_model_at_end = true"
+    )
+
+
+def test_pairs_without_a_gradient_are_told(tmp_path: Path) -> None:
+    state, told = trained(tmp_path, taught(16, 0), taught(16, 1), objective={"beta": 2.0}, **FAST)
+    assert state.evals[-1]["eval_vanishing"] == 1
+    assert [record["name"] for record in told].count("vanishing_gradient") == 1  # told once, though it stays
+
+
+def test_a_loss_that_stays_where_it_was_is_told(tmp_path: Path) -> None:
+    _, told = trained(tmp_path, taught(16, 0), taught(16, 1), train={"learning_rate": 1e-9, "num_train_epochs": 4})
+    assert [record["step"] for record in told if record["name"] == "stuck"] == [4]
+    assert told[0]["sentence"] == (
+        "the held-out loss 0.6931 is still that of step 0; raise train.learning_rate (5e-6 to 1e-4 are usual), or look "
+        "at the labels with `qlora-dpo data lint`"
+    )
+
+
+def record(step: int, loss: float, **more: float) -> dict[str, Any]:
+    """An evaluation of a run without any sign."""
+    return {
+        "step": step,
+        "eval_loss": loss,
+        "eval_loss_stderr": 0.01,
+        "eval_train_loss": 1 - step / 1000,
+        "eval_rewards/accuracies": 0.9,
+        "eval_rewards/margins": step / 100,
+        "eval_logps/chosen_per_token": -2.0,
+        "eval_pairs": 100,
+        "eval_kl": 0.1,
+        "eval_vanishing": 0.1,
+        "eval_length_correlation": 0.2,
+    } | more
+
+
+def seen(*evals: dict[str, Any], skipped: int = 0, shorter: float = 0.6, **table: Any) -> set[str]:
+    course = Course(list(evals), 100, {"longer": 1 - shorter, "shorter": shorter}, skipped)
+    return set(signs(course, WatchTable(**table)))
+
+
+START = record(0, math.log(2), **{"eval_rewards/accuracies": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("now", "name"),
+    [
+        ({"eval_logps/chosen_per_token": -2.26}, "likelihood_displacement"),
+        ({"eval_kl": 0.51}, "kl"),
+        ({"eval_rewards/accuracies": 0.59}, "accuracy_in_noise"),
+        ({"eval_rewards/accuracies": 0.68}, "accuracy_in_noise"),
+        ({"eval_length_correlation": -0.81}, "length_correlation"),
+        ({"eval_vanishing": 0.51}, "vanishing_gradient"),
+        ({"eval_loss": math.log(2) - 0.0009}, "stuck"),
+    ],
+)
+def test_each_sign_is_told_from_its_bar_on(now: dict[str, float], name: str) -> None:
+    assert seen(START, record(100, 0.5)) == set()
+    assert seen(START, record(100, 0.5) | now) == {name}
+
+
+def test_the_bars_are_the_recipes() -> None:
+    bad = record(100, 0.5) | {
+        "eval_logps/chosen_per_token": -2.6,
+        "eval_kl": 0.9,
+        "eval_length_correlation": 0.95,
+        "eval_vanishing": 0.7,
+    }
+    wide = {"displacement_nats": 1.0, "kl_nats": 1.0, "length_correlation": 1.0, "vanishing_share": 0.8}
+    assert len(seen(START, bad)) == 4
+    assert seen(START, bad, **wide) == set()
+
+
+def test_skipped_steps_are_told_by_their_share() -> None:
+    assert seen(START, record(100, 0.5), skipped=10) == set()
+    assert seen(START, record(100, 0.5), skipped=11) == {"skipped_steps"}
+    assert seen(START, record(100, 0.5), skipped=11, skipped_share=0.2) == set()
+
+
+def test_a_held_out_loss_that_rises_within_its_own_error_is_no_sign() -> None:
+    rising = [record(0, 0.69), record(10, 0.500), record(20, 0.505), record(30, 0.51)]
+    assert "eval_loss_rises" not in seen(*rising)
+    rising[-1] |= {"eval_loss": 0.52}
+    assert "eval_loss_rises" in seen(*rising)
+    rising[-1] |= {"eval_train_loss": 2.0}
+    assert "eval_loss_rises" not in seen(*rising)
+
+
+def test_nothing_is_told_at_the_start_and_noise_not_in_the_first_half() -> None:
+    poor = {"eval_rewards/accuracies": 0.5}
+    assert seen(START) == set()
+    assert seen(START, record(49, 0.5) | poor) == set()
+    assert seen(START, record(50, 0.5) | poor) == {"accuracy_in_noise"}
+
+
+def test_the_kl_to_the_base_is_that_of_whole_logits(tmp_path: Path) -> None:
+    model, pairs = jobs.stirred(jobs.fresh(jobs.recipe())), jobs.pairs(7)
+    total, tokens = 0.0, 0
+    for pair in pairs:
+        ids, rows = torch.tensor([pair.prompt + pair.chosen]), slice(len(pair.prompt) - 1, -1)
+        with torch.no_grad():
+            policy = model(input_ids=ids).logits[0, rows].double().log_softmax(-1)
+            with model.disable_adapter():
+                base = model(input_ids=ids).logits[0, rows].double().log_softmax(-1)
+        total += float((policy.exp() * (policy - base)).sum())
+        tokens += len(pair.chosen)
+    for packing in (jobs.PACKED, jobs.PADDED):
+        assert kl_to_base(model, pairs, packing, jobs.CPU) == pytest.approx(total / tokens, rel=1e-4)
+    assert kl_to_base(jobs.fresh(jobs.recipe()), pairs, jobs.PACKED, jobs.CPU) == 0
+
+
+def test_a_sign_in_watch_stop_ends_the_run_there_with_a_checkpoint(tmp_path: Path) -> None:
+    state, told = trained(tmp_path, taught(32, 0), taught(32, 1), watch={"stop": ["kl"]}, **FAST)
+    fired = next(record for record in told if record["name"] == "kl")
+    assert state.step == fired["step"] < 48
+    assert state.stopped_by_sign
+    assert state.stopped == f"stopped after step {state.step} by watch.stop, kl: {fired['sentence']}"
+    saved = tmp_path / "checkpoints" / f"step-{state.step:06d}" / "state.json"
+    assert json.loads(saved.read_text())["evals"] == state.evals
