@@ -121,6 +121,16 @@ def test_a_file_serves_the_split_that_its_name_holds_as_a_word(
     assert [row["prompt"] for row in read("./pairs", "eval").rows] == test
 
 
+@pytest.mark.parametrize("split", ["../secret", "..", "/etc/passwd", "train/../../secret"])
+def test_the_name_of_a_split_leads_out_of_no_folder(empty_folder: Path, split: str) -> None:
+    (empty_folder / "data").mkdir()
+    (empty_folder / "data" / "train.jsonl").write_bytes(json_lines())
+    (empty_folder / "secret.jsonl").write_bytes(json_lines())
+    table = DataTable(train=str(empty_folder / "data"), train_split=split)
+    with pytest.raises(RecipeError, match="no file has the split's name"):
+        read_rows(table, "train")
+
+
 def test_rows_of_several_files_are_numbered_through_and_keep_their_own_places(empty_folder: Path) -> None:
     Path("pairs").mkdir()
     Path("pairs/train-0.jsonl").write_bytes(json_lines())
