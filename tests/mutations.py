@@ -27,6 +27,8 @@ LOOP = "test_loop.py test_checkpoint.py"
 REFERENCE = "test_reference.py test_loop.py"
 CHECKPOINT = "test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
 MERGE = "test_merge.py"
+WATCH = "test_watch.py"
+BEST = "test_best.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/objective.py": [
@@ -50,6 +52,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("0.5 * pull_P", "pull_P", LOSS),
         ("dpop_lambda * torch.relu(-chosen_P)", "dpop_lambda * torch.relu(chosen_P)", LOSS),
         ("beta * margin_P + length_alpha * longer_P", "beta * margin_P - length_alpha * longer_P", LOSS),
+        ("torch.sigmoid(-beta * (ratio_P - mean_P))", "torch.sigmoid(-beta * ratio_P)", LOSS),
+        ("other_P.detach().mean().clamp(min=0)", "other_P.detach().mean()", LOSS),
         ("beta * margin_P - odpo_alpha * offset_P", "beta * margin_P", LOSS),
         ("reward_P - gamma / beta", "reward_P - gamma", LOSS),
         ("-beta * F.logsigmoid(odds_P)", "-F.logsigmoid(odds_P)", LOSS),
@@ -173,10 +177,36 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("    model.train()\n    window", "    window", LOOP + " test_lean.py faults/test_resumes.py"),
     ],
+    "training/watch.py": [
+        ("lost > table.displacement_nats and", "lost > table.displacement_nats or", WATCH),
+        ('first["eval_logps/chosen_per_token"] - now[', 'now["eval_logps/chosen_per_token"] - first[', WATCH),
+        ("done >= 0.5 and (rival", "(rival", WATCH),
+        ('abs(now.get("eval_length_correlation", 0.0))', 'now.get("eval_length_correlation", 0.0)', WATCH),
+        ("return best if rises and falls and", "return best if rises and", WATCH),
+        ("> error else None", "> 0 else None", WATCH),
+        ("table.skipped_share * now", "0.5 * now", WATCH),
+        ("if share > 0.5}", "}", WATCH),
+    ],
+    "training/best.py": [
+        ("better = lowest - now > table.early_stopping_threshold", "better = lowest - now > 0", BEST),
+        ("better = lowest - now > table.early_stopping_threshold", "better = lowest >= now", BEST),
+        ("float(found) if metric in LOWER_IS_BETTER else -float(found)", "float(found)", BEST),
+        ("min(lowest, now), 0 if better", "now, 0 if better", BEST),
+        ("parameters[name].copy_(tensor)", "pass", BEST),
+        ("if folder.name not in needed:", "if False:", BEST),
+        ("if folder.name not in needed:", "if True:", BEST),
+    ],
+    "training/drift.py": [
+        ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
+        ("batch.tokens_S[: len(group)].sum()", "batch.tokens_S.sum()", WATCH),
+        ("return total / tokens", "return total / len(few)", WATCH),
+    ],
     "training/step.py": [
+        ("slope_P < VANISHING * state.first_slope", "slope_P < VANISHING", WATCH),
+        ("/ len(job.plan.indices(1))", "", WATCH + " test_losses.py"),
         ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.mean())", LOOP),
         ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.sum())", LOOP),
-        ("torch.set_rng_state(draw)", "pass", "test_losses.py"),
+        ("restore(draw)", "pass", "test_losses.py"),
         ("        start += len(group)", "        pass", "test_losses.py"),
         ("needs_whole_step(job.recipe.objective) and len(groups) > 1", "False", "test_losses.py"),
         ("state.num_tokens += batch.tokens", "state.num_tokens += 1", LOOP + " test_trl_oracle.py"),
@@ -187,6 +217,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "test_plan.py"),
     ],
     "training/evaluate.py": [
+        ("logps.chosen_tokens_P - logps.rejected_tokens_P", "logps.chosen_tokens_P", WATCH),
+        ("/ sums.pairs**0.5", "", WATCH),
         ("    model.eval()\n", "", "test_loop.py faults/test_resumes.py test_checkpoint.py"),
         ("side.reference_P2[group]", "side.reference_P2[: len(group)]", LOOP),
         ("model.train(was_training)", "pass", LOOP),

@@ -18,10 +18,11 @@ from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
 from qlora_dpo.preference.reference import reference_logps
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_objective import Sigmoid
 from qlora_dpo.recipe_watch import WatchTable
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.drift import kl_to_base
-from qlora_dpo.training.evaluate import Side
+from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 from qlora_dpo.training.watch import Course, signs
@@ -210,6 +211,34 @@ def test_nothing_is_told_at_the_start_and_noise_not_in_the_first_half() -> None:
     assert seen(START) == set()
     assert seen(START, record(49, 0.5) | poor) == set()
     assert seen(START, record(50, 0.5) | poor) == {"accuracy_in_noise"}
+
+
+def test_what_signs_are_judged_by_is_what_its_name_says() -> None:
+    model, pairs = jobs.stirred(jobs.fresh(jobs.recipe())), jobs.pairs(9)
+    reference_P2 = -30 * torch.rand(9, 2, generator=torch.Generator().manual_seed(0))
+    found = evaluate(model, Side(pairs, reference_P2), Sigmoid(), jobs.PACKED, jobs.CPU)
+    each = [
+        evaluate(model, Side([pair], reference_P2[[i]]), Sigmoid(), jobs.PACKED, jobs.CPU)
+        for i, pair in enumerate(pairs)
+    ]
+    losses, margins = (
+        torch.tensor([one[f"eval_{name}"] for one in each], dtype=torch.float64) for name in ("loss", "rewards/margins")
+    )
+    longer = torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in pairs], dtype=torch.float64)
+    away = [value - value.mean() for value in (margins, longer)]
+    correlation = float((away[0] * away[1]).sum() / (away[0].norm() * away[1].norm()))
+    assert found["eval_loss_stderr"] == pytest.approx(
+        float(((losses - losses.mean()) ** 2).mean() / 9) ** 0.5, rel=1e-4
+    )
+    assert found["eval_length_correlation"] == pytest.approx(correlation, rel=1e-4)
+    tokens, total = sum(len(pair.chosen) for pair in pairs), sum(one["eval_logps/chosen"] for one in each)
+    assert found["eval_logps/chosen_per_token"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_the_first_slope_of_dpo_is_its_beta(tmp_path: Path) -> None:
+    # half of beta for the chosen answer and half for the rejected one; the last step of an epoch has fewer pairs
+    state, _ = trained(tmp_path, taught(6, 0), taught(6, 1), train={"micro_batch_tokens": 40}, objective={"beta": 0.3})
+    assert state.first_slope == pytest.approx(0.3, rel=1e-5)
 
 
 def test_the_kl_to_the_base_is_that_of_whole_logits(tmp_path: Path) -> None:
