@@ -211,6 +211,8 @@ def test_nothing_is_told_at_the_start_and_noise_not_in_the_first_half() -> None:
     assert seen(START) == set()
     assert seen(START, record(49, 0.5) | poor) == set()
     assert seen(START, record(50, 0.5) | poor) == {"accuracy_in_noise"}
+    # who picks by length and is mostly wrong is no rival, even of a policy that is wrong as often
+    assert seen(START, record(100, 0.5) | {"eval_rewards/accuracies": 0.1}, shorter=0.1) == set()
 
 
 def test_what_signs_are_judged_by_is_what_its_name_says() -> None:
