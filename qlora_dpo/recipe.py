@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidationInfo, field_validator
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe_data import DataTable
 from qlora_dpo.recipe_errors import sentences
 from qlora_dpo.recipe_model import LoraTable, ModelTable
-from qlora_dpo.recipe_objective import TABLES, Objective, Sigmoid
+from qlora_dpo.recipe_objective import TABLES, Objective, ReferenceFree, Sigmoid
+from qlora_dpo.recipe_reference import REFERENCES, AdapterReference, EmaReference, ModelReference, Reference
 from qlora_dpo.recipe_tables import Table, is_local
 from qlora_dpo.recipe_train import SamplesTable, TrackTable, TrainTable
 from qlora_dpo.recipe_watch import WatchTable
@@ -34,9 +35,46 @@ class Recipe(Table):
     data: DataTable
     objective: Objective = Sigmoid()
     train: TrainTable = TrainTable()
+    reference: Reference | None = None
     watch: WatchTable = WatchTable()
     samples: SamplesTable = SamplesTable()
     track: TrackTable | None = None
+
+    @field_validator("reference")
+    @classmethod
+    def _reference_is_asked(cls, reference: Reference | None, info: ValidationInfo) -> Reference | None:
+        table, train = info.data.get("objective"), info.data.get("train")
+        if reference is not None and isinstance(table, ReferenceFree):
+            raise ValueError(
+                f'is not read by loss_type = "{table.loss_type}", which compares with no other model; leave the table '
+                "out, or choose another loss_type"
+            )
+        if train is not None and train.engine == "trl" and reference is not None and reference.kind != "base":
+            raise ValueError(
+                f'has kind = "{reference.kind}", and train.engine = "trl" knows the base alone as reference of an '
+                'adapter here; leave the table out, or set train.engine = "qlora_dpo"'
+            )
+        return reference
+
+    @property
+    def init_from(self) -> str | None:
+        """The folder of the adapter that training starts from; None: a new adapter."""
+        if self.lora.init_from is None and isinstance(self.reference, AdapterReference):
+            return self.reference.path
+        return self.lora.init_from
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """True if the untrained policy is the reference, so that the first loss is known: every log-ratio is 0."""
+        match self.reference:
+            case AdapterReference():
+                return self.init_from == self.reference.path
+            case ModelReference():
+                return False
+            case EmaReference():
+                return True
+            case _:
+                return self.init_from is None
 
 
 @dataclass(frozen=True)
@@ -111,7 +149,7 @@ def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None
 def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> None:
     """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `also`."""
     tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
-    tables["objective"] = TABLES
+    tables |= {"objective": TABLES, "reference": REFERENCES}
     known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _keys(table)] + list(also)
     for key in keys:
         if key not in known:
@@ -181,14 +219,25 @@ def _value(assignment: str, text: str) -> Any:
 def _absolute(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
     """Make local paths absolute: those of the recipe from its own folder, those of `--set` from the current one."""
 
-    def place(key: str, name: str) -> str:
+    def folder(key: str, name: str) -> str:
         start = Path.cwd() if key in set_by_hand else home
-        return str((start / Path(name).expanduser()).resolve()) if is_local(name) else name
+        return str((start / Path(name).expanduser()).resolve())
+
+    def place(key: str, name: str) -> str:
+        return folder(key, name) if is_local(name) else name
 
     data = {"train": place("data.train", recipe.data.train)}
     if recipe.data.eval is not None:
         data["eval"] = place("data.eval", recipe.data.eval)
-    model = {"name": place("model.name", recipe.model.name)}
-    return recipe.model_copy(
-        update={"data": recipe.data.model_copy(update=data), "model": recipe.model.model_copy(update=model)}
-    )
+    changed: dict[str, Table] = {
+        "data": recipe.data.model_copy(update=data),
+        "model": recipe.model.model_copy(update={"name": place("model.name", recipe.model.name)}),
+    }
+    if recipe.lora.init_from is not None:
+        changed["lora"] = recipe.lora.model_copy(update={"init_from": folder("lora.init_from", recipe.lora.init_from)})
+    match recipe.reference:
+        case AdapterReference(path=path):
+            changed["reference"] = recipe.reference.model_copy(update={"path": folder("reference.path", path)})
+        case ModelReference(name=name):
+            changed["reference"] = recipe.reference.model_copy(update={"name": place("reference.name", name)})
+    return recipe.model_copy(update=changed)

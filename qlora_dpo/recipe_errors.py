@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qlora_dpo.recipe_objective import TABLES, Plain, loss_types
+from qlora_dpo.recipe_reference import REFERENCES
 
 OTHER_TOOLS = {
     "lora_rank": ("LLaMA-Factory's", "lora.r"),
@@ -60,7 +61,19 @@ OTHER_TOOLS = {
     "cpo_alpha": ("TRL's", "objective.sft_weight"),
     "loss_weights": ("TRL's", 'objective.losses, beside loss_type = "sum"'),
     "simpo_gamma_beta_ratio": ("SimPO's scripts'", "objective.simpo_gamma (beta times that)"),
+    "lora_model_dir": ("axolotl's", "lora.init_from"),
+    "adapter_name_or_path": ("LLaMA-Factory's", "lora.init_from"),
+    "model_adapter_name": ("TRL's older", "lora.init_from"),
+    "ref_model": ("LLaMA-Factory's and ms-swift's", '[reference] kind = "model" with its name'),
+    "ref_model_name_or_path": ("TRL's", '[reference] kind = "model" with its name'),
+    "ref_model_adapters": ("LLaMA-Factory's", '[reference] kind = "adapter" with its path'),
+    "ref_adapters": ("ms-swift's", '[reference] kind = "adapter" with its path'),
+    "ref_adapter_name": ("TRL's older", '[reference] kind = "adapter" with its path'),
+    "sync_ref_model": ("TRL's", '[reference] kind = "ema"'),
 }
+
+KIND_KEYS = {"objective": "loss_type", "reference": "kind"}
+"""The tables with several sets of keys, and the key that chooses among them."""
 
 KINDS = {
     "int_type": "a whole number",
@@ -82,7 +95,8 @@ def sentences(
     """Yield one line for every key that is wrong, in the order of the file."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for each in error.errors(include_url=False):
-        keys = ("objective", "loss_type") if each["type"] == "union_tag_invalid" else _keys(each["loc"])
+        unknown = each["type"] in ("union_tag_invalid", "union_tag_not_found")
+        keys = (str(each["loc"][0]), KIND_KEYS[str(each["loc"][0])]) if unknown else _keys(each["loc"])
         found.setdefault(keys, []).append(dict(each))
     lines = key_lines(text)
     placed = []
@@ -95,9 +109,9 @@ def sentences(
 
 
 def _keys(place: Sequence[str | int]) -> tuple[str, ...]:
-    """Table and key of an error's place; pydantic puts the kind of objective between them."""
+    """Table and key of an error's place; pydantic puts the kind of objective or reference between them."""
     names = [part for part in place if isinstance(part, str)]
-    return tuple(names[:1] + names[2:3] if names[:1] == ["objective"] else names[:2])
+    return tuple(names[:1] + names[2:3] if names[0] in KIND_KEYS else names[:2])
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -133,6 +147,15 @@ def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: typ
             return _unknown_loss(first["input"].get("loss_type"))
         if first["type"] == "extra_forbidden":
             return _unread_key(keys[1], str(first["loc"][1]), recipe)
+    if keys[:1] == ("reference",):
+        kinds = ", ".join(f'"{kind}"' for kind in _kinds())
+        match first["type"]:
+            case "union_tag_not_found":
+                return f'[reference] needs the key "kind", one of {kinds}'
+            case "union_tag_invalid":
+                return f"reference.kind is {_shown(first['input'].get('kind'))}; it must be one of {kinds}"
+            case "extra_forbidden":
+                return _unread_by_kind(keys[1], str(first["loc"][1]), recipe)
     table = recipe.model_fields[keys[0]].annotation if keys and keys[0] in recipe.model_fields else None
     match first["type"]:
         case "extra_forbidden":
@@ -168,14 +191,31 @@ def _unread_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
     return _unknown_key(("objective", key), list(own.model_fields), recipe)
 
 
+def _kinds() -> dict[str, type[BaseModel]]:
+    """The tables of [reference] by their kind."""
+    return {table.model_fields["kind"].annotation.__args__[0]: table for table in REFERENCES}  # type: ignore[union-attr]
+
+
+def _unread_by_kind(key: str, kind: str, recipe: type[BaseModel]) -> str:
+    """A key of [reference] that its kind does not read: which kinds do, or what may have been meant."""
+    kinds = _kinds()
+    if readers := [name for name, table in kinds.items() if key in table.model_fields]:
+        verb = "does" if len(readers) == 1 else "do"
+        return f'[reference] has "{key}", which kind = "{kind}" does not read; {", ".join(readers)} {verb}'
+    return _unknown_key(("reference", key), list(kinds[kind].model_fields), recipe)
+
+
 def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
     place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
     if key in OTHER_TOOLS:
         owner, ours = OTHER_TOOLS[key]
         return f'{place} has no key "{key}": that is {owner} name; here it is {ours}'
     homes = [table for table, field in recipe.model_fields.items() if key in _fields(field.annotation)]
-    if any(key in table.model_fields for table in TABLES):
-        homes.append("objective")
+    homes += [
+        name
+        for name, tables in (("objective", TABLES), ("reference", REFERENCES))
+        if any(key in table.model_fields for table in tables)
+    ]
     if homes:
         return f'{place} has no key "{key}"; it belongs to [{"] or [".join(homes)}]'
     kind = "key" if len(keys) > 1 else "table"

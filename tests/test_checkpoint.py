@@ -266,14 +266,14 @@ SAME = {name: name for name in checkpoint.FINGERPRINTS}
 
 def every_key() -> list[str]:
     """All keys of a recipe that has every table."""
-    tables = jobs.recipe(track={"wandb": "project"}).model_dump()
+    tables = jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump()
     return [f"{table}.{key}" for table, keys in tables.items() for key in keys]
 
 
 @pytest.mark.parametrize("key", every_key())
 def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str) -> None:
-    was = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), SAME)
-    now = State(0, jobs.recipe(track={"wandb": "project"}).model_dump(), dict(SAME))
+    was = State(0, jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump(), SAME)
+    now = State(0, jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump(), dict(SAME))
     table, name = key.split(".")
     now.recipe[table][name] = "something else"
     free = key.startswith(("samples.", "track.", "watch.")) or key in {

@@ -7,7 +7,7 @@ import click
 
 if TYPE_CHECKING:
     from qlora_dpo.model.device import Device
-    from qlora_dpo.recipe import LoadedRecipe
+    from qlora_dpo.recipe import LoadedRecipe, Recipe
     from qlora_dpo.recipe_objective import Objective
 
 
@@ -44,7 +44,9 @@ def train(
 
     if allow and not resume:
         raise click.UsageError("--allow says what may have changed since a checkpoint; it needs --resume")
-    recipe.insist_on_keys(allow, also=("base", "tokenizer", "template", "pairs"), option="--allow")
+    recipe.insist_on_keys(
+        allow, also=("base", "tokenizer", "template", "pairs", "init_from", "reference"), option="--allow"
+    )
 
     from qlora_dpo.model import device
 
@@ -102,11 +104,12 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         + (" with double quantization" if model.quantization == "nf4" and model.double_quant else ""),
         *here.lines(),
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
-        + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)),
+        + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules))
+        + (f", starting from {loaded.recipe.init_from}" if loaded.recipe.init_from else ""),
         f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
         f"held out    {heldout}"
         + (f", {share:.0%} of its prompts" if share else "" if is_local(heldout) else f", split {data.eval_split}"),
-        f"objective   {_objective(loaded.recipe.objective)}",
+        f"objective   {_objective(loaded.recipe.objective)}; {_reference(loaded.recipe)}",
         f"steps       {steps.batch_size} pairs each, {steps.num_train_epochs} epoch(s)"
         + (f", at most {steps.max_steps} steps" if steps.max_steps else "")
         + f"; learning rate {steps.learning_rate:g}, {steps.lr_scheduler_type}; engine {steps.engine}",
@@ -115,19 +118,30 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
 
 
 def _objective(table: "Objective") -> str:
-    """The loss with every key that is not at its default, and what the reference is."""
-    from qlora_dpo.recipe_objective import ReferenceFree
-
+    """The loss with every key that is not at its default."""
     name = "sigmoid DPO" if table.loss_type == "sigmoid" else table.loss_type
     keys = ["beta", *sorted(table.model_fields_set - {"loss_type", "beta", "sft_weight"})]
     told = [f"{key} {getattr(table, key)}" for key in keys if getattr(table, key, None) is not None]
     sft = getattr(table, "sft_weight", 0)
-    return (
-        ", ".join([name, *told])
-        + (f", plus {sft:g} * SFT on the chosen answer" if sft else "")
-        + (
-            "; no reference"
-            if isinstance(table, ReferenceFree)
-            else "; the reference is the same model with its adapter off"
-        )
-    )
+    return ", ".join([name, *told]) + (f", plus {sft:g} * SFT on the chosen answer" if sft else "")
+
+
+def _reference(recipe: "Recipe") -> str:
+    """What the policy is compared with."""
+    from qlora_dpo.recipe_objective import ReferenceFree
+    from qlora_dpo.recipe_reference import AdapterReference, EmaReference, ModelReference
+
+    if isinstance(recipe.objective, ReferenceFree):
+        return "no reference"
+    match recipe.reference:
+        case AdapterReference(path=path):
+            return f"the reference is the adapter of {path}, which stays as it is"
+        case ModelReference(name=name):
+            return f"the reference is {name}, asked before the first step"
+        case EmaReference() as table:
+            return (
+                f"the reference is a copy of the adapter that moves every {table.ref_model_sync_steps} steps, by "
+                f"{table.ref_model_mixup_alpha:g} of the way to the policy"
+            )
+        case _:
+            return "the reference is the same model with its adapter off"

@@ -41,6 +41,11 @@ def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of which token each id is: models that share it can be asked about the same ids."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+
+
 def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedModel:
     """Load the base onto `device`, frozen and in evaluation mode: linear layers in NF4, the rest in `weight_dtype`."""
     quantization: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The reference policy: the same model with its adapter off, asked once per pair, and its answers kept on disk.
+"""The reference policy: the same model with its adapter off or another one, asked once per pair, its answers on disk.
 
 P pairs. Log-probabilities are float32 sums over an answer, in nats, in the columns chosen and rejected.
 """
@@ -23,6 +23,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.counted import Counted
+from qlora_dpo.preference.held import OFF, Held, as_reference
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import dpo
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
@@ -31,8 +32,11 @@ from qlora_dpo.recipe_model import ModelTable
 SECONDS_BETWEEN_SAVES = 60.0
 
 
-def store_folder(source: Source, table: ModelTable, device: Device, counted: Counted | None = None) -> Path:
-    """Where the log-probabilities of this base lie: one folder per weights, quantization and arithmetic.
+def store_folder(
+    source: Source, table: ModelTable, device: Device, counted: Counted | None = None, adapter: str = ""
+) -> Path:
+    """Where the log-probabilities of this base lie: one folder per weights, quantization and arithmetic, and for a
+    reference with an adapter per fingerprint of that.
 
     The arithmetic is the device's name, its compute dtype and torch's version: in 16 bits another kernel moves an
     answer by a tenth of a nat, and the first loss would not be ln 2.
@@ -50,7 +54,9 @@ def store_folder(source: Source, table: ModelTable, device: Device, counted: Cou
         "torch": torch.__version__,
         "compute_dtype": device.compute_dtype,
         "attention": device.attention,
-    } | ({"counted": counted.name} if counted else {})
+        **({"counted": counted.name} if counted else {}),
+        **({"adapter": adapter} if adapter else {}),
+    }
     return cache_home() / "reference" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -99,8 +105,9 @@ def reference_logps(
     packing: Packing,
     device: Device,
     advance: Callable[[int], None] = lambda pairs: None,
+    held: Held = OFF,
 ) -> Tensor:
-    """Log-probabilities (P, 2) of `pairs` with the adapter off.
+    """Log-probabilities (P, 2) of `pairs` with the adapter off, or as it is `held`.
 
     What `store` does not know is computed and added there, so a run that is stopped goes on where it was. `advance` is
     told how many pairs are known, and then how many each batch finished.
@@ -110,25 +117,34 @@ def reference_logps(
     with store:
         for group in micro_batches(missing, packing):
             some = [missing[index] for index in group]
-            with adapter_off(model):
+            with as_reference(model, held):
                 store.add(some, live_logps(model, some, packing, device))
             advance(len(some))
     return store.look_up(pairs)
 
 
-def ride_along(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
-    """Log-probabilities (P, 2) of a batch that is about to be trained on, with the adapter off, on the batch's device.
+def ride_along(model: nn.Module, batch: MicroBatch, device: Device, held: Held = OFF) -> Tensor:
+    """Log-probabilities (P, 2) of a batch that is about to be trained on, by the reference, on the batch's device.
 
     One pass over each pair, as if it had been asked before; the row is the policy's own, so both round alike.
     """
     training = model.training
     model.eval()
     try:
-        with adapter_off(model), torch.no_grad():
+        with as_reference(model, held), torch.no_grad():
             scores = score(model, batch, device, metrics=False)
     finally:
         model.train(training)
     return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
+
+
+def asked_now(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device, held: Held) -> Tensor:
+    """Log-probabilities (P, 2) of `pairs` by the reference as it is now, on the CPU; nothing is kept."""
+    answers_P2 = torch.zeros(len(pairs), 2)
+    for group in micro_batches(pairs, packing):
+        batch = collate([pairs[index] for index in group], packing).to(device.torch_device)
+        answers_P2[group] = ride_along(model, batch, device, held).cpu()
+    return answers_P2
 
 
 @torch.no_grad()
@@ -213,4 +229,29 @@ def guard_first_loss(live_P2: Tensor, reference_P2: Tensor, beta: float, device:
         raise ModelError(
             f"the first DPO loss would be {loss:.6f} instead of ln 2 = 0.693147: the cached reference does not belong "
             f"to this model; delete {cache_home() / 'reference'} and start again"
+        )
+
+
+def guard_opened(model: nn.Module, opened_LV: Tensor, pair: EncodedPair, device: Device, folder: Path) -> None:
+    """Prove that an adapter put into `model` is the one in `folder`, bit for bit; before anything is made lean.
+
+    `opened_LV` is the `probe` of the base with that adapter as PEFT itself opens it. Raises ModelError.
+    """
+    if not torch.equal(probe(model, pair, device), opened_LV):
+        raise ModelError(
+            f"{folder}: the model with this adapter differs from the one that PEFT opens, so training would not go on "
+            "from it; merge it, and name the merged model as model.name"
+        )
+
+
+def guard_cached(now_P2: Tensor, cached_P2: Tensor, device: Device) -> None:
+    """Prove that the reference still says what the cache has of a few pairs, where the first loss is not ln 2.
+
+    They may differ by what rounding explains: 1e-4 of their L2 norm in float32, 2 % in 16 bits. Raises ModelError.
+    """
+    if not bool((now_P2 - cached_P2).norm() <= device.tolerance * cached_P2.norm()):
+        raise ModelError(
+            f"the reference gives log-probabilities of {now_P2.sum():.4f} nats to a few pairs, and the cache has "
+            f"{cached_P2.sum():.4f}: it does not belong to this reference; delete {cache_home() / 'reference'} and "
+            "start again"
         )

@@ -177,6 +177,7 @@ def _making(run: Record, recipe_text: str) -> str:
     facts = [
         f"Seed {run['seed']}, {run['steps']} steps, compute in {device['compute_dtype']}"
         f" on {markdown_cell(device['name'])}, {run['seconds']['total'] / 60:.1f} minutes in all.",
+        *_start_and_reference(run),
         f"Versions: {markdown_cell(versions)}.",
     ]
     return "\n".join(
@@ -188,6 +189,23 @@ def _making(run: Record, recipe_text: str) -> str:
             fenced(scrubbed(redacted(printable(recipe_text))), "toml"),
         ]
     )
+
+
+def _start_and_reference(run: Record) -> list[str]:
+    """What training went on from, and what the policy was compared with, where it is not a new adapter and the base."""
+    start, reference = run.get("init_from"), run.get("reference", {"kind": "base"})
+    told = [f"Training went on from the adapter {markdown_cell(start['name'])}."] if start else []
+    match reference["kind"]:
+        case "adapter":
+            told.append(f"The reference is the adapter {markdown_cell(reference['name'])}.")
+        case "model":
+            told.append(f"The reference is {_linked(reference['hub_id'], reference['name'])}.")
+        case "ema":
+            told.append(
+                f"The reference is a copy of the adapter that follows it: every {reference['ref_model_sync_steps']} "
+                f"steps, by {reference['ref_model_mixup_alpha']:g} of the way; evaluations compare with it as well."
+            )
+    return told
 
 
 def _linked(hub: str | None, name: str, kind: str = "") -> str:

@@ -33,7 +33,11 @@ FINGERPRINTS = {
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "pairs": "the training pairs",
+    "init_from": "the adapter that training starts from",
+    "reference": "the reference's weights",
 }
+REFERENCE = "reference.safetensors"
+"""Where a checkpoint keeps the weights of a reference that moves."""
 
 
 @dataclass
@@ -57,7 +61,8 @@ class State:
     step: int
     recipe: dict[str, Any]
     fingerprints: dict[str, str]
-    """SHA-256 of base, tokenizer, template and pairs, under the names that --allow knows."""
+    """SHA-256 of base, tokenizer, template, pairs, and of the adapters or the model that lora.init_from and
+    [reference] name, under the names that --allow knows."""
     evals: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     num_tokens: int = 0
@@ -84,21 +89,32 @@ class State:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
 
-def save_checkpoint(run_dir: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments and random states; keep the newest two.
+def save_checkpoint(
+    run_dir: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    moving: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments and random states, and with the weights of a
+    `moving` reference; keep the newest two.
 
     Raises SourceError if the disk has no room for it, RunError if a tensor is not finite; then nothing has changed.
     """
     folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
     parameters = trainable(model)
     adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimizer))
+    reference = _on_cpu(moving or {})
     if bad := names_not_finite(adapter | moments):
         raise RunError(f"{folder}: not written, since {bad[0]} is not finite; lower train.learning_rate")
-    insist_on_space(folder, SMALL_FILES + sum(tensor.nbytes for tensor in (adapter | moments).values()))
+    tensors = [*adapter.values(), *moments.values(), *reference.values()]
+    insist_on_space(folder, SMALL_FILES + sum(tensor.nbytes for tensor in tensors))
     with whole_folder(folder) as temporary:
         save_file(adapter, temporary / "adapter.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
         save_file(random_states(), temporary / "random.safetensors")
+        if reference:
+            save_file(reference, temporary / REFERENCE)
         write_json(temporary / "state.json", asdict(state))
         write_manifest(temporary, temporary.iterdir())
         if folder.exists():  # a resume has skipped it, since it is damaged
@@ -179,6 +195,15 @@ def load_checkpoint(
     return state
 
 
+def load_moving(folder: Path, moving: Mapping[str, Tensor]) -> None:
+    """Put the weights that a moving reference had in the checkpoint into `moving`; RunError if it has none that fit."""
+    saved = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
+    if {name: value.shape for name, value in saved.items()} != {name: each.shape for name, each in moving.items()}:
+        raise RunError(f"{folder}: holds no reference of this adapter's shape; put [reference] and [lora] back")
+    for name, value in saved.items():
+        moving[name].copy_(value)
+
+
 def _differences(state: State, asked: State) -> dict[str, str]:
     """How what is asked differs from what the checkpoint was made by, by the name under which --allow knows it."""
     was, now = _flat(state.recipe), _flat(asked.recipe)
@@ -188,7 +213,9 @@ def _differences(state: State, asked: State) -> dict[str, str]:
         if was.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
     }
     return changed | {
-        name: what for name, what in FINGERPRINTS.items() if state.fingerprints.get(name) != asked.fingerprints[name]
+        name: what
+        for name, what in FINGERPRINTS.items()
+        if state.fingerprints.get(name) != asked.fingerprints.get(name)
     }
 
 

@@ -5,27 +5,29 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.data.audit import baselines
 from qlora_dpo.errors import Interrupted, SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.preference.held import OFF, Held, follow
 from qlora_dpo.preference.metrics import Sums, sums_for
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.reference import Store
+from qlora_dpo.preference.reference import Store, asked_now
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.best import best, out_of_patience, save_best
-from qlora_dpo.training.checkpoint import SinceEval, State, load_checkpoint, save_checkpoint
+from qlora_dpo.training.checkpoint import SinceEval, State, load_checkpoint, load_moving, save_checkpoint
 from qlora_dpo.training.drift import kl_to_base
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
@@ -48,6 +50,8 @@ class Job:
     packing: Packing
     folder: Path
     store: Store
+    held: Held = OFF
+    """What the adapter is while the reference answers."""
     allowed: tuple[str, ...] = ()
     unsaved: list[str] = field(default_factory=list)
     """Why checkpoints could not be saved, a sentence each; the run goes on without them."""
@@ -62,7 +66,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     table, plan = job.recipe.train, job.plan
     tools = _tools(model, job)
     if resume is not None:
-        state = _restored(resume, state, model, tools, job.allowed)
+        state = _restored(resume, state, model, tools, job)
     if not state.evals:
         evaluate_now(model, job, state, tracker)
 
@@ -80,7 +84,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
                 with window.paused():
                     evaluate_now(model, job, state, tracker)
             if stop.asked:
-                saved = _save(job.folder, state, model, tools)
+                saved = _save(job, state, model, tools)
                 raise Interrupted(f"stopped after step {state.step}; {saved} is saved, --resume goes on from there")
             if not last and (state.stopped or due(state.step, table.save_steps, epoch_ends)):
                 with window.paused():
@@ -130,43 +134,54 @@ def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -
         tools.schedule.step()
     tools.optimizer.zero_grad()
     state.step += 1
+    follow(model, job.held, state.step)
     return rate, norm
 
 
-def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, allowed: tuple[str, ...]) -> State:
-    """The state of `checkpoint`, with model and tools as they were when it was saved."""
-    state = load_checkpoint(checkpoint, asked, model, tools.optimizer, allowed)
+def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, job: Job) -> State:
+    """The state of `checkpoint`, with model, tools and a moving reference as they were when it was saved."""
+    state = load_checkpoint(checkpoint, asked, model, tools.optimizer, job.allowed)
     state.stopped, state.stopped_by_sign = "", False
+    if moving := _moving(job):
+        load_moving(checkpoint, moving)
     restore_schedule(tools.schedule, tools.optimizer, state.scheduler)
     if tools.accelerator.scaler is not None and state.scaler:
         tools.accelerator.scaler.load_state_dict(state.scaler)
     return state
 
 
-def _save(folder: Path, state: State, model: PeftModel, tools: _Tools) -> Path:
+def _moving(job: Job) -> Mapping[str, Tensor] | None:
+    """The weights of a reference that moves; None if it does not."""
+    return job.held.weights if job.held.follows is not None else None
+
+
+def _save(job: Job, state: State, model: PeftModel, tools: _Tools) -> Path:
     """Write a checkpoint of everything that `_restored` puts back."""
     state.scheduler = tools.schedule.state_dict()
     state.scaler = tools.accelerator.scaler.state_dict() if tools.accelerator.scaler is not None else {}
-    return save_checkpoint(folder, state, model, tools.optimizer)
+    return save_checkpoint(job.folder, state, model, tools.optimizer, _moving(job))
 
 
 def _save_if_there_is_room(job: Job, state: State, model: PeftModel, tools: _Tools, say: Callable[[str], None]) -> None:
     """Save, or note why not: what was saved before is still there, and the end of the run will tell."""
     try:
-        _save(job.folder, state, model, tools)
+        _save(job, state, model, tools)
     except SourceError as error:
         job.unsaved.append(str(error))
         say(f"step {state.step} is not saved: {error}; the run goes on, and older checkpoints stay")
 
 
 def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
-    """Evaluate on the held-out pairs, note it in the state, and tell the tracker."""
-    with tracker.phase("evaluate", len(job.heldout.pairs)) as advance:
-        record = evaluate(model, job.heldout, job.recipe.objective, job.packing, job.device, advance)
+    """Evaluate on the held-out pairs, note it in the state, and tell the tracker; a moving reference is asked anew."""
+    side = job.heldout
+    with tracker.phase("evaluate", len(side.pairs)) as advance:
+        if job.held.follows is not None:
+            side = replace(side, reference_P2=asked_now(model, side.pairs, job.packing, job.device, job.held))
+        record = evaluate(model, side, job.recipe.objective, job.packing, job.device, advance)
     seen, state.since_eval = state.since_eval, SinceEval()
     if seen.pairs:
         record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}
-    record["eval_kl"] = kl_to_base(model, job.heldout.pairs, job.packing, job.device)
+    record["eval_kl"] = kl_to_base(model, side.pairs, job.packing, job.device)
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
     _keep_the_best(model, job, state, tracker)

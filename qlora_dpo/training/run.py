@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, assert_never
 
-import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo import __version__
@@ -25,23 +25,18 @@ from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
+from qlora_dpo.model.saved_adapter import opened_by_peft, put
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
+from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
-from qlora_dpo.preference.objective import needs_reference
-from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.reference import (
-    Store,
-    guard_adapter,
-    guard_first_loss,
-    live_logps,
-    probe,
-    reference_logps,
-    store_folder,
-)
+from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.recipe_reference import EmaReference
 from qlora_dpo.redact import redacted
+from qlora_dpo.training import asking
 from qlora_dpo.training import tracker as tracking
+from qlora_dpo.training.asking import Model, Named, ask, ask_other, find_named, insist_on_moves, question
 from qlora_dpo.training.best import load_best
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.columns import column_keys, columns_of
@@ -61,6 +56,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     train: PairSet
     heldout: PairSet
+    named: Named = field(default_factory=Named)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -87,13 +83,14 @@ def prepare(recipe: Recipe) -> Prepared:
     with timed(seconds, "fetch"):
         source = fetch(recipe.model)
         tokenizer = load_tokenizer(source)
+        named = find_named(recipe, source, tokenizer)
     with timed(seconds, "encode"):
         seed = recipe.train.seed
         numbers = column_keys(recipe.objective)
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
         train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
         heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
-    return Prepared(source, tokenizer, train, heldout, seconds)
+    return Prepared(source, tokenizer, train, heldout, named, seconds)
 
 
 def run(
@@ -109,37 +106,21 @@ def run(
     A run that resumes may differ from the one before in the `allowed` keys.
     """
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
-    plan, own = make_plan(len(pairs), recipe.train), recipe.train.engine == "qlora_dpo"
-    with timed(seconds, "load"):
-        model, packing, rows = _load(prepared, recipe, device, tracker.note)
+    plan, named = make_plan(len(pairs), recipe.train), prepared.named
+    insist_on_moves(recipe, plan)
+    what = question(recipe, named, prepared.source, device, plan, pairs, heldout)
     with timed(seconds, "reference"):
-        store = Store(store_folder(prepared.source, recipe.model, device, packing.counted))
-        # in its only epoch each pair is asked once in any case: then it is asked along with its step, and the first
-        # step need not wait for the last pair; TRL asks in every step by itself
-        rides_along = recipe.train.num_train_epochs == 1 or not own
-        first = plan.indices(1)
-        now = [pairs[i] for i in (first if rides_along else sorted(set(plan.order)))]
-        if needs_reference(recipe.objective):
-            with tracker.phase("reference", len(now) + len(heldout)) as advance:
-                for some in (now, heldout):
-                    reference_logps(model, some, store, rows, device, advance)
-            train_P2, heldout_P2 = store.look_up(pairs), store.look_up(heldout)
-            later = rides_along and own and bool(train_P2.isnan().any())
-            tracker.note(
-                f"reference: {store.computed} pairs computed, {len(now) + len(heldout) - store.computed} from the cache"
-                + (", the others along with the only step they are in" if later else "")
-            )
-            few = first[:4]
-            live_P2 = live_logps(model, [pairs[i] for i in few], packing, device)
-            guard_first_loss(live_P2, train_P2[few], getattr(recipe.objective, "beta", 0.1), device)
-        else:
-            train_P2, heldout_P2 = torch.zeros(len(pairs), 2), torch.zeros(len(heldout), 2)
-            tracker.note(f"reference: none, {recipe.objective.loss_type} compares with no other model")
+        asked = ask_other(what, named, pad_token_id(prepared.tokenizer), tracker)
+    with timed(seconds, "load"):
+        loaded = _load(prepared, recipe, device, tracker.note)
+    with timed(seconds, "reference"):
+        asked = asked or ask(what, loaded, tracker)
+    model = loaded.model
     sides = (
-        Side(pairs, train_P2, columns_of(prepared.train.pairs, recipe.objective)),
-        Side(heldout, heldout_P2, columns_of(prepared.heldout.pairs, recipe.objective)),
+        Side(pairs, asked.train_P2, columns_of(prepared.train.pairs, recipe.objective)),
+        Side(heldout, asked.heldout_P2, columns_of(prepared.heldout.pairs, recipe.objective)),
     )
-    job = Job(recipe, device, plan, *sides, packing, tracker.run_dir, store, allowed)
+    job = Job(recipe, device, plan, *sides, loaded.packing, tracker.run_dir, what.store, loaded.held, allowed)
     state = State(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
@@ -147,6 +128,7 @@ def run(
             "base": prepared.source.fingerprint,
             **tokenizer_fingerprints(prepared.tokenizer),
             "pairs": data_fingerprint(pairs),
+            **named.fingerprints,
         },
     )
     with timed(seconds, "train"):
@@ -164,16 +146,11 @@ def run(
     if state.best is not None:
         load_best(tracker.run_dir, state.best, model)
         tracker.note(f"the adapter is that of step {state.best}, the best by {recipe.train.metric_for_best_model}")
-    return Outcome(model.eval(), state, prepared, store.computed, peak_bytes(device), job.unsaved)
+    return Outcome(model.eval(), state, prepared, what.store.computed, peak_bytes(device), job.unsaved)
 
 
-def _load(
-    prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]
-) -> tuple[PeftModel, Packing, Packing]:
-    """The base with an untrained adapter that is proved to change nothing yet, and how pairs are laid out for it.
-
-    First for training, then for asking the reference.
-    """
+def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Model:
+    """The base with an adapter that is proved to be untrained, or the one that training goes on from."""
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
     pairs, pad = [*prepared.train.encoded, *prepared.heldout.encoded], pad_token_id(prepared.tokenizer)
     base = load_base(prepared.source, recipe.model, device)
@@ -184,17 +161,39 @@ def _load(
     say(f"layout: {why}")
     probed = pairs[0]
     before_LV = probe(base, probed, device)
-    model = attach(base, recipe.lora, table.seed)
+    model, held = _attached(base, prepared.named, recipe, probed, device)
     if own:
         say(make_lean(model, device.torch_dtype))
-    guard_adapter(model, before_LV, probed, packing, device)
+    for sentence in prepared.named.notes:
+        say(sentence)
+    guard_adapter(model, before_LV, probed, packing, device, fresh=prepared.named.start is None)
     rows = packing
     if own:
         per_token, free = measured(model, pairs, packing, device), free_bytes(device)
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
     weighed = counted(recipe.objective)
-    return model, replace(packing, counted=weighed), replace(rows, counted=weighed)
+    return Model(model, replace(packing, counted=weighed), replace(rows, counted=weighed), held)
+
+
+def _attached(
+    base: PreTrainedModel, named: Named, recipe: Recipe, probed: EncodedPair, device: Device
+) -> tuple[PeftModel, Held]:
+    """The base with the adapter that training starts from, and what the reference is; saved adapters are proved."""
+    saved = [each for each in dict.fromkeys((named.frozen, named.start)) if each is not None]
+    opened_LV = {}
+    for each in saved:
+        with opened_by_peft(base, each) as opened:
+            opened_LV[each] = probe(opened, probed, device)
+    model, frozen = attach(base, recipe.lora, recipe.train.seed), None
+    for each in saved:
+        put(model, each)
+        guard_opened(model, opened_LV[each], probed, device, each.folder)
+        if each == named.frozen:
+            frozen = copied(model)
+    if isinstance(recipe.reference, EmaReference):
+        return model, Held(copied(model), recipe.reference)
+    return model, Held(frozen)
 
 
 def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:
@@ -265,6 +264,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
             "train_pairs": len(prepared.train.encoded),
             "eval_pairs": len(prepared.heldout.encoded),
         },
+        **asking.facts(recipe, prepared.named),
         "reference_pairs_computed": outcome.reference_computed,
         "steps": outcome.state.step,
         "num_tokens": outcome.state.num_tokens,

@@ -71,11 +71,12 @@ def _of_pairs_that_depend_on_each_other(
     start = 0
     for group, draw in zip(groups, draws, strict=True):
         restore(draw)  # the same dropout as when it was asked
-        logps, here = _logps(model, job, state, group, None), slice(start, start + len(group))
+        batch = collate([job.train.pairs[i] for i in group], job.packing).to(job.device.torch_device)
+        scores, here = score(model, batch, job.device, metrics=False), slice(start, start + len(group))
         backward(
             torch.stack(
                 [
-                    (getattr(logps, name) * slope[here]).sum()
+                    (getattr(scores, name) * slope[here]).sum()
                     for name, slope in zip(names, slopes, strict=True)
                     if slope is not None
                 ]
@@ -85,16 +86,14 @@ def _of_pairs_that_depend_on_each_other(
     return _not_finite(losses, [index for group in groups for index in group])
 
 
-def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums | None) -> Logps:
-    """What policy and reference say of some training pairs; without `sums`, for the second time in this step."""
+def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums) -> Logps:
+    """What policy and reference say of some training pairs."""
     place, side = job.device.torch_device, job.train
     batch = collate([side.pairs[i] for i in indices], job.packing).to(place)
     reference_P2 = _reference(model, job, indices, batch).to(place)
-    first, table = sums is not None, job.recipe.objective
-    scores = score(model, batch, job.device, metrics=first, likely=first and weighs_pairs(table))
-    if sums is not None:
-        sums.add_scores(scores, batch.tokens)
-        state.num_tokens += batch.tokens
+    scores = score(model, batch, job.device, likely=weighs_pairs(job.recipe.objective))
+    sums.add_scores(scores, batch.tokens)
+    state.num_tokens += batch.tokens
     return scores.beside(reference_P2, side.columns.of(list(indices)).to(place))
 
 
@@ -117,11 +116,15 @@ def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
 
 
 def _reference(model: PeftModel, job: "Job", indices: Sequence[int], batch: MicroBatch) -> Tensor:
-    """What the reference says of the batch's pairs, (P, 2): as asked before the run, or asked now and kept."""
+    """What the reference says of the batch's pairs, (P, 2): as asked before the run, or asked now, and kept unless it
+    moves.
+    """
+    if job.held.follows is not None:
+        return ride_along(model, batch, job.device, job.held)
     known_P2 = job.train.reference_P2[list(indices)]
     if not needs_reference(job.recipe.objective) or not known_P2.isnan().any():
         return known_P2
-    asked_P2 = ride_along(model, batch, job.device)
+    asked_P2 = ride_along(model, batch, job.device, job.held)
     job.train.reference_P2[list(indices)] = asked_P2.cpu()
     job.store.add([job.train.pairs[i] for i in indices], asked_P2)
     return asked_P2
