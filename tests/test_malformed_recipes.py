@@ -25,8 +25,8 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "unknown table": (
         BOTH + "[optimizer]\nname = 1\n",
         [
-            ':5: a recipe has no table "optimizer"; it has model, lora, data, objective, train, reference, watch, samples, '
-            "track"
+            ':5: a recipe has no table "optimizer"; it has model, lora, data, objective, train, reference, watch, '
+            "samples, track"
         ],
     ),
     "misspelt table": (BOTH + "[lorra]\nr = 1\n", [':5: a recipe has no table "lorra"; did you mean "lora"?']),

@@ -139,9 +139,11 @@ def _reference(recipe: "Recipe") -> str:
         case ModelReference(name=name):
             return f"the reference is {name}, asked before the first step"
         case EmaReference() as table:
+            steps = table.ref_model_sync_steps
+            every = "every step" if steps == 1 else f"every {steps} steps"
             return (
-                f"the reference is a copy of the adapter that moves every {table.ref_model_sync_steps} steps, by "
-                f"{table.ref_model_mixup_alpha:g} of the way to the policy"
+                f"the reference is a copy of the adapter that moves {every}, by {table.ref_model_mixup_alpha:g} of the "
+                "way to the policy"
             )
         case _:
             return "the reference is the same model with its adapter off"

@@ -201,11 +201,16 @@ def _start_and_reference(run: Record) -> list[str]:
         case "model":
             told.append(f"The reference is {_linked(reference['hub_id'], reference['name'])}.")
         case "ema":
+            steps = reference["ref_model_sync_steps"]
             told.append(
-                f"The reference is a copy of the adapter that follows it: every {reference['ref_model_sync_steps']} "
-                f"steps, by {reference['ref_model_mixup_alpha']:g} of the way; evaluations compare with it as well."
+                f"The reference is a copy of the adapter that follows it {_every(steps)}, by "
+                f"{reference['ref_model_mixup_alpha']:g} of the way; evaluations compare with it as well."
             )
     return told
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def _linked(hub: str | None, name: str, kind: str = "") -> str:

@@ -67,7 +67,7 @@ def _of_pairs_that_depend_on_each_other(
     names = ("chosen_logp_P", "rejected_logp_P", "chosen_whole_P")
     leaves = {name: getattr(everything, name).clone().requires_grad_() for name in names}
     losses = _losses(replace(everything, **leaves), job, state, sums)
-    slopes = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
+    found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
     start = 0
     for group, draw in zip(groups, draws, strict=True):
         restore(draw)  # the same dropout as when it was asked
@@ -77,7 +77,7 @@ def _of_pairs_that_depend_on_each_other(
             torch.stack(
                 [
                     (getattr(scores, name) * slope[here]).sum()
-                    for name, slope in zip(names, slopes, strict=True)
+                    for name, slope in zip(names, found, strict=True)
                     if slope is not None
                 ]
             ).sum()
