@@ -25,6 +25,9 @@ PACK = "test_pack.py test_packed_rows.py"
 LEAN = "test_lean.py test_packed_rows.py"
 LOOP = "test_loop.py test_checkpoint.py"
 REFERENCE = "test_reference.py test_loop.py"
+KINDS = "test_held.py test_reference_kinds.py"
+SAVED = "test_saved_adapter.py"
+MOVING = "faults/test_reference_resumes.py"
 CHECKPOINT = "test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
 MERGE = "test_merge.py"
 WATCH = "test_watch.py"
@@ -127,17 +130,42 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "preference/reference.py": [
-        ("with adapter_off(model), torch.no_grad():", "with torch.no_grad():", REFERENCE),
+        ("with as_reference(model, held), torch.no_grad():", "with torch.no_grad():", REFERENCE),
+        ("with as_reference(model, held), torch.no_grad():", "with as_reference(model), torch.no_grad():", KINDS),
         (
-            "            with adapter_off(model):\n                store.add",
+            "            with as_reference(model, held):\n                store.add",
             "            if True:\n                store.add",
             REFERENCE,
         ),
+        ("            with as_reference(model, held):\n", "            with as_reference(model):\n", KINDS),
+        ('**({"adapter": adapter} if adapter else {}),', "", KINDS),
+        ("if not torch.equal(probe(model, pair, device), opened_LV):", "if False:", SAVED),
+        ("if not bool((now_P2 - cached_P2).norm()", "if not bool((now_P2 - now_P2).norm()", KINDS),
         ('"base": source.fingerprint,', "", REFERENCE),
         ('"quantization": table.quantization,', "", REFERENCE),
         ("if hashlib.sha256(content).hexdigest() != file.stem:", "if False:", REFERENCE),
         ("self.unsaved |= new", "pass", REFERENCE),
         ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+    ],
+    "preference/held.py": [
+        ("        _point(model, own)", "        pass", KINDS),
+        ("mul_(1 - alpha).add_(parameter, alpha=alpha)", "mul_(alpha).add_(parameter, alpha=1 - alpha)", KINDS),
+        ("or step % held.follows.ref_model_sync_steps", "", KINDS),
+        ("parameter.detach().clone()", "parameter.detach()", KINDS),
+    ],
+    "model/saved_adapter.py": [
+        ("if asked != found:", "if False:", SAVED),
+        ('if base.get("fingerprint") != source.fingerprint:', "if False:", SAVED),
+        ('f"{scaled} {sha256_of(folder / WEIGHTS)}"', 'f"{scaled}"', KINDS),
+        ('f"{scaled} {sha256_of(folder / WEIGHTS)}"', 'f"{sha256_of(folder / WEIGHTS)}"', SAVED),
+        ("if odd := sorted(own.keys() ^ tensors.keys()):", "if odd := []:", SAVED),
+        ("        opened.unload()", "        pass", SAVED),
+    ],
+    "training/asking.py": [
+        ("    now, device = what.beforehand, what.device", "    now, device = what.train[:4], what.device", KINDS),
+        ("if vocabulary_fingerprint(load_tokenizer(other)) != vocabulary_fingerprint(tokenizer):", "if False:", KINDS),
+        ("table.ref_model_sync_steps > plan.total_steps", "False", KINDS),
+        ("    if what.recipe.starts_as_reference:", "    if False:", REFERENCE + " " + KINDS),
     ],
     "preference/layout.py": [
         ("if not _close(found_P2, expected_P2, device):", "if False:", PACK),
@@ -175,6 +203,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "if due(state.step, table.eval_steps, epoch_ends):",
             LOOP,
         ),
+        ("    follow(model, job.held, state.step)\n", "", KINDS),
+        ("        load_moving(checkpoint, moving)", "        pass", MOVING),
         ("    model.train()\n    window", "    window", LOOP + " test_lean.py faults/test_resumes.py"),
     ],
     "training/watch.py": [
@@ -205,6 +235,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("slope_P < VANISHING * state.first_slope", "slope_P < VANISHING", WATCH),
         ("/ len(job.plan.indices(1))", "", WATCH + " test_losses.py"),
         ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.mean())", LOOP),
+        (
+            "ride_along(model, batch, job.device, job.held)\n    known",
+            "ride_along(model, batch, job.device)\n    known",
+            KINDS,
+        ),
+        (
+            "asked_P2 = ride_along(model, batch, job.device, job.held)",
+            "asked_P2 = ride_along(model, batch, job.device)",
+            KINDS,
+        ),
         ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.sum())", LOOP),
         ("restore(draw)", "pass", "test_losses.py"),
         ("        start += len(group)", "        pass", "test_losses.py"),
@@ -234,7 +274,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("            parameters[name].copy_(value)", "            pass", CHECKPOINT),
         ("if bad := names_not_finite(adapter | moments):", "if bad := []:", CHECKPOINT),
         ("if not verify(folder)][:KEPT]", "][:KEPT]", CHECKPOINT),
-        ("if state.fingerprints.get(name) != asked.fingerprints[name]", "if False", CHECKPOINT),
+        ("if state.fingerprints.get(name) != asked.fingerprints.get(name)", "if False", CHECKPOINT),
         ("not key.startswith(FREE_KEYS)", 'not key.startswith((*FREE_KEYS, "dpo."))', CHECKPOINT),
     ],
     "deploy/merge.py": [
