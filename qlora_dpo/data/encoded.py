@@ -1,7 +1,7 @@
 """The token ids of a pair: what the model reads and what of it is scored."""
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 Ids = tuple[int, ...]
@@ -18,10 +18,16 @@ class EncodedPair:
     prompt: Ids
     chosen: Ids
     rejected: Ids
+    """Empty where the chosen answer alone goes through the model."""
     row: int
     """Row number in the source, from 1."""
     digest: bytes
     """SHA-256 of the three lists, each as its length and its ids in 32 bits, little-endian."""
+
+
+def chosen_only(pair: EncodedPair) -> EncodedPair:
+    """The pair without its rejected answer; it keeps its digest, since it is the same row of the data."""
+    return replace(pair, rejected=())
 
 
 def digest(*lists: Ids) -> bytes:

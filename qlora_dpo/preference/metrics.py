@@ -64,14 +64,18 @@ class Sums:
             self.totals[name] = self.totals.get(name, 0.0) + amount
 
     def means(self) -> dict[str, float]:
-        """Means over pairs, or over answer tokens where TRL's are (logits, entropy, token accuracy)."""
+        """Means over pairs, or over answer tokens where TRL's are (logits, entropy, token accuracy).
+
+        Where no rejected answer went through the model, nothing is said of one.
+        """
         weights = {
             "logits/chosen": self.chosen_tokens,
             "logits/rejected": self.rejected_tokens,
             "entropy": self.chosen_tokens + self.rejected_tokens,
             "mean_token_accuracy": self.chosen_tokens,
         }
-        names = sorted(self.totals, key=ORDER.index)
+        absent = OF_REJECTED if self.chosen_tokens and not self.rejected_tokens else set[str]()
+        names = sorted(self.totals.keys() - absent, key=ORDER.index)
         return {
             name: self.totals[name] / weights.get(name, self.pairs) for name in names if self.sft or name != "sft_loss"
         }
@@ -82,6 +86,7 @@ def sums_for(table: Objective) -> Sums:
     return Sums(getattr(table, "beta", 1.0), sft=isinstance(table, WithSft) and table.sft_weight > 0)
 
 
+OF_REJECTED = {"rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/rejected"}
 ORDER = (
     *("loss", "preference_loss", "sft_loss"),
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),

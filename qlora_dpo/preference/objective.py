@@ -287,7 +287,8 @@ def objective(logps: Logps, table: Objective, beta: float | None = None) -> Loss
     ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
     if needs_reference(table):
         ratio_P2 = ratio_P2 - logps.reference_P2
-    tokens_P2 = torch.stack([logps.chosen_tokens_P, logps.rejected_tokens_P], 1)
+    # an answer that is not there has no tokens, and a log-probability of 0
+    tokens_P2 = torch.stack([logps.chosen_tokens_P, logps.rejected_tokens_P], 1).clamp(min=1)
     sft_P = sft(logps.chosen_whole_P, logps.chosen_tokens_P)
     rewards_P2 = strength * _reward(ratio_P2, tokens_P2, table)
     if logps.columns is not None and logps.columns.label_P is not None:

@@ -1,8 +1,8 @@
 """Packs pairs into rows in which whatever several sequences begin with stands once, or into padded batches.
 
-P pairs, S = 2P sequences (all chosen, then all rejected), B x L tokens as they go through the model, R hidden states
-that predict an answer token, N scored tokens (a state with one of the tokens it predicts), M answer tokens of all
-sequences. In a packed row B is 1 and L the number of its tokens.
+P pairs, S = 2P sequences (all chosen, then all rejected; one without an answer has no tokens), B x L tokens as they go
+through the model, R hidden states that predict an answer token, N scored tokens (a state with one of the tokens it
+predicts), M answer tokens of all sequences. In a packed row B is 1 and L the number of its tokens.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class MicroBatch:
     tokens_S: Tensor  # answer tokens of each sequence
     weight_M: Tensor | None  # how much each answer token counts; None if all count alike
     pairs: int
-    tokens: int  # of all sequences, as TRL counts them: a prompt once for each answer, no padding
+    tokens: int  # of all sequences, as TRL counts them: a prompt once for each answer that is there, no padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on another device."""
@@ -84,7 +84,8 @@ def _padded_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list
     groups: list[list[int]] = []
     for index in sorted(range(len(pairs)), key=lambda i: (-longest(pairs[i]), i)):
         # sorted from the longest down, so the first pair of a group decides its padded length
-        if groups and 2 * (len(groups[-1]) + 1) * padded(pairs[groups[-1][0]]) <= token_budget:
+        both = 2 if pairs[index].rejected else 1
+        if groups and both * (len(groups[-1]) + 1) * padded(pairs[groups[-1][0]]) <= token_budget:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -153,14 +154,14 @@ def _packed(pairs: Sequence[EncodedPair], backend: Backend) -> _Places:
     In that order the sequences with a common beginning are neighbours, so each beginning stands in the row once: a
     system prompt of all pairs, a prompt of several pairs, an earlier turn, the same first words of both answers.
     """
-    sequences = [pair.prompt + pair.chosen for pair in pairs] + [pair.prompt + pair.rejected for pair in pairs]
+    sequences = _sequences(pairs)
     ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
     position_SL: list[list[int]] = [[] for _ in sequences]
     before: Ids = ()
     where: list[int] = []
-    for s in sorted(range(len(sequences)), key=lambda s: sequences[s]):
+    for s in sorted(filter(sequences.__getitem__, range(len(sequences))), key=lambda s: sequences[s]):
         sequence = sequences[s]
         shared = _common(before, sequence)
         where = [*where[:shared], *range(len(ids), len(ids) + len(sequence) - shared)]
@@ -178,20 +179,30 @@ def _packed(pairs: Sequence[EncodedPair], backend: Backend) -> _Places:
 
 
 def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> _Places:
-    """One right-padded batch: S sequences, the chosen ones first."""
+    """One right-padded batch: the sequences that have tokens, the chosen ones first."""
     columns = max(padded(pair) for pair in pairs)
-    sequences = [pair.prompt + pair.chosen for pair in pairs] + [pair.prompt + pair.rejected for pair in pairs]
-    ids = torch.full((len(sequences), columns), pad_token_id)
+    sequences = _sequences(pairs)
+    rows = [s for s, sequence in enumerate(sequences) if sequence]
+    ids = torch.full((len(rows), columns), pad_token_id)
     mask = torch.zeros_like(ids)
-    for s, sequence in enumerate(sequences):
-        ids[s, : len(sequence)] = torch.tensor(sequence)
-        mask[s, : len(sequence)] = 1
+    position_SL: list[list[int]] = [[] for _ in sequences]
+    for row, s in enumerate(rows):
+        length = len(sequences[s])
+        ids[row, :length] = torch.tensor(sequences[s])
+        mask[row, :length] = 1
+        position_SL[s] = list(range(row * columns, row * columns + length))
     return _Places(
         input_ids_BL=ids,
-        position_ids_BL=torch.arange(columns).expand(len(sequences), -1),
-        position_SL=[list(range(s * columns, s * columns + len(each))) for s, each in enumerate(sequences)],
+        position_ids_BL=torch.arange(columns).expand(len(rows), -1),
+        position_SL=position_SL,
         attention_mask_BL=mask,
     )
+
+
+def _sequences(pairs: Sequence[EncodedPair]) -> list[Ids]:
+    """Each prompt with its chosen answer, then each with its rejected one; empty if there is none."""
+    answers = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    return [prompt + answer if answer else () for prompt, answer in answers]
 
 
 def _common(one: Ids, other: Ids) -> int:

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo import __version__
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair, chosen_only
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory
@@ -32,6 +32,8 @@ from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe_objective import Sft
 from qlora_dpo.recipe_reference import EmaReference
 from qlora_dpo.redact import redacted
 from qlora_dpo.training import asking
@@ -77,11 +79,11 @@ class Outcome:
         return self.prepared.seconds
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Fetch the base's files, read and encode both sets of pairs; loads no weights."""
+def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Prepared:
+    """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights."""
     seconds: dict[str, float] = {}
     with timed(seconds, "fetch"):
-        source = fetch(recipe.model)
+        source = find(recipe.model)
         tokenizer = load_tokenizer(source)
         named = find_named(recipe, source, tokenizer)
     with timed(seconds, "encode"):
@@ -90,6 +92,8 @@ def prepare(recipe: Recipe) -> Prepared:
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
         train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
         heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
+        if isinstance(recipe.objective, Sft):  # of held-out pairs both answers are asked, for the accuracy
+            train = replace(train, encoded=list(map(chosen_only, train.encoded)))
     return Prepared(source, tokenizer, train, heldout, named, seconds)
 
 
