@@ -20,6 +20,7 @@ from qlora_dpo.recipe_tables import Table, is_local
 from qlora_dpo.recipe_train import SamplesTable, TrackTable, TrainTable
 from qlora_dpo.recipe_watch import WatchTable
 from qlora_dpo.redact import line_of_secret
+from qlora_dpo.shipped import recipe_homes
 
 MOST_BYTES = 2**16
 """A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
@@ -92,13 +93,6 @@ class LoadedRecipe:
         return self.path.stem
 
 
-def recipe_homes() -> Iterator[Path]:
-    """Where shipped recipes can lie: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).parent
-    yield package.parent / "recipes"
-    yield package / "recipes"
-
-
 def find(path: str) -> Path:
     """Return the recipe file at `path`, or the shipped recipe of that name; raise RecipeError if there is none."""
     try:
@@ -126,13 +120,23 @@ def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     text, values = _read(path, file)
     _insist_on_no_secret(path, text, overrides)
     set_by_hand = {".".join(keys) for keys in (_override(values, each) for each in overrides)}
+    recipe = _checked(path, text, values, overrides)
+    return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
+
+
+def insist_on_recipe(path: str, text: str) -> None:
+    """Raise RecipeError, as `load` would of the file `path`, unless `text` is a recipe."""
+    _insist_on_no_secret(path, text, ())
+    _checked(path, text, tomllib.loads(text), ())
+
+
+def _checked(path: str, text: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         told = list(sentences(error, Recipe, path, text, overrides))
         more = [f"{path}: {len(told) - MOST_SENTENCES:,} more mistakes"] if len(told) > MOST_SENTENCES else []
         raise RecipeError("\n".join(told[:MOST_SENTENCES] + more)) from error
-    return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
 
 
 def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None:

@@ -8,14 +8,15 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_dpo import recipe as recipe_module
+from qlora_dpo import shipped
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import Recipe, find, load, recipe_homes, resolved_text
+from qlora_dpo.recipe import Recipe, find, load, resolved_text
 from qlora_dpo.recipe_data import DataTable
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_tables import is_local
 
 SMALLEST = '[model]\nname = "org/base"\n[data]\ntrain = "org/pairs"\n'
-SHIPPED = sorted(file for home in recipe_homes() for file in home.glob("*.toml"))
+SHIPPED = list(shipped.shipped().values())
 
 
 def write(folder: Path, text: str = SMALLEST, name: str = "mine.toml") -> str:
@@ -164,7 +165,7 @@ def test_recipes_are_found_in_a_checkout_and_in_an_installed_package(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = empty_folder / "site-packages" / "qlora_dpo"
-    monkeypatch.setattr(recipe_module, "__file__", str(package / "recipe.py"))
+    monkeypatch.setattr(shipped, "__file__", str(package / "shipped.py"))
     write(package / "recipes", name="installed.toml")
     write(package.parent / "recipes", name="checkout.toml")
     assert find("recipes/installed.toml") == package / "recipes/installed.toml"

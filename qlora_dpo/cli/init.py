@@ -1,0 +1,134 @@
+"""`qlora-dpo init`: a recipe of one's own, from one that is shipped."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from qlora_dpo.shipped import purpose, shipped
+
+PLAIN = "your-own-jsonl"
+"""The template of a recipe that names none."""
+
+
+def _templates() -> str:
+    """Name and first line of every shipped recipe, in 80 columns."""
+    told = "".join(f"\n{name:<16}{purpose(file)[:62]}" for name, file in shipped().items())
+    return f"\b\nTemplates:{told}"
+
+
+@click.command(short_help="Write a commented recipe to start from.", epilog=_templates())
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--template", metavar="NAME", help=f"The shipped recipe to start from [{PLAIN}]")
+@click.option("--model", metavar="NAME", help="Another base: a hub name or a folder.")
+@click.option("--data", metavar="SOURCE", help="Other pairs: a file, a folder or a hub data set.")
+def init(path: Path | None, template: str | None, model: str | None, data: str | None) -> None:
+    """Write a commented recipe to PATH [recipe.toml, or that of --template], never over a file.
+
+    \b
+    qlora-dpo init my-recipe.toml --data my-pairs.jsonl
+    qlora-dpo init --template ultrafeedback --model Qwen/Qwen2-1.5B-Instruct
+    """
+    import os
+
+    from qlora_dpo.errors import RecipeError
+    from qlora_dpo.files import write_whole
+    from qlora_dpo.recipe import insist_on_recipe
+
+    source = _template(template or PLAIN)
+    file = _file(path, f"{template or 'recipe'}.toml")
+    if os.path.lexists(file):
+        raise RecipeError(f"{file}: is there already, and nothing is written over a file; name another one")
+    text = _written(source, file, model, data)
+    insist_on_recipe(str(file), text)
+    for missing in _missing(data):
+        click.echo(f"{missing}: is not there yet", err=True)
+    write_whole(file, text)
+    click.echo(f"{file}: written; next: qlora-dpo check {shlex.quote(str(file))}")
+
+
+def _template(name: str) -> Path:
+    """The shipped recipe of that name; raises RecipeError, with the one that may be meant, if there is none."""
+    import difflib
+
+    from qlora_dpo.errors import RecipeError
+
+    known = shipped()
+    name = Path(name).name.removesuffix(".toml")
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 1)
+    guess = f"did you mean {near[0]}? There are" if near else "there are"
+    raise RecipeError(f"--template {name}: no such recipe is shipped; {guess} {', '.join(known)}")
+
+
+def _file(path: Path | None, name: str) -> Path:
+    """The file to write: in a folder, by the template's name."""
+    from qlora_dpo.errors import RecipeError
+
+    file = Path(name) if path is None else path.expanduser()
+    file = file / name if file.is_dir() else file
+    if file.suffix != ".toml":
+        raise RecipeError(f"{file}: a recipe's name ends in .toml; name it {file.name}.toml")
+    return file
+
+
+def _written(source: Path, file: Path, model: str | None, data: str | None) -> str:
+    """The template's text as it is to stand in `file`."""
+    import tomllib
+
+    from qlora_dpo.recipe_edit import changed
+
+    text = source.read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    # what lies beside the template does not lie beside the new recipe
+    beside = {key: str((source.parent / value).resolve()) for key, value in _beside(tables["data"], source.parent)}
+    text = changed(text, "data", beside)
+    if model is not None:
+        text = changed(text, "model", _base(model, file), without=("revision", "sha256"))
+    if data is not None:
+        of_the_other = ("eval", "eval_share", "train_split", "eval_split", "revision", "format", "columns")
+        text = changed(text, "data", {"train": _place(data, file)}, without=of_the_other)
+    text = text.replace(f"recipes/{source.name}", shlex.quote(str(file)))
+    changes = " and ".join(
+        words for words, given in (("another model", model), ("other data", data)) if given is not None
+    )
+    kept = f" with {changes}; what is expected below is the template's" if changes else ""
+    return f"# From the template {source.stem}{kept}.\n#\n{text}"
+
+
+def _base(model: str, file: Path) -> dict[str, str]:
+    """The base's keys; the SHA-256 of a `pypi:` model is known where a shipped recipe names it."""
+    import tomllib
+
+    tables = (tomllib.loads(each.read_text(encoding="utf-8"))["model"] for each in shipped().values())
+    known = next((table["sha256"] for table in tables if table["name"] == model and "sha256" in table), None)
+    return {"name": _place(model, file)} | ({"sha256": known} if known else {})
+
+
+def _beside(table: dict[str, object], folder: Path) -> Iterator[tuple[str, str]]:
+    for key in ("train", "eval"):
+        value = table.get(key)
+        if isinstance(value, str) and value.startswith("./") and (folder / value).exists():
+            yield key, value
+
+
+def _place(name: str, file: Path) -> str:
+    """A hub name as it is; a path, which starts at the current folder, as it starts at the recipe's."""
+    import os
+
+    from qlora_dpo.recipe_tables import is_local
+
+    given = Path(name).expanduser()
+    if name.startswith(("/", "~")) or not (is_local(name) or given.exists()):
+        return name
+    way = os.path.relpath(given.resolve(), file.resolve().parent)
+    return way if way.startswith("..") else f"./{way}"
+
+
+def _missing(data: str | None) -> Iterator[str]:
+    from qlora_dpo.recipe_tables import is_local
+
+    if data is not None and is_local(data) and not Path(data).expanduser().exists():
+        yield data
