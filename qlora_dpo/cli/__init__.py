@@ -9,8 +9,10 @@ import click
 
 from qlora_dpo import __version__
 from qlora_dpo.cli.chat import chat
+from qlora_dpo.cli.check import check
 from qlora_dpo.cli.data import data
 from qlora_dpo.cli.failure import report
+from qlora_dpo.cli.init import init
 from qlora_dpo.cli.merge import merge
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.cli.train import train
@@ -24,6 +26,8 @@ def commands() -> None:
     """Tune a language model on preference pairs with QLoRA and DPO.
 
     \b
+    qlora-dpo init my-recipe.toml              a recipe of your own to start from
+    qlora-dpo check my-recipe.toml             what it would do, and whether it fits
     qlora-dpo train recipes/quickstart.toml    a recipe becomes an adapter
     qlora-dpo merge                            the newest adapter becomes a full model
     qlora-dpo chat                             talk to either
@@ -33,6 +37,8 @@ def commands() -> None:
 
 
 # A command's module imports click and nothing heavy at its top, so that `--help` stays under 0.3 seconds.
+commands.add_command(init)
+commands.add_command(check)
 commands.add_command(train)
 commands.add_command(merge)
 commands.add_command(chat)

@@ -131,7 +131,7 @@ class Layout:
     @cached_property
     def unbucketed(self) -> Tensor:
         """For each token of the row, where it stands among all tokens of the buckets in turn."""
-        order_T = torch.cat([bucket.query_Sq[bucket.valid_Sq] for bucket in self.buckets])
+        order_T = torch.cat([bucket.query_Sq.flatten()[bucket.valid_T] for bucket in self.buckets])
         return order_T.argsort()
 
 
@@ -140,7 +140,7 @@ class Bucket:
     """S spans padded to q queries and k keys: which tokens of the row these are, and who sees what."""
 
     query_Sq: Tensor
-    valid_Sq: Tensor
+    valid_T: Tensor  # which of the S * q are no padding, as numbers: a mask would have the GPU wait in every layer
     key_Sk: Tensor
     seen_S1qk: Tensor
 
@@ -166,7 +166,7 @@ def _bucket(group: Sequence[Span]) -> Bucket:
         seen_Sqk[s, : span.tokens, : span.sees] = (
             torch.ones(span.tokens, span.sees).tril(span.sees - span.tokens).bool()
         )
-    return Bucket(query_Sq, valid_Sq, key_Sk, seen_Sqk[:, None])
+    return Bucket(query_Sq, valid_Sq.flatten().nonzero()[:, 0], key_Sk, seen_Sqk[:, None])
 
 
 def _numbers(stretches: Sequence[tuple[int, int]]) -> Tensor:
@@ -284,7 +284,7 @@ def batched(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
         answer_SHqD = F.scaled_dot_product_attention(
             query_SHqD, key_SHkD, value_SHkD, attn_mask=bucket.seen_S1qk, scale=scale
         )
-        parts.append(answer_SHqD.transpose(1, 2)[bucket.valid_Sq])
+        parts.append(answer_SHqD.transpose(1, 2).flatten(0, 1)[bucket.valid_T])
     answer: Tensor = torch.cat(parts)[layout.unbucketed][None]
     return answer
 

@@ -103,13 +103,13 @@ def keep_dense_if_it_fits(model: nn.Module, device: Device) -> str:
 def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
     """Measure what a layer keeps per token: run `forward` over `tokens` tokens and look at what autograd saves."""
     layers = checkpointable(model)
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    frozen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in frozen:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

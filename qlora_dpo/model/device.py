@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 import torch
 
 from qlora_dpo.errors import RecipeError
+from qlora_dpo.model.cards import Card
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -80,8 +81,18 @@ def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
 
 
 def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
+    card = Card(
+        torch.cuda.get_device_name(),
+        torch.cuda.get_device_capability(),
+        torch.cuda.get_device_properties(0).total_memory,
+    )
+    return on_card(card, dtype)
+
+
+def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
+    """What is decided on a GPU of this kind, be it in this machine or not."""
     # is_bf16_supported() also says True where bf16 is only emulated, as on a T4: the capability does not lie
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = card.capability
     ampere = (major, minor) >= (8, 0)
     chosen: ComputeDtype
     match dtype:
@@ -97,7 +108,7 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     varlen = ampere and chosen != "fp32" and has_varlen()
     return Device(
         type="cuda",
-        name=torch.cuda.get_device_name(),
+        name=card.name,
         compute_dtype=chosen,
         dtype_reason=reason,
         attention="varlen" if varlen else "batched",
@@ -105,7 +116,7 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
         if varlen
         else "SDPA over padded spans, since flash needs capability (8, 0) and 16 bits",
         triton=ampere,
-        total_bytes=torch.cuda.get_device_properties(0).total_memory,
+        total_bytes=card.total_bytes,
     )
 
 

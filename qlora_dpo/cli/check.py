@@ -1,0 +1,80 @@
+"""`qlora-dpo check`: what a recipe would do and whether it fits, or what this machine can do."""
+
+import json
+
+import click
+
+from qlora_dpo.model.cards import CARDS
+
+
+@click.command(short_help="Say what a recipe would do and whether it fits, or what this machine can do.")
+@click.argument("recipe_file", metavar="[RECIPE]", required=False)
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe: lora.r=8")
+@click.option("--gpu", metavar="CARD", help=f"Judge for this card instead of this machine: {', '.join(CARDS)}")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--strict", is_flag=True, help="Exit with 3 if there is a warning.")
+def check(recipe_file: str | None, overrides: tuple[str, ...], gpu: str | None, as_json: bool, strict: bool) -> None:
+    """Read RECIPE, its data and its model's config, and say what a run would do; no weights are loaded or downloaded.
+
+    Exit code 4 if it does not fit in memory. Without RECIPE: this machine, to paste into a bug report.
+
+    \b
+    qlora-dpo check recipes/hh.toml --gpu t4
+    qlora-dpo check
+    """
+    from qlora_dpo.cli import check_lines
+    from qlora_dpo.errors import GateError
+
+    if recipe_file is None:
+        if gpu is not None or overrides:
+            raise click.UsageError(f"{'--gpu' if gpu is not None else '--set'} needs a RECIPE")
+        from qlora_dpo.report.machine import machine
+
+        here = machine()
+        click.echo(json.dumps(here.as_json()) if as_json else "\n".join(here.lines()))
+        warnings = here.warnings
+    else:
+        warnings = _recipe(recipe_file, overrides, gpu, as_json)
+    if strict and warnings:
+        count = f"{len(warnings)} warnings" if len(warnings) > 1 else "1 warning"
+        raise GateError(f"{recipe_file or 'this machine'}: {count}: {check_lines.first(warnings)}")
+
+
+def _recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> tuple[str, ...]:
+    """Show what the recipe would do; raises DoesNotFitError if it does not fit."""
+    from qlora_dpo import recipe
+    from qlora_dpo.cli import check_lines
+    from qlora_dpo.errors import DoesNotFitError
+
+    loaded = recipe.load(recipe_file, overrides)
+    _insist_on_card(gpu)
+    from qlora_dpo.model import budget, device
+
+    wanted = loaded.recipe.model.dtype
+    here = device.on_card(CARDS[gpu], wanted) if gpu is not None else device.choose(wanted)
+    free = here.total_bytes if gpu is not None else budget.free_bytes(here)
+    click.echo("reading data and tokenizer; what is not in the cache is downloaded, but no weights", err=True)
+    from qlora_dpo.training.preflight import examine
+
+    found = examine(loaded.recipe, here, free)
+    if as_json:
+        click.echo(json.dumps(check_lines.as_json(loaded, found)))
+    else:
+        check_lines.show(loaded, found)
+    if not found.memory.fits:
+        raise DoesNotFitError(check_lines.does_not_fit(loaded, found))
+    if not as_json:
+        click.echo(check_lines.next_command(loaded))
+    return found.warnings
+
+
+def _insist_on_card(gpu: str | None) -> None:
+    import difflib
+
+    from qlora_dpo.errors import RecipeError
+
+    if gpu is None or gpu in CARDS:
+        return
+    near = difflib.get_close_matches(gpu.lower(), CARDS, 1)
+    guess = f"did you mean {near[0]}? Known" if near else "known"
+    raise RecipeError(f"--gpu {gpu}: no such card is known; {guess} are {', '.join(CARDS)}")

@@ -1,0 +1,202 @@
+"""What a run needs is told from shapes alone, and agrees with what the weights themselves take."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from qlora_dpo.errors import ModelError, RecipeError
+from qlora_dpo.model import budget
+from qlora_dpo.model.base import load_base
+from qlora_dpo.model.cards import CARDS
+from qlora_dpo.model.device import Device, on_card
+from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.sources import Source, without_weights
+from qlora_dpo.preference.logps import hidden_states
+from qlora_dpo.preference.pack import Packing, collate
+from qlora_dpo.recipe_model import LoraTable, ModelTable
+from qlora_dpo.training import estimate as estimating
+from qlora_dpo.training.estimate import Load, estimate
+from qlora_dpo.training.optim import make_optimizer
+
+pytestmark = jobs.LIBRARIES_WARN
+
+LOAD = Load(sequence=24, step=100)
+T4 = on_card(CARDS["t4"])
+
+
+def folder(tmp_path: Path, config: Any) -> Source:
+    """A model's config without any weights."""
+    config.save_pretrained(tmp_path)
+    return Source("org/model", tmp_path, "")
+
+
+def half_billion(layers: int = 24) -> Qwen2Config:
+    """The config of Qwen2-0.5B-Instruct, with so many of its layers."""
+    return Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of everything that a loaded base holds: parameters, and what goes with quantized ones."""
+    total = 0
+    for each in model.parameters():
+        total += each.numel() * each.dtype.itemsize
+        state = getattr(each, "quant_state", None)
+        if state is not None:
+            nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+            total += sum(part.numel() * part.dtype.itemsize for part in (state.absmax, state.code, *nested))
+    return total
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_bases_bytes_are_those_of_the_loaded_base(quantization: Any, double: bool, dtype: Any) -> None:
+    place = replace(jobs.CPU, compute_dtype=dtype)
+    table = ModelTable(name=jobs.source().name, quantization=quantization, double_quant=double)
+    told = estimating.base_bytes(estimating.on_meta(jobs.source(), place), table, place)
+    assert sum(told.values()) == bytes_of(load_base(jobs.source(), table, place))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(("dtype", "backend"), [("fp32", "spans"), ("bf16", "spans"), ("bf16", "batched")])
+def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, dtype: Any, backend: Any) -> None:
+    place = replace(jobs.CPU, compute_dtype=dtype, attention=backend)
+    what = jobs.recipe(quantization)
+    model = jobs.fresh(what, place).train()
+    batch = collate(estimating.PROBE, Packing(10**6, 0, backend))
+    found = budget.kept(model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel())
+    base = estimating.on_meta(jobs.source(), place)
+    estimating.attention.use(base)
+    shapes = estimating.attach(base, what.lora, 0)
+    estimating.make_lean(shapes, place.torch_dtype)
+    told = estimating.kept_per_token(shapes, place)
+    # a 4-bit layer gives back the dtype that it is given; the dense one that stands for it here, that of its product
+    assert told.layer == pytest.approx(found.layer, rel=0.1 if (quantization, dtype) == ("nf4", "bf16") else 0.001)
+    assert told.layer_input == found.layer_input
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+def test_the_optimizers_state_is_as_large_as_told(optim: Any) -> None:
+    what = jobs.recipe(train={"optim": optim})
+    moved = trainable(jobs.fresh(what))
+    optimizer = make_optimizer(moved, what.train, jobs.CPU)
+    for each in moved.values():
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    held = [
+        value
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and name != "step"
+    ]
+    assert estimating.optimizer_bytes(moved, what.train) == sum(each.numel() * 4 for each in held)
+
+
+def test_the_half_billion_on_a_t4_is_a_worked_number(tmp_path: Path) -> None:
+    """24 layers of 2 x 896^2 + 2 x 896 x 128 + 3 x 896 x 4864 weights in 4 bits, 151,936 x 896 embeddings."""
+    elements = [896 * 896, 896 * 128, 896 * 128, 896 * 896, *3 * [896 * 4864]]
+    what = jobs.recipe("nf4", lora={"r": 16, "lora_alpha": 32}, model={"dtype": "auto"})
+    found = estimate(folder(tmp_path, half_billion()), what, T4, Load(512, 16 * 512), T4.total_bytes)
+    assert (found.weights, found.layers, found.fits) == (494_032_768, 24, True)
+    assert found.trained == 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    four_bits = 24 * sum(n // 2 + 64 + n // 64 + -(-n // 64 // 256) * 4 + 1024 + 4 for n in elements)
+    assert found.parts["4-bit weights of 168 layers"] == four_bits
+    biases = 24 * (896 + 128 + 128) * 2  # in the compute dtype, which is fp16
+    others = found.parts["embeddings and what else is not quantized, float32"]
+    assert others == (151_936 * 896 + (2 * 24 + 1) * 896) * 4 + biases
+    assert found.parts["adapter, float32"] == found.parts["its gradients, float32"] == 4 * found.trained
+    assert found.parts["optimizer state (adamw_torch)"] == 8 * found.trained
+    assert sum(found.parts.values()) == found.needed < 5 * 2**30
+
+
+def test_less_memory_recomputes_more_layers_until_it_does_not_fit(tmp_path: Path) -> None:
+    source = folder(tmp_path, half_billion(layers=6))
+    what = jobs.recipe("nf4", train={"micro_batch_tokens": 2048}, model={"dtype": "auto"})
+    found = [estimate(source, what, T4, Load(512, 10**6), size * 2**20) for size in (2200, 2000, 1700, 1600)]
+    assert [each.fits for each in found] == [True, True, True, False]
+    none, some, every, still = (each.recomputed for each in found)
+    assert none == 0 < some < every == still == 6
+    assert found[0].needed > found[1].needed > found[2].needed == found[3].needed
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(True, 2), (False, 0)])
+def test_the_recipe_can_ask_for_all_layers_or_none(asked: bool, layers: int) -> None:
+    what = jobs.recipe(train={"gradient_checkpointing": asked})
+    assert estimate(jobs.source(), what, jobs.CPU, LOAD, 2**34).recomputed == layers
+
+
+def test_a_step_of_few_tokens_keeps_few_activations() -> None:
+    what = jobs.recipe(train={"micro_batch_tokens": 4096})
+    few, many = (estimate(jobs.source(), what, jobs.CPU, Load(24, step), 2**34) for step in (100, 10**6))
+    assert [name for name in few.parts if name.startswith("activations of 100 tokens")]
+    assert [name for name in many.parts if name.startswith("activations of 4,096 tokens")]
+    assert few.needed < many.needed
+
+
+def test_a_large_model_needs_no_memory_to_be_judged(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=4, num_attention_heads=64,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    found = estimate(folder(tmp_path, config), jobs.recipe("nf4"), T4, LOAD, 4 * 2**30)
+    assert (
+        found.weights == 4 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28_672 + 2 * 8192) + 2 * 128_256 * 8192 + 8192
+    )
+    assert found.needed > 4 * 2**30 and not found.fits
+
+
+def test_dora_keeps_more() -> None:
+    plain, dora = (jobs.recipe("nf4", lora={"use_dora": dora}) for dora in (False, True))
+    small, large = (estimate(jobs.source(), what, jobs.CPU, LOAD, 2**34).needed for what in (plain, dora))
+    assert small < large
+
+
+def test_modules_that_are_not_there_are_refused() -> None:
+    what = jobs.recipe(lora={"target_modules": ["query"]})
+    with pytest.raises(RecipeError, match="matches no layer; this model has down_proj, gate_proj"):
+        estimate(jobs.source(), what, jobs.CPU, LOAD, 2**34)
+
+
+def test_a_config_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
+    with pytest.raises(ModelError) as refused:
+        estimating.on_meta(Source("org/model", tmp_path, ""), jobs.CPU)
+    assert str(refused.value) == "org/model: its config is none of a causal language model that is known"
+
+
+def test_a_folder_without_weights_has_all_that_is_needed(tmp_path: Path) -> None:
+    folder(tmp_path, half_billion())
+    tiny.tokenizer().save_pretrained(tmp_path)
+    found = without_weights(ModelTable(name=str(tmp_path)))
+    assert (found.folder, found.fingerprint) == (tmp_path, "")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError) as refused:
+        without_weights(ModelTable(name=str(tmp_path)))
+    assert str(refused.value) == f"{tmp_path}: is not a model folder: it needs config.json and *.safetensors"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_computes_in_bf16_from_capability_8_0_on(name: str) -> None:
+    found: Device = on_card(CARDS[name])
+    ampere = CARDS[name].capability >= (8, 0)
+    assert (found.type, found.compute_dtype, found.triton) == ("cuda", "bf16" if ampere else "fp16", ampere)
+    assert found.total_bytes == CARDS[name].total_bytes >= 8_000 * 2**20
+
+
+def test_every_default_of_lora_can_be_judged() -> None:
+    assert estimate(jobs.source(), jobs.recipe(lora=LoraTable().model_dump()), jobs.CPU, LOAD, 2**34).trained > 0
