@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -21,7 +22,7 @@ from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.lock import LOCK, held
 from qlora_dpo.manifest import MANIFEST, damage, write_manifest
-from qlora_dpo.model import base, device, sources
+from qlora_dpo.model import base, copies, device, sources
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source
@@ -214,6 +215,7 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = set(file.keys())
         peft = PeftModel.from_pretrained(model, folder)
+        _restore_copies(peft, folder)
     except FileNotFoundError as error:
         raise ModelError(f"{folder}: has no {WEIGHTS}{_converted(folder)}") from error
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -229,6 +231,16 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"{folder}: {len(misplaced)} tensors do not fit the base, for example {printable(min(misplaced))}"
         )
     return peft.eval()
+
+
+def _restore_copies(peft: PeftModel, folder: Path) -> None:
+    """Give whole copies the float32 values that were trained: PEFT has rounded them to the dtype of the base."""
+    trained = copies.whole(peft)
+    if trained:
+        for module in trained.values():
+            module.float()
+        set_peft_model_state_dict(peft, load_file(folder / WEIGHTS))
+        copies.keep_output_dtypes(peft)
 
 
 def _converted(folder: Path) -> str:

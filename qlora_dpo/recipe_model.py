@@ -7,6 +7,10 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_dpo.recipe_tables import Natural, Positive, Table, Text, is_local
 
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+QUANTIZED = {"nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit"}
+"""What the quantized kinds are called in sentences."""
+
 
 class ModelTable(Table):
     """The base model and how it is loaded."""
@@ -18,16 +22,26 @@ class ModelTable(Table):
     """A branch, tag or commit of a hub model; a pinned commit that is in the cache needs no network."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """The SHA-256 of the GGUF file inside a `pypi:` package, which is refused without it."""
-    quantization: Literal["nf4", "none"] = "nf4"
-    """`nf4` loads the linear layers in 4-bit NormalFloat (bitsandbytes); `none` keeps them in 16 or 32 bits."""
+    quantization: Quantization = "nf4"
+    """How bitsandbytes stores the linear layers: `nf4` in 4-bit NormalFloat, `fp4` in 4-bit floats, `int8` in 8-bit
+    integers, each computed with as dequantized; `none` keeps them in 16 or 32 bits."""
     double_quant: bool = True
-    """Quantize the NF4 scales a second time (QLoRA's double quantization): 0.37 bits per weight less."""
+    """Quantize the scales of 4-bit weights a second time (QLoRA's double quantization): 0.37 bits per weight less."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """The compute dtype. `auto` asks the device and prints the reason."""
 
     @model_validator(mode="after")
     def _package_is_pinned(self) -> "ModelTable":
         insist_on_pin(self.name, self.revision, self.sha256, "model")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_are_of_4_bits(self) -> "ModelTable":
+        if not self.double_quant and self.quantization not in ("nf4", "fp4"):
+            raise ValueError(
+                f'has double_quant = false, which only quantization = "nf4" or "fp4" reads, not "{self.quantization}"; '
+                "leave it out"
+            )
         return self
 
 
@@ -55,8 +69,12 @@ class LoraTable(Table):
     must match."""
     exclude_modules: Annotated[list[Text], Field(min_length=1)] | None = None
     """Module names that get no adapter after all."""
-    layers_to_transform: Annotated[list[Natural], Field(min_length=1)] | None = None
-    """Numbers of the layers, from 0, that get an adapter; absent: all. Needs a list as `target_modules`."""
+    layers_to_transform: Text | Annotated[list[Natural], Field(min_length=1)] | None = None
+    """Layers that get an adapter, counted from 0: a list of numbers, or the first and the last as in `"0-7"`; absent:
+    all. Needs a list as `target_modules`."""
+    modules_to_save: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Names of norms or embeddings that are trained as whole copies beside the adapter and saved with it; with the
+    adapter off the model has its own. The output head stays as it is, and so do embeddings that it shares."""
     rank_pattern: dict[Text, Positive] = Field(default={})
     """Other ranks for some modules, by name or regular expression: `{ q_proj = 32 }`."""
     alpha_pattern: dict[Text, Positive] = Field(default={})
@@ -87,6 +105,15 @@ class LoraTable(Table):
             raise ValueError("a way that needs no pass over the data, which EVA does")
         return name
 
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _range_rises(cls, layers: str | list[int] | None) -> str | list[int] | None:
+        if isinstance(layers, str):
+            ends = re.fullmatch(r"(\d{1,9})-(\d{1,9})", layers)
+            if ends is None or int(ends[1]) > int(ends[2]):
+                raise ValueError('a list of numbers, or the first and the last layer as in "0-7"')
+        return layers
+
     @field_validator("target_modules")
     @classmethod
     def _pattern_compiles(cls, modules: str | list[str]) -> str | list[str]:
@@ -109,3 +136,11 @@ class LoraTable(Table):
                 "has init_lora_weights beside init_from, whose weights are not drawn; leave one of them out"
             )
         return self
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The numbers of the layers that get an adapter; None for all."""
+        if isinstance(self.layers_to_transform, str):
+            first, _, last = self.layers_to_transform.partition("-")
+            return list(range(int(first), int(last) + 1))
+        return self.layers_to_transform

@@ -174,7 +174,6 @@ def test_what_is_no_adapter_folder_is_named(own: Path, tmp_path: Path) -> None:
     [
         ({"lora_bias": True}, "it has lora_bias, which the base has no place for"),
         ({"bias": "all"}, 'it has bias = "all", trained biases'),
-        ({"modules_to_save": ["lm_head"]}, "it has modules_to_save, fully trained modules"),
         ({"trainable_token_indices": [1]}, "it has trainable_token_indices, trained embeddings"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "it has layer_replication, another number of layers"),
         (

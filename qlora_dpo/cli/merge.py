@@ -21,7 +21,7 @@ EXPECTED_KL = 0.001
     type=click.Choice(["trained", "original"]),
     default="trained",
     show_default=True,
-    help="Add the update to the dequantized 4-bit weights it was trained on, or to the original ones.",
+    help="Add the update to the dequantized weights it was trained on, or to the original ones.",
 )
 @click.option(
     "--dtype",

@@ -92,6 +92,7 @@ def train(
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     """What the run will do, one decision a line."""
+    from qlora_dpo.recipe_model import QUANTIZED
     from qlora_dpo.recipe_tables import is_local
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
@@ -100,8 +101,8 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     return [
         f"recipe      {loaded.path}",
         f"base        {model.name}: "
-        + ("4-bit NF4" if model.quantization == "nf4" else "not quantized")
-        + (" with double quantization" if model.quantization == "nf4" and model.double_quant else ""),
+        + QUANTIZED.get(model.quantization, "not quantized")
+        + (" with double quantization" if model.quantization in ("nf4", "fp4") and model.double_quant else ""),
         *here.lines(),
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules))

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe_tables import is_local
 
+BITS = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit"}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -41,12 +42,12 @@ def merged_card(record: Mapping[str, Any]) -> str:
 def sum_in_words(onto: str, quantization: str) -> str:
     """One sentence on what the update was added to."""
     match onto, quantization:
-        case "trained", "nf4":
-            base = "the dequantized 4-bit weights it was trained on"
-        case "original", "nf4":
-            base = "the original weights, not the 4-bit ones it was trained on"
-        case _:
+        case _, "none":
             base = "the weights it was trained on"
+        case "trained", _:
+            base = f"the dequantized {BITS[quantization]} weights it was trained on"
+        case _:
+            base = f"the original weights, not the {BITS[quantization]} ones it was trained on"
     return f"The update is added to {base}, in float32, and rounded once."
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import Linear4bit, LoraLayer
+from peft.tuners.lora import Linear4bit, Linear8bitLt, LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +19,9 @@ from qlora_dpo.deploy.card import merged_card, public_name
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import whole_folder, write_json, write_whole
 from qlora_dpo.manifest import write_manifest
-from qlora_dpo.model import device
-from qlora_dpo.model.base import dequantized, linear4bit_layers
+from qlora_dpo.model import copies, device
+from qlora_dpo.model.base import dequantized, quantization_of, quantized_layers
+from qlora_dpo.recipe_model import Quantization
 
 Onto = Literal["trained", "original"]
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -43,7 +44,7 @@ class Merged:
     dtype: Dtype
     bytes: int
     shards: int
-    quantization: Literal["nf4", "none"]
+    quantization: Quantization
     figures: Mapping[str, Any]
 
 
@@ -74,6 +75,9 @@ def open_for_merge(folder: Path) -> Opened:
     head = opened.model.get_output_embeddings()
     if isinstance(head, LoraLayer) and opened.model.config.tie_word_embeddings:
         raise ModelError(f"{folder}: cannot be merged: it adapts the output head, which is tied to the embeddings")
+    ends = (opened.model.get_input_embeddings(), head)
+    if opened.model.config.tie_word_embeddings and any(isinstance(end, ModulesToSaveWrapper) for end in ends):
+        raise ModelError(f"{folder}: cannot be merged: it trained embeddings or head, which are tied to each other")
     return opened
 
 
@@ -83,7 +87,7 @@ def merge(opened: Opened, output: Path, onto: Onto, dtype: Dtype, check: Check) 
     Raises RunError if there is something at `output`, ModelError if the written model is not the trained one.
     """
     claim(output)
-    quantization: Literal["nf4", "none"] = "nf4" if linear4bit_layers(opened.model) else "none"
+    quantization = quantization_of(opened.model)
     with whole_folder(output) as temporary:
         write_model(opened, temporary, onto, device.TORCH_DTYPES[dtype])
         weights = list(temporary.glob("*.safetensors"))
@@ -114,8 +118,8 @@ def merge(opened: Opened, output: Path, onto: Onto, dtype: Dtype, check: Check) 
 def write_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) -> None:
     """Write weights, config, generation config, tokenizer and chat template.
 
-    Everything that is not a changed linear layer comes from the base's files: bitsandbytes casts the bias of a 4-bit
-    layer to the compute dtype in its first forward, so the opened model's biases are not taken.
+    Everything that is neither a changed linear layer nor a trained copy comes from the base's files: bitsandbytes casts
+    the bias of a 4-bit layer to the compute dtype in its first forward, so the opened model's biases are not taken.
     """
     # the sum needs the original weights in float32; without them, loading in the target dtype takes half the memory
     full = _load_original(opened, torch.float32 if onto == "original" else dtype)
@@ -123,8 +127,11 @@ def write_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) ->
         place = full.get_submodule(name).weight
         base = place.float() if onto == "original" else trained_weight(layer)
         if base.shape != place.shape:
-            raise ModelError(f"{opened.source.name}: {name} has another shape in 4-bit than in the files; not merged")
+            raise ModelError(f"{opened.source.name}: {name} has another shape quantized than in the files; not merged")
         place.data = (summed(layer, base).cpu()).to(dtype)
+    for name, copy in copies.whole(opened.model).items():
+        for own, parameter in copy.named_parameters():
+            full.get_submodule(name).get_parameter(own).data = parameter.detach().cpu().to(dtype)
     full.to(dtype)
     for name, parameter in full.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -135,10 +142,10 @@ def write_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) ->
 
 
 def changed_layers(model: Any) -> dict[str, nn.Module]:
-    """The layers whose weight is not the one in the base's files, by their name in the base: adapted, 4-bit or both."""
+    """Linear layers whose weight is not that of the base's files, by name in the base: adapted, quantized or both."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    quantized = {name.removesuffix(".base_layer"): layer for name, layer in linear4bit_layers(base).items()}
+    quantized = {name.removesuffix(".base_layer"): layer for name, layer in quantized_layers(base).items()}
     return quantized | adapted
 
 
@@ -146,7 +153,7 @@ def changed_layers(model: Any) -> dict[str, nn.Module]:
 def trained_weight(layer: nn.Module) -> Tensor:
     """The weight (out, in) that the adapter was trained against, in float32."""
     inner: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    return dequantized(inner) if isinstance(inner, bnb.nn.Linear4bit) else inner.weight.detach().float()
+    return inner.weight.detach().float() if quantization_of(inner) == "none" else dequantized(inner)
 
 
 @torch.no_grad()
@@ -194,7 +201,6 @@ def _beyond_weights(config: Any) -> str:
     reasons = {
         "lora_bias, which the base has no place for": config.lora_bias,
         f'bias = "{config.bias}", trained biases': config.bias != "none",
-        "modules_to_save, fully trained modules": config.modules_to_save,
         "trainable_token_indices, trained embeddings": config.trainable_token_indices,
         "layer_replication, another number of layers": config.layer_replication,
         # PiSSA and its kin start by taking something out of the base, so B A is not the whole difference
@@ -208,7 +214,7 @@ def _not_a_sum(layer: nn.Module) -> str:
     """Why the layer's weight is not base + scaling * B A; empty if it is."""
     if not isinstance(layer, LoraLayer):
         return ""
-    if not isinstance(layer, LoraLinear | Linear4bit):
+    if not isinstance(layer, LoraLinear | Linear4bit | Linear8bitLt):
         return f"is no linear layer but {type(layer).__name__}"
     if layer.lora_variant and not _is_dora(layer):
         return f"uses a variant of LoRA ({type(next(iter(layer.lora_variant.values()))).__name__})"

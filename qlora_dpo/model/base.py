@@ -1,8 +1,8 @@
-"""Loads tokenizer and base model, in 4-bit NF4 or dense, so that every later step reads the weights it was given."""
+"""Loads tokenizer and base model, quantized or dense, so that every later step reads the weights it was given."""
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, assert_never
 
 import bitsandbytes as bnb
 import torch
@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError
+from qlora_dpo.model import int8
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe_model import ModelTable, Quantization
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -47,28 +48,39 @@ def vocabulary_fingerprint(tokenizer: Any) -> str:
 
 
 def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedModel:
-    """Load the base onto `device`, frozen and in evaluation mode: linear layers in NF4, the rest in `weight_dtype`."""
-    quantization: dict[str, Any] = {}
-    if table.quantization == "nf4":
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=table.double_quant,
-            bnb_4bit_compute_dtype=device.torch_dtype,
-        )
+    """Load the base onto `device`, frozen, in evaluation mode: linear layers quantized, the rest in `weight_dtype`."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=device.weight_dtype,
             device_map={"": device.type},
             trust_remote_code=False,  # unset, transformers would ask on the terminal
-            **quantization,
+            **_quantization(table, device),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     keep_weights_in_place(model)
+    int8.compute_with_dequantized_weights(model)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
+    match table.quantization:
+        case "nf4" | "fp4":
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=table.quantization,
+                bnb_4bit_use_double_quant=table.double_quant,
+                bnb_4bit_compute_dtype=device.torch_dtype,
+            )
+        case "int8":
+            config = BitsAndBytesConfig(load_in_8bit=True)
+        case "none":
+            return {}
+        case never:
+            assert_never(never)
+    return {"quantization_config": config}
 
 
 def keep_weights_in_place(model: nn.Module) -> None:
@@ -88,8 +100,24 @@ def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
+def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """All 4-bit and 8-bit layers of `model` by name."""
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def quantization_of(model: nn.Module) -> Quantization:
+    """How the linear layers of `model` are stored."""
+    layer: Any = next(iter(quantized_layers(model).values()), None)
+    if layer is None:
+        return "none"
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return "int8"
+    return "fp4" if layer.weight.quant_type == "fp4" else "nf4"
+
+
 def keep_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep every linear weight in `dtype` beside its 4-bit or wider form, so that it is made once."""
+    """Keep every linear weight in `dtype` beside its quantized or wider form, so that it is made once."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype:
             layer.dense_weight = dense_weight(layer, dtype)
@@ -104,12 +132,16 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     weight: Any = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
         weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        weight = int8.dense(layer)
     dense: Tensor = weight.to(dtype)
     return dense
 
 
-def dequantized(layer: bnb.nn.Linear4bit) -> Tensor:
+def dequantized(layer: nn.Linear) -> Tensor:
     """The layer's weight as trained against, (out, in) in float32; raises ModelError if it was repacked."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return int8.dense(layer)
     weight: Any = layer.weight
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):

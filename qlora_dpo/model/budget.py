@@ -1,7 +1,7 @@
 """What fits in memory: bytes that are free, bytes a step keeps for its backward pass, and what follows from both."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,15 @@ def keep_dense_if_it_fits(model: nn.Module, device: Device) -> str:
         f"weights: the linear layers take {need / 2**30:.1f} GiB in {device.compute_dtype}, {free / 2**30:.1f} GiB are "
         f"free: converted {'once' if fits else 'in every layer visit'}"
     )
+
+
+MOMENT_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+"""Bytes of an optimizer's state per trained number; of those not named here it is next to nothing."""
+
+
+def training_bytes(parameters: Iterable[Tensor], optim: str) -> int:
+    """Bytes that the first step adds for what is trained: gradients and the optimizer's state."""
+    return sum(each.numel() * (each.element_size() + MOMENT_BYTES.get(optim, 0)) for each in parameters)
 
 
 def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:

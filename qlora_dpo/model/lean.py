@@ -9,7 +9,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft.tuners.lora import Linear, Linear4bit, LoraLayer
+from peft.tuners.lora import Linear, Linear4bit, Linear8bitLt, LoraLayer
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -25,7 +25,7 @@ def make_lean(model: nn.Module, dtype: torch.dtype) -> str:
     """Let every plain LoRA layer compute in one autograd function; says how many do, and why others do not.
 
     PEFT's layer makes a copy of its output and, in 16 bits, of its input, and keeps more for the backward pass than
-    the input. What is not plain LoRA on a dense or 4-bit linear layer (DoRA, dropout, other tuners) stays PEFT's.
+    the input. What is not plain LoRA on a dense or quantized linear layer (DoRA, dropout, other tuners) stays PEFT's.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     reasons = {id(layer): _not_plain(layer) for layer in layers}
@@ -49,7 +49,8 @@ def make_lean(model: nn.Module, dtype: torch.dtype) -> str:
 
 def _not_plain(layer: Any) -> str:
     """Why a LoRA layer is left to PEFT; empty if it is plain LoRA on a linear layer."""
-    if type(layer) not in (Linear, Linear4bit) or type(layer.get_base_layer()) not in (nn.Linear, bnb.nn.Linear4bit):
+    linear = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    if type(layer) not in (Linear, Linear4bit, Linear8bitLt) or type(layer.get_base_layer()) not in linear:
         return type(layer).__name__
     if list(layer.lora_A) != ["default"]:
         return "several adapters"

@@ -9,11 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from qlora_dpo.errors import RecipeError
+from qlora_dpo.model import copies
 from qlora_dpo.recipe_model import LoraTable
 
 
 def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
-    """Attach an adapter that changes nothing yet (lora_B is 0); its lora_A is drawn with `seed`."""
+    """Attach an adapter that changes nothing yet (lora_B is 0); its lora_A is drawn with `seed`.
+
+    Raises RecipeError for modules and layers that this model does not have, or that cannot be trained here.
+    """
     set_seed(seed)  # of every generator: a checkpoint keeps them all
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -22,7 +26,8 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         lora_dropout=table.lora_dropout,
         target_modules=table.target_modules if isinstance(table.target_modules, str) else list(table.target_modules),
         exclude_modules=table.exclude_modules,
-        layers_to_transform=table.layers_to_transform,
+        layers_to_transform=_layers(base, table),
+        modules_to_save=copies.names(base, table.modules_to_save) if table.modules_to_save else None,
         rank_pattern=dict(table.rank_pattern),
         alpha_pattern=dict(table.alpha_pattern),
         use_rslora=table.use_rslora,
@@ -43,8 +48,20 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         raise RecipeError("lora.target_modules names the output head, which is not trained here; leave it out")
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
+    copies.keep_output_dtypes(model)
     result: PeftModel = model
     return result
+
+
+def _layers(base: PreTrainedModel, table: LoraTable) -> list[int] | None:
+    """The layers that get an adapter, None for all; raises RecipeError for one that the model does not have."""
+    count = base.config.get_text_config().num_hidden_layers
+    asked = table.layers
+    if asked is not None and max(asked) >= count:
+        raise RecipeError(
+            f"lora.layers_to_transform asks for layer {max(asked)}; this model has the layers 0 to {count - 1}"
+        )
+    return asked
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -80,7 +80,7 @@ def output_dtype(base: Any, input_TI: Tensor, dtype: torch.dtype) -> torch.dtype
 
     bitsandbytes gives back the dtype it was given, a dense layer under autocast that of the product.
     """
-    return input_TI.dtype if isinstance(base, bnb.nn.Linear4bit) else dtype
+    return input_TI.dtype if isinstance(base, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) else dtype
 
 
 def _ranks(b_Or: Sequence[Tensor]) -> list[int]:

@@ -49,7 +49,7 @@ def store_folder(
         "format": 1,
         "base": source.fingerprint,
         "quantization": table.quantization,
-        "double_quant": table.double_quant and table.quantization == "nf4",
+        "double_quant": table.double_quant and table.quantization in ("nf4", "fp4"),
         "device": device.name,
         "torch": torch.__version__,
         "compute_dtype": device.compute_dtype,

@@ -11,12 +11,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qlora_dpo.data.dialogue import printable
+from qlora_dpo.recipe_model import QUANTIZED
 from qlora_dpo.recipe_tables import is_local
 from qlora_dpo.redact import redacted
 from qlora_dpo.report.samples import prompt_text
 from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_markdown
 
 SAMPLES = 3
+FOUR_BITS = ("nf4", "fp4")
 COMPUTE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 QUOTED_PATH = re.compile(r"""(["'])((?:~|[A-Za-z]:)?[/\\][^"'\n]*)\1""")
@@ -72,7 +74,7 @@ def _metadata(run: Record, results: Record) -> ModelCardData:
         datasets=datasets or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "dpo", *(["qlora"] if base["quantization"] == "nf4" else [])],
+        tags=["lora", "dpo", *(["qlora"] if base["quantization"] in FOUR_BITS else [])],
         model_name=run["name"],
         eval_results=_eval_results(run, results),
     )
@@ -98,8 +100,8 @@ def _eval_results(run: Record, results: Record) -> list[EvalResult]:
 
 def _opening(run: Record) -> str:
     base, data = run["base"], run["data"]
-    kind = "4-bit NF4" if base["quantization"] == "nf4" else f"in {run['device']['compute_dtype']}"
-    double = ", double quantization" if base["quantization"] == "nf4" and base.get("double_quant") else ""
+    kind = QUANTIZED.get(base["quantization"], f"in {run['device']['compute_dtype']}")
+    double = ", double quantization" if base["quantization"] in FOUR_BITS and base.get("double_quant") else ""
     lines = [
         f"# {markdown_cell(run['name'])}\n",
         f"A LoRA adapter for {_linked(base['hub_id'], base['name'])} ({kind}{double}), tuned with DPO on"
@@ -150,16 +152,25 @@ def _peft_code(run: Record, folder: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
     ]
     dtype = f"dtype=torch.{COMPUTE[run['device']['compute_dtype']]}"
-    if base["quantization"] == "nf4":
+    kind = base["quantization"]
+    if kind in FOUR_BITS:
         lines[-1] += ", BitsAndBytesConfig"
         lines += [
             "",
-            "nf4 = BitsAndBytesConfig(",
-            '    load_in_4bit=True, bnb_4bit_quant_type="nf4",',
+            f"{kind} = BitsAndBytesConfig(",
+            f'    load_in_4bit=True, bnb_4bit_quant_type="{kind}",',
             f"    bnb_4bit_use_double_quant={bool(base['double_quant'])}, bnb_4bit_compute_{dtype},",
             ")",
         ]
-        dtype += ", quantization_config=nf4"
+        dtype += f", quantization_config={kind}"
+    elif kind == "int8":
+        lines[-1] += ", BitsAndBytesConfig"
+        lines += [
+            "",
+            "# bitsandbytes rounds the inputs of layers to 8 bits too; training did not, and a merged model does not",
+            "int8 = BitsAndBytesConfig(load_in_8bit=True)",
+        ]
+        dtype += ", quantization_config=int8"
     revision = f", revision={json.dumps(base['revision'])}" if found and base.get("revision") else ""
     where = found or "FOLDER_OF_THE_BASE"
     lines += [

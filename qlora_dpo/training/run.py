@@ -21,10 +21,10 @@ from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, chosen_only
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
-from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory
+from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
-from qlora_dpo.model.lora import attach
+from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.saved_adapter import opened_by_peft, put
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
@@ -173,7 +173,8 @@ def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str
     guard_adapter(model, before_LV, probed, packing, device, fresh=prepared.named.start is None)
     rows = packing
     if own:
-        per_token, free = measured(model, pairs, packing, device), free_bytes(device)
+        per_token = measured(model, pairs, packing, device)
+        free = max(0, free_bytes(device) - training_bytes(trainable(model).values(), table.optim))
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
     weighed = counted(recipe.objective)

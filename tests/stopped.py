@@ -1,0 +1,33 @@
+"""A tracker that stops its run after a step, as a signal does, and figures for merges that nobody measures."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from qlora_dpo.training.tracker import Tracker
+
+FIGURES: dict[str, Any] = {
+    "kl": 0.0,
+    "top1": 1.0,
+    "trained_accuracy": None,
+    "merged_accuracy": None,
+    "why_no_accuracy": "not asked for",
+    "tokens": 1,
+    "measured_on": "nothing",
+    "computed_in": "nothing",
+}
+
+
+def tracker_that_stops(folder: Path, total_steps: int, stop_at: int) -> Tracker:
+    """A tracker whose process gets SIGTERM when step `stop_at` is done; 0 for none."""
+    tracker = Tracker(folder, total_steps)
+    said = tracker.step
+
+    def step(number: int) -> None:
+        said(number)
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    tracker.step = step  # type: ignore[method-assign]
+    return tracker

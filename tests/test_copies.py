@@ -1,0 +1,237 @@
+"""`lora.modules_to_save`: norms and embeddings as whole trained copies; without the adapter the base is the base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from adapters_made import save_base
+from peft import LoraConfig, PeftModel, get_peft_model
+from stopped import FIGURES, tracker_that_stops
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from qlora_dpo import adapter
+from qlora_dpo.deploy import merge as merging
+from qlora_dpo.errors import Interrupted, ModelError, RecipeError
+from qlora_dpo.model import attention, copies, sources
+from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.budget import training_bytes
+from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.lora import adapter_off, attach, trainable
+from qlora_dpo.model.sources import Source
+from qlora_dpo.preference.reference import guard_adapter, probe
+from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.training.loop import fit
+
+pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+IDS = torch.arange(3, 43)[None]
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> None:
+    disable_progress_bar()
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A tiny base whose output head has weights of its own."""
+    folder = save_base(tmp_path_factory.mktemp("untied") / "base", tied=False)
+    return sources.fetch(jobs.ModelTable(name=str(folder)))
+
+
+def recipe(source: Source, copied: list[str], quantization: str = "nf4", **train: Any) -> Recipe:
+    model = {"name": source.name, "quantization": quantization}
+    return jobs.recipe(quantization, model=model, lora={"modules_to_save": copied}, train=train)
+
+
+def attached(source: Source, what: Recipe) -> Any:
+    base = load_base(source, what.model, jobs.CPU)
+    attention.use(base)
+    pair = jobs.pairs(1, seed=5)[0]
+    before_LV = probe(base, pair, jobs.CPU)
+    model = attach(base, what.lora, what.train.seed)
+    make_lean(model, jobs.CPU.torch_dtype)
+    guard_adapter(model, before_LV, pair, jobs.PACKED, jobs.CPU)
+    return model
+
+
+def trained(source: Source, what: Recipe, folder: Path, resume: Path | None = None, stop_at: int = 0) -> Any:
+    AcceleratorState._reset_state(True)
+    folder.mkdir(exist_ok=True)
+    model = attached(source, what)
+    job = jobs.job(model, what, folder)
+    with tracker_that_stops(folder, job.plan.total_steps, stop_at) as tracker:
+        fit(model, job, jobs.start(job), tracker, resume)
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_copies_train_in_float32_reopen_and_merge_exactly_and_the_base_stays(
+    quantization: str, untied: Source, tmp_path: Path
+) -> None:
+    what = recipe(untied, ["norm", "input_layernorm", "embed_tokens"], quantization, max_steps=3)
+    before = logits(load_base(untied, what.model, jobs.CPU))
+    model = trained(untied, what, tmp_path / "run")
+    trained_copies = copies.whole(model)
+    names = ["model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "model.norm"]
+    assert sorted(trained_copies) == names
+    for name, copy in trained_copies.items():
+        original = model.get_base_model().get_submodule(name).original_module
+        assert copy.weight.dtype == torch.float32
+        assert not torch.equal(copy.weight, original.weight), name
+        assert not original.weight.requires_grad
+    expected = logits(model)
+    with adapter_off(model):
+        assert torch.equal(logits(model), before)
+    assert float((expected - before).abs().max()) > 1e-3
+
+    folder = tmp_path / "saved"
+    adapter.claim(folder, LoadedRecipe(what, tmp_path / "saved.toml", "# the recipe\n"), resume=False)
+    adapter.save_adapter(folder, model, load_tokenizer(untied), untied)
+    (folder / "run.json").write_text(json.dumps({"name": "saved", "base": {"fingerprint": untied.fingerprint}}))
+    opened = merging.open_for_merge(folder)
+    torch.testing.assert_close(logits(opened.model), expected, rtol=1e-5, atol=1e-5)
+    for name, copy in copies.whole(opened.model).items():
+        assert torch.equal(copy.weight, trained_copies[name].weight), name
+    merging.merge(opened, tmp_path / "merged", "trained", "fp32", lambda written: FIGURES)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(full), expected, rtol=1e-4, atol=1e-4)
+    for name, copy in trained_copies.items():
+        assert torch.equal(full.get_submodule(name).weight, copy.weight), name
+
+
+def test_peft_alone_opens_them(untied: Source, tmp_path: Path) -> None:
+    what = recipe(untied, ["norm"], "none", max_steps=2)
+    model = trained(untied, what, tmp_path / "run")
+    (tmp_path / "saved").mkdir()
+    adapter.save_adapter(tmp_path / "saved", model, load_tokenizer(untied), untied)
+    base = AutoModelForCausalLM.from_pretrained(untied.folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "saved")), logits(model))
+
+
+def test_a_resumed_run_has_the_same_bytes(untied: Source, tmp_path: Path) -> None:
+    what = recipe(untied, ["post_attention_layernorm", "embed_tokens"], num_train_epochs=2)
+    whole = jobs.adapter(trained(untied, what, tmp_path / "whole"))
+    assert [name for name in whole if "embed_tokens" in name]
+    with pytest.raises(Interrupted):
+        trained(untied, what, tmp_path / "part", stop_at=3)
+    resumed = jobs.adapter(trained(untied, what, tmp_path / "part", resume=newest_valid(tmp_path / "part")[0]))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_on_a_16_bit_base_an_untrained_float32_copy_changes_no_bit(untied: Source) -> None:
+    """As on a GPU with bf16, whose stream is bf16 too: the copies' outputs keep that dtype."""
+    place = jobs.device.choose("bf16")
+    base = load_base(untied, jobs.ModelTable(name=untied.name, quantization="none"), place).to(torch.bfloat16)
+    with place.autocast():
+        before = logits(base)
+        model = attach(base, recipe(untied, ["norm", "embed_tokens", "input_layernorm"], "none").lora, 42).eval()
+        assert {copy.weight.dtype for copy in copies.whole(model).values()} == {torch.float32}
+        assert torch.equal(logits(model), before)
+        with adapter_off(model):
+            assert torch.equal(logits(model), before)
+
+
+def test_copies_trained_in_float32_are_not_rounded_when_a_16_bit_base_is_opened(untied: Source, tmp_path: Path) -> None:
+    model = attached(untied, recipe(untied, ["norm"], "none"))
+    (copy,) = copies.whole(model).values()
+    copy.weight.data += 1e-6
+    (tmp_path / "saved").mkdir()
+    adapter.save_adapter(tmp_path / "saved", model, load_tokenizer(untied), untied)
+    table = jobs.ModelTable(name=untied.name, quantization="none")
+    base = load_base(untied, table, jobs.device.choose("bf16")).to(torch.bfloat16)
+    opened = adapter.attach_saved(base, tmp_path / "saved")
+    (reopened,) = copies.whole(opened).values()
+    assert torch.equal(reopened.weight, copy.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nrom",
+            "nrom, and this model has no such module; it has embed_tokens, input_layernorm, post_attention_layernorm, "
+            "norm",
+        ),
+        ("lm_head", "lm_head, which is the output head or holds it, and the head is not trained here; leave it out"),
+        (
+            "q_proj",
+            "q_proj, which is a linear layer or holds some; they get LoRA, by lora.target_modules; leave it out",
+        ),
+        ("mlp", "mlp, which is a linear layer or holds some; they get LoRA, by lora.target_modules; leave it out"),
+        ("rotary_emb", "rotary_emb, which has no weights to train; leave it out"),
+    ],
+)
+def test_what_cannot_be_a_copy_is_refused(name: str, says: str, untied: Source) -> None:
+    with pytest.raises(RecipeError) as raised:
+        attached(untied, recipe(untied, ["norm", name]))
+    assert str(raised.value) == f"lora.modules_to_save names {says}"
+
+
+def test_embeddings_that_the_head_shares_are_refused() -> None:
+    with pytest.raises(RecipeError) as raised:
+        attached(jobs.source(), recipe(jobs.source(), ["embed_tokens"]))
+    assert str(raised.value) == (
+        "lora.modules_to_save names embed_tokens, which shares its weights with the output head of this model, and the "
+        "head is not trained here; leave it out"
+    )
+
+
+def test_a_foreign_adapter_that_trained_tied_embeddings_is_not_merged(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"), dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ModelError) as raised:
+        merging.open_for_merge(tmp_path / "a")
+    assert str(raised.value) == (
+        f"{tmp_path / 'a'}: cannot be merged: it trained embeddings or head, which are tied to each other"
+    )
+
+
+def test_a_foreign_adapter_with_a_head_of_its_own_is_merged_with_that_head(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", tied=False), dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    theirs = get_peft_model(base, config)
+    for parameter in trainable(theirs).values():
+        parameter.data += 0.01
+    theirs.save_pretrained(tmp_path / "a")
+    opened = merging.open_for_merge(tmp_path / "a")
+    merging.merge(opened, tmp_path / "m", "trained", "fp32", lambda written: FIGURES)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(logits(full), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("optim", "each"), [("adamw_torch", 12), ("sgd", 4), ("adafactor", 4), ("adamw_8bit", 6)])
+def test_gradients_and_moments_of_what_is_trained_are_counted(optim: str, each: int, untied: Source) -> None:
+    """Gradient 4 bytes, AdamW's two moments 4 bytes each or 1 in 8 bits; Adafactor's are rows and columns only."""
+    model = attached(untied, recipe(untied, ["embed_tokens"]))
+    elements = sum(parameter.numel() for parameter in trainable(model).values())
+    assert elements > 25_600
+    assert training_bytes(trainable(model).values(), optim) == each * elements
+
+
+@pytest.mark.parametrize(("asked", "layers"), [("0-0", {0}), ("0-1", {0, 1}), ([1], {1})])
+def test_layers_are_a_list_or_a_range(asked: Any, layers: set[int]) -> None:
+    what = jobs.recipe(lora={"target_modules": ["q_proj"], "layers_to_transform": asked})
+    model = attached(jobs.source(), what)
+    assert {int(name.split("layers.")[1][0]) for name in trainable(model)} == layers
+
+
+@pytest.mark.parametrize("asked", ["1-2", [0, 2]])
+def test_layers_that_the_model_does_not_have_are_refused(asked: Any) -> None:
+    with pytest.raises(RecipeError) as raised:
+        attached(jobs.source(), jobs.recipe(lora={"target_modules": ["q_proj"], "layers_to_transform": asked}))
+    assert str(raised.value) == "lora.layers_to_transform asks for layer 2; this model has the layers 0 to 1"
