@@ -35,7 +35,7 @@ METRICS = "metrics.jsonl"
 AUDIT = "audit.json"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a run may be called: it becomes a folder, a card's title and a tracker's run."""
-LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", AUDIT, METRICS, "wandb", LOCK)
+LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", AUDIT, METRICS, "wandb", "tensorboard", "trackio", LOCK)
 
 
 @dataclass

@@ -118,7 +118,18 @@ class SamplesTable(Table):
 
 
 class TrackTable(Table):
-    """Experiment tracking."""
+    """Experiment tracking, by as many of these as are named; what they are told is what metrics.jsonl holds."""
 
-    wandb: Text
+    wandb: Text | None = None
     """The Weights & Biases project; offline when not logged in."""
+    tensorboard: bool | Text = False
+    """`true` writes TensorBoard's event files into the run's folder; a folder's name writes them into a folder of the
+    run's name in there. Needs `pip install 'qlora_dpo[tensorboard]'`."""
+    trackio: Text | None = None
+    """The Trackio project, in Trackio's database on this machine. Needs `pip install 'qlora_dpo[trackio]'`."""
+
+    @model_validator(mode="after")
+    def _names_one(self) -> "TrackTable":
+        if self.wandb is None and not self.tensorboard and self.trackio is None:
+            raise ValueError('names no tracker; write wandb = "PROJECT", tensorboard = true or trackio = "PROJECT"')
+        return self

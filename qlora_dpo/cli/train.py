@@ -48,6 +48,10 @@ def train(
         allow, also=("base", "tokenizer", "template", "pairs", "init_from", "reference"), option="--allow"
     )
 
+    from qlora_dpo.training.extras import insist_on_extras
+
+    insist_on_extras(loaded.recipe)
+
     from qlora_dpo.model import device
 
     here = device.choose(loaded.recipe.model.dtype)

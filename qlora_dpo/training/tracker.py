@@ -1,4 +1,4 @@
-"""All that is told while a run goes on: metrics.jsonl, the terminal and, where the recipe asks for it, wandb."""
+"""All that is told while a run goes on: metrics.jsonl, the terminal and the trackers that the recipe names."""
 
 import json
 import math
@@ -20,7 +20,7 @@ class Tracker:
     """Follows one run from its first phase to its last: `with Tracker(...) as tracker`.
 
     `total_steps` are the optimizer steps of the whole run, `start_step` those that an earlier, interrupted part has
-    done. `config` is what wandb shows as the run's configuration, and `name` its name there.
+    done. `config` is what trackers show as the run's configuration, and `name` its name there.
     """
 
     def __init__(
@@ -34,17 +34,17 @@ class Tracker:
         name: str | None = None,
     ) -> None:
         self.run_dir, self.total_steps, self.name = run_dir, total_steps, name or run_dir.name
-        self.track, self.config = track, config or {}
+        self.track, self.config, self.start_step = track, config or {}, start_step
         self.display = (Bars if on_terminal() else Lines)(total_steps, start_step)
 
     def __enter__(self) -> Self:
         self.metrics: TextIO = (self.run_dir / METRICS).open("a", encoding="utf-8", newline="\n")
-        self.wandb = None
+        self.trackers = None
         if self.track is not None:
-            from qlora_dpo.training.wandb_run import WandbRun
+            from qlora_dpo.training.trackers import Trackers
 
-            self.wandb = WandbRun(self.run_dir, self.track.wandb, self.name, self.note)
-            self.wandb.start(self.config)
+            self.trackers = Trackers(self.note)
+            self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
         self.display.open()
         return self
 
@@ -52,8 +52,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self.wandb is not None:
-                self.wandb.finish(exit_code=0 if kind is None else 1)
+            if self.trackers is not None:
+                self.trackers.finish(exit_code=0 if kind is None else 1)
         finally:
             self.display.close()
             self.metrics.close()
@@ -92,8 +92,8 @@ class Tracker:
         self.metrics.flush()
         if lost:
             self.note(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
-        if self.wandb is not None and kind != "sign":
-            self.wandb.log({**record, "kind": kind})
+        if self.trackers is not None and kind != "sign":
+            self.trackers.log({**record, "kind": kind})
 
 
 def as_line(record: Mapping[str, Any]) -> tuple[str, list[str]]:

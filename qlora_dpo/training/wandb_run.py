@@ -47,7 +47,7 @@ class WandbRun:
         except Exception as error:
             if mode != "online":
                 raise
-            self.say(f"wandb: the service cannot be used ({_reason(error)})")
+            self.say(f"wandb: the service cannot be used ({reason(error)})")
             wandb.teardown()
             mode = "offline"
             self._init(mode, config)
@@ -85,19 +85,20 @@ class WandbRun:
             )
         except Exception as error:  # tracking is never worth a training run
             self.run = None
-            self.say(f"wandb: {_reason(error)}; the run goes on without it")
+            self.say(f"wandb: {reason(error)}; the run goes on without it")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of an error that says something: a service in trouble answers with pages and placeholders."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.startswith("<")), "it did not answer as it should")[:200]
 
 
 def sent(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is sent of a record: a training record as it is, an evaluation under its `eval_` names only.
+    """What trackers are told of a record, without its step: training as it is, an evaluation under `eval_` names only.
 
-    Both may stand at one step, and wandb keeps one row per step: names that they share would overwrite each other.
+    Both may stand at one step, where a tracker keeps one value of a name: those that they share would overwrite each
+    other.
     """
     values = {key: value for key, value in record.items() if key not in ("kind", "step")}
     if record["kind"] == "train":

@@ -1,0 +1,26 @@
+"""What a recipe asks for that is no part of every installation, looked for before anything heavy is loaded."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.recipe import Recipe
+
+
+def insist_on_extras(recipe: Recipe) -> None:
+    """Raise RecipeError with the command that installs what is missing."""
+    for key, package, extra in _needed(recipe):
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"{key} needs the package {package}, which is not installed; install it with: pip install "
+                f"'qlora_dpo[{extra}]'"
+            )
+
+
+def _needed(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Key of the recipe, package that it needs, and our extra that has it."""
+    track = recipe.track
+    if track is not None and track.tensorboard:
+        yield "track.tensorboard", "tensorboard", "tensorboard"
+    if track is not None and track.trackio is not None:
+        yield "track.trackio", "trackio", "trackio"

@@ -1,0 +1,64 @@
+"""Writes for TensorBoard what metrics.jsonl says: an event file in the run's folder, complete after every record.
+
+The file is written record by record rather than by a SummaryWriter, which has a thread of its own to wait for at the
+end and puts the machine's name into the file's.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class TensorboardRun:
+    """The event file of one run, or of one part of a run that was resumed."""
+
+    def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = len(list(folder.glob("events.out.tfevents.*")))
+        # files of one folder are read in the order of their names
+        name = f"events.out.tfevents.{int(time.time()):010d}.{parts:04d}.qlora_dpo"
+        self.writer: Any = RecordWriter((folder / name).open("xb"))
+        self._write(Event(file_version="brain.Event:2"))
+        # what an interrupted part, or an earlier attempt, has written from here on is not shown
+        first = start_step + 1 if start_step else 0
+        self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        if not start_step:
+            self._write(Event(step=0, summary=_text("recipe", config)))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write what metrics.jsonl says of a step: a scalar for each number."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [
+            Summary.Value(tag=name, simple_value=float(value))
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def finish(self) -> None:
+        """Close the file."""
+        self.writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self.writer.write(event.SerializeToString())
+        self.writer.flush()
+
+
+def _text(tag: str, config: Mapping[str, Any]) -> Any:
+    """A summary that TensorBoard's text page shows: `config` as JSON."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    text = f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```"
+    tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+    plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+    return Summary(value=[Summary.Value(tag=tag, metadata=plugin, tensor=tensor)])

@@ -1,0 +1,244 @@
+"""TensorBoard and Trackio beside wandb: what metrics.jsonl holds, once, offline; a run goes on without them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+from pydantic import ValidationError
+from tracked import CONFIG, SECRETS, TRAIN
+
+from qlora_dpo.cli import main
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.recipe_train import TrackTable
+from qlora_dpo.training.extras import insist_on_extras
+from qlora_dpo.training.tracker import Tracker
+
+NEEDS_TENSORBOARD = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+NEEDS_TRACKIO = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+# what they import warns of its own age
+OLD_LIBRARIES = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+EVAL = {"step": 20, "epoch": 1.0, "eval_loss": 0.25, "eval_pairs": 60, "seconds": 4.0}
+RUN = """
+import json, pathlib, socket, sys
+connect = socket.socket.connect
+def refused(*address, **more):
+    print("asked for a network", file=sys.stderr)
+    raise OSError("there is no network here")
+def here_only(own, address):  # wandb talks to a process of its own
+    return connect(own, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
+socket.socket.connect, socket.getaddrinfo = here_only, refused
+from qlora_dpo.recipe_train import TrackTable
+from qlora_dpo.training.tracker import Tracker
+folder, track, start, config, *records = sys.argv[1:]
+with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(**json.loads(track)),
+             config=json.loads(config), name="quickstart") as run:
+    for record in map(json.loads, records):
+        (run.train if "loss" in record else run.evaluation)(record)
+"""
+
+
+def train(step: int, loss: float = 0.5) -> dict[str, Any]:
+    return {**TRAIN, "step": step, "loss": loss}
+
+
+def tracked(folder: Path, track: dict[str, Any], start: int, *records: dict[str, Any]) -> list[str]:
+    """Follow a run in a process of its own that may use no network; the lines on its stderr."""
+    folder.mkdir(exist_ok=True)
+    arguments = [str(folder), json.dumps(track), str(start), json.dumps(CONFIG), *map(json.dumps, records)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN, *arguments],
+        env={**os.environ, **SECRETS, "WANDB_API_KEY": "", "TRACKIO_DIR": str(folder.parent / "trackio")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return done.stderr.splitlines()
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a folder: steps and values by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder)).Reload()
+    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+    run = tmp_path / "hh"
+    said = tracked(run, {"tensorboard": True}, 0, {**EVAL, "step": 0}, train(10), train(20, 0.25), EVAL)
+    assert said[0] == f"tensorboard: look at it with: tensorboard --logdir {run}/tensorboard"
+    shown = curves(run / "tensorboard")
+    assert shown["loss"] == [(10, 0.5), (20, 0.25)]
+    assert shown["eval_loss"] == [(0, 0.25), (20, 0.25)]
+    assert shown["eval_seconds"] == [(0, 4.0), (20, 4.0)]
+    assert shown["seconds"] == [(10, 80.0), (20, 80.0)]
+    assert set(shown) == set(TRAIN) - {"step"} | {"eval_loss", "eval_pairs", "eval_seconds"}
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_its_file_has_the_recipe_no_secret_and_no_machine_in_its_name(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked(tmp_path / "hh", {"tensorboard": True}, 0, train(10))
+    (file,) = (tmp_path / "hh" / "tensorboard").iterdir()
+    assert not any(secret.encode() in file.read_bytes() for secret in SECRETS.values())
+    assert socket.gethostname() not in file.name
+    found = EventAccumulator(str(file.parent)).Reload()
+    (text,) = found.Tensors("recipe/text_summary" if "recipe/text_summary" in found.Tags()["tensors"] else "recipe")
+    told = text.tensor_proto.string_val[0].decode()
+    assert json.loads(told.removeprefix("```\n").removesuffix("\n```")) == CONFIG
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_a_resumed_run_goes_on_with_its_curves_and_no_step_is_there_twice(tmp_path: Path) -> None:
+    run = tmp_path / "hh"
+    tracked(run, {"tensorboard": True}, 0, train(10), train(20), train(30), {**EVAL, "step": 30})
+    tracked(run, {"tensorboard": True}, 20, train(30, 0.1), {**EVAL, "step": 30, "eval_loss": 0.125}, train(40, 0.1))
+    shown = curves(run / "tensorboard")
+    assert shown["loss"] == [(10, 0.5), (20, 0.5), (30, pytest.approx(0.1)), (40, pytest.approx(0.1))]
+    assert shown["eval_loss"] == [(30, 0.125)]
+    assert len(list((run / "tensorboard").iterdir())) == 2
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_a_run_that_starts_anew_shows_nothing_of_the_attempt_before(tmp_path: Path) -> None:
+    run = tmp_path / "hh"
+    tracked(run, {"tensorboard": True}, 0, train(10), train(20))
+    tracked(run, {"tensorboard": True}, 0, train(10, 0.25))
+    assert curves(run / "tensorboard")["loss"] == [(10, 0.25)]
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_a_folder_of_ones_own_holds_a_folder_for_each_run(tmp_path: Path) -> None:
+    (tmp_path / "hh").mkdir()
+    said = tracked(tmp_path / "hh", {"tensorboard": "../logs"}, 0, train(10))
+    assert said[0] == "tensorboard: look at it with: tensorboard --logdir ../logs"
+    assert curves(tmp_path / "logs" / "quickstart")["loss"] == [(10, 0.5)]
+    assert not (tmp_path / "hh" / "tensorboard").exists()
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_a_tracker_that_cannot_write_costs_the_run_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = tracked(tmp_path / "hh", {"tensorboard": str(tmp_path / "file")}, 0, train(10), train(20))
+    assert said[0] == (
+        f"tensorboard: [Errno 20] Not a directory: '{tmp_path}/file/quickstart'; the run goes on without it"
+    )
+    assert [line.partition("  ")[0] for line in said[1:]] == ["step 10/48", "step 20/48"]
+    assert len((tmp_path / "hh" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def rows(home: Path) -> list[dict[str, Any]]:
+    """The runs and rows in Trackio's database, read as anybody can."""
+    import sqlite3
+
+    with sqlite3.connect(home / "house-rules.db") as database:
+        found = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    return [{"run": name, "step": step, **json.loads(values)} for name, step, values in found]
+
+
+@NEEDS_TRACKIO
+def test_trackio_has_what_metrics_jsonl_holds_without_a_network(tmp_path: Path) -> None:
+    said = tracked(tmp_path / "hh", {"trackio": "house-rules"}, 0, train(10), EVAL)
+    assert said[0] == 'trackio: look at it with: trackio show --project "house-rules"'
+    assert "asked for a network" not in said
+    values = {key: value for key, value in TRAIN.items() if key != "step"} | {"loss": 0.5}
+    assert rows(tmp_path / "trackio") == [
+        {"run": "quickstart", "step": 10, **values},
+        {"run": "quickstart", "step": 20, "epoch": 1.0, "eval_loss": 0.25, "eval_pairs": 60, "eval_seconds": 4.0},
+    ]
+    for file in (tmp_path / "trackio").iterdir():
+        assert not any(secret.encode() in file.read_bytes() for secret in SECRETS.values()), file
+
+
+@NEEDS_TRACKIO
+def test_a_resumed_run_is_one_run_in_trackio_and_another_of_its_name_is_left_alone(tmp_path: Path) -> None:
+    project = {"trackio": "house-rules"}
+    tracked(tmp_path / "other", project, 0, train(10, 9.0))
+    tracked(tmp_path / "hh", project, 0, train(10), train(20), train(30))
+    tracked(tmp_path / "hh", project, 20, train(30, 0.1))
+    assert [(each["step"], each["loss"]) for each in rows(tmp_path / "trackio")] == [
+        (10, 9.0),
+        (10, 0.5),
+        (20, 0.5),
+        (30, 0.1),
+    ]
+    tracked(tmp_path / "hh", project, 0, train(10, 0.7))
+    assert [each["loss"] for each in rows(tmp_path / "trackio")] == [9.0, 0.7]
+
+
+@NEEDS_TRACKIO
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_several_trackers_follow_one_run(tmp_path: Path) -> None:
+    track = {"trackio": "house-rules", "tensorboard": True, "wandb": "house-rules"}
+    tracked(tmp_path / "hh", track, 0, train(10))
+    assert curves(tmp_path / "hh" / "tensorboard")["loss"] == [(10, 0.5)]
+    assert rows(tmp_path / "trackio")[0]["loss"] == 0.5
+    assert list((tmp_path / "hh" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+@NEEDS_TRACKIO
+def test_a_database_that_cannot_be_written_costs_the_run_nothing(tmp_path: Path) -> None:
+    (tmp_path / "trackio").write_text("")
+    _, warning, line = tracked(tmp_path / "hh", {"trackio": "house-rules"}, 0, train(10))
+    assert warning.startswith("trackio: ") and warning.endswith("; the run goes on without it")
+    assert line.startswith("step 10/48")
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "trackio"])
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_dpo.training.extras.find_spec", lambda name: None)
+    track = {"tensorboard": {"tensorboard": True}, "trackio": {"trackio": "p"}}[package]
+    with pytest.raises(RecipeError) as raised:
+        insist_on_extras(jobs.recipe(track=track))
+    assert str(raised.value) == (
+        f"track.{package} needs the package {package}, which is not installed; install it with: pip install "
+        f"'qlora_dpo[{package}]'"
+    )
+
+
+def test_it_is_missed_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_dpo.training.extras.find_spec", lambda name: None)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[model]\nname = "org/model"\n[data]\ntrain = "org/data"\n[track]\ntensorboard = true\n')
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    assert "pip install 'qlora_dpo[tensorboard]'" in capsys.readouterr().err
+
+
+def test_a_library_that_is_there_no_more_costs_the_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with Tracker(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
+        run.train(TRAIN)
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first.startswith("tensorboard: ") and first.endswith("; the run goes on without it")
+
+
+def test_a_track_table_without_a_tracker_is_refused() -> None:
+    with pytest.raises(ValidationError) as raised:
+        jobs.recipe(track={})
+    assert 'names no tracker; write wandb = "PROJECT", tensorboard = true or trackio = "PROJECT"' in str(raised.value)
