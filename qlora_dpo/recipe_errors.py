@@ -16,6 +16,8 @@ OTHER_TOOLS = {
     "lora_r": ("axolotl's and TRL's", "lora.r"),
     "rank": ("torchtune's", "lora.r"),
     "alpha": ("torchtune's", "lora.lora_alpha"),
+    "additional_target": ("LLaMA-Factory's", "lora.modules_to_save"),
+    "lora_modules_to_save": ("axolotl's", "lora.modules_to_save"),
     "lora_target": ("LLaMA-Factory's", "lora.target_modules"),
     "lora_target_modules": ("axolotl's and TRL's", "lora.target_modules"),
     "lora_target_linear": ("axolotl's", 'lora.target_modules = "all-linear"'),
@@ -81,6 +83,15 @@ OTHER_TOOLS = {
 
 KIND_KEYS = {"objective": "loss_type", "reference": "kind"}
 """The tables with several sets of keys, and the key that chooses among them."""
+
+NOT_HERE = {
+    "neftune_noise_alpha": (
+        "noise on the embeddings moves every log-probability, and a pair is judged by small differences of those; "
+        "lora.lora_dropout is drawn anew in each step instead"
+    ),
+    "noisy_embedding_alpha": "that is axolotl's name of NEFTune, whose noise moves what a pair is judged by",
+}
+"""Keys of other tools that have no counterpart, and why."""
 
 KINDS = {
     "int_type": "a whole number",
@@ -214,6 +225,8 @@ def _unread_by_kind(key: str, kind: str, recipe: type[BaseModel]) -> str:
 
 def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
     place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
+    if key in NOT_HERE:
+        return f'{place} has no key "{key}": {NOT_HERE[key]}'
     if key in OTHER_TOOLS:
         owner, ours = OTHER_TOOLS[key]
         return f'{place} has no key "{key}": that is {owner} name; here it is {ours}'

@@ -34,10 +34,17 @@ class TrainTable(Table):
 
     engine: Literal["qlora_dpo", "trl"] = "qlora_dpo"
     """`qlora_dpo` is this project's loop; `trl` runs the same recipe through stock `trl.DPOTrainer`."""
-    optim: Literal["adamw_torch", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
-        "adamw_torch"
-    )
-    """The optimizer. Those in 8 bits and the paged ones are bitsandbytes' and need a CUDA GPU."""
+    optim: Literal[
+        "adamw_torch",
+        "schedule_free_adamw",
+        "adafactor",
+        "sgd",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+    ] = "adamw_torch"
+    """The optimizer. Those in 8 bits and the paged ones are bitsandbytes' and need a CUDA GPU. `schedule_free_adamw`
+    keeps a running mean of its steps; it needs `pip install 'qlora_dpo[schedule-free]'` and a constant schedule."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     """Peak learning rate."""
     lr_scheduler_type: Literal[
@@ -89,6 +96,15 @@ class TrainTable(Table):
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
                 'has warmup_steps, which "constant" skips; write lr_scheduler_type = "constant_with_warmup"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_free_has_no_schedule(self) -> "TrainTable":
+        if self.optim == "schedule_free_adamw" and not self.lr_scheduler_type.startswith("constant"):
+            raise ValueError(
+                f'has optim = "schedule_free_adamw", whose mean takes the place of lr_scheduler_type = '
+                f'"{self.lr_scheduler_type}"; write "constant" or "constant_with_warmup"'
             )
         return self
 

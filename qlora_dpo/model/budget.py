@@ -100,7 +100,10 @@ def keep_dense_if_it_fits(model: nn.Module, device: Device) -> str:
     )
 
 
-MOMENT_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+MOMENT_BYTES = {
+    **dict.fromkeys(("adamw_torch", "schedule_free_adamw", "paged_adamw_32bit"), 8),
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), 2),
+}
 """Bytes of an optimizer's state per trained number; of those not named here it is next to nothing."""
 
 

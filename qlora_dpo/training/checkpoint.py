@@ -82,6 +82,8 @@ class State:
     stopped_by_sign: bool = False
     scheduler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    counters: list[dict[str, float]] = field(default_factory=list)
+    """What a schedule-free optimizer counts, by group of parameters."""
 
     def count_skipped(self, skipped: bool) -> None:
         """Count the step just taken: was it skipped, since its scaled gradient overflowed?"""

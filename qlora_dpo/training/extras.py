@@ -20,6 +20,8 @@ def insist_on_extras(recipe: Recipe) -> None:
 def _needed(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """Key of the recipe, package that it needs, and our extra that has it."""
     track = recipe.track
+    if recipe.train.optim == "schedule_free_adamw":
+        yield 'train.optim = "schedule_free_adamw"', "schedulefree", "schedule-free"
     if track is not None and track.tensorboard:
         yield "track.tensorboard", "tensorboard", "tensorboard"
     if track is not None and track.trackio is not None:

@@ -26,6 +26,7 @@ from qlora_dpo.preference.metrics import Sums, sums_for
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store, asked_now
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.training import schedule_free
 from qlora_dpo.training.best import best, out_of_patience, save_best
 from qlora_dpo.training.checkpoint import SinceEval, State, load_checkpoint, load_moving, save_checkpoint
 from qlora_dpo.training.drift import kl_to_base
@@ -81,7 +82,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
                 tracker.train(window.record(state, norm, rate))
                 window = _Window(job)
             if last or due(state.step, table.eval_steps, epoch_ends):
-                with window.paused():
+                with window.paused(), schedule_free.averaged(tools.optimizer):
                     evaluate_now(model, job, state, tracker)
             if stop.asked:
                 saved = _save(job, state, model, tools)
@@ -93,6 +94,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
                 if window.sums.pairs:
                     tracker.train(window.record(state, norm, rate))
                 break
+    schedule_free.settle(tools.optimizer)
     return state
 
 
@@ -145,6 +147,7 @@ def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, j
     if moving := _moving(job):
         load_moving(checkpoint, moving)
     restore_schedule(tools.schedule, tools.optimizer, state.scheduler)
+    schedule_free.restore(tools.optimizer, state.counters)
     if tools.accelerator.scaler is not None and state.scaler:
         tools.accelerator.scaler.load_state_dict(state.scaler)
     return state
@@ -157,7 +160,7 @@ def _moving(job: Job) -> Mapping[str, Tensor] | None:
 
 def _save(job: Job, state: State, model: PeftModel, tools: _Tools) -> Path:
     """Write a checkpoint of everything that `_restored` puts back."""
-    state.scheduler = tools.schedule.state_dict()
+    state.scheduler, state.counters = tools.schedule.state_dict(), schedule_free.counters(tools.optimizer)
     state.scaler = tools.accelerator.scaler.state_dict() if tools.accelerator.scaler is not None else {}
     return save_checkpoint(job.folder, state, model, tools.optimizer, _moving(job))
 

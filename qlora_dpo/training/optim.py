@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 from qlora_dpo.recipe_train import TrainTable
+from qlora_dpo.training import schedule_free
 
 Optimizer = torch.optim.Optimizer
 
@@ -33,13 +34,15 @@ def make_optimizer(
         ]
     rate: dict[str, Any] = {"lr": table.learning_rate, "weight_decay": table.weight_decay}
     adam: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-    if table.optim not in ("adamw_torch", "adafactor", "sgd") and device.type != "cuda":
+    if table.optim not in ("adamw_torch", "schedule_free_adamw", "adafactor", "sgd") and device.type != "cuda":
         raise RecipeError(
             f'train.optim = "{table.optim}" needs a CUDA GPU; on this CPU choose "adamw_torch", "adafactor" or "sgd"'
         )
     match table.optim:
         case "adamw_torch":
             return torch.optim.AdamW(groups, **rate, **adam)
+        case "schedule_free_adamw":
+            return schedule_free.make(groups, **rate, **adam)
         case "adafactor":
             return torch.optim.Adafactor(groups, **rate)
         case "sgd":
