@@ -31,11 +31,12 @@ from qlora_dpo.recipe_model import ModelTable
 
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-METRICS = "metrics.jsonl"
+METRICS, EVALUATION_SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
 AUDIT = "audit.json"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a run may be called: it becomes a folder, a card's title and a tracker's run."""
-LEFT_BY_ATTEMPTS = ("recipe.toml", "resolved.toml", AUDIT, METRICS, "wandb", "tensorboard", "trackio", LOCK)
+FIRST_FILES = ("recipe.toml", "resolved.toml", AUDIT, METRICS, EVALUATION_SAMPLES)
+LEFT_BY_ATTEMPTS = (*FIRST_FILES, "wandb", "tensorboard", "trackio", LOCK)
 
 
 @dataclass
@@ -117,7 +118,7 @@ def _undone_if_it_fails_early(folder: Path, *, resume: bool) -> Iterator[None]:
         if before is not None:
             write_whole(resolved, before)
         elif not resume and not _has_figures(folder):
-            for name in ("recipe.toml", "resolved.toml", AUDIT, METRICS):
+            for name in FIRST_FILES:
                 (folder / name).unlink(missing_ok=True)
         raise
 

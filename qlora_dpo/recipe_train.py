@@ -110,10 +110,13 @@ class TrainTable(Table):
 
 
 class SamplesTable(Table):
-    """Held-out prompts that base and tuned model answer after training, greedily."""
+    """Held-out prompts that base and tuned model answer greedily after training, and on the way."""
 
     prompts: Natural = 3
     """How many held-out prompts are answered and written to samples.jsonl."""
+    at_evaluations: Positive | None = None
+    """How many held-out prompts the model answers at every evaluation too, step 0 included, into
+    evaluation_samples.jsonl and the trackers; absent: none. Changes no step."""
     show: Natural = 3
     """How many of them are shown side by side at the end."""
     max_new_tokens: Positive = 96

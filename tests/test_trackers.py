@@ -97,9 +97,25 @@ def test_its_file_has_the_recipe_no_secret_and_no_machine_in_its_name(tmp_path: 
     assert not any(secret.encode() in file.read_bytes() for secret in SECRETS.values())
     assert socket.gethostname() not in file.name
     found = EventAccumulator(str(file.parent)).Reload()
-    (text,) = found.Tensors("recipe/text_summary" if "recipe/text_summary" in found.Tags()["tensors"] else "recipe")
+    (text,) = found.Tensors("recipe")
     told = text.tensor_proto.string_val[0].decode()
-    assert json.loads(told.removeprefix("```\n").removesuffix("\n```")) == CONFIG
+    assert json.loads(told) == CONFIG
+
+
+@NEEDS_TENSORBOARD
+@OLD_LIBRARIES
+def test_answers_of_evaluations_are_its_texts(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    asked = {"role": "user", "content": "Where is the <b>library</b>?"}
+    with Tracker(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
+        run.samples(10, [{"row": 7, "prompt": [asked], "answer": "On the\nleft."}])
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (text,) = found.Tensors("samples/row 7")
+    assert text.step == 10
+    assert text.tensor_proto.string_val[0].decode() == (
+        "    user: Where is the <b>library</b>?\n\n    assistant: On the\n    left."
+    )
 
 
 @NEEDS_TENSORBOARD

@@ -60,7 +60,7 @@ def train(
         return
 
     from qlora_dpo import adapter
-    from qlora_dpo.cli.train_results import answer, publish, record_run
+    from qlora_dpo.cli.train_results import answer, asker, publish, record_run
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.errors import GateError, RunError
     from qlora_dpo.files import write_json
@@ -79,7 +79,8 @@ def train(
         with run.follow(prepared, loaded, folder, resume_from) as tracker:
             for sentence in skipped:
                 tracker.note(sentence)
-            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow)
+            ask = asker(prepared, loaded.recipe, here)
+            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask)
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)
@@ -110,6 +111,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         *here.lines(),
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules))
+        + (f"; whole copies of {', '.join(lora.modules_to_save)}" if lora.modules_to_save else "")
         + (f", starting from {loaded.recipe.init_from}" if loaded.recipe.init_from else ""),
         f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
         f"held out    {heldout}"

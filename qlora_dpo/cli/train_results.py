@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from peft import PeftModel
 from rich.console import Console
 
 from qlora_dpo.data.audit import baselines
@@ -21,7 +22,8 @@ from qlora_dpo.report.samples import side_by_side
 from qlora_dpo.report.tables import answers_table, epoch_table, results_table
 from qlora_dpo.talk.generate import answers
 from qlora_dpo.training.best import best
-from qlora_dpo.training.run import Outcome, facts, rounded, timed
+from qlora_dpo.training.loop import Ask
+from qlora_dpo.training.run import Outcome, Prepared, facts, rounded, timed
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 Samples = list[dict[str, Any]]
@@ -53,6 +55,33 @@ def answer(outcome: Outcome, recipe: Recipe, device: Device, tracker: Tracker) -
         }
         for pair, before, after in zip(pairs, base, tuned, strict=True)
     ]
+
+
+def asker(prepared: Prepared, recipe: Recipe, device: Device) -> Ask | None:
+    """Lets the model answer the first held-out prompts at an evaluation, as the recipe wants it; None if it does not.
+
+    The answers are greedy: no random draw of the training is moved by them.
+    """
+    count = recipe.samples.at_evaluations
+    if count is None:
+        return None
+    pairs = prepared.heldout.pairs[:count]
+
+    def ask(model: PeftModel) -> Samples:
+        with device.autocast():
+            told = answers(model, prepared.tokenizer, [pair.prompt for pair in pairs], recipe.samples.max_new_tokens)
+        return [
+            {
+                "row": pair.row,
+                "prompt": list(pair.prompt),
+                "answer": each.text,
+                "tokens": each.tokens,
+                "ended": each.ended,
+            }
+            for pair, each in zip(pairs, told, strict=True)
+        ]
+
+    return ask
 
 
 def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,9 @@ from qlora_dpo.training.step import gradient
 from qlora_dpo.training.tracker import Tracker
 from qlora_dpo.training.watch import Course, signs
 
+Ask = Callable[[PeftModel], Sequence[Mapping[str, Any]]]
+"""Lets the model as it is answer some held-out prompts; a record of each, as evaluation_samples.jsonl holds it."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -54,6 +57,8 @@ class Job:
     held: Held = OFF
     """What the adapter is while the reference answers."""
     allowed: tuple[str, ...] = ()
+    ask: Ask | None = None
+    """What the model answers at an evaluation, if the recipe wants it."""
     unsaved: list[str] = field(default_factory=list)
     """Why checkpoints could not be saved, a sentence each; the run goes on without them."""
 
@@ -175,7 +180,10 @@ def _save_if_there_is_room(job: Job, state: State, model: PeftModel, tools: _Too
 
 
 def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
-    """Evaluate on the held-out pairs, note it in the state, and tell the tracker; a moving reference is asked anew."""
+    """Evaluate on the held-out pairs, note it in the state, and tell the tracker; a moving reference is asked anew.
+
+    Then come answers to held-out prompts, if any are wanted, and what follows for the run.
+    """
     side = job.heldout
     with tracker.phase("evaluate", len(side.pairs)) as advance:
         if job.held.follows is not None:
@@ -187,6 +195,8 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
     record["eval_kl"] = kl_to_base(model, side.pairs, job.packing, job.device)
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
+    if job.ask is not None:
+        tracker.samples(state.step, job.ask(model))
     _keep_the_best(model, job, state, tracker)
     _look_for_signs(job, state, tracker)
 

@@ -38,12 +38,12 @@ from qlora_dpo.recipe_reference import EmaReference
 from qlora_dpo.redact import redacted
 from qlora_dpo.training import asking
 from qlora_dpo.training import tracker as tracking
-from qlora_dpo.training.asking import Model, Named, ask, ask_other, find_named, insist_on_moves, question
+from qlora_dpo.training.asking import Model, Named, ask_other, find_named, insist_on_moves, question
 from qlora_dpo.training.best import load_best
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.columns import column_keys, columns_of
 from qlora_dpo.training.evaluate import Side
-from qlora_dpo.training.loop import Job, fit, peak_bytes
+from qlora_dpo.training.loop import Ask, Job, fit, peak_bytes
 from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.tracker import Tracker
 
@@ -104,10 +104,11 @@ def run(
     tracker: Tracker,
     resume_from: Path | None,
     allowed: tuple[str, ...] = (),
+    ask: Ask | None = None,
 ) -> Outcome:
     """Load the base, ask the reference, prove the start, and train with the recipe's engine.
 
-    A run that resumes may differ from the one before in the `allowed` keys.
+    A run that resumes may differ from the one before in the `allowed` keys. At evaluations the model is given to `ask`.
     """
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
     plan, named = make_plan(len(pairs), recipe.train), prepared.named
@@ -118,13 +119,13 @@ def run(
     with timed(seconds, "load"):
         loaded = _load(prepared, recipe, device, tracker.note)
     with timed(seconds, "reference"):
-        asked = asked or ask(what, loaded, tracker)
+        asked = asked or asking.ask(what, loaded, tracker)
     model = loaded.model
     sides = (
         Side(pairs, asked.train_P2, columns_of(prepared.train.pairs, recipe.objective)),
         Side(heldout, asked.heldout_P2, columns_of(prepared.heldout.pairs, recipe.objective)),
     )
-    job = Job(recipe, device, plan, *sides, loaded.packing, tracker.run_dir, what.store, loaded.held, allowed)
+    job = Job(recipe, device, plan, *sides, loaded.packing, tracker.run_dir, what.store, loaded.held, allowed, ask)
     state = State(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
@@ -204,7 +205,8 @@ def _attached(
 def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:
     """The tracker of this run, to be entered with `with`; a resumed run's metrics are cut to its checkpoint's step."""
     start = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-    tracking.cut(folder / tracking.METRICS, start if resume_from else -1)
+    for name in (tracking.METRICS, tracking.SAMPLES):
+        tracking.cut(folder / name, start if resume_from else -1)
     return Tracker(
         folder,
         make_plan(len(prepared.train.encoded), loaded.recipe.train).total_steps,

@@ -6,8 +6,9 @@ end and puts the machine's name into the file's.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 
@@ -28,7 +29,7 @@ class TensorboardRun:
         first = start_step + 1 if start_step else 0
         self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         if not start_step:
-            self._write(Event(step=0, summary=_text("recipe", config)))
+            self._write(Event(step=0, summary=_text("recipe", json.dumps(config, indent=2, ensure_ascii=False))))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write what metrics.jsonl says of a step: a scalar for each number."""
@@ -42,6 +43,15 @@ class TensorboardRun:
         ]
         self._write(Event(step=step, summary=Summary(value=scalars)))
 
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write answers to held-out prompts as texts, one under each row's name."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        for record in records:
+            turns = [*record["prompt"], {"role": "assistant", "content": record["answer"]}]
+            shown = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            self._write(Event(step=step, summary=_text(f"samples/row {record['row']}", shown)))
+
     def finish(self) -> None:
         """Close the file."""
         self.writer.close()
@@ -52,13 +62,12 @@ class TensorboardRun:
         self.writer.flush()
 
 
-def _text(tag: str, config: Mapping[str, Any]) -> Any:
-    """A summary that TensorBoard's text page shows: `config` as JSON."""
+def _text(tag: str, text: str) -> Any:
+    """A summary that TensorBoard's text page shows, indented, so that nothing in it is markdown."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-    text = f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```"
-    tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+    tensor = TensorProto(dtype=DT_STRING, string_val=[indent(text, "    ").encode()])
     plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     return Summary(value=[Summary.Value(tag=tag, metadata=plugin, tensor=tensor)])

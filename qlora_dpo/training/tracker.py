@@ -2,18 +2,21 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
+from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.recipe_train import TrackTable
 from qlora_dpo.training.display import Advance, Bars, Lines, evaluation_line, on_terminal
 
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
+SHOWN = 100
+"""Characters of a prompt, and of an answer to it, that are shown while a run goes on."""
 
 
 class Tracker:
@@ -78,6 +81,17 @@ class Tracker:
         self._write("sign", record)
         self.note(f"step {record['step']}: {record['sentence']}")
 
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the model answers after `step`, one line for each prompt, and show the beginnings."""
+        lines = [json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records]
+        with (self.run_dir / SAMPLES).open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(lines))
+        for record in records:
+            asked, answer = (_beginning(text) for text in (record["prompt"][-1]["content"], record["answer"]))
+            self.note(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
+        if self.trackers is not None:
+            self.trackers.samples(step, records)
+
     def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
         """Show work beside the steps ("reference", "evaluate", "answers"); it yields `advance(count)`."""
         return self.display.phase(name, total)
@@ -94,6 +108,12 @@ class Tracker:
             self.note(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
         if self.trackers is not None and kind != "sign":
             self.trackers.log({**record, "kind": kind})
+
+
+def _beginning(text: str) -> str:
+    """The first words of `text`, on one line."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
 
 
 def as_line(record: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -1,6 +1,6 @@
 """The trackers that a recipe names beside metrics.jsonl; training never waits for their health."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ class Trackers:
                     each.log(record)  # which guards itself, since it can fall back to offline
                 case TensorboardRun() | TrackioRun():
                     self._guarded(name, partial(each.log, record["step"], sent(record)))
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Tell each what the model answers after `step`; Trackio, whose rows are numbers, is told nothing."""
+        for name, each in list(self.followed.items()):
+            match each:
+                case WandbRun() | TensorboardRun():
+                    self._guarded(name, partial(each.samples, step, records))
+                case TrackioRun():
+                    pass
 
     def finish(self, exit_code: int) -> None:
         """End each; with an exit code other than 0 the run counts as failed where that is shown."""

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ class WandbRun:
         """Send one record of metrics.jsonl at its optimizer step."""
         if self.run is not None:
             self._guarded(lambda: self.run.log(sent(record), step=record["step"]))
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Send answers to held-out prompts as a table, a row for each."""
+        if self.run is not None:
+            import wandb
+
+            rows = [[record["row"], record["prompt"][-1]["content"], record["answer"]] for record in records]
+            table = wandb.Table(columns=["row", "prompt", "answer"], data=rows)
+            self._guarded(lambda: self.run.log({"samples": table}, step=step))
 
     def finish(self, exit_code: int) -> None:
         """End the run; with an exit code other than 0 it counts as failed."""

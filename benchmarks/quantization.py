@@ -1,0 +1,49 @@
+"""What each quantization costs the base, and what bitsandbytes' own 8-bit layers would change on top.
+
+    python benchmarks/quantization.py         # prints a table; figures stand in benchmarks/README.md
+
+Compared in float32 on the held-out pairs of the quickstart, answer token by answer token.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from qlora_dpo import recipe
+from qlora_dpo.cli.quiet import silence
+from qlora_dpo.model.base import load_base, load_tokenizer, quantized_layers
+from qlora_dpo.model.device import choose
+from qlora_dpo.model.sources import fetch
+from qlora_dpo.recipe_model import QUANTIZED
+from qlora_dpo.training.agreement import measure
+from qlora_dpo.training.run import pad_token_id
+from qlora_dpo.training.yardstick import texts_for
+
+
+def main() -> None:
+    """Measure and print."""
+    silence()
+    asked = recipe.load("recipes/quickstart.toml").recipe
+    source, here = fetch(asked.model), choose("fp32")
+    tokenizer = load_tokenizer(source)
+    texts = texts_for(Path(), asked, tokenizer)
+
+    def loaded(quantization: str) -> PreTrainedModel:
+        return load_base(source, asked.model.model_copy(update={"quantization": quantization}), here)
+
+    def compare(name: str, one: PreTrainedModel, other: PreTrainedModel) -> None:
+        found = measure(one, other, texts.encoded, pad_token_id(tokenizer), here)
+        print(f"| {name} | {found.kl:.2g} | {found.top1:.4f} |", flush=True)
+
+    print(f"{texts.name}\n\n| | KL, nats per token | top-1 agreement |\n| --- | --- | --- |")
+    dense = loaded("none")
+    for quantization in QUANTIZED:
+        compare(f"not quantized, {quantization}", dense, loaded(quantization))
+    theirs = loaded("int8")
+    for layer in quantized_layers(theirs).values():
+        del layer.forward  # ours; what is left is bitsandbytes', which rounds the inputs too
+    compare("int8, bitsandbytes' own layers in evaluation", loaded("int8"), theirs)
+
+
+if __name__ == "__main__":
+    main()
