@@ -54,7 +54,7 @@ class TrainTable(Table):
     warmup_steps: Natural = 0
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay; norms that are trained as whole copies have none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this L2 norm."""
     batch_size: Positive = 16

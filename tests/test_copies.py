@@ -27,6 +27,7 @@ from qlora_dpo.preference.reference import guard_adapter, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.training.checkpoint import newest_valid
 from qlora_dpo.training.loop import fit
+from qlora_dpo.training.optim import make_optimizer
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -235,3 +236,15 @@ def test_layers_that_the_model_does_not_have_are_refused(asked: Any) -> None:
     with pytest.raises(RecipeError) as raised:
         attached(jobs.source(), jobs.recipe(lora={"target_modules": ["q_proj"], "layers_to_transform": asked}))
     assert str(raised.value) == "lora.layers_to_transform asks for layer 2; this model has the layers 0 to 1"
+
+
+def test_weight_decay_leaves_copies_of_norms_alone(untied: Source) -> None:
+    what = recipe(untied, ["norm", "embed_tokens"], weight_decay=0.1)
+    parameters = trainable(attached(untied, what))
+    for ratio in (None, 4.0):
+        optimizer = make_optimizer(parameters, what.train, jobs.CPU, ratio)
+        decayed = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+        assert {name for name, each in parameters.items() if decayed[id(each)] == 0} == {
+            "base_model.model.model.norm.modules_to_save.default.weight"
+        }
+        assert len(decayed) == len(parameters)

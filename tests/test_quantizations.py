@@ -37,6 +37,7 @@ from qlora_dpo.report import card
 from qlora_dpo.training.agreement import measure
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.training.trl_engine import fit_with_trl
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -239,3 +240,26 @@ def test_the_card_has_the_code_that_loads_it(quantization: str, lines: list[str]
     assert set(lines) <= set(code.splitlines())
     assert f"dtype=torch.float16, quantization_config={quantization})" in code
     compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(("quantization", "copied"), [("fp4", None), ("int8", ["norm", "input_layernorm"])])
+def test_stock_trl_trains_the_same_adapter(quantization: str, copied: list[str] | None, tmp_path: Path) -> None:
+    found = []
+    for engine in ("qlora_dpo", "trl"):
+        AcceleratorState._reset_state(True)
+        lora = {"modules_to_save": copied} if copied else {}
+        what = jobs.recipe(quantization, lora=lora, train={"engine": engine, "max_steps": 3})
+        base = loaded(quantization)
+        jobs.attention.use(base)
+        model = attach(base, what.lora, 42)
+        (tmp_path / engine).mkdir()
+        job = jobs.job(model, what, tmp_path / engine)
+        with Tracker(tmp_path / engine, 3) as tracker:
+            if engine == "trl":
+                fit_with_trl(model, job, jobs.start(job), tracker, load_tokenizer(jobs.source()))
+            else:
+                make_lean(model, torch.float32)
+                fit(model, job, jobs.start(job), tracker)
+        found.append(jobs.adapter(model))
+    assert jobs.all_apart(found[1], found[0]) < 1e-5
+    assert bool(copied) == any("norm" in name for name in found[0])

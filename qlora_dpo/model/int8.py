@@ -17,7 +17,8 @@ def compute_with_dequantized_weights(model: nn.Module) -> None:
     """Let every 8-bit layer multiply with its dequantized weight, in the dtype of autocast or of its input."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear8bitLt):
-            layer.init_8bit_state()
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
             layer.forward = partial(_forward, layer)
 
 

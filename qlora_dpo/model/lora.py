@@ -55,9 +55,11 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
 
 def _layers(base: PreTrainedModel, table: LoraTable) -> list[int] | None:
     """The layers that get an adapter, None for all; raises RecipeError for one that the model does not have."""
-    count = base.config.get_text_config().num_hidden_layers
     asked = table.layers
-    if asked is not None and max(asked) >= count:
+    if asked is None:
+        return None
+    count = base.config.get_text_config().num_hidden_layers
+    if max(asked) >= count:
         raise RecipeError(
             f"lora.layers_to_transform asks for layer {max(asked)}; this model has the layers 0 to {count - 1}"
         )

@@ -25,13 +25,17 @@ def make_optimizer(
     With `loraplus_lr_ratio`, lora_B learns that many times as fast (Hayou et al. 2024, eq. 3). Raises RecipeError for
     one that this device does not have.
     """
-    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+    # norms that are trained as whole copies would be pulled to 0 by the decay, as the Trainer knows too
+    norms = [name for name, each in parameters.items() if ".modules_to_save." in name and each.dim() == 1]
+    fast = [name for name in parameters if "lora_B" in name and loraplus_lr_ratio is not None]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for name, each in parameters.items() if name not in {*norms, *fast}]}
+    ]
     if loraplus_lr_ratio is not None:
-        fast = {name for name in parameters if "lora_B" in name}
-        groups = [
-            {"params": [each for name, each in parameters.items() if name not in fast]},
-            {"params": [parameters[name] for name in fast], "lr": table.learning_rate * loraplus_lr_ratio},
-        ]
+        fast_rate = table.learning_rate * loraplus_lr_ratio
+        groups.append({"params": [parameters[name] for name in fast], "lr": fast_rate})
+    if norms:
+        groups.append({"params": [parameters[name] for name in norms], "weight_decay": 0.0})
     rate: dict[str, Any] = {"lr": table.learning_rate, "weight_decay": table.weight_decay}
     adam: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
     if table.optim not in ("adamw_torch", "schedule_free_adamw", "adafactor", "sgd") and device.type != "cuda":
