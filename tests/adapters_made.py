@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tiny
 import torch
@@ -10,6 +10,7 @@ import torch
 from qlora_dpo import adapter
 from qlora_dpo.model import base, device, lora, sources
 from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.recipe_model import Quantization
 
 WORDS = ("library", "garden", "ball", "rice", "cat", "dog", "mat", "book", "bird", "people")
 
@@ -50,7 +51,7 @@ def save_pairs(file: Path, count: int = 12) -> Path:
 def save_adapter(
     folder: Path,
     base_folder: Path,
-    quantization: Literal["nf4", "none"] = "nf4",
+    quantization: Quantization = "nf4",
     *,
     target_modules: str | list[str] = "all-linear",
     size: float = 0.1,
@@ -73,7 +74,7 @@ def save_adapter(
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             b.data = torch.randn(b.shape, generator=generator)
             inner = module.get_base_layer()
-            weight = base.dequantized(inner) if quantization == "nf4" else inner.weight
+            weight = base.dequantized(inner) if quantization != "none" else inner.weight
             b.data *= size * weight.norm() / (3 * (b @ a).norm())
     adapter.save_adapter(folder, model, base.load_tokenizer(source), source)
     run = {"name": folder.name, "base": {"fingerprint": source.fingerprint}}

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jobs
 import pytest
@@ -13,6 +13,7 @@ from adapters_made import save_adapter, save_base
 from qlora_dpo.adapter import Opened, open_adapter
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.model.base import linear4bit_layers
+from qlora_dpo.recipe_model import Quantization
 from qlora_dpo.talk.generate import answers
 from qlora_dpo.training.agreement import measure
 
@@ -53,10 +54,10 @@ def merge(opened: Opened, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("use", [chat, evaluate, merge])
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_base_is_the_same_before_and_after(
-    use: Callable[[Opened, Path], None], quantization: Literal["nf4", "none"], dtype: str, tmp_path: Path
+    use: Callable[[Opened, Path], None], quantization: Quantization, dtype: str, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base")
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in base.iterdir()}

@@ -19,10 +19,12 @@ from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, ModelError, RecipeError
 from qlora_dpo.model import attention, copies, sources
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import training_bytes
+from qlora_dpo.model.budget import checkpoint, training_bytes
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.sources import Source
+from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import guard_adapter, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.training.checkpoint import newest_valid
@@ -248,3 +250,16 @@ def test_weight_decay_leaves_copies_of_norms_alone(untied: Source) -> None:
             "base_model.model.model.norm.modules_to_save.default.weight"
         }
         assert len(decayed) == len(parameters)
+
+
+def test_gradients_of_copies_are_those_of_padded_batches_and_of_recomputed_layers(untied: Source) -> None:
+    found = []
+    for packing, recomputed in ((jobs.PADDED, 0), (jobs.PACKED, 0), (jobs.PACKED, 2)):
+        model = jobs.stirred(attached(untied, recipe(untied, ["norm", "input_layernorm", "embed_tokens"]))).train()
+        checkpoint(model, recomputed)
+        scores = score(model, collate(jobs.pairs(5), packing), jobs.CPU)
+        (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
+        assert all(parameter.grad is not None for parameter in trainable(model).values())
+        found.append(jobs.gradients(model))
+    assert jobs.apart(found[1], found[0]) < 1e-5
+    assert jobs.apart(found[2], found[1]) < 1e-5

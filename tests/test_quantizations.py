@@ -27,6 +27,7 @@ from qlora_dpo.model.base import (
     quantization_of,
     quantized_layers,
 )
+from qlora_dpo.model.budget import dense_bytes
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import adapter_off, attach
 from qlora_dpo.preference.logps import score
@@ -91,6 +92,13 @@ def test_each_8_bit_row_is_its_largest_magnitude_in_127_steps() -> None:
         assert ((weight - before).abs() <= largest * (0.5 / 127 + 2**-10)).all(), name
         steps = weight / largest * 127
         torch.testing.assert_close(steps, steps.round(), atol=0.1, rtol=0)
+
+
+@KINDS
+def test_bytes_of_kept_weights_are_those_of_all_linear_layers(quantization: str) -> None:
+    layers = quantized_layers(loaded(quantization)).values()
+    elements = sum(layer.in_features * layer.out_features for layer in layers)
+    assert dense_bytes(loaded(quantization), torch.float32) == 4 * elements
 
 
 def test_every_block_of_fp4_has_at_most_16_values() -> None:
