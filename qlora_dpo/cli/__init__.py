@@ -26,13 +26,13 @@ def commands() -> None:
     """Tune a language model on preference pairs with QLoRA and DPO.
 
     \b
-    qlora-dpo init my-recipe.toml              a recipe of your own to start from
-    qlora-dpo check my-recipe.toml             what it would do, and whether it fits
-    qlora-dpo train recipes/quickstart.toml    a recipe becomes an adapter
-    qlora-dpo merge                            the newest adapter becomes a full model
-    qlora-dpo chat                             talk to either
-    qlora-dpo verify adapters/quickstart       is it still what was written?
-    qlora-dpo data show pairs.jsonl            look at preference data, lint and split it
+    qlora-dpo init my-recipe.toml            a recipe of your own to start from
+    qlora-dpo check my-recipe.toml           what it does, and whether it fits
+    qlora-dpo train recipes/quickstart.toml  a recipe becomes an adapter
+    qlora-dpo merge                          the newest adapter as a full model
+    qlora-dpo chat                           talk to either
+    qlora-dpo verify adapters/quickstart     is it still what was written?
+    qlora-dpo data show pairs.jsonl          look at data, lint and split it
     """
 
 
