@@ -164,6 +164,18 @@ def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: 
             "o_proj, q_proj, up_proj, v_proj",
         ),
         (
+            ["r.toml", "--set", "train.optim=paged_adamw_8bit"],
+            2,
+            f'{READING}train.optim = "paged_adamw_8bit" needs a CUDA GPU; on this CPU choose "adamw_torch", '
+            '"adafactor" or "sgd"',
+        ),
+        (
+            ["r.toml", "--set", "train.engine=trl", "--set", "objective.loss_type=simpo"],
+            2,
+            f'{READING}[objective] has loss_type = "simpo", which TRL\'s DPOTrainer does not have; leave it out, or '
+            'set train.engine = "qlora_dpo"',
+        ),
+        (
             ["r.toml", "--set", "objective.loss_type=kto"],
             2,
             f'{READING}loss_type = "kto" reads answers with a label, and the rows are pairs; choose another loss',

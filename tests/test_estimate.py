@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import architectures
 import jobs
 import pytest
 import tiny
@@ -158,6 +159,16 @@ def test_a_large_model_needs_no_memory_to_be_judged(tmp_path: Path) -> None:
         found.weights == 4 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28_672 + 2 * 8192) + 2 * 128_256 * 8192 + 8192
     )
     assert found.needed > 4 * 2**30 and not found.fits
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
+@pytest.mark.parametrize("place", [jobs.CPU, T4], ids=["cpu", "t4"])
+@pytest.mark.parametrize("kind", [*architectures.CONFIGS, *architectures.NOT_SERVED])
+def test_every_architecture_is_judged_in_the_layout_that_it_gets(kind: str, place: Device, tmp_path: Path) -> None:
+    config = {**architectures.CONFIGS, **architectures.NOT_SERVED}[kind]
+    found = estimate(folder(tmp_path, config), jobs.recipe("nf4"), place, LOAD, 2**33)
+    assert bool(found.padded) == (kind in architectures.NOT_SERVED)
+    assert found.fits and found.layers == 2
 
 
 def test_dora_keeps_more() -> None:

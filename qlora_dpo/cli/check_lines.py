@@ -47,7 +47,8 @@ def _rows(loaded: LoadedRecipe, found: Preflight) -> Iterator[Row]:
     yield from _recipe_rows(loaded, found)
     yield from _data_rows(found)
     yield from _token_rows(loaded, found)
-    yield from _grouped("device", OK, [line.partition(" ")[2].strip() for line in found.device.lines()])
+    padded = [f"padded batches, since {found.memory.padded}"] if found.memory.padded else []
+    yield from _grouped("device", OK, [line.partition(" ")[2].strip() for line in found.device.lines()] + padded)
     yield from _memory_rows(found)
 
 
@@ -190,6 +191,7 @@ def as_json(loaded: LoadedRecipe, found: Preflight) -> dict[str, Any]:
             "free_bytes": memory.free,
             "recomputed_layers": memory.recomputed,
             "layers": memory.layers,
+            "padded": memory.padded,
             "fits": memory.fits,
         },
         "warnings": list(found.warnings),

@@ -48,6 +48,8 @@ class Memory:
     """Parameters of the adapter."""
     weights: int
     """Parameters of the base."""
+    padded: str = ""
+    """Why pairs would go through the model in padded batches; empty if in packed rows."""
 
     @property
     def needed(self) -> int:
@@ -78,12 +80,15 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     base = on_meta(source, device)
     weights, dense = base_bytes(base, recipe.model, device), dense_bytes(base, device)
     parameters = sum(each.numel() for each in base.parameters())
-    attention.use(base)
+    padded = attention.why_not(base, load.sequence)
+    if not padded:
+        attention.use(base)
     model = attach(base, recipe.lora, recipe.train.seed)
     words = make_lean(model, device.torch_dtype)
-    per_token, moved = kept_per_token(model, device), trainable(model)
+    per_token, moved = kept_per_token(model, device, packed=not padded), trainable(model)
     trained = sum(each.numel() for each in moved.values())
-    row = max(load.sequence, min(recipe.train.micro_batch_tokens, load.step))
+    # a padded batch holds both sequences of a pair, as long as the longest
+    row = max(2 * load.sequence if padded else load.sequence, min(recipe.train.micro_batch_tokens, load.step))
     parts = {
         **({"CUDA's context and libraries": CUDA_LIBRARIES} if device.type == "cuda" else {}),
         **weights,
@@ -106,7 +111,7 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     told = f"activations of {row:,} tokens, {f'{count} of {layers} layers' if count else 'nothing'} recomputed"
     share = (layers - count + bool(count)) / max(1, layers)
     parts[told] = math.ceil(per_token.bytes(row, layers, count) + copies * share)
-    return Memory(parts, free, count, layers, trained, parameters)
+    return Memory(parts, free, count, layers, trained, parameters, padded)
 
 
 def _recomputed(table: TrainTable, per_token: Kept, layers: int, tokens: int, room: int) -> int:
@@ -176,13 +181,13 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -
             assert_never(never)
 
 
-def kept_per_token(model: PeftModel, device: Device) -> Kept:
-    """What `measured` finds on the weights themselves, on shapes alone: `model` is on meta, with its adapter.
+def kept_per_token(model: PeftModel, device: Device, *, packed: bool = True) -> Kept:
+    """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter.
 
     The variable-length kernels exist on a GPU only; a layer keeps for them what it keeps for spans.
     """
     backend: attention.Backend = "batched" if device.attention == "batched" else "spans"
-    batch = collate(PROBE, Packing(10**6, 0, backend))
+    batch = collate(PROBE, Packing(10**6, 0, backend if packed else None))
     if backend == "batched" and batch.layout is not None:
         batch.layout.unbucketed.numel()  # which tokens these are is decided on numbers, so before there are only shapes
     mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")

@@ -38,10 +38,7 @@ def make_optimizer(
         groups.append({"params": [parameters[name] for name in norms], "weight_decay": 0.0})
     rate: dict[str, Any] = {"lr": table.learning_rate, "weight_decay": table.weight_decay}
     adam: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-    if table.optim not in ("adamw_torch", "schedule_free_adamw", "adafactor", "sgd") and device.type != "cuda":
-        raise RecipeError(
-            f'train.optim = "{table.optim}" needs a CUDA GPU; on this CPU choose "adamw_torch", "adafactor" or "sgd"'
-        )
+    insist_on_optimizer(table, device)
     match table.optim:
         case "adamw_torch":
             return torch.optim.AdamW(groups, **rate, **adam)
@@ -59,6 +56,14 @@ def make_optimizer(
             return bnb.optim.PagedAdamW32bit(groups, **rate, **adam)  # type: ignore[no-any-return]
         case never:
             assert_never(never)
+
+
+def insist_on_optimizer(table: TrainTable, device: Device) -> None:
+    """Raise RecipeError for an optimizer that this device does not have."""
+    if table.optim not in ("adamw_torch", "schedule_free_adamw", "adafactor", "sgd") and device.type != "cuda":
+        raise RecipeError(
+            f'train.optim = "{table.optim}" needs a CUDA GPU; on this CPU choose "adamw_torch", "adafactor" or "sgd"'
+        )
 
 
 def make_schedule(optimizer: Optimizer, table: TrainTable, total_steps: int) -> LambdaLR:

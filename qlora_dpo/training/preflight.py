@@ -16,6 +16,7 @@ from qlora_dpo.preference.pack import longest
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.columns import columns_of
 from qlora_dpo.training.estimate import Load, Memory, estimate
+from qlora_dpo.training.optim import insist_on_optimizer
 from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.run import prepare
 
@@ -62,6 +63,11 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
 
     Raises what the run itself would raise before it loads weights.
     """
+    insist_on_optimizer(recipe.train, device)
+    if recipe.train.engine == "trl":
+        from qlora_dpo.training.trl_engine import insist_on_trls  # TRL takes seconds to import
+
+        insist_on_trls(recipe.objective)
     prepared = prepare(recipe, without_weights)
     train, heldout = prepared.train, prepared.heldout
     for side in (train, heldout):
