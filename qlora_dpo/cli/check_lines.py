@@ -12,6 +12,7 @@ from rich.text import Text
 from qlora_dpo.data.audit import OVERLONG, Audit
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe import LoadedRecipe
+from qlora_dpo.recipe_model import QUANTIZED
 from qlora_dpo.training.preflight import Preflight, counted_rows
 
 SHOWN_ROWS = 5
@@ -54,7 +55,7 @@ def _rows(loaded: LoadedRecipe, found: Preflight) -> Iterator[Row]:
 
 def _recipe_rows(loaded: LoadedRecipe, found: Preflight) -> Iterator[Row]:
     model, lora, train = loaded.recipe.model, loaded.recipe.lora, loaded.recipe.train
-    kind = "4-bit NF4" if model.quantization == "nf4" else "not quantized"
+    kind = QUANTIZED.get(model.quantization, "not quantized")
     told = [
         f"{loaded.path}: {loaded.recipe.objective.loss_type}, {found.steps:,} steps of {train.batch_size} pairs, "
         f"learning rate {train.learning_rate:g}",

@@ -26,6 +26,7 @@ from qlora_dpo.preference.logps import STATES_AT_ONCE, WORDS_AT_ONCE, hidden_sta
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe_reference import AdapterReference, EmaReference
 from qlora_dpo.recipe_train import TrainTable
 
 CUDA_LIBRARIES = 512 * 2**20
@@ -97,7 +98,9 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
         f"optimizer state ({recipe.train.optim})": optimizer_bytes(moved, recipe.train),
         "output head, a tile of logits, and what it reads": head_bytes(base, device, row),
     }
-    other_form = recipe.model.quantization == "nf4" or device.weight_dtype != device.torch_dtype
+    if isinstance(recipe.reference, AdapterReference | EmaReference):
+        parts["the reference's adapter, float32"] = trained * 4
+    other_form = recipe.model.quantization != "none" or device.weight_dtype != device.torch_dtype
     if device.type == "cuda" and other_form:
         parts["one layer's weights in the compute dtype"] = 2 * max(_elements(base)) * device.torch_dtype.itemsize
     elif other_form and dense <= (free - sum(parts.values())) * USABLE / 2:  # as `keep_dense_if_it_fits` decides
@@ -107,7 +110,7 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     # decided for a full row, also where a step has less
     count = _recomputed(recipe.train, per_token, layers, max(load.sequence, recipe.train.micro_batch_tokens), room)
     # DoRA's norms keep about two copies of a dequantized weight each for the backward pass
-    copies = 2 * dense if recipe.model.quantization == "nf4" and "DoraLinearVariant" in words else 0
+    copies = 2 * dense if recipe.model.quantization != "none" and "DoraLinearVariant" in words else 0
     told = f"activations of {row:,} tokens, {f'{count} of {layers} layers' if count else 'nothing'} recomputed"
     share = (layers - count + bool(count)) / max(1, layers)
     parts[told] = math.ceil(per_token.bytes(row, layers, count) + copies * share)
@@ -147,15 +150,18 @@ def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
     dense = sum(layer.weight.numel() for layer in linear) * device.weight_dtype.itemsize
     biases = sum(layer.bias.numel() for layer in linear if layer.bias is not None)
     narrower = biases * (device.weight_dtype.itemsize - device.torch_dtype.itemsize)
-    quantized = sum(nf4_bytes(layer.weight.numel(), table.double_quant) for layer in linear)
+    if table.quantization == "int8":
+        bits, quantized = 8, sum(layer.weight.numel() + 4 * layer.out_features for layer in linear)
+    else:
+        bits, quantized = 4, sum(four_bit_bytes(layer.weight.numel(), table.double_quant) for layer in linear)
     return {
-        f"4-bit weights of {len(linear):,} layers": quantized,
+        f"{bits}-bit weights of {len(linear):,} layers": quantized,
         f"embeddings and what else is not quantized, {stored}": everything - dense - narrower,
     }
 
 
-def nf4_bytes(elements: int, double_quant: bool) -> int:
-    """Bytes of a weight in NF4: half a byte an element, and a scale for each 64 of them (Dettmers et al. 2023).
+def four_bit_bytes(elements: int, double_quant: bool) -> int:
+    """Bytes of a weight in NF4 or FP4: half a byte an element, and a scale for each 64 of them (Dettmers et al. 2023).
 
     A scale is a float32, or a byte and a float32 for each 256 scales beside an offset. Each layer has tables of 16 and
     256 float32 values that the codes stand for.
@@ -169,7 +175,7 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -
     """Bytes of the optimizer's state beside `parameters`."""
     elements = sum(each.numel() for each in parameters.values())
     match table.optim:
-        case "adamw_torch" | "paged_adamw_32bit":
+        case "adamw_torch" | "schedule_free_adamw" | "paged_adamw_32bit":
             return elements * 8
         case "adamw_8bit" | "paged_adamw_8bit":
             return elements * 2
