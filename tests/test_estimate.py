@@ -60,11 +60,13 @@ def bytes_of(model: torch.nn.Module) -> int:
         if state is not None:
             nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
             total += sum(part.numel() * part.dtype.itemsize for part in (state.absmax, state.code, *nested))
-    return total
+    return total + sum(each.state.SCB.numel() * 4 for each in model.modules() if hasattr(each, "init_8bit_state"))
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    ("quantization", "double"),
+    [("none", True), ("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", True)],
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_bases_bytes_are_those_of_the_loaded_base(quantization: Any, double: bool, dtype: Any) -> None:
     place = replace(jobs.CPU, compute_dtype=dtype)

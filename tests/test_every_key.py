@@ -23,6 +23,7 @@ from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.objective import Columns
 from qlora_dpo.preference.reference import Store, reference_logps
 from qlora_dpo.recipe_objective import TABLES, loss_types
+from qlora_dpo.recipe_reference import REFERENCES
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.tracker import Tracker
@@ -56,6 +57,8 @@ CHANGES: dict[str, Change] = {
     "lora.use_dora": Change("true"),
     "lora.loraplus_lr_ratio": Change("16.0"),
     "lora.init_lora_weights": Change('"gaussian"'),
+    "lora.modules_to_save": Change('["norm"]'),
+    "lora.init_from": Change('"./started"', ("lora.r=4",)),
     "data.train": Change('"./other.jsonl"'),
     "data.train_split": Change('"extra"', ('data.train="./folder"',)),
     "data.eval": Change('"./other.jsonl"'),
@@ -95,8 +98,17 @@ CHANGES: dict[str, Change] = {
     "samples.prompts": Change("2"),
     "samples.show": Change("0"),
     "samples.max_new_tokens": Change("2"),
+    "samples.at_evaluations": Change("1"),
     "samples.group_by": Change('"kind"'),
     "samples.count_matching": Change('"e"'),
+    "reference.path": Change('"./other-start"', ("lora.r=4", 'reference.kind="adapter"', 'reference.path="./started"')),
+    "reference.name": Change('"./model"', ('reference.kind="model"', 'reference.name="./other-model"')),
+    "reference.quantization": Change(
+        '"none"', ('reference.kind="model"', 'reference.name="./other-model"', 'reference.quantization="nf4"')
+    ),
+    "reference.double_quant": Change("false", ('reference.kind="model"', 'reference.name="./other-model"')),
+    "reference.ref_model_mixup_alpha": Change("0.1", ('reference.kind="ema"', "reference.ref_model_sync_steps=1")),
+    "reference.ref_model_sync_steps": Change("2", ('reference.kind="ema"', "reference.ref_model_sync_steps=1")),
     "objective.weight_column": Change('"weight"'),
     "objective.margin_column": Change('"margin"'),
     "objective.score_columns": Change(
@@ -111,7 +123,11 @@ ELSEWHERE = {
     "watch.displacement_nats": ("test_watch.py", "displacement_nats"),
     "watch.vanishing_share": ("test_watch.py", "vanishing_share"),
     "watch.skipped_share": ("test_watch.py", "skipped_share"),
+    "reference.revision": ("test_model_sources.py", "revision"),
+    "reference.sha256": ("test_model_sources.py", "sha256"),
     "track.wandb": ("test_tracker.py", "wandb"),
+    "track.tensorboard": ("test_trackers.py", "tensorboard"),
+    "track.trackio": ("test_trackers.py", "trackio"),
 }
 """Keys that need a hub, a package index, a GPU or a service, and the tests that have one."""
 
@@ -119,8 +135,9 @@ ELSEWHERE = {
 def every_key() -> list[str]:
     """All keys of a recipe but those of losses, and those of losses that name columns of the data."""
     tables = jobs.recipe(track={"wandb": "project"}).model_dump()
-    plain = [f"{name}.{key}" for name, keys in tables.items() if name != "objective" for key in keys]
-    return [*plain, *(key for key in CHANGES if key.startswith("objective."))]
+    plain = [f"{name}.{key}" for name, keys in tables.items() if name not in ("objective", "reference") for key in keys]
+    references = {f"reference.{key}" for table in REFERENCES for key in table.model_fields if key != "kind"}
+    return [*plain, *sorted(references), *(key for key in CHANGES if key.startswith("objective."))]
 
 
 RECIPE = """
@@ -168,6 +185,7 @@ def written(folder: Path) -> dict[str, Any]:
         "results": {key: value for key, value in results.items() if key not in ("seconds", "evals")},
         "audit": audit,
         "samples": (folder / "samples.jsonl").read_text(),
+        "files": sorted(each.name for each in folder.iterdir()),
         "checkpoints": sorted(each.name for each in folder.glob("checkpoints/*")),
     }
 
@@ -197,6 +215,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, .
     for name, content in {**files, **folder}.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (place / "base.toml").write_text(RECIPE)
+    starts = [
+        ["train", "base.toml", "-o", name, "--max-steps=1", "--set", "lora.r=4", "--set", f"train.seed={seed}"]
+        for name, seed in (("started", 1), ("other-start", 2))
+    ]
     runs = list(
         dict.fromkeys(
             settings
@@ -210,14 +232,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, .
     ]
     environment = {"QLORA_DPO_CACHE": str(place / "cache"), "PYTHONPATH": f"{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(commands)],
+        [sys.executable, "-c", RUN, json.dumps([*starts, *commands])],
         cwd=place,
         env={**__import__("os").environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()][len(starts) :]
     assert len(found) == len(runs), done.stderr
     yield {
         run: {"code": code, "table": out if "samples.show" in str(run) or not run else "", "said": said(err)}

@@ -149,14 +149,15 @@ def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
     linear = _linear(base)
     dense = sum(layer.weight.numel() for layer in linear) * device.weight_dtype.itemsize
     biases = sum(layer.bias.numel() for layer in linear if layer.bias is not None)
-    narrower = biases * (device.weight_dtype.itemsize - device.torch_dtype.itemsize)
+    # a 4-bit layer keeps its bias in the compute dtype, an 8-bit one as it was
+    saved = 0 if table.quantization == "int8" else device.weight_dtype.itemsize - device.torch_dtype.itemsize
     if table.quantization == "int8":
         bits, quantized = 8, sum(layer.weight.numel() + 4 * layer.out_features for layer in linear)
     else:
         bits, quantized = 4, sum(four_bit_bytes(layer.weight.numel(), table.double_quant) for layer in linear)
     return {
         f"{bits}-bit weights of {len(linear):,} layers": quantized,
-        f"embeddings and what else is not quantized, {stored}": everything - dense - narrower,
+        f"embeddings and what else is not quantized, {stored}": everything - dense - biases * saved,
     }
 
 
