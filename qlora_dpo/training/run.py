@@ -191,7 +191,7 @@ def _attached(
     for each in saved:
         with opened_by_peft(base, each) as opened:
             opened_LV[each] = probe(opened, probed, device)
-    model, frozen = attach(base, recipe.lora, recipe.train.seed), None
+    model, frozen = attach(base, recipe.lora, recipe.train.seed).eval(), None  # new layers would drop out inputs
     for each in saved:
         put(model, each)
         guard_opened(model, opened_LV[each], probed, device, each.folder)
