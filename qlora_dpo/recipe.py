@@ -225,7 +225,10 @@ def _absolute(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
 
     def folder(key: str, name: str) -> str:
         start = Path.cwd() if key in set_by_hand else home
-        return str((start / Path(name).expanduser()).resolve())
+        try:
+            return str((start / Path(name).expanduser()).resolve())
+        except RuntimeError as error:
+            raise RecipeError(f"{key} is {name}, and there is no such home folder; write the whole path") from error
 
     def place(key: str, name: str) -> str:
         return folder(key, name) if is_local(name) else name

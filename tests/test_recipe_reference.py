@@ -99,6 +99,14 @@ def test_paths_start_at_the_recipe_and_those_set_by_hand_at_the_current_folder(e
     assert read.reference == ModelReference(kind="model", name=str(empty_folder / "recipes" / "z"))
 
 
+@pytest.mark.parametrize("key", ["lora.init_from", "model.name", "data.train"])
+def test_the_home_of_nobody_is_refused(key: str, empty_folder: Path) -> None:
+    Path("a.toml").write_text(BOTH)
+    with pytest.raises(RecipeError) as error:
+        load("a.toml", [f"{key}=~nobody-here/x"])
+    assert str(error.value) == f"{key} is ~nobody-here/x, and there is no such home folder; write the whole path"
+
+
 def test_the_policy_starts_from_the_reference_unless_told_otherwise() -> None:
     def read(**tables: object) -> Recipe:
         return Recipe.model_validate({"model": {"name": "./m"}, "data": {"train": "./t.jsonl"}, **tables})
