@@ -3,6 +3,8 @@
 import json
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,15 +200,29 @@ def test_labelled_answers_are_checked_too(place: Path, capsys: pytest.CaptureFix
     assert (found["data"]["length"], found["warnings"]) == (None, [])
 
 
-def test_hub_models_are_checked_without_their_weights(tmp_path: Path) -> None:
+FETCH = (
+    "import sys; from qlora_dpo.model.sources import fetch; from qlora_dpo.recipe_model import ModelTable;"
+    "fetch(ModelTable(name=sys.argv[1], revision=sys.argv[2]))"
+)
+
+
+def test_hub_models_are_checked_without_their_weights_which_a_run_still_gets(tmp_path: Path) -> None:
     workplace.fill(tmp_path / "hub")
     with workplace.Hub(tmp_path / "hub") as hub:
         place = workplace.Workplace(tmp_path / "work", hub)
-        done = place.run("check", workplace.HH, "--json")
+        pinned = hub.commit("models", workplace.MODEL)
+        done = place.run("check", workplace.HH, "--json", "--set", f"model.revision={pinned}")
         assert done.returncode == 0, done.stderr
-        assert not [request for request in hub.log if request.endswith(".safetensors")], hub.log
-    assert json.loads(done.stdout)["data"]["train"]["used"] == 48
-    assert {file.parent.name for file in (tmp_path / "work").rglob("*.safetensors")} == {"encoded"}
+        assert json.loads(done.stdout)["data"]["train"]["used"] == 48
+        assert not [request for request in hub.log if ".safetensors" in request], hub.log
+        assert {file.parent.name for file in (tmp_path / "work").rglob("*.safetensors")} == {"encoded"}
+        fetch = [sys.executable, "-c", FETCH, workplace.MODEL, pinned]
+        for environment, code in (({"HF_HUB_OFFLINE": "1"}, 1), ({}, 0)):
+            fetched = subprocess.run(fetch, env=place.environment(**environment), capture_output=True, text=True)
+            assert fetched.returncode == code, fetched.stderr
+            told = f"{workplace.MODEL}: is not in the cache, and the hub cannot be reached; connect and try again"
+            assert (told in fetched.stderr) == bool(code)
+        assert [request for request in hub.log if ".safetensors" in request]
 
 
 def test_the_machine_is_a_block_to_paste(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

