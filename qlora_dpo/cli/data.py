@@ -126,14 +126,14 @@ def split(source: str, folder: Path, share: float) -> None:
     \b
     qlora-dpo data split pairs.jsonl -o pairs
     """
-    from qlora_dpo.data.encode import is_held_out
+    from qlora_dpo.data.pairs import in_share
     from qlora_dpo.errors import RunError
 
     if folder.exists():
         raise RunError(f"{folder}: is there already; name a new folder with -o DIR")
     table, _ = _table(source)
     rows, found = _found(table, "train")
-    held = {pair.row for pair in found.pairs if is_held_out(pair, share)}
+    held = {pair.row for pair in found.pairs if in_share(pair.prompt, share)}
     train = {pair.row for pair in found.pairs} - held
     if not held or not train:
         raise RunError(f"{rows.name}: has too few prompts for a share of {share:g}; name another --share")
@@ -171,7 +171,7 @@ def _found(table: "DataTable", part: "Part") -> "tuple[Rows, Found]":
     return rows, find_pairs(rows, reading=Reading(table.format, table.columns, table.ranked_pairs == "all"))
 
 
-def _sides(table: "DataTable") -> "tuple[list[Pair], list[Pair]]":
+def _sides(table: "DataTable") -> "tuple[Sequence[Pair], Sequence[Pair]]":
     """Training and held-out pairs; no held-out ones where a share of the prompts is held out, which cannot overlap."""
     train = _found(table, "train")[1].pairs
     return train, [] if table.held_out_share is not None else _found(table, "eval")[1].pairs

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_dpo.errors import DataError
 
@@ -131,9 +132,9 @@ def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
         )
 
 
-def quantiles(lengths: Sequence[int]) -> tuple[int, int, int]:
+def quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, int, int]:
     """Median, 95th percentile (both the lower of two neighbours) and maximum; three zeros for no lengths."""
-    if not lengths:
+    if not len(lengths):
         return 0, 0, 0
     p50, p95, longest = np.quantile(lengths, [0.5, 0.95, 1.0], method="lower")
     return int(p50), int(p95), int(longest)

@@ -1,24 +1,25 @@
 """Pairs become token ids: the prompt, and each answer from where the prompt ends to the template's end token."""
 
-import json
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format
-from qlora_dpo.data.chat_template import REFUSALS, chat_ids, habits, repairs
+from qlora_dpo.data.chat_template import AS_TEXT, FOLDED, REFUSALS, Habits, habits, ids_together, repairs
 from qlora_dpo.data.dialogue import Message, Unusable, printable
-from qlora_dpo.data.encoded import EncodedPair, Ids, digest
+from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, Ids, digest
 from qlora_dpo.data.encoded_cache import keep, key_of, look_up
+from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.data.limits import TooMuch
 from qlora_dpo.data.overlong import cut_prompt
-from qlora_dpo.data.pairs import Found, Pair, Reading, find_pairs
+from qlora_dpo.data.pairs import Found, Numbers, Pair, Reading, find_pairs
 from qlora_dpo.data.sources import Part, Rows, read_rows
 from qlora_dpo.errors import DataError, ModelError, SourceError
 from qlora_dpo.recipe_data import DataTable
@@ -32,8 +33,8 @@ CHUNK = 1024
 class PairSet:
     """The usable pairs of one part of the data in the order of their rows, as ids and as text, and their account."""
 
-    encoded: list[EncodedPair]
-    pairs: list[Pair]
+    encoded: Sequence[EncodedPair]
+    pairs: Sequence[Pair]
     audit: Audit
 
 
@@ -55,55 +56,86 @@ def load_pairs(
     form = chat_format(tokenizer)
     rows = read_rows(table, part)
     reading = Reading(table.format, table.columns, table.ranked_pairs == "all")
-    found = find_pairs(rows, keep, reading)
-    apart = set[int]()
-    if table.held_out_share is not None:
-        mine = [pair for pair in found.pairs if is_held_out(pair, table.held_out_share) == (part == "eval")]
-        apart = {pair.row for pair in found.pairs} - {pair.row for pair in mine}
-        if part == "eval":  # a row that is no pair belongs to no side; the training part accounts for it
-            apart |= {row for numbers in found.dropped.values() for row in numbers}
-        found = Found(found.shape, mine, found.dropped if part == "train" else {})
+    found, apart = _own(find_pairs(rows, keep, reading, table.held_out_share), part)
     wanted = table.max_train_samples if part == "train" else table.max_eval_samples
-    order = found.pairs if wanted is None else _drawn(found.pairs, len(rows.rows), seed)
-    used: list[tuple[EncodedPair, Pair]] = []
+    order = np.arange(len(found.pairs)) if wanted is None else _drawn(found.row_P, len(rows.rows), seed)
+    used = _Used()
     dropped = {reason: list(numbers) for reason, numbers in found.dropped.items()}
     looked_at = 0
-    for pair, result in _results(order, tokenizer, form, table):
+    for place, pair, result in _results(found.pairs, order, tokenizer, form, table):
         looked_at += 1
         if isinstance(result, str):
             dropped.setdefault(result, []).append(pair.row)
             continue
-        used.append(result)
-        if len(used) == wanted:
+        used.add(place, pair, *result, habits(tokenizer))
+        if len(used.encoded) == wanted:
             break
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
-    used.sort(key=lambda both: both[0].row)
-    left_out = _once(dropped, {pair.row for pair, _ in used})
+    numbers = used.encoded.rows()
+    left_out = _once(dropped, set(numbers.tolist()))
+    drawn = np.unique(found.row_P[order[:looked_at]])
     audit = Audit(
         source=rows.name,
         shape=found.shape.value,
         rows=len(rows.rows),
-        used=len(used),
+        used=len(numbers),
         at_reading=sum(map(len, found.dropped.values())),
-        apart=len(apart),
-        further=len(used) - len({pair.row for pair, _ in used}),
+        apart=apart,
+        further=len(numbers) - len(np.unique(numbers)),
         dropped=left_out,
-        not_drawn=len({pair.row for pair in order} - {pair.row for pair in order[:looked_at]}),
-        repaired=_repaired([pair for _, pair in used], {pair.row: pair for pair in found.pairs}, tokenizer),
-        tokens=_lengths([each for each, _ in used]),
+        not_drawn=len(np.unique(found.row_P)) - len(drawn),
+        repaired=used.repairs(),
+        tokens=dict(zip(("prompt", "chosen", "rejected"), map(quantiles, used.encoded.lengths().T), strict=True)),
         first={reason: rows.place(numbers[0]) for reason, numbers in left_out.items()},
         note=form.note,
     )
-    if not used:
+    if not len(numbers):
         raise DataError(_none_usable(audit))
-    return PairSet([each for each, _ in used], [each for _, each in used], audit)
+    by_row = np.argsort(numbers, kind="stable")
+    return PairSet(used.encoded.pairs().only(by_row), used.texts(found.pairs).only(by_row), audit)
 
 
-def is_held_out(pair: Pair, share: float) -> bool:
-    """True for the share of all prompts that is held out: it depends on the prompt's text alone."""
-    text = json.dumps(pair.prompt, ensure_ascii=False, sort_keys=True)
-    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
+def _own(found: Found, part: Part) -> tuple[Found, int]:
+    """The pairs of one part, and how many rows are the other part's, where a share of the prompts is held out."""
+    if found.held_P is None:
+        return found, 0
+    mine = found.only(found.held_P == (part == "eval"))
+    apart = len(np.setdiff1d(found.row_P, mine.row_P))
+    if part == "train":
+        return mine, apart
+    # a row that is no pair belongs to no side; the training part accounts for it
+    return replace(mine, dropped={}), apart + sum(map(len, found.dropped.values()))
+
+
+class _Used:
+    """The pairs that are used, as they are found."""
+
+    def __init__(self) -> None:
+        self.encoded = EncodedPairs()
+        self.places = array("q")
+        self.cut = dict[int, Pair]()
+        self.repaired: dict[str, list[int]] = {CUT: [], FOLDED: [], AS_TEXT: []}
+
+    def add(self, place: int, found: Pair, encoded: EncodedPair, pair: Pair, own: Habits) -> None:
+        """Take in the pair that was found at `place`, as it is encoded."""
+        if pair is not found:
+            self.cut[len(self.places)] = pair
+            self.repaired[CUT].append(pair.row)
+        answers: list[Message] = [{"role": "assistant", "content": each} for each in (pair.chosen, pair.rejected)]
+        for what in repairs(own, [*pair.prompt, *answers]):
+            self.repaired[what].append(pair.row)
+        self.encoded.add(encoded)
+        self.places.append(place)
+
+    def repairs(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of the used rows by what was done to them, in the order in which it was first done."""
+        done = [(what, tuple(sorted(rows))) for what, rows in self.repaired.items() if rows]
+        return dict(sorted(done, key=lambda each: each[1][0]))
+
+    def texts(self, pairs: Sequence[Pair]) -> Lazily[Pair]:
+        """The pairs as text."""
+        return Lazily(len(self.places), lambda index: self.cut.get(index) or pairs[self.places[index]])
 
 
 def _once(dropped: Mapping[str, Sequence[int]], used: set[int]) -> dict[str, tuple[int, ...]]:
@@ -116,28 +148,11 @@ def _once(dropped: Mapping[str, Sequence[int]], used: set[int]) -> dict[str, tup
     return left_out
 
 
-def _repaired(
-    used: Sequence[Pair], before: dict[int, Pair], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, tuple[int, ...]]:
-    """Numbers of the used rows by what was done to them."""
-    own, done = habits(tokenizer), dict[str, list[int]]()
-    for pair in used:
-        if pair.prompt != before[pair.row].prompt:
-            done.setdefault(CUT, []).append(pair.row)
-        texts: list[Message] = [
-            *pair.prompt,
-            *({"role": "assistant", "content": each} for each in (pair.chosen, pair.rejected)),
-        ]
-        for what in repairs(own, texts):
-            done.setdefault(what, []).append(pair.row)
-    return {what: tuple(rows) for what, rows in done.items()}
-
-
-def _drawn(pairs: Sequence[Pair], rows: int, seed: int) -> list[Pair]:
-    """`pairs` in the order of the draw. `random.random()` is the one method Python keeps the same in all versions."""
+def _drawn(row_P: Numbers, rows: int, seed: int) -> Numbers:
+    """The pairs in the order of the draw. `random.random()` is the one method Python keeps the same in all versions."""
     generator = random.Random(seed)  # noqa: S311 - a draw of samples, no secret
-    draws = [generator.random() for _ in range(rows)]
-    return sorted(pairs, key=lambda pair: draws[pair.row - 1])
+    draws = np.array([generator.random() for _ in range(rows)])
+    return np.argsort(draws[row_P - 1], kind="stable")
 
 
 Result = tuple[EncodedPair, Pair] | str
@@ -145,20 +160,21 @@ Result = tuple[EncodedPair, Pair] | str
 
 
 def _results(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat, table: DataTable
-) -> Iterator[tuple[Pair, Result]]:
-    """Yield every pair in order with what became of it."""
-    for start in range(0, len(pairs), CHUNK):
-        chunk = pairs[start : start + CHUNK]
-        for pair, encoded in zip(chunk, _encoded_once(chunk, tokenizer, form), strict=True):
+    pairs: Sequence[Pair], order: Numbers, tokenizer: PreTrainedTokenizerBase, form: ChatFormat, table: DataTable
+) -> Iterator[tuple[int, Pair, Result]]:
+    """Yield every pair in `order`, with its place among `pairs` and what became of it."""
+    for start in range(0, len(order), CHUNK):
+        places = order[start : start + CHUNK].tolist()
+        chunk = [pairs[place] for place in places]
+        for place, pair, encoded in zip(places, chunk, _encoded_once(chunk, tokenizer, form), strict=True):
             if isinstance(encoded, str):
-                yield pair, encoded
+                yield place, pair, encoded
             elif tokens(encoded) <= table.max_length:
-                yield pair, (encoded, pair)
+                yield place, pair, (encoded, pair)
             elif table.overlong == "cut_prompt":
-                yield pair, _cut(pair, tokenizer, form, table.max_length)
+                yield place, pair, _cut(pair, tokenizer, form, table.max_length)
             else:
-                yield pair, OVERLONG
+                yield place, pair, OVERLONG
 
 
 def _encoded_once(
@@ -180,8 +196,7 @@ def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: Chat
     """Encode pairs of any length together; for each, its ids or the reason why it has none."""
     chosen, rejected = ([_whole(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
     try:
-        prompts = chat_ids(tokenizer, [pair.prompt for pair in pairs], answered=False)
-        answered = chat_ids(tokenizer, [*chosen, *rejected], answered=True)
+        found = ids_together(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected])
     except (*REFUSALS, Unusable, TooMuch) as error:
         if len(pairs) > 1:
             return [each for pair in pairs for each in encode([pair], tokenizer, form)]
@@ -195,7 +210,7 @@ def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: Chat
             case _:
                 return [f"chat template refuses it: {printable(str(error))}"]
     count = len(pairs)
-    parts = zip(pairs, prompts, answered[:count], answered[count:], strict=True)
+    parts = zip(pairs, found[:count], found[count : 2 * count], found[2 * count :], strict=True)
     return [_encoded(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
 
 
@@ -233,14 +248,6 @@ def _cut(pair: Pair, tokenizer: PreTrainedTokenizerBase, form: ChatFormat, max_l
         return str(unusable)
     encoded = encode([fitting], tokenizer, form)[0]
     return encoded if isinstance(encoded, str) else (encoded, fitting)
-
-
-def _lengths(encoded: Sequence[EncodedPair]) -> dict[str, tuple[int, int, int]]:
-    return {
-        "prompt": quantiles([len(pair.prompt) for pair in encoded]),
-        "chosen": quantiles([len(pair.chosen) for pair in encoded]),
-        "rejected": quantiles([len(pair.rejected) for pair in encoded]),
-    }
 
 
 def _too_long(rows: Rows, over: Sequence[int], max_length: int) -> str:

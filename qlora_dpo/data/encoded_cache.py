@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -41,7 +42,12 @@ def key_of(pairs: Sequence[Pair], tokenizer: Any, form: ChatFormat) -> str | Non
     name = hashlib.sha256(tokenizer_text.encode())
     name.update(repr(form).encode())
     for pair in pairs:
-        name.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+        texts = [
+            *(text for turn in pair.prompt for text in (turn["role"], turn["content"])),
+            pair.chosen,
+            pair.rejected,
+        ]
+        name.update(f"{list(map(len, texts))}{''.join(texts)}".encode())
     return name.hexdigest()
 
 
@@ -73,12 +79,15 @@ def look_up(key: str, pairs: Sequence[Pair]) -> list[Result] | None:
 def keep(key: str, results: Sequence[Result]) -> None:
     """Write what became of some pairs."""
     encoded = [result if isinstance(result, EncodedPair) else None for result in results]
-    ids = [token for each in encoded if each for part in (each.prompt, each.chosen, each.rejected) for token in part]
+    ids = array("i")
+    for each in encoded:
+        if each:
+            ids.extend(each.prompt + each.chosen + each.rejected)
     lengths = [(len(each.prompt), len(each.chosen), len(each.rejected)) if each else (0, 0, 0) for each in encoded]
     digests = b"".join(each.digest if each else bytes(32) for each in encoded)
     reasons = json.dumps([result if isinstance(result, str) else "" for result in results]).encode()
     content: dict[str, Any] = {
-        "ids": np.array(ids, dtype=np.int32),
+        "ids": np.frombuffer(ids, dtype=np.int32),
         "lengths": np.array(lengths, dtype=np.int32).reshape(-1, 3),
         "digests": np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32),
         "reasons": np.frombuffer(reasons, dtype=np.uint8),

@@ -1,30 +1,41 @@
 """Local data files: JSON lines, JSON, CSV and Parquet read into rows whose place in the file is known."""
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qlora_dpo.data.lazily import Lazily
+from qlora_dpo.data.spool import IN_MEMORY, Spool
 from qlora_dpo.errors import DataError, RecipeError, SourceError
 from qlora_dpo.recipe_tables import DATA_ENDINGS
 
 Row = dict[str, Any]
 
+BLOCK = 512
+"""Rows of an Arrow table that become Python objects at a time, where they are read one after another."""
+
 
 @dataclass(frozen=True)
 class FileRows:
-    """The rows of one file in its order; `lines` holds the line, counted from 1, on which each row ends or starts."""
+    """The rows of one file in its order; `lines` holds the line, counted from 1, on which each row ends or starts.
+
+    Rows of JSON lines are parsed when they are asked for, and may then raise DataError.
+    """
 
     name: str
-    rows: list[Row]
+    rows: Sequence[Row]
     lines: Sequence[int] | None
 
     def place(self, row: int) -> str:
@@ -54,34 +65,56 @@ def read_file(path: Path) -> FileRows:
     if kind is None:
         endings = ", ".join(DATA_ENDINGS)
         raise RecipeError(f"{shown(path)}: is not a data file that can be read; its name must end in one of {endings}")
-    if kind == ".parquet":
-        read = FileRows(shown(path), _parquet(path), None)
-    else:
-        text = _text(path, kind)
-        match kind.removesuffix(".gz"):
-            case ".csv":
-                read = _csv(shown(path), text)
-            case ".json" if text.lstrip()[:1] == "[":
-                read = FileRows(shown(path), _json_array(shown(path), text), None)
-            case _:
-                read = _json_lines(shown(path), text)
+    name = shown(path)
+    content = _opened(path, kind)
+    read = FileRows(name, _parquet(name, content.file), None) if kind == ".parquet" else _text(name, kind, content)
     if not read.rows:
-        raise DataError(f"{shown(path)}: holds no rows; a preference set has one pair per row")
+        raise DataError(f"{name}: holds no rows; a preference set has one pair per row")
     return read
 
 
-def _bytes(path: Path, kind: str) -> bytes:
+def _text(name: str, kind: str, content: Spool) -> FileRows:
+    starts, lines, first = _checked_lines(name, content.file)
+    match kind.removesuffix(".gz"):
+        case ".csv":
+            return _csv(name, content.file)
+        case ".json" if first == b"[":
+            content.file.seek(0)
+            return FileRows(name, _json_array(name, content.file.read().decode("utf-8-sig")), None)
+        case _:
+            return _json_lines(name, content, starts, lines)
+
+
+def arrow_rows(table: pa.Table) -> Lazily[Row]:
+    """The rows of an Arrow table; those that are asked for one after another are made a block at a time."""
+    start, block = 0, list[Row]()
+
+    def make(index: int) -> Row:
+        nonlocal start, block
+        if not start <= index < start + len(block):
+            # one row if it is asked for alone, since making a row takes much longer than finding it
+            size = BLOCK if index in (0, start + len(block)) else 1
+            start, block = index, table.slice(index, size).to_pylist()
+        return block[index - start]
+
+    return Lazily(table.num_rows, make)
+
+
+def _opened(path: Path, kind: str) -> Spool:
+    """The file's bytes, unpacked; a large file stays on disk."""
     name = shown(path)
     try:
-        content = path.read_bytes()
+        if not kind.endswith(".gz"):
+            small = path.stat().st_size <= IN_MEMORY
+            return Spool(io.BytesIO(path.read_bytes()) if small else path.open("rb"))
+        content = Spool()
+        with gzip.open(path) as packed:
+            while some := packed.read(2**20):
+                content.add(some)
+        content.file.seek(0)
+        return content
     except FileNotFoundError as error:
         raise RecipeError(f"{name}: there is no such file; correct the path in the recipe") from error
-    except OSError as error:
-        raise SourceError(f"{name}: cannot be read: {error.strerror}") from error
-    if not kind.endswith(".gz"):
-        return content
-    try:
-        return gzip.decompress(content)
     except EOFError as error:
         raise DataError(f"{name}: the gzip data ends too early; copy or download the file again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -89,28 +122,47 @@ def _bytes(path: Path, kind: str) -> bytes:
             f"{name}: is not gzip data, or is damaged; take .gz off its name if it is plain text, "
             "else copy or download the file again"
         ) from error
+    except OSError as error:
+        raise SourceError(f"{name}: cannot be read: {error.strerror}") from error
 
 
-def _text(path: Path, kind: str) -> str:
-    content = _bytes(path, kind)
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{shown(path)}: is UTF-16 text; save the file as UTF-8")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{shown(path)}:{line}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+def _checked_lines(name: str, file: IO[bytes]) -> "tuple[array[int], array[int], bytes]":
+    """Where each line that is not blank starts and its number, from 1, and the first byte that is no white space.
+
+    Raises DataError for text that is not UTF-8. A byte order mark at the start is left out.
+    """
+    starts, lines, first = array("q"), array("q"), b""
+    mark = 0
+    place = 0
+    for number, line in enumerate(file, 1):
+        content = line
+        if number == 1:
+            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DataError(f"{name}: is UTF-16 text; save the file as UTF-8")
+            content = line.removeprefix(codecs.BOM_UTF8)
+            mark = len(line) - len(content)
+            place = mark
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            byte = place - mark + error.start
+            raise DataError(f"{name}:{number}: is not UTF-8 text (byte {byte}); save it as UTF-8") from error
+        if not text.isspace():
+            first = first or text.lstrip()[0].encode()
+            starts.append(place)
+            lines.append(number)
+        place += len(content)
+    starts.append(place)
+    return starts, lines, first
 
 
-def _json_lines(name: str, text: str) -> FileRows:
-    rows: list[Row] = []
-    lines: list[int] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line or line.isspace():
-            continue
-        rows.append(_object(f"{name}:{number}", _json(name, line, number)))
-        lines.append(number)
-    return FileRows(name, rows, lines)
+def _json_lines(name: str, content: Spool, starts: "array[int]", lines: "array[int]") -> FileRows:
+    def make(index: int) -> Row:
+        # up to the next line that is not blank
+        text = content.read(starts[index], starts[index + 1]).decode().partition("\n")[0]
+        return _object(f"{name}:{lines[index]}", _json(name, text, lines[index]))
+
+    return FileRows(name, Lazily(len(lines), make), lines)
 
 
 def _json_array(name: str, text: str) -> list[Row]:
@@ -140,41 +192,54 @@ def _json(name: str, text: str, first_line: int) -> Any:
         raise DataError(f"{name}:{first_line}: is nested too deeply to be a preference pair") from error
 
 
-def _csv(name: str, text: str) -> FileRows:
+def _csv(name: str, file: IO[bytes]) -> FileRows:
     csv.field_size_limit(1 << 30)  # the default of 131,072 characters refuses long dialogues
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
-    lines: list[int] = []
+    file.seek(0)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True)
+    lines = array("q")
     try:
         header = next(reader, [])
         if repeated := [column for column in dict.fromkeys(header) if header.count(column) > 1]:
             raise DataError(f'{name}:1: names the column "{repeated[0]}" twice; column names must differ')
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{name}:{reader.line_num}: has {len(fields)} fields where the header has {len(header)}; "
-                    "put text with commas, quotes or line breaks in double quotes"
-                )
-            rows.append(dict(zip(header, fields, strict=True)))
-            lines.append(reader.line_num)
+        schema = pa.schema([(column, pa.string()) for column in header])
+        records = _records(name, reader, len(header), lines)
+        batches = list[pa.RecordBatch]()
+        while some := list(islice(records, BLOCK)):
+            columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
+            batches.append(pa.record_batch(columns, schema=schema))
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num}: is not valid CSV: {error}") from error
-    return FileRows(name, rows, lines)
+    finally:
+        text.detach()
+    return FileRows(name, arrow_rows(pa.Table.from_batches(batches, schema)), lines)
 
 
-def _parquet(path: Path) -> list[Row]:
-    name = shown(path)
-    content = pa.BufferReader(_bytes(path, ".parquet"))
+def _records(name: str, reader: Any, columns: int, lines: "array[int]") -> Iterator[list[str]]:
+    """The records below the header; `lines` gets the line on which each ends."""
+    for fields in reader:
+        if not fields:
+            continue
+        if len(fields) != columns:
+            raise DataError(
+                f"{name}:{reader.line_num}: has {len(fields)} fields where the header has {columns}; "
+                "put text with commas, quotes or line breaks in double quotes"
+            )
+        lines.append(reader.line_num)
+        yield fields
+
+
+def _parquet(name: str, file: IO[bytes]) -> Lazily[Row]:
     try:
-        return list(pq.ParquetFile(content).read().to_pylist())
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}: holds text that is not UTF-8; write the Parquet file again from UTF-8 text"
-        ) from error
+        table = pq.ParquetFile(file).read()
+        table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
+        if "UTF8" in str(error):
+            raise DataError(
+                f"{name}: holds text that is not UTF-8; write the Parquet file again from UTF-8 text"
+            ) from error
         raise DataError(f"{name}: is not Parquet data, or is damaged; copy or download the file again") from error
+    return arrow_rows(table)
 
 
 def kind_of(value: object) -> str:

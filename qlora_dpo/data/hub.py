@@ -23,12 +23,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
+from qlora_dpo.data.files import Row, arrow_rows
+from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
 
 ASK_SECONDS = 10.0
 
 
-def read_hub(name: str, split: str, revision: str | None) -> list[dict[str, Any]]:
+def read_hub(name: str, split: str, revision: str | None) -> Lazily[Row]:
     """Return every row of one split of a hub data set; `split` may be a slice (`train[:5000]`).
 
     The hub is asked once, without retries, which commit `revision` is. If that commit is in the cache, or the hub
@@ -47,7 +49,7 @@ def read_hub(name: str, split: str, revision: str | None) -> list[dict[str, Any]
             if not sys.stderr.isatty():
                 datasets.disable_progress_bars()
             table = datasets.load_dataset(f"hf://datasets/{name}", split=split, revision=revision or "main")
-        return list(table.to_list())
+        return arrow_rows(table.data.table)
 
 
 def _ask(name: str, revision: str | None) -> str:

@@ -1,14 +1,24 @@
 """Rows become pairs: the shape of the data is recognised, every row is checked, and unusable rows get a reason."""
 
-from collections.abc import Mapping
+import json
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlora_dpo.data.dialogue import Message, Unusable, check_roles
 from qlora_dpo.data.files import Row
+from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.data.shapes import NAMES, Shape, named, recognise, renamed, turns_of
 from qlora_dpo.data.sources import Rows
 from qlora_dpo.errors import RecipeError
+
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 MOST_CHARACTERS = 1_000_000
 """Characters of a row's prompt and answers; more is no conversation, and would be tokenized for seconds."""
@@ -40,15 +50,32 @@ class Reading:
 
 @dataclass(frozen=True)
 class Found:
-    """What the rows of a source hold: usable pairs in their order, and the numbers of all other rows by reason."""
+    """What the rows of a source hold: usable pairs in their order, and the numbers of all other rows by reason.
+
+    Pairs are made from their rows when they are asked for; `row_P` has the row number of each.
+    """
 
     shape: Shape
-    pairs: list[Pair]
+    pairs: Sequence[Pair]
     dropped: dict[str, list[int]]
+    row_P: Numbers
+    held_P: Flags | None = None
+    """Which pairs are of the held-out share of the prompts, where one was asked for."""
+
+    def only(self, keep_P: Flags) -> "Found":
+        """The same with a part of the pairs."""
+        places = np.flatnonzero(keep_P)
+        pairs = Lazily(len(places), lambda index: self.pairs[int(places[index])])
+        return replace(self, pairs=pairs, row_P=self.row_P[places], held_P=None)
 
 
-def find_pairs(rows: Rows, keep: Mapping[str, str] = MappingProxyType({}), reading: Reading | None = None) -> Found:
-    """Read every row as pairs of the one shape that the source has.
+def find_pairs(
+    rows: Rows,
+    keep: Mapping[str, str] = MappingProxyType({}),
+    reading: Reading | None = None,
+    share: float | None = None,
+) -> Found:
+    """Read every row as pairs of the one shape that the source has; `share` of the prompts are marked as held out.
 
     A row that holds none (a column that is missing, null or of another type, equal or empty answers, unequal prompts,
     roles that do not alternate, a last turn that is not the assistant's, more text than any model reads) is counted
@@ -56,36 +83,64 @@ def find_pairs(rows: Rows, keep: Mapping[str, str] = MappingProxyType({}), readi
     `keep` is missing.
     """
     reading = reading or Reading()
-    rows = replace(rows, rows=[renamed(row, reading.columns) for row in rows.rows]) if reading.columns else rows
+    if reading.columns:
+        read, columns = rows.rows, reading.columns
+        rows = replace(rows, rows=Lazily(len(read), lambda index: renamed(read[index], columns)))
     shape = recognise(rows) if reading.format == "auto" else NAMES[reading.format]
-    found = Found(shape, [], {})
+    dropped = dict[str, list[int]]()
+    row_P, which_P, held_P, answers = array("q"), array("q"), array("b"), list[bytes]()
     for number, row in enumerate(rows.rows, 1):
         try:
             some = turns_of(shape, row, reading.every_pair)
             for prompt, chosen, rejected in some:
                 _check(prompt, chosen, rejected if shape is not Shape.UNPAIRED else None)
         except Unusable as unusable:
-            found.dropped.setdefault(str(unusable), []).append(number)
+            dropped.setdefault(str(unusable), []).append(number)
             continue
+        for column, key in keep.items():
+            _kept(row, column, key, rows)
+        for which, (prompt, chosen, _) in enumerate(some):
+            row_P.append(number)
+            which_P.append(which)
+            if share is not None:
+                held_P.append(in_share(prompt, share))
+            if shape is Shape.UNPAIRED:
+                answers.append(sha256(chosen.encode()).digest()[:16])
+
+    def make(index: int) -> Pair:
+        number, which = row_P[index], which_P[index]
+        row = rows.rows[number - 1]
+        prompt, chosen, rejected = turns_of(shape, row, reading.every_pair)[which]
         extra = {column: _kept(row, column, key, rows) for column, key in keep.items()}
-        label = row["label"] if shape is Shape.UNPAIRED else None
-        found.pairs.extend(Pair(prompt, chosen, rejected, number, extra, label) for prompt, chosen, rejected in some)
-    return _compared(found) if shape is Shape.UNPAIRED else found
+        return Pair(prompt, chosen, rejected, number, extra, row["label"] if shape is Shape.UNPAIRED else None)
+
+    held = np.array(held_P, dtype=bool) if share is not None else None
+    found = Found(shape, Lazily(len(row_P), make), dropped, np.array(row_P), held)
+    return _compared(found, answers) if shape is Shape.UNPAIRED else found
 
 
-def _compared(found: Found) -> Found:
+def in_share(prompt: tuple[Message, ...], share: float) -> bool:
+    """True for `share` of all prompts: it depends on the prompt's text alone."""
+    text = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+
+def _compared(found: Found, answers: Sequence[bytes]) -> Found:
     """Give each unpaired answer the next one that differs for comparison: KTO estimates by it how far the policy is
-    from the reference.
+    from the reference. `answers` has a digest of each.
     """
-    pairs, compared = found.pairs, list[Pair]()
-    for place, pair in enumerate(pairs):
-        others = (each.chosen for each in (*pairs[place + 1 :], *pairs[:place]) if each.chosen != pair.chosen)
-        other = next(others, None)
-        if other is None:
-            found.dropped.setdefault("no other answer to compare with", []).append(pair.row)
-        else:
-            compared.append(replace(pair, rejected=other))
-    return Found(found.shape, compared, found.dropped)
+    count, pairs = len(answers), found.pairs
+    if len(set(answers)) < 2:
+        dropped = {**found.dropped, "no other answer to compare with": found.row_P.tolist()} if count else found.dropped
+        nothing = np.zeros(count, dtype=bool)
+        return replace(found.only(nothing), dropped=dropped)
+    following = array("q", [0]) * count
+    for place in range(2 * count - 2, -1, -1):  # twice round, since the last one's next is among the first
+        here, after = place % count, (place + 1) % count
+        following[here] = after if answers[here] != answers[after] else following[after]
+    return replace(
+        found, pairs=Lazily(count, lambda index: replace(pairs[index], rejected=pairs[following[index]].chosen))
+    )
 
 
 def _check(prompt: tuple[Message, ...], chosen: str, rejected: str | None) -> None:

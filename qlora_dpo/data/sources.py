@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora_dpo.data import lazily
 from qlora_dpo.data.files import FileRows, Row, ending, read_file, shown
 from qlora_dpo.errors import DataError, RecipeError, SourceError
 from qlora_dpo.recipe_data import DataTable
@@ -19,7 +20,7 @@ class Rows:
     """All rows of one part of the data, as they were read; row numbers count from 1 over all files of the part."""
 
     name: str
-    rows: list[Row]
+    rows: Sequence[Row]
     place: Callable[[int], str]
     """Where row number N stands, as messages name it: `pairs.jsonl:17`, or `OWNER/NAME, split train, row 17`."""
 
@@ -137,4 +138,4 @@ def _joined(name: str, files: Sequence[FileRows]) -> Rows:
             row -= len(each.rows)
         raise IndexError(row)
 
-    return Rows(name, [row for each in files for row in each.rows], place)
+    return Rows(name, lazily.joined([each.rows for each in files]), place)

@@ -1,5 +1,6 @@
 """Decides how pairs are laid out for a model, packed rows or padded batches, and proves it on a few of them."""
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -27,7 +28,7 @@ def choose_packing(
     padded = Packing(token_budget, pad_token_id, backend=None)
     if reason := attention.why_not(language_model(model), max(longest(pair) for pair in pairs)):
         return padded, f"padded batches, since {reason}"
-    few = sorted(pairs, key=longest)[:PROVED_ON]
+    few = heapq.nsmallest(PROVED_ON, pairs, key=longest)
     expected_P2 = _logps(model, few, padded, device)
     before = attention.use(language_model(model))
     failed = ""
@@ -50,7 +51,7 @@ def choose_packing(
 
 def measured(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Kept:
     """What a token keeps for the backward pass, measured on a few short pairs."""
-    batch = collate(sorted(pairs, key=longest)[:PROVED_ON], packing).to(device.torch_device)
+    batch = collate(heapq.nsmallest(PROVED_ON, pairs, key=longest), packing).to(device.torch_device)
     training = model.training
     try:
         return budget.kept(

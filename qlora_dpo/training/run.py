@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from qlora_dpo import __version__
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, chosen_only
+from qlora_dpo.data.lazily import joined
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
@@ -157,7 +158,7 @@ def run(
 def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Model:
     """The base with an adapter that is proved to be untrained, or the one that training goes on from."""
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
-    pairs, pad = [*prepared.train.encoded, *prepared.heldout.encoded], pad_token_id(prepared.tokenizer)
+    pairs, pad = joined([prepared.train.encoded, prepared.heldout.encoded]), pad_token_id(prepared.tokenizer)
     base = load_base(prepared.source, recipe.model, device)
     if own and device.type == "cpu":
         say(keep_dense_if_it_fits(base, device))

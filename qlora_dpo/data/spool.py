@@ -1,0 +1,28 @@
+"""Bytes that are written once and read in pieces: in memory while they are few, in a file without a name beyond."""
+
+import tempfile
+import weakref
+from typing import IO, Any
+
+IN_MEMORY = 2**26
+"""Bytes up to which they are kept in memory."""
+
+
+class Spool:
+    """The bytes of `file`, or what is added to a temporary one; open for as long as anything refers to it."""
+
+    def __init__(self, file: IO[bytes] | None = None) -> None:
+        self.file: Any = file or tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - closed by the next line
+        weakref.finalize(self, self.file.close)
+        self.bytes = 0
+
+    def add(self, some: bytes) -> None:
+        """Append `some`."""
+        self.file.seek(self.bytes)
+        self.bytes += self.file.write(some)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` up to `stop`."""
+        self.file.seek(start)
+        some: bytes = self.file.read(stop - start)
+        return some
