@@ -51,10 +51,30 @@ def _recipe_lines() -> Iterator[str]:
         yield f"{_cell(table['description'])}{absence}\n"
         yield "| key | type | default | what it is |"
         yield "| --- | --- | --- | --- |"
+        yield from _key_lines(table)
         for key, field in table["properties"].items():
-            default = "needed" if key in table.get("required", []) else _default(field["default"])
-            yield f"| `{key}` | {_cell(_type(field))} | {default} | {_cell(field['description'])} |"
+            if below := _tables_of(field):
+                inner = schema["$defs"][below]
+                yield f"\n### `[[{name}.{key}]]`\n"
+                yield f"{_cell(inner['description'])}\n"
+                yield "| key | type | default | what it is |"
+                yield "| --- | --- | --- | --- |"
+                yield from _key_lines(inner)
     yield ""
+
+
+def _key_lines(table: dict[str, Any]) -> Iterator[str]:
+    for key, field in table["properties"].items():
+        default = "needed" if key in table.get("required", []) else _default(field["default"])
+        yield f"| `{key}` | {_cell(_type(field))} | {default} | {_cell(field['description'])} |"
+
+
+def _tables_of(field: dict[str, Any]) -> str | None:
+    """The model of the tables that a field is a list of, if it is one."""
+    for each in (field, *field.get("anyOf", [])):
+        if "$ref" in (items := each.get("items", {})):
+            return str(items["$ref"].rpartition("/")[2])
+    return None
 
 
 def _kinds_lines(name: str, kinds: list[dict[str, Any]]) -> Iterator[str]:
@@ -95,7 +115,10 @@ def _type(field: dict[str, Any]) -> str:
     if choices := field.get("enum", [field["const"]] if "const" in field else None):
         return ", ".join(f'`"{choice}"`' for choice in choices)
     if field["type"] == "object":
-        return "table of numbers, > 0"
+        numbers = field["additionalProperties"]["type"] == "integer"
+        return "table of numbers, > 0" if numbers else "table of strings"
+    if field["type"] == "array" and "$ref" in field["items"]:
+        return "list of tables"
     if field["type"] == "array":
         return f"list of {_type(field['items'])}s"
     bounds = [

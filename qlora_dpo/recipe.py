@@ -233,9 +233,10 @@ def _absolute(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
     def place(key: str, name: str) -> str:
         return folder(key, name) if is_local(name) else name
 
-    data = {"train": place("data.train", recipe.data.train)}
-    if recipe.data.eval is not None:
-        data["eval"] = place("data.eval", recipe.data.eval)
+    names = {"train": recipe.data.train, "eval": recipe.data.eval}
+    data: dict[str, Any] = {key: place(f"data.{key}", name) for key, name in names.items() if name is not None}
+    if recipe.data.mix is not None:
+        data["mix"] = [each.model_copy(update={"source": place("data.mix", each.source)}) for each in recipe.data.mix]
     changed: dict[str, Table] = {
         "data": recipe.data.model_copy(update=data),
         "model": recipe.model.model_copy(update={"name": place("model.name", recipe.model.name)}),

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qlora_dpo.recipe_data import MixTable
 from qlora_dpo.recipe_objective import TABLES, Plain, loss_types
 from qlora_dpo.recipe_reference import REFERENCES
 
@@ -49,7 +50,12 @@ OTHER_TOOLS = {
     "bf16": ("transformers'", 'model.dtype = "bf16"'),
     "fp16": ("transformers'", 'model.dtype = "fp16"'),
     "dataset": ("LLaMA-Factory's", "data.train"),
-    "datasets": ("axolotl's", "data.train"),
+    "datasets": ("axolotl's", "data.train, or [[data.mix]] tables"),
+    "interleave_probs": ("LLaMA-Factory's", "weight in [[data.mix]] tables"),
+    "dataset_mixer": ("the alignment handbook's", "[[data.mix]] tables"),
+    "dataset_config": ("TRL's", "data.config"),
+    "subset": ("LLaMA-Factory's", "data.config"),
+    "path": ("axolotl's and TRL's", "source in [[data.mix]], or data.train"),
     "dataset_name": ("TRL's", "data.train"),
     "max_samples": ("LLaMA-Factory's", "data.max_train_samples"),
     "num_epochs": ("axolotl's", "train.num_train_epochs"),
@@ -92,6 +98,8 @@ NOT_HERE = {
     "noisy_embedding_alpha": "that is axolotl's name of NEFTune, whose noise moves what a pair is judged by",
 }
 """Keys of other tools that have no counterpart, and why."""
+MIX = ("data", "mix")
+"""Where the tables of a mixture are."""
 
 KINDS = {
     "int_type": "a whole number",
@@ -119,15 +127,20 @@ def sentences(
     lines = key_lines(text)
     placed = []
     for keys, problems in found.items():
-        line = lines.get(keys) or lines.get(keys[:1]) or 0
-        by_hand = [each for each in overrides if tuple(each.split("=")[0].replace(" ", "").split("."))[:2] == keys]
+        line = lines.get(keys) or lines.get(keys[:3]) or lines.get(keys[:1]) or 0
+        by_hand = [each for each in overrides if tuple(each.split("=")[0].replace(" ", "").split("."))[:2] == keys[:2]]
         where = f"--set {by_hand[-1]}" if by_hand else f"{path}:{line}" if line else path
         placed.append((line, f"{where}: {_sentence(keys, problems, recipe)}"))
     return (sentence for _, sentence in sorted(placed))
 
 
 def _keys(place: Sequence[str | int]) -> tuple[str, ...]:
-    """Table and key of an error's place; pydantic puts the kind of objective or reference between them."""
+    """Table and key of an error's place; pydantic puts the kind of objective or reference between them.
+
+    Of a mixture's tables, which of them it is and the key in it are told as well.
+    """
+    if tuple(place[:2]) == MIX and len(place) > 2:
+        return (*MIX, *map(str, place[2:4]))
     names = [part for part in place if isinstance(part, str)]
     return tuple(names[:1] + names[2:3] if names[0] in KIND_KEYS else names[:2])
 
@@ -136,6 +149,7 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
     """The line, counted from 1, on which each table and each of its keys stands in TOML `text`."""
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
+    counts: dict[tuple[str, ...], int] = {}
     open_string = ""
     for number, line in enumerate(text.splitlines(), 1):
         if open_string:
@@ -144,6 +158,10 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
         if header := re.match(r"\s*\[\[?\s*([^\]]+?)\s*\]", line):
             table = _dotted(header[1])
             lines.setdefault(table, number)
+            if line.lstrip().startswith("[["):
+                counts[table] = counts.get(table, -1) + 1
+                table = (*table, str(counts[table]))
+                lines[table] = number
         elif pair := re.match(
             r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=(.*)""", line
         ):
@@ -160,6 +178,8 @@ def _dotted(name: str) -> tuple[str, ...]:
 def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: type[BaseModel]) -> str:
     first = problems[0]
     name = ".".join(keys)
+    if keys[:2] == MIX and len(keys) > 2:
+        return _mix_sentence(keys[3:], [{**each, "loc": each["loc"][3:]} for each in problems])
     if keys[:1] == ("objective",):
         if first["type"] == "union_tag_invalid":
             return _unknown_loss(first["input"].get("loss_type"))
@@ -189,6 +209,25 @@ def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: typ
             return f"[{name}] {first['ctx']['error']}"
         case _:
             return f"{name} is {_shown(first['input'])}; it must be {_wanted(problems)}"
+
+
+def _mix_sentence(keys: tuple[str, ...], problems: list[dict[str, Any]]) -> str:
+    """What is wrong with one table of a mixture, or with one of its keys."""
+    first = problems[0]
+    match first["type"]:
+        case "extra_forbidden" if keys[0] in OTHER_TOOLS:
+            owner, ours = OTHER_TOOLS[keys[0]]
+            return f'[[data.mix]] has no key "{keys[0]}": that is {owner} name; here it is {ours}'
+        case "extra_forbidden":
+            known = list(MixTable.model_fields)
+            close = difflib.get_close_matches(keys[0], known, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"it has {', '.join(known)}"
+            return f"[[data.mix]] has no key {_quoted(keys[0])}; {hint}"
+        case "missing":
+            return f'[[data.mix]] needs the key "{keys[0]}"'
+        case _:
+            what = f"{keys[0]} in [[data.mix]]" if keys else "[[data.mix]]"
+            return f"{what} is {_shown(first['input'])}; it must be {_wanted(problems)}"
 
 
 def _unknown_loss(found: object) -> str:

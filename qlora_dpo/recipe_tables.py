@@ -24,3 +24,8 @@ class Table(BaseModel):
 def is_local(name: str) -> bool:
     """True if `name` is a path rather than a hub name: it starts with /, ./, ../ or ~, or has a data file's ending."""
     return name in (".", "..") or name.startswith(("/", "./", "../", "~")) or name.endswith(DATA_ENDINGS)
+
+
+def is_pattern(name: str) -> bool:
+    """True if `name` is a local path with `*`, `?` or `[...]`, which stands for all files that match."""
+    return is_local(name) and any(letter in name for letter in "*?[")

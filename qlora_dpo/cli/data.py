@@ -164,11 +164,10 @@ def _table(source: str) -> "tuple[DataTable, Recipe | None]":
 
 
 def _found(table: "DataTable", part: "Part") -> "tuple[Rows, Found]":
-    from qlora_dpo.data.pairs import Reading, find_pairs
-    from qlora_dpo.data.sources import read_rows
+    from qlora_dpo.data.mixture import find_all
 
-    rows = read_rows(table, part)
-    return rows, find_pairs(rows, reading=Reading(table.format, table.columns, table.ranked_pairs == "all"))
+    mixture = find_all(table, part, {})
+    return mixture.rows, mixture.found
 
 
 def _sides(table: "DataTable") -> "tuple[Sequence[Pair], Sequence[Pair]]":

@@ -8,6 +8,7 @@ import click
 if TYPE_CHECKING:
     from qlora_dpo.model.device import Device
     from qlora_dpo.recipe import LoadedRecipe, Recipe
+    from qlora_dpo.recipe_data import DataTable
     from qlora_dpo.recipe_objective import Objective
 
 
@@ -101,7 +102,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
     from qlora_dpo.recipe_tables import is_local
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
-    heldout = data.eval or data.train
+    heldout = data.eval or data.train_name
     share = data.held_out_share
     return [
         f"recipe      {loaded.path}",
@@ -113,7 +114,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules))
         + (f"; whole copies of {', '.join(lora.modules_to_save)}" if lora.modules_to_save else "")
         + (f", starting from {loaded.recipe.init_from}" if loaded.recipe.init_from else ""),
-        f"train on    {data.train}" + ("" if is_local(data.train) else f", split {data.train_split}"),
+        *(f"{'train on' if n == 0 else 'and on':<11} {each}" for n, each in enumerate(_trained_on(data))),
         f"held out    {heldout}"
         + (f", {share:.0%} of its prompts" if share else "" if is_local(heldout) else f", split {data.eval_split}"),
         f"objective   {_objective(loaded.recipe.objective)}; {_reference(loaded.recipe)}",
@@ -121,6 +122,21 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         + (f", at most {steps.max_steps} steps" if steps.max_steps else "")
         + f"; learning rate {steps.learning_rate:g}, {steps.lr_scheduler_type}; engine {steps.engine}",
         f"output      {folder}",
+    ]
+
+
+def _trained_on(data: "DataTable") -> list[str]:
+    """The sources of the training pairs."""
+    from qlora_dpo.recipe_tables import is_local
+
+    if data.train is not None:
+        return [data.train + ("" if is_local(data.train) else f", split {data.train_split}")]
+    return [
+        each.source
+        + ("" if is_local(each.source) else f", split {each.split}")
+        + (f", weight {each.weight:g}" if each.weight else "")
+        + (f", at most {each.max_samples:,} pairs" if each.max_samples else "")
+        for each in data.mix or ()
     ]
 
 

@@ -49,12 +49,17 @@ class Audit:
     """Rows of the other part, where a share of the prompts of one source is held out."""
     further: int = 0
     """Pairs beyond the first of a row of ranked answers."""
+    parts: tuple[tuple[str, int, int], ...] = ()
+    """Of a mixture: each source's name, the number of its first row, and how many of its pairs are used."""
     note: str = ""
     """What a reader should know about the encoding; empty for most chat templates."""
 
     def table(self) -> list[tuple[str, str]]:
         """Two columns of plain text, one line per count; the second is a number or three."""
         lines = [("rows read", f"{self.rows:,}"), ("pairs used", f"{self.used:,}")]
+        ends = [*(first - 1 for _, first, _ in self.parts[1:]), self.rows]
+        for (name, first, used), last in zip(self.parts, ends, strict=False):
+            lines.append((f"  of {name} (rows {first:,} to {last:,})", f"{used:,}"))
         if self.further:
             lines.append(("  of them beyond one a row", f"{self.further:,}"))
         lines += [(f"  repaired: {what}", f"{len(rows):,}") for what, rows in self.repaired.items()]
@@ -93,6 +98,11 @@ class Audit:
         return {
             "source": self.source,
             "shape": self.shape,
+            **(
+                {"sources": [dict(zip(("source", "first_row", "used"), each, strict=True)) for each in self.parts]}
+                if self.parts
+                else {}
+            ),
             "rows": self.rows,
             "used": self.used,
             "further": self.further,

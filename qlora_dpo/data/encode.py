@@ -2,9 +2,10 @@
 
 import random
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import MappingProxyType
 
 import numpy as np
@@ -18,9 +19,10 @@ from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, Ids, digest
 from qlora_dpo.data.encoded_cache import keep, key_of, look_up
 from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.data.limits import TooMuch
+from qlora_dpo.data.mixture import Mixture, find_all
 from qlora_dpo.data.overlong import cut_prompt
-from qlora_dpo.data.pairs import Found, Numbers, Pair, Reading, find_pairs
-from qlora_dpo.data.sources import Part, Rows, read_rows
+from qlora_dpo.data.pairs import Flags, Found, Numbers, Pair
+from qlora_dpo.data.sources import Part, Rows
 from qlora_dpo.errors import DataError, ModelError, SourceError
 from qlora_dpo.recipe_data import DataTable
 
@@ -54,58 +56,100 @@ def load_pairs(
     SourceError, DataError or ModelError, each one sentence.
     """
     form = chat_format(tokenizer)
-    rows = read_rows(table, part)
-    reading = Reading(table.format, table.columns, table.ranked_pairs == "all")
-    found, apart = _own(find_pairs(rows, keep, reading, table.held_out_share), part)
+    mixture = find_all(table, part, keep)
+    rows, (found, mine_P, apart) = mixture.rows, _own(mixture.found, part)
+    mixture = replace(mixture, source_P=mixture.source_P[mine_P])
     wanted = table.max_train_samples if part == "train" else table.max_eval_samples
-    order = np.arange(len(found.pairs)) if wanted is None else _drawn(found.row_P, len(rows.rows), seed)
-    used = _Used()
-    dropped = {reason: list(numbers) for reason, numbers in found.dropped.items()}
-    looked_at = 0
-    for place, pair, result in _results(found.pairs, order, tokenizer, form, table):
-        looked_at += 1
-        if isinstance(result, str):
-            dropped.setdefault(result, []).append(pair.row)
-            continue
-        used.add(place, pair, *result, habits(tokenizer))
-        if len(used.encoded) == wanted:
-            break
+    in_order = wanted is None and not mixture.is_drawn
+    order = np.arange(len(found.pairs)) if in_order else _drawn(found.row_P, len(rows.rows), seed)
+    used, looked_at, dropped = _looked_at(mixture, found, order, wanted, tokenizer, form, table)
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
-    numbers = used.encoded.rows()
+    places = np.array(used.places, dtype=np.int64)
+    kept_U = mixture.kept(mixture.source_P[places], wanted)
+    if not kept_U.any() and len(places):
+        raise DataError(_no_share(mixture, mixture.source_P[places], part))
+    numbers = used.encoded.rows()[kept_U]
     left_out = _once(dropped, set(numbers.tolist()))
-    drawn = np.unique(found.row_P[order[:looked_at]])
+    seen = np.setdiff1d(looked_at, places[~kept_U])
     audit = Audit(
         source=rows.name,
-        shape=found.shape.value,
+        shape=mixture.shape,
         rows=len(rows.rows),
         used=len(numbers),
         at_reading=sum(map(len, found.dropped.values())),
         apart=apart,
         further=len(numbers) - len(np.unique(numbers)),
         dropped=left_out,
-        not_drawn=len(np.unique(found.row_P)) - len(drawn),
-        repaired=used.repairs(),
-        tokens=dict(zip(("prompt", "chosen", "rejected"), map(quantiles, used.encoded.lengths().T), strict=True)),
+        not_drawn=len(np.unique(found.row_P)) - len(np.unique(found.row_P[seen])),
+        repaired=used.repairs(set(numbers.tolist())),
+        tokens=dict(
+            zip(("prompt", "chosen", "rejected"), map(quantiles, used.encoded.lengths()[kept_U].T), strict=True)
+        ),
         first={reason: rows.place(numbers[0]) for reason, numbers in left_out.items()},
         note=form.note,
+        parts=_parts(mixture, mixture.source_P[places[kept_U]]),
     )
     if not len(numbers):
         raise DataError(_none_usable(audit))
-    by_row = np.argsort(numbers, kind="stable")
+    by_row = np.flatnonzero(kept_U)[np.argsort(numbers, kind="stable")]
     return PairSet(used.encoded.pairs().only(by_row), used.texts(found.pairs).only(by_row), audit)
 
 
-def _own(found: Found, part: Part) -> tuple[Found, int]:
-    """The pairs of one part, and how many rows are the other part's, where a share of the prompts is held out."""
+def _looked_at(
+    mixture: Mixture,
+    found: Found,
+    order: Numbers,
+    wanted: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    form: ChatFormat,
+    table: DataTable,
+) -> tuple["_Used", Numbers, dict[str, list[int]]]:
+    """Take usable pairs in `order` until there are enough: of each source, and in all.
+
+    Returns the pairs, the places of all that were looked at, and the rows that gave none by reason.
+    """
+    used, looked_at = _Used(), array("q")
+    dropped = {reason: list(numbers) for reason, numbers in found.dropped.items()}
+    left = mixture.limits(wanted)
+    asked = _enough_left(order, mixture.source_P, left) if mixture.is_drawn else order.tolist()
+    for place, pair, result in _results(found.pairs, asked, tokenizer, form, table):
+        source = mixture.source_P[place]
+        if left[source] <= 0:
+            continue
+        looked_at.append(place)
+        if isinstance(result, str):
+            dropped.setdefault(result, []).append(pair.row)
+            continue
+        used.add(place, pair, *result, habits(tokenizer))
+        left[source] -= 1
+        if mixture.weights is None and len(used.encoded) == wanted:
+            break
+    return used, np.array(looked_at, dtype=np.int64), dropped
+
+
+def _enough_left(order: Numbers, source_P: Numbers, left: Sequence[float]) -> Iterator[int]:
+    """The places in `order` whose source has not yet given what it may; `left` changes while this is read."""
+    return (place for place in order.tolist() if left[source_P[place]] > 0)
+
+
+def _parts(mixture: Mixture, source_U: Numbers) -> tuple[tuple[str, int, int], ...]:
+    """Name, first row number and used pairs of each source of a mixture; nothing where there is one source only."""
+    counts = np.bincount(source_U, minlength=len(mixture.names)).tolist()
+    return tuple(zip(mixture.names, mixture.first_rows, counts, strict=True)) if len(counts) > 1 else ()
+
+
+def _own(found: Found, part: Part) -> tuple[Found, Flags, int]:
+    """The pairs of one part, which ones they are, and how many rows are the other part's, where a share is held out."""
     if found.held_P is None:
-        return found, 0
-    mine = found.only(found.held_P == (part == "eval"))
+        return found, np.ones(len(found.pairs), dtype=bool), 0
+    mine_P = found.held_P == (part == "eval")
+    mine = found.only(mine_P)
     apart = len(np.setdiff1d(found.row_P, mine.row_P))
     if part == "train":
-        return mine, apart
+        return mine, mine_P, apart
     # a row that is no pair belongs to no side; the training part accounts for it
-    return replace(mine, dropped={}), apart + sum(map(len, found.dropped.values()))
+    return replace(mine, dropped={}), mine_P, apart + sum(map(len, found.dropped.values()))
 
 
 class _Used:
@@ -128,10 +172,10 @@ class _Used:
         self.encoded.add(encoded)
         self.places.append(place)
 
-    def repairs(self) -> dict[str, tuple[int, ...]]:
-        """Numbers of the used rows by what was done to them, in the order in which it was first done."""
-        done = [(what, tuple(sorted(rows))) for what, rows in self.repaired.items() if rows]
-        return dict(sorted(done, key=lambda each: each[1][0]))
+    def repairs(self, used: set[int]) -> dict[str, tuple[int, ...]]:
+        """Numbers of the `used` rows by what was done to them, in the order in which it was first done."""
+        done = [(what, sorted(row for row in rows if row in used)) for what, rows in self.repaired.items()]
+        return {what: tuple(rows) for what, rows in sorted(done, key=lambda each: each[1][:1]) if rows}
 
     def texts(self, pairs: Sequence[Pair]) -> Lazily[Pair]:
         """The pairs as text."""
@@ -160,11 +204,11 @@ Result = tuple[EncodedPair, Pair] | str
 
 
 def _results(
-    pairs: Sequence[Pair], order: Numbers, tokenizer: PreTrainedTokenizerBase, form: ChatFormat, table: DataTable
+    pairs: Sequence[Pair], order: Iterable[int], tokenizer: PreTrainedTokenizerBase, form: ChatFormat, table: DataTable
 ) -> Iterator[tuple[int, Pair, Result]]:
     """Yield every pair in `order`, with its place among `pairs` and what became of it."""
-    for start in range(0, len(order), CHUNK):
-        places = order[start : start + CHUNK].tolist()
+    left = iter(order)
+    while places := list(islice(left, CHUNK)):
         chunk = [pairs[place] for place in places]
         for place, pair, encoded in zip(places, chunk, _encoded_once(chunk, tokenizer, form), strict=True):
             if isinstance(encoded, str):
@@ -258,6 +302,17 @@ def _too_long(rows: Rows, over: Sequence[int], max_length: int) -> str:
         f"{rows.name}: {count} longer than data.max_length = {max_length} tokens (row {first}); raise it, or set "
         'data.overlong to "drop" or "cut_prompt"'
     )
+
+
+def _no_share(mixture: Mixture, source_U: Numbers, part: Part) -> str:
+    counts = np.bincount(source_U, minlength=len(mixture.names))
+    name = mixture.names[int(np.argmin(counts))]
+    which, advice = (
+        ("training", "leave its weight or it out")
+        if part == "train"
+        else ("held-out", "raise data.eval_share, or name the held-out pairs in data.eval")
+    )
+    return f"{name}: has {counts.min()} {which} pairs, too few for its share of the mixture; {advice}"
 
 
 def _none_usable(audit: Audit) -> str:

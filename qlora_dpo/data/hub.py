@@ -1,10 +1,12 @@
 """Data sets of the Hugging Face hub: downloaded once, read from the cache afterwards, also when the hub is away."""
 
 import errno
+import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,14 @@ from huggingface_hub.file_download import repo_folder_name
 from qlora_dpo.data.files import Row, arrow_rows
 from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
+from qlora_dpo.files import cache_home, write_whole
 
 ASK_SECONDS = 10.0
 
 
-def read_hub(name: str, split: str, revision: str | None) -> Lazily[Row]:
+def read_hub(
+    name: str, split: str, revision: str | None, config: str | None = None, data_dir: str | None = None
+) -> Lazily[Row]:
     """Return every row of one split of a hub data set; `split` may be a slice (`train[:5000]`).
 
     The hub is asked once, without retries, which commit `revision` is. If that commit is in the cache, or the hub
@@ -39,20 +44,25 @@ def read_hub(name: str, split: str, revision: str | None) -> Lazily[Row]:
     SourceError for a hub or disk that does not do its part, DataError for content that cannot be read.
     """
     commit = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
-    if commit is None or _cached(name, commit) is None:
-        commit = _ask(name, revision)
+    if commit is None or _cached(name, commit, config, data_dir) is None:
+        commit = _ask(name, revision, config, data_dir)
     with _sentences(name, split):
-        folder = _cached(name, commit)
+        folder = _cached(name, commit, config, data_dir)
         if folder is not None:
             table: Any = _open(name, folder).as_dataset(split=split)
         else:
             if not sys.stderr.isatty():
                 datasets.disable_progress_bars()
-            table = datasets.load_dataset(f"hf://datasets/{name}", split=split, revision=revision or "main")
+            where = f"hf://datasets/{name}"
+            table = datasets.load_dataset(where, config, data_dir=data_dir, split=split, revision=revision or "main")
+            if table.cache_files:
+                kept = Path(table.cache_files[0]["filename"]).parent
+                with suppress(SourceError):  # a note that cannot be written costs the next run a question to the hub
+                    write_whole(_note(name, commit, config, data_dir), str(kept))
         return arrow_rows(table.data.table)
 
 
-def _ask(name: str, revision: str | None) -> str:
+def _ask(name: str, revision: str | None, config: str | None, data_dir: str | None) -> str:
     """The commit that `revision` (the main branch if None) is now, or was when the hub was last reached."""
     try:
         return str(HfApi().dataset_info(name, revision=revision, timeout=ASK_SECONDS).sha)
@@ -74,7 +84,7 @@ def _ask(name: str, revision: str | None) -> str:
         ) from error
     except Exception as error:  # offline mode, refused, timeout, a hub or proxy in trouble: each has its own class
         commit = _remembered(name, revision)
-        if commit is not None and _cached(name, commit) is not None:
+        if commit is not None and _cached(name, commit, config, data_dir) is not None:
             return commit
         if isinstance(error, HfHubHTTPError):
             raise SourceError(
@@ -96,13 +106,28 @@ def _remembered(name: str, revision: str | None) -> str | None:
     return reference.read_text().strip() if reference.is_file() else None
 
 
-def _cached(name: str, commit: str) -> Path | None:
-    """The folder in which `datasets` keeps that commit, if it is there in exactly one configuration."""
+def _cached(name: str, commit: str, config: str | None, data_dir: str | None) -> Path | None:
+    """The folder in which `datasets` keeps that commit, if it is there.
+
+    A note of ours remembers where what was read lies, since a folder's name tells neither a `data_dir` nor which
+    configuration is read where none is named. Without a note it is the folder of `config`, or of the default one.
+    """
+    note = _note(name, commit, config, data_dir)
+    if note.is_file():
+        folder = Path(note.read_text(encoding="utf-8"))
+        return folder if (folder / "dataset_info.json").is_file() else None
+    if data_dir is not None:
+        return None
     owner, _, short = name.rpartition("/")
     home = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     stem = "___".join(filter(None, (owner, datasets.naming.camelcase_to_snakecase(short))))
-    folders = [each.parent for each in home.glob(f"{stem}/*/*/{commit}/dataset_info.json")]
-    return folders[0] if len(folders) == 1 else None
+    found = [each.parent for each in home.glob(f"{stem}/{config or 'default'}/*/{commit}/dataset_info.json")]
+    return found[0] if len(found) == 1 else None
+
+
+def _note(name: str, commit: str, config: str | None, data_dir: str | None) -> Path:
+    key = sha256(json.dumps([name, commit, config, data_dir]).encode()).hexdigest()[:32]
+    return cache_home() / "hub" / key
 
 
 def _open(name: str, folder: Path) -> Any:
@@ -135,10 +160,11 @@ def in_a_sentence(error: Exception, name: str, split: str) -> QloraDpoError:
     if text.startswith("Unknown split"):
         found = ", ".join(re.findall(r"'([^']+)'", text.partition("Should be one of")[2]))
         return RecipeError(f'{name}: has no split "{split}"; it has {found}; set data.train_split or data.eval_split')
+    if text.startswith("BuilderConfig") and "not found" in text:
+        return RecipeError(f"{name}: has no such configuration; it has {_configurations(text)}; correct data.config")
     if text.startswith("Config name is missing"):
         return RecipeError(
-            f"{name}: holds several configurations, and a recipe cannot choose one; download the files of one and "
-            "name them as a local folder"
+            f"{name}: holds several configurations; name one of them in data.config: {_configurations(text)}"
         )
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
         return DataError(f"{name}: needs Python code of its own to be read, and code from a data set is never run")
@@ -149,6 +175,12 @@ def in_a_sentence(error: Exception, name: str, split: str) -> QloraDpoError:
     if isinstance(error, OSError) or any(isinstance(each, OSError) for each in causes):
         return SourceError(f"{name}: the download failed; try again, and check the network and the disk: {text[:200]}")
     return DataError(f"{name}: cannot be read: {text[:200]}")
+
+
+def _configurations(text: str) -> str:
+    """The configurations that an error of `datasets` lists."""
+    found = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
+    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "its hub page lists them"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

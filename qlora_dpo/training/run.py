@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Pre
         train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
         heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
         if isinstance(recipe.objective, Sft):  # of held-out pairs both answers are asked, for the accuracy
-            train = replace(train, encoded=list(map(chosen_only, train.encoded)))
+            train = replace(train, encoded=_chosen_only(train.encoded))
     return Prepared(source, tokenizer, train, heldout, named, seconds)
 
 
@@ -265,8 +265,8 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         },
         "tokenizer": tokenizer_fingerprints(prepared.tokenizer),
         "data": {
-            "train": recipe.data.train,
-            "eval": recipe.data.eval or recipe.data.train,
+            "train": recipe.data.train_name,
+            "eval": recipe.data.eval or recipe.data.train_name,
             "fingerprint_train": data_fingerprint(prepared.train.encoded),
             "fingerprint_eval": data_fingerprint(prepared.heldout.encoded),
             "train_pairs": len(prepared.train.encoded),

@@ -66,7 +66,7 @@ def texts_for(folder: Path, recipe: Recipe | None, tokenizer: Any) -> Texts:
 
 def _without_folders(text: str, recipe: Recipe) -> str:
     """`text` without the folders that the recipe's data lies in: it goes into a card that others read."""
-    for name in (recipe.data.train, recipe.data.eval):
+    for name in (recipe.data.train, recipe.data.eval, *(each.source for each in recipe.data.mix or ())):
         if name is not None and is_local(name):
             text = text.replace(name, Path(name).name)
     return text
