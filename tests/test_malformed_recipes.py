@@ -249,7 +249,6 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
         MODEL + 'dtype = "fp8"\n[data]\ntrian = "org/pairs"\n[lora]\nr = 0\n',
         [
             ':3: model.dtype is the string "fp8"; it must be one of "auto", "bf16", "fp16", "fp32"',
-            ':4: [data] needs the key "train"',
             ':5: [data] has no key "trian"; did you mean "train"?',
             ":7: lora.r is 0; it must be greater than 0",
         ],

@@ -58,57 +58,96 @@ def chat_ids(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[Ids]
     return ids_together(tokenizer, *(((), chats) if answered else (chats, ())))
 
 
-def ids_together(tokenizer: Any, prompts: Sequence[Chat], answered: Sequence[Chat]) -> list[Ids]:
+def ids_together(
+    tokenizer: Any, prompts: Sequence[Chat], answered: Sequence[Chat], tools: Sequence[str] = ()
+) -> list[Ids]:
     """The `chat_ids` of prompts without an answer and of answered chats, one after another.
 
-    Together they take half the time, since the turns of a prompt stand in its answered chats as well.
+    Together they take half the time, since the turns of a prompt stand in its answered chats as well. `tools` has the
+    JSON text of each chat's tools, if there are any.
     """
-    own = habits(tokenizer)
-    masked = [_masked(own, folded(own, chat)) for chat in (*prompts, *answered)]
-    given = [chat for chat, _ in masked]
-    texts = rendered(tokenizer, given[: len(prompts)], answered=False)
-    texts += rendered(tokenizer, given[len(prompts) :], answered=True)
+    own, chats = habits(tokenizer), [*prompts, *answered]
+    told = list(tools) or [""] * len(chats)
+    masked = [_masked(own, folded(own, chat), some) for chat, some in zip(chats, told, strict=True)]
+    given, count = [Given(chat, some) for chat, some, _ in masked], len(prompts)
+    texts = _rendered(tokenizer, given[:count], answered=False) + _rendered(tokenizer, given[count:], answered=True)
     found = tokenize(tokenizer, texts)
     return [
         _spelt_out(tokenizer, own, text, words) if words else ids
-        for text, ids, (_, words) in zip(texts, found, masked, strict=True)
+        for text, ids, (_, _, words) in zip(texts, found, masked, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a template is given: a chat, and its tools as JSON text."""
+
+    chat: list[Message]
+    tools: str = ""
 
 
 def rendered(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[str]:
     """The template's text of each chat, as it stands; raises as `chat_ids` does."""
-    if not chats:
+    return _rendered(tokenizer, [Given(list(chat)) for chat in chats], answered)
+
+
+def _rendered(tokenizer: Any, given: Sequence[Given], answered: bool) -> list[str]:
+    if not given:
         return []
-    given = [list(chat) for chat in chats]
-    with limited(SECONDS + SECONDS_PER_CHAT * len(chats), MORE_BYTES):
-        texts = tokenizer.apply_chat_template(given[:1], tokenize=False, add_generation_prompt=not answered)
+    with limited(SECONDS + SECONDS_PER_CHAT * len(given), MORE_BYTES):
+        texts = [_write(tokenizer, given[0], answered)]
         if len(given) > 1:
-            texts += _others_rendered(tokenizer, given, answered, texts[0])
-    for chat, text in zip(chats, texts, strict=True):
-        most = 20 * sum(len(turn["content"]) for turn in chat) + MOST_WRITTEN
+            texts += _others_written(tokenizer, given, answered, texts[0])
+    for each, text in zip(given, texts, strict=True):
+        most = 20 * (sum(len(turn["content"]) for turn in each.chat) + len(each.tools)) + MOST_WRITTEN
         if len(text) > most:
             raise TooMuch(f"writes {len(text):,} characters for a chat that needs no more than {most:,}")
-    return [str(text) for text in texts]
+    return texts
 
 
-def _others_rendered(tokenizer: Any, chats: list[list[Message]], answered: bool, first: str) -> list[str]:
+def _write(tokenizer: Any, given: Given, answered: bool) -> str:
+    tools = json.loads(given.tools) if given.tools else None
+    return str(
+        tokenizer.apply_chat_template(given.chat, tools=tools, tokenize=False, add_generation_prompt=not answered)
+    )
+
+
+def _others_written(tokenizer: Any, given: Sequence[Given], answered: bool, first: str) -> list[str]:
     """The texts of all chats but the first, whose text is `first`.
 
     Two thirds of the time of `apply_chat_template` go into copying chats of any kind of object into plain ones, which
     ours are. So its compiled template is asked itself, in the same sandbox, if it writes `first` as well.
     """
-    template, named = _compile_jinja_template(tokenizer.get_chat_template()), tokenizer.special_tokens_map
+    named = tokenizer.special_tokens_map
+    template = _compile_jinja_template(tokenizer.get_chat_template())
 
-    def write(chat: list[Message]) -> str:
-        text: str = template.render(
-            messages=chat, tools=None, documents=None, add_generation_prompt=not answered, **named
+    def write(each: Given) -> str:
+        tools = json.loads(each.tools) if each.tools else None
+        return str(
+            template.render(
+                messages=each.chat, tools=tools, documents=None, add_generation_prompt=not answered, **named
+            )
         )
-        return text
 
-    if write(chats[0]) == first:
-        return [write(chat) for chat in chats[1:]]
-    others: list[str] = tokenizer.apply_chat_template(chats[1:], tokenize=False, add_generation_prompt=not answered)
-    return others
+    if write(given[0]) == first:
+        return [write(each) for each in given[1:]]
+    return [_write(tokenizer, each, answered) for each in given[1:]]
+
+
+def reads_tools(tokenizer: Any) -> bool:
+    """True if the template writes what the tools are that it is told of."""
+    return _reads_tools(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _reads_tools(tokenizer: Any, template: str) -> bool:
+    name, nothing = "find_the_hour", {"type": "object", "properties": {}}
+    function = {"name": name, "description": "Find it.", "parameters": nothing}
+    tools = json.dumps([{"type": "function", "function": function}])
+    try:
+        return name in _write(tokenizer, Given([{"role": "user", "content": "Is it so?"}], tools), False)
+    except REFUSALS:
+        return False
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
@@ -200,26 +239,30 @@ def folded(own: Habits, chat: Chat) -> list[Message]:
     return [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
 
 
-def repairs(own: Habits, chat: Chat) -> list[str]:
+def repairs(own: Habits, chat: Chat, tools: str = "") -> list[str]:
     """What is done to a chat before it is trained on, in the words of the audit table."""
     done = [FOLDED] if folded(own, chat) != list(chat) else []
-    return [*done, AS_TEXT] if own.special and any(own.special.search(turn["content"]) for turn in chat) else done
+    texts = [tools, *(turn["content"] for turn in chat)]
+    return [*done, AS_TEXT] if own.special and any(map(own.special.search, texts)) else done
 
 
-def _masked(own: Habits, chat: Chat) -> tuple[list[Message], Mapping[str, str]]:
-    """The chat with a character of its own for each control token that somebody wrote, and what each stands for."""
-    contents = [turn["content"] for turn in chat]
+def _masked(own: Habits, chat: list[Message], tools: str) -> tuple[list[Message], str, Mapping[str, str]]:
+    """Chat and tools with a character of its own for each control token that somebody wrote, and what each stands for.
+
+    Tools are JSON text: no control token has a quote, so a token that stands in it stands inside of a string.
+    """
+    contents = [*(turn["content"] for turn in chat), tools]
     words = dict.fromkeys(word for text in contents for word in own.special.findall(text)) if own.special else {}
     if not words or own.special is None:
-        return list(chat), {}
+        return chat, tools, {}
     written = set("".join(contents))
     free = (letter for letter in map(chr, _HOUSE) if letter not in written)
     letters = dict(zip(words, free, strict=False))
     if len(letters) < len(words):
         raise Unusable("text holds control tokens and every character that could stand for them")
-    masked = [own.special.sub(lambda found: letters[found[0]], text) for text in contents]
+    *masked, tools = [own.special.sub(lambda found: letters[found[0]], text) for text in contents]
     chat = [{"role": turn["role"], "content": text} for turn, text in zip(chat, masked, strict=True)]
-    return chat, {letter: word for word, letter in letters.items()}
+    return chat, tools, {letter: word for word, letter in letters.items()}
 
 
 def _spelt_out(tokenizer: Any, own: Habits, text: str, words: Mapping[str, str]) -> Ids:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format
-from qlora_dpo.data.chat_template import AS_TEXT, FOLDED, REFUSALS, Habits, habits, ids_together, repairs
+from qlora_dpo.data.chat_template import AS_TEXT, FOLDED, REFUSALS, Habits, habits, ids_together, reads_tools, repairs
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, Ids, digest
 from qlora_dpo.data.encoded_cache import keep, key_of, look_up
@@ -167,7 +167,7 @@ class _Used:
             self.cut[len(self.places)] = pair
             self.repaired[CUT].append(pair.row)
         answers: list[Message] = [{"role": "assistant", "content": each} for each in (pair.chosen, pair.rejected)]
-        for what in repairs(own, [*pair.prompt, *answers]):
+        for what in repairs(own, [*pair.prompt, *answers], pair.tools):
             self.repaired[what].append(pair.row)
         self.encoded.add(encoded)
         self.places.append(place)
@@ -239,8 +239,14 @@ def _encoded_once(
 def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat) -> list[EncodedPair | str]:
     """Encode pairs of any length together; for each, its ids or the reason why it has none."""
     chosen, rejected = ([_whole(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
+    tools = [pair.tools for pair in pairs]
+    if any(tools) and not reads_tools(tokenizer):
+        raise ModelError(
+            "the data has a column tools, which the model's chat template does not read; name a model whose template "
+            "does in model.name, or leave the column out"
+        )
     try:
-        found = ids_together(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected])
+        found = ids_together(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected], 3 * tools)
     except (*REFUSALS, Unusable, TooMuch) as error:
         if len(pairs) > 1:
             return [each for pair in pairs for each in encode([pair], tokenizer, form)]

@@ -46,6 +46,7 @@ def key_of(pairs: Sequence[Pair], tokenizer: Any, form: ChatFormat) -> str | Non
             *(text for turn in pair.prompt for text in (turn["role"], turn["content"])),
             pair.chosen,
             pair.rejected,
+            pair.tools,
         ]
         name.update(f"{list(map(len, texts))}{''.join(texts)}".encode())
     return name.hexdigest()

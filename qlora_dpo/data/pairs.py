@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qlora_dpo.data.dialogue import Message, Unusable, check_roles
 from qlora_dpo.data.files import Row
 from qlora_dpo.data.lazily import Lazily
-from qlora_dpo.data.shapes import NAMES, Shape, named, recognise, renamed, turns_of
+from qlora_dpo.data.shapes import NAMES, Shape, named, recognise, renamed, tools_of, turns_of
 from qlora_dpo.data.sources import Rows
 from qlora_dpo.errors import RecipeError
 
@@ -37,6 +37,8 @@ class Pair:
     """Values of the columns that were asked for, as text; null is the empty string."""
     label: bool | None = None
     """Of an unpaired answer, which is `chosen`; `rejected` is then the answer of another row, for comparison."""
+    tools: str = ""
+    """The tools that the template is told of, as a JSON list of their schemas; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def find_pairs(
     for number, row in enumerate(rows.rows, 1):
         try:
             some = turns_of(shape, row, reading.every_pair)
+            tools_of(row)
             for prompt, chosen, rejected in some:
                 _check(prompt, chosen, rejected if shape is not Shape.UNPAIRED else None)
         except Unusable as unusable:
@@ -112,7 +115,8 @@ def find_pairs(
         row = rows.rows[number - 1]
         prompt, chosen, rejected = turns_of(shape, row, reading.every_pair)[which]
         extra = {column: _kept(row, column, key, rows) for column, key in keep.items()}
-        return Pair(prompt, chosen, rejected, number, extra, row["label"] if shape is Shape.UNPAIRED else None)
+        label = row["label"] if shape is Shape.UNPAIRED else None
+        return Pair(prompt, chosen, rejected, number, extra, label, tools_of(row))
 
     held = np.array(held_P, dtype=bool) if share is not None else None
     found = Found(shape, Lazily(len(row_P), make), dropped, np.array(row_P), held)

@@ -1,6 +1,7 @@
 """The shapes that preference data comes in, how one is recognised, and how a row of it becomes prompts and answers."""
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from itertools import combinations
@@ -142,6 +143,21 @@ def turns_of(shape: Shape, row: Row, every_pair: bool) -> list[Turns]:
             return [_unpaired(row)]
         case _:
             assert_never(shape)
+
+
+def tools_of(row: Row) -> str:
+    """The `tools` column, a list of JSON schemas or its JSON text, as JSON text; empty if there are none."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise Unusable("tools is a string that is no JSON") from error
+    if not tools:
+        return ""
+    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+        raise Unusable("tools is no list of JSON schemas")
+    return json.dumps(tools, ensure_ascii=False)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
