@@ -119,6 +119,9 @@ CHANGES: dict[str, Change] = {
 ELSEWHERE = {
     "model.revision": ("test_model_sources.py", "revision"),
     "model.sha256": ("test_model_sources.py", "sha256"),
+    "data.mix": ("test_mixture.py", "data.mix"),
+    "data.config": ("test_sources.py", "config"),
+    "data.data_dir": ("test_sources.py", "data_dir"),
     "data.revision": ("test_sources.py", "revision"),
     "watch.displacement_nats": ("test_watch.py", "displacement_nats"),
     "watch.vanishing_share": ("test_watch.py", "vanishing_share"),

@@ -8,9 +8,11 @@ from typing import Any
 import jobs
 import pytest
 import workplace
+from accelerate.state import AcceleratorState
 
 from qlora_dpo.cli import main
 from qlora_dpo.recipe import load
+from qlora_dpo.recipe_reference import AdapterReference
 from qlora_dpo.shipped import shipped
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -74,13 +76,21 @@ FIRST_LOSS = {"sigmoid": 0.693147, "ipo": 2500.0, "kto": 0.5}
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_recipe_runs_two_steps(name: str, empty_folder: Path) -> None:
     before = load(str(shipped()[name])).recipe
-    named = before.data.train
+    named = before.data.train or (before.data.mix or [])[0].source
     shape = SHAPES[Path(named).name if named.startswith("/") else named]
     for file, rows in (("train.jsonl", workplace.rows(12)), ("held.jsonl", workplace.rows(4, 12))):
         Path(file).write_text("".join(json.dumps(shape(row)) + "\n" for row in rows), encoding="utf-8")
-    assert main(["init", "r.toml", "--template", name, "--model", jobs.source().name, "--data", "train.jsonl"]) == 0
-    settings = ("data.eval=held.jsonl", "train.batch_size=4", "samples.prompts=1", "samples.max_new_tokens=2")
-    assert main(["train", "r.toml", "--max-steps", "2", *(w for each in settings for w in ("--set", each))]) == 0
+    base = ["--model", jobs.source().name, "--data", "train.jsonl"]
+    assert main(["init", "r.toml", "--template", name, *base]) == 0
+    settings = ["data.eval=held.jsonl", "train.batch_size=4", "samples.prompts=1", "samples.max_new_tokens=2"]
+    settings += ["reference.path=adapters/started"] if isinstance(before.reference, AdapterReference) else []
+    options = ["--max-steps", "2", *(word for each in settings for word in ("--set", each))]
+    if isinstance(before.reference, AdapterReference):  # what it goes on from
+        assert main(["init", "s.toml", "--template", "hh-sft", *base]) == 0
+        first = [word for each in settings[:-1] for word in ("--set", each)]
+        assert main(["train", "s.toml", "--max-steps", "1", "-o", "adapters/started", *first]) == 0
+        AcceleratorState._reset_state(True)
+    assert main(["train", "r.toml", *options]) == 0
     results = json.loads(Path("adapters/r/results.json").read_text(encoding="utf-8"))
     assert [each["step"] for each in results["evals"]] == [0, 2]
     first = results["evals"][0]

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from qlora_dpo.data import lint
 from qlora_dpo.data.audit import OVERLONG, Audit, insist_on_few_bad_rows, quantiles
 from qlora_dpo.data.encode import CUT, PairSet
@@ -87,7 +89,8 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
 def _findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[Finding]:
     """What is odd about the rows that are trained on, and prompts on both sides."""
     dropped = {reason: list(rows) for reason, rows in train.audit.dropped.items() if reason != OVERLONG}
-    yield from lint.findings(Found(Shape(train.audit.shape), train.pairs, dropped))
+    row_P = np.array([pair.row for pair in train.pairs])
+    yield from lint.findings(Found(Shape(train.audit.shape), train.pairs, dropped, row_P))
     if recipe.data.held_out_share is None and (both := lint.overlap(train.pairs, heldout.pairs)):
         yield Finding("held-out prompts that are trained on", both, "set data.eval_share, or other splits", False)
 

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from qlora_dpo import __version__
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, chosen_only
-from qlora_dpo.data.lazily import joined
+from qlora_dpo.data.lazily import Lazily, joined
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
@@ -94,7 +94,8 @@ def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Pre
         train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
         heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
         if isinstance(recipe.objective, Sft):  # of held-out pairs both answers are asked, for the accuracy
-            train = replace(train, encoded=_chosen_only(train.encoded))
+            everything = train.encoded
+            train = replace(train, encoded=Lazily(len(everything), lambda index: chosen_only(everything[index])))
     return Prepared(source, tokenizer, train, heldout, named, seconds)
 
 
