@@ -14,7 +14,7 @@ PLAIN = "your-own-jsonl"
 
 def _templates() -> str:
     """Name and first line of every shipped recipe, in 80 columns."""
-    told = "".join(f"\n{name:<16}{purpose(file)[:62]}" for name, file in shipped().items())
+    told = "".join(f"\n{name:<18}{purpose(file)[:60]}" for name, file in shipped().items())
     return f"\b\nTemplates:{told}"
 
 
@@ -78,6 +78,9 @@ def _written(source: Path, file: Path, model: str | None, data: str | None) -> s
     """The template's text as it is to stand in `file`."""
     import tomllib
 
+    import tomli_w
+
+    from qlora_dpo.errors import RecipeError
     from qlora_dpo.recipe_edit import changed
 
     text = source.read_text(encoding="utf-8")
@@ -85,10 +88,18 @@ def _written(source: Path, file: Path, model: str | None, data: str | None) -> s
     # what lies beside the template does not lie beside the new recipe
     beside = {key: str((source.parent / value).resolve()) for key, value in _beside(tables["data"], source.parent)}
     text = changed(text, "data", beside)
+    for each in tables["data"].get("mix", ()):
+        for _, value in _beside({"train": each["source"]}, source.parent):
+            text = text.replace(f'"{value}"', tomli_w.dumps({"a": str((source.parent / value).resolve())})[4:].strip())
     if model is not None:
         text = changed(text, "model", _base(model, file), without=("revision", "sha256"))
+    if data is not None and "mix" in tables["data"]:
+        raise RecipeError(f"--data {data}: the template {source.stem} mixes several sources; name them in its tables")
     if data is not None:
-        of_the_other = ("eval", "eval_share", "train_split", "eval_split", "revision", "format", "columns")
+        of_the_other = (
+            *("eval", "eval_share", "train_split", "eval_split"),
+            *("revision", "config", "data_dir", "format", "columns"),
+        )
         text = changed(text, "data", {"train": _place(data, file)}, without=of_the_other)
     text = text.replace(f"recipes/{source.name}", shlex.quote(str(file)))
     changes = " and ".join(
