@@ -29,7 +29,7 @@ KINDS = "test_held.py test_reference_kinds.py"
 SAVED = "test_saved_adapter.py"
 MOVING = "faults/test_reference_resumes.py"
 CHECKPOINT = "test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
-MERGE = "test_merge.py"
+MERGE = "test_merge.py test_merge_kinds.py test_merge_choice.py"
 WATCH = "test_watch.py"
 BEST = "test_best.py"
 
@@ -286,10 +286,20 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if state.fingerprints.get(name) != asked.fingerprints.get(name)", "if False", CHECKPOINT),
         ("not key.startswith(FREE_KEYS)", 'not key.startswith((*FREE_KEYS, "dpo."))', CHECKPOINT),
     ],
+    "deploy/sums.py": [
+        ("whole.addmm_(b, a, alpha=layer.scaling[name])", "whole.addmm_(b, a)", MERGE),
+        ("whole.mul_((length / whole.norm(dim=1))[:, None])", "whole.mul_(1)", MERGE),
+        ("for name in layer.active_adapters:", "for name in layer.active_adapters[:1]:", MERGE),
+    ],
+    "deploy/shards.py": [
+        ('if layer is not None and onto == "trained":', "if False:", MERGE),
+        ("tensor if layer is None else", "tensor if True else", MERGE),
+    ],
+    "deploy/choice.py": [
+        ('figures["kl"] > self.max_kl', "False", MERGE),
+        ('one["merged_accuracy"] >= other["merged_accuracy"]', "True", MERGE),
+    ],
     "deploy/merge.py": [
-        ("(base.cpu() + delta(layer).cpu()).to(dtype)", "base.cpu().to(dtype)", MERGE),
-        ("(base.cpu() + delta(layer).cpu()).to(dtype)", "(base.cpu().to(dtype) + delta(layer).cpu().to(dtype))", MERGE),
-        ('base = place.float() if onto == "original" else trained_weight(layer)', "base = place.float()", MERGE),
         ('onto == "trained" and kl > MOST_KL', "False", MERGE),
         ("if reason := _beyond_weights(config):", 'if reason := "":', MERGE),
     ],

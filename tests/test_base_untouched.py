@@ -11,7 +11,7 @@ import torch
 from adapters_made import save_adapter, save_base
 
 from qlora_dpo.adapter import Opened, open_adapter
-from qlora_dpo.deploy import merge as merging
+from qlora_dpo.deploy import shards
 from qlora_dpo.model.base import linear4bit_layers
 from qlora_dpo.recipe_model import Quantization
 from qlora_dpo.talk.generate import answers
@@ -50,7 +50,7 @@ def evaluate(opened: Opened, folder: Path) -> None:
 
 def merge(opened: Opened, folder: Path) -> None:
     chat(opened, folder)
-    merging.write_model(opened, folder, "trained", torch.bfloat16)
+    shards.write_model(opened, folder, "trained", torch.bfloat16)
 
 
 @pytest.mark.parametrize("use", [chat, evaluate, merge])

@@ -18,6 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_dpo.adapter import Opened, open_model
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import merge as merging
+from qlora_dpo.deploy import shards
+from qlora_dpo.deploy.card import Onto
 from qlora_dpo.errors import ModelError, RunError
 from qlora_dpo.model.base import dequantized, linear4bit_layers
 from qlora_dpo.model.lora import adapter_off
@@ -58,9 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def merged(
-    adapter: Path, output: Path, dtype: merging.Dtype = "bf16", onto: merging.Onto = "trained"
-) -> tuple[Opened, Any]:
+def merged(adapter: Path, output: Path, dtype: merging.Dtype = "bf16", onto: Onto = "trained") -> tuple[Opened, Any]:
     """The opened adapter, and the merged model as plain transformers loads it, in the dtype of its config."""
     opened = merging.open_for_merge(adapter)
     merging.merge(opened, output, onto, dtype, unchecked)
@@ -209,7 +209,7 @@ def test_tokenizer_template_and_generation_config_come_along(place: Path, tmp_pa
 
 
 def test_the_weights_are_sharded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "SHARD", "100KB")
+    monkeypatch.setattr(shards, "SHARD", "100KB")
     opened = merging.open_for_merge(place / "nf4")
     result = merging.merge(opened, tmp_path / "m", "trained", "bf16", unchecked)
     assert result.shards == len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1
@@ -265,20 +265,28 @@ def test_the_command_tells_what_it_wrote_and_how_close_it_is(
     assert main(["merge", "adapters/nf4", "--dtype", "fp32"]) == 0
     told = capsys.readouterr()
     record = json.loads((tmp_path / "merged/nf4/merge.json").read_text())
-    accuracy = f"{record['trained_accuracy']:.3f} / {record['merged_accuracy']:.3f}"
+    accuracy, loss, perplexity = (
+        f"{record[f'trained_{name}']:.{digits}f} / {record[f'merged_{name}']:.{digits}f}"
+        for name, digits in (("accuracy", 3), ("loss", 4), ("perplexity", 3))
+    )
     assert told.out == (
         f"merged/nf4: {record['bytes'] / 1e6:.1f} MB of fp32 weights in 1 file\n"
         "The update is added to the dequantized 4-bit weights it was trained on, in float32, and rounded once.\n"
         "\n"
         f"Compared with the adapter model on 12 held-out pairs of the run ({record['tokens']} answer tokens),\n"
         "both models computed in fp32 on CPU, so that only the weights differ:\n"
-        f"  KL(trained, merged), nats per token     {record['kl']:.2g}\n"
-        "  top-1 agreement                         1.0000\n"
-        f"  preference accuracy, trained / merged   {accuracy}\n"
+        f"  KL(trained, merged), nats per token              {record['kl']:.2g}\n"
+        "  top-1 agreement                                  1.0000\n"
+        f"  preference accuracy, trained / merged            {accuracy}\n"
+        f"  DPO loss at beta 0.1, trained / merged           {loss}\n"
+        f"  perplexity of chosen answers, trained / merged   {perplexity}\n"
         "\n"
         "qlora-dpo chat merged/nf4   # talk to it\n"
     )
-    assert told.err == "merging adapters/nf4 into merged/nf4\ncomparing on 12 held-out pairs of the run\n"
+    head, memory, disk, tail = told.err.splitlines()
+    assert (head, tail) == ("merging adapters/nf4 into merged/nf4", "comparing on 12 held-out pairs of the run")
+    assert memory.startswith("memory: the model as trained has 0.2 MB; writing takes at most 0.4 MB more ")
+    assert disk == "disk: 0.4 MB"
     assert record["trained_accuracy"] == record["merged_accuracy"]
     assert record["bytes"] == (tmp_path / "merged/nf4/model.safetensors").stat().st_size
     assert record["kl"] < 1e-8

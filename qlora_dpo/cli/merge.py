@@ -1,6 +1,7 @@
 """`qlora-dpo merge`: adapter and base become one full model."""
 
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,20 +9,25 @@ import click
 
 if TYPE_CHECKING:
     from qlora_dpo.adapter import Opened
-    from qlora_dpo.deploy.merge import Dtype, Merged, Onto
+    from qlora_dpo.deploy.merge import Dtype, Merged
+    from qlora_dpo.recipe import Recipe
+    from qlora_dpo.training.agreement import Observed
+    from qlora_dpo.training.yardstick import Texts
 
 EXPECTED_KL = 0.001
 
 
-@click.command(short_help="Write an adapter and its base as one full model.")
-@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.command(short_help="Write an adapter, or several, and its base as one full model.")
+@click.argument("adapters", metavar="[ADAPTER]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write [merged/NAME]")
+@click.option("--weights", metavar="W,W", help="How much of each adapter is added, as in 0.7,0.3 [default: 1 for one]")
 @click.option(
     "--onto",
-    type=click.Choice(["trained", "original"]),
+    type=click.Choice(["trained", "original", "auto"]),
     default="trained",
     show_default=True,
-    help="Add the update to the dequantized weights it was trained on, or to the original ones.",
+    help="Add the update to the dequantized weights it was trained on, to the original ones, or to the better of both "
+    "by a rule that is printed.",
 )
 @click.option(
     "--dtype",
@@ -30,63 +36,120 @@ EXPECTED_KL = 0.001
     show_default=True,
     help="What the float32 sum is rounded to, once.",
 )
-def merge(adapter: Path | None, output: Path | None, onto: "Onto", dtype: "Dtype") -> None:
+@click.option("--max-kl", type=click.FloatRange(min=0), help="Keep nothing above this KL to the trained model; exit 3.")
+@click.option(
+    "--min-agreement", type=click.FloatRange(0, 1), help="Keep nothing below this top-1 agreement with it; exit 3."
+)
+def merge(
+    adapters: tuple[Path, ...],
+    output: Path | None,
+    weights: str | None,
+    onto: Any,
+    dtype: "Dtype",
+    max_kl: float | None,
+    min_agreement: float | None,
+) -> None:
     """Write ADAPTER and its base as one full model that any program loads; absent: the newest adapter.
+
+    Several adapters of one base are added up, each with its weight, and compared on the held-out pairs of the first.
 
     \b
     qlora-dpo merge
-    qlora-dpo merge adapters/hh -o merged/hh-original --onto original
+    qlora-dpo merge adapters/hh -o merged/hh-best --onto auto --max-kl 0.3
+    qlora-dpo merge adapters/hh adapters/tone --weights 0.7,0.3
     """
     from qlora_dpo.adapter import newest
     from qlora_dpo.deploy import merge as merging
+    from qlora_dpo.deploy.choice import Bars
+    from qlora_dpo.deploy.room import insist_on_room, room_for
+    from qlora_dpo.deploy.several import name_of, weights_for
+    from qlora_dpo.model.device import TORCH_DTYPES
 
-    folder = newest() if adapter is None else adapter.expanduser()
-    target = output.expanduser() if output else Path("merged") / folder.resolve().name
+    first, *others = [each.expanduser() for each in adapters] or [newest()]
+    each_weight = weights_for([first, *others], weights)
+    target = (
+        output.expanduser() if output else Path("merged") / "-".join(each.resolve().name for each in (first, *others))
+    )
     merging.claim(target)
-    click.echo(f"merging {folder} into {target}", err=True)
-    opened = merging.open_for_merge(folder)
-    merged = merging.merge(opened, target, onto, dtype, lambda written: _figures(opened, folder, written))
+    click.echo(f"merging {' and '.join(map(str, (first, *others)))} into {target}", err=True)
+    opened = merging.open_for_merge(first, others, each_weight)
+    room = room_for(opened, TORCH_DTYPES[dtype], len(merging.bases_for(opened, onto)))
+    click.echo("\n".join(room.lines()), err=True)
+    insist_on_room(room, opened, target)
+    bars = Bars(max_kl, min_agreement)
+    name = name_of([first, *others], each_weight) if weights else None
+    merged = merging.merge(opened, target, onto, dtype, _check(opened, first), bars, name)
     click.echo("\n".join(_result(merged)))
-    if onto == "trained" and merged.figures["kl"] > EXPECTED_KL:
+    if merged.onto == "trained" and merged.figures["kl"] > EXPECTED_KL:
         click.echo(f"the KL is above the {EXPECTED_KL} that rounding explains; --dtype fp32 shows why", err=True)
 
 
-def _figures(opened: "Opened", folder: Path, written: Path) -> dict[str, Any]:
-    """Load the model that was written and compare it with the adapter model."""
+def _check(opened: "Opened", folder: Path) -> "Callable[[Path], dict[str, Any]]":
+    """What loads a model that was written and compares it with the adapter model, which is let go at the first call."""
+    from functools import cache
+
+    from qlora_dpo.training.agreement import let_go, observe
+    from qlora_dpo.training.yardstick import texts_for
+
+    @cache
+    def observed() -> "tuple[Texts, Observed]":
+        texts = texts_for(folder, opened.recipe, opened.tokenizer)
+        click.echo(f"comparing on {texts.name}", err=True)
+        seen = observe(opened.model, texts.encoded, opened.tokenizer.pad_token_id or 0, opened.device)
+        let_go(seen)
+        return texts, seen
+
+    def check(written: Path) -> dict[str, Any]:
+        texts, seen = observed()
+        return _figures(opened, texts, seen, written)
+
+    return check
+
+
+def _figures(opened: "Opened", texts: "Texts", observed: "Observed", written: Path) -> dict[str, Any]:
+    """Load the model that was written and compare it with what the adapter model said."""
     from dataclasses import asdict
 
     from qlora_dpo.model.base import load_base
     from qlora_dpo.model.sources import Source
     from qlora_dpo.recipe_model import ModelTable
-    from qlora_dpo.training.agreement import measure
-    from qlora_dpo.training.yardstick import texts_for
+    from qlora_dpo.training.agreement import compared
 
-    texts = texts_for(folder, opened.recipe, opened.tokenizer)
-    click.echo(f"comparing on {texts.name}", err=True)
     plain = ModelTable(name=str(written), quantization="none")
     full = load_base(Source("the merged model", written, ""), plain, opened.device)
-    found = measure(opened.model, full, texts.encoded, opened.tokenizer.pad_token_id or 0, opened.device)
+    beta = _beta(opened.recipe)
+    found = asdict(compared(observed, full, opened.device, beta))
     here = opened.device
     exact = ", so that only the weights differ" if here.compute_dtype == "fp32" else ", whose rounding adds to the KL"
-    figures = asdict(found) | {
+    if texts.why_no_accuracy:
+        found |= {name: None for name in found if name.startswith(("trained_", "merged_"))}
+    return found | {
+        "beta": beta,
         "measured_on": texts.name,
         "computed_in": f"both models computed in {here.compute_dtype} on {here.type.upper()}{exact}",
         "why_no_accuracy": texts.why_no_accuracy,
     }
-    return figures | ({"trained_accuracy": None, "merged_accuracy": None} if texts.why_no_accuracy else {})
+
+
+def _beta(recipe: "Recipe | None") -> float:
+    """The run's beta; DPO's own where its loss has none."""
+    from qlora_dpo.recipe_objective import Sigmoid
+
+    return getattr(recipe and recipe.objective, "beta", None) or Sigmoid().beta
 
 
 def _result(merged: "Merged") -> list[str]:
     """What was written, how it compares, and what to type next."""
     from qlora_dpo.data.dialogue import printable
-    from qlora_dpo.deploy.card import figure_lines, sum_in_words
+    from qlora_dpo.deploy.card import candidate_rows, figure_lines, sum_in_words
+    from qlora_dpo.deploy.choice import RULE
 
     name = shlex.quote(str(merged.folder))
     files = "1 file" if merged.shards == 1 else f"{merged.shards} files"
     lines = figure_lines(merged.figures)
     compared = f"{merged.figures['measured_on']} ({merged.figures['tokens']:,} answer tokens)"
     width = max(len(label) for label, _ in lines) + 3
-    chat = f"qlora-dpo chat {name}"
+    both = len(merged.candidates) > 1
     return [
         f"{merged.folder}: {merged.bytes / 1e6:,.1f} MB of {merged.dtype} weights in {files}",
         sum_in_words(merged.onto, merged.quantization),
@@ -94,6 +157,20 @@ def _result(merged: "Merged") -> list[str]:
         f"Compared with the adapter model on {compared},",
         f"{merged.figures['computed_in']}:",
         *(printable(f"  {label:<{width}}{value}") for label, value in lines),
+        *(["", *_columns(candidate_rows(merged.candidates)), f"The rule: {RULE}."] if both else []),
         "",
-        f"{chat}   # talk to it",
+        f"qlora-dpo chat {name}   # talk to it",
+    ]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as aligned lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
     ]

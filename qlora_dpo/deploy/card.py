@@ -2,13 +2,22 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe_tables import is_local
 
+Onto = Literal["trained", "original"]
+"""What an update is added to."""
+
+MEASURED = (
+    ("preference accuracy", "accuracy"),
+    ("DPO loss at beta {beta:g}", "loss"),
+    ("perplexity of chosen answers", "perplexity"),
+)
+DIGITS = {"accuracy": 3, "loss": 4, "perplexity": 3}
 BITS = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit"}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -31,6 +40,7 @@ def merged_card(record: Mapping[str, Any]) -> str:
         "## Against the adapter model",
         f"Measured on {record['measured_on']} ({record['tokens']} answer tokens), {record['computed_in']}.",
         "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figure_lines(record))]),
+        *_choice(record),
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
@@ -39,7 +49,16 @@ def merged_card(record: Mapping[str, Any]) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-def sum_in_words(onto: str, quantization: str) -> str:
+def _choice(record: Mapping[str, Any]) -> list[str]:
+    """Both bases side by side, and the rule that chose one; nothing where only one was measured."""
+    if "candidates" not in record:
+        return []
+    head, *rows = (f"| {' | '.join(row)} |" for row in candidate_rows(record["candidates"]))
+    table = "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *rows])
+    return ["## The base it was added to", f"The rule: {record['rule']}. So: onto {record['onto']}.", table]
+
+
+def sum_in_words(onto: Onto, quantization: str) -> str:
     """One sentence on what the update was added to."""
     match onto, quantization:
         case _, "none":
@@ -53,16 +72,33 @@ def sum_in_words(onto: str, quantization: str) -> str:
 
 def figure_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures with their names, as text."""
-    before, after = record["trained_accuracy"], record["merged_accuracy"]
-    measured = before is not None and after is not None
-    return [
+    lines = [
         ("KL(trained, merged), nats per token", f"{record['kl']:.2g}"),
         ("top-1 agreement", f"{record['top1']:.4f}"),
-        (
-            "preference accuracy, trained / merged",
-            f"{before:.3f} / {after:.3f}" if measured else f"not measured: {_words(record['why_no_accuracy'])}",
-        ),
     ]
+    if record["why_no_accuracy"]:
+        return [
+            *lines,
+            ("preference accuracy, trained / merged", f"not measured: {_words(record['why_no_accuracy'])}"),
+        ]
+    for name, key in MEASURED:
+        before, after = record[f"trained_{key}"], record[f"merged_{key}"]
+        named = name.format(beta=record["beta"])
+        lines.append((f"{named}, trained / merged", f"{before:.{DIGITS[key]}f} / {after:.{DIGITS[key]}f}"))
+    return lines
+
+
+def candidate_rows(candidates: Mapping[Onto, Mapping[str, Any]]) -> list[list[str]]:
+    """A table of both bases beside the trained model itself, its head first."""
+    first = next(iter(candidates.values()))
+    measured = not first["why_no_accuracy"]
+    itself = ("the adapter model", "trained", {**first, "kl": 0.0, "top1": 1.0})
+    merged = [(f"merged onto {onto}", "merged", each) for onto, each in candidates.items()]
+    rows = [["", "KL", "top-1", *(("accuracy", "loss", "perplexity") if measured else ())]]
+    for name, which, each in [itself, *merged]:
+        more = [f"{each[f'{which}_{key}']:.{DIGITS[key]}f}" for _, key in MEASURED] if measured else []
+        rows.append([name, f"{each['kl']:.2g}", f"{each['top1']:.4f}", *more])
+    return rows
 
 
 def public_name(name: str) -> str:

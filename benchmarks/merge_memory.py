@@ -1,0 +1,45 @@
+"""Peak memory of writing a merged model, beside what `merge` states: `python benchmarks/merge_memory.py ADAPTER`."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from qlora_dpo.cli.quiet import silence
+
+silence()
+import torch  # noqa: E402
+
+from qlora_dpo.deploy import merge, shards  # noqa: E402
+from qlora_dpo.deploy.room import room_for  # noqa: E402
+
+
+def resident(name: str) -> int:
+    """Bytes of memory that Linux counts under `name`: VmRSS now, VmHWM at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def main() -> None:
+    """Open the adapter, write the merged model in bf16, print what was taken beyond the opened model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--shard", default=shards.SHARD)
+    parser.add_argument("--onto", default="trained", choices=("trained", "original"))
+    parser.add_argument("--whole", action="store_true", help="load the whole model beside it, as a comparison")
+    asked = parser.parse_args()
+    shards.SHARD = asked.shard
+    opened = merge.open_for_merge(asked.adapter)
+    room = room_for(opened, torch.bfloat16, 1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is another matter
+    before = resident("VmRSS")
+    if asked.whole:
+        shards.stored_tensors = lambda opened: None
+    with tempfile.TemporaryDirectory() as work:
+        shards.write_model(opened, Path(work), asked.onto, torch.bfloat16)
+    print(f"stated {room.writing / 1e6:.1f} MB: shard {room.shard / 1e6:.1f}, layer {room.layer / 1e6:.1f}")
+    print(f"taken {(resident('VmHWM') - before) / 1e6:.1f} MB beyond the opened model's {before / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
