@@ -172,8 +172,18 @@ def open_model(target: str | None, dtype: str = "auto") -> Opened:
             raise RecipeError(f"{folder}: is neither an adapter ({CONFIG}) nor a model (config.json)")
         return _open_dense(ModelTable(name=str(folder.resolve()), quantization="none"), dtype, folder)
     if target is not None and target.count("/") == 1 and not target.startswith((".", "~", "/", "adapters/", "merged/")):
-        return _open_dense(ModelTable(name=target, quantization="none"), dtype, None)
+        return _open_from_hub(target, dtype)
     raise RecipeError(f"{target}: there is no such folder; name an adapter, a merged model or a hub model")
+
+
+def _open_from_hub(name: str, dtype: str) -> Opened:
+    """Open a model or, with its base, an adapter that lies on a hub."""
+    folder = sources.download(name, also=["resolved.toml"])
+    if not (folder / CONFIG).is_file():
+        return _open_dense(ModelTable(name=name, revision=folder.name, quantization="none"), dtype, None)
+    opened = open_adapter(folder, dtype)
+    opened.folder = Path(name)  # what it is called: the folder in the cache is named by a hash
+    return opened
 
 
 def open_adapter(folder: Path, dtype: str = "auto") -> Opened:

@@ -1,5 +1,6 @@
-"""A Hugging Face hub on 127.0.0.1, as far as reading goes: models and data sets out of folders, one commit each."""
+"""A Hugging Face hub on 127.0.0.1: models and data sets out of folders, one commit each; models can be pushed."""
 
+import base64
 import functools
 import hashlib
 import json
@@ -12,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-LARGE = (".parquet", ".safetensors", ".gz")
+LARGE = (".parquet", ".safetensors", ".gz", ".gguf")
 """The hub keeps these as LFS files, whose ETag is their SHA-256 and not their git blob id."""
 
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+PUSH = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
+BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -26,6 +29,9 @@ class Hub(ThreadingHTTPServer):
     A client reads HF_ENDPOINT when huggingface_hub is imported, so it belongs into a subprocess's environment.
     `log` has a line per answer. While `fault` is set, every answer is that: an HTTP status, "slow" (nothing for
     `slow_seconds`), or "cut" (the connection ends in the middle); a client switches with GET /fault/NAME.
+
+    What a client with a token pushes is in `root/models` after its commit. `private` names the repositories that were
+    created so. After `uploads_left` large files the connection ends in the middle of the next one.
     """
 
     slow_seconds = 12.0
@@ -37,6 +43,9 @@ class Hub(ThreadingHTTPServer):
         self.root = Path(root)
         self.log: list[str] = []
         self.fault = ""
+        self.private: set[str] = set()
+        self.stored: dict[str, bytes] = {}
+        self.uploads_left = 10**9
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -179,17 +188,92 @@ class _Answer(BaseHTTPRequestHandler):
             if repository is None:
                 return None
             if found[3] != "tree":
-                return self._json(repository.info())
+                return self._json(repository.info() | {"private": repository.name in self.server.private})
             deep = urllib.parse.parse_qs(address.query).get("recursive", [""])[0].lower() == "true"
             entries = repository.tree(found[5] or "", deep)
             return self._json(entries) if entries or not found[5] else self._missing("EntryNotFound", found[5])
         return self._missing("", f"not served: {path}")
 
+    def do_PUT(self) -> None:
+        digest = self.path.removeprefix("/lfs/")
+        if self.server.uploads_left <= 0:
+            self.server.log.append(f"PUT {self.path} -> cut")
+            self.rfile.read(100)
+            self.close_connection = True
+            return None
+        data = self._body()
+        if hashlib.sha256(data).hexdigest() != digest:
+            return self._send(400, b"{}", "application/json", {})
+        self.server.uploads_left -= 1
+        self.server.stored[digest] = data
+        return self._json({})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while length := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _pushed(self, path: str, body: bytes) -> bool:
+        """True if this was a part of a push, and has been answered."""
+        push, batch = PUSH.fullmatch(path), BATCH.fullmatch(path)
+        if not (push or batch or path in ("/api/repos/create", "/api/validate-yaml")):
+            return False
+        if not self.headers.get("Authorization"):
+            self._send(401, b'{"error": "Invalid username or password."}', "application/json", {})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            (self.server.root / "models" / name).mkdir(parents=True)
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.server.private.add(name)
+            self._json({"url": f"{self.server.url}/{name}", "name": name, "id": "0" * 24})
+        elif batch:
+            self._json({"transfer": "basic", "objects": [self._wanted(each) for each in json.loads(body)["objects"]]})
+        elif push and push[2] == "preupload":
+            files = [each["path"] for each in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in files}
+            told = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+            self._json({"files": told})
+        elif push:
+            self._commit(push[1], [json.loads(line) for line in body.splitlines()])
+        return True
+
+    def _wanted(self, file: dict[str, Any]) -> dict[str, Any]:
+        """What Git LFS is told about a large file: where to send it, unless it is there."""
+        told = {"oid": file["oid"], "size": file["size"]}
+        if file["oid"] in self.server.stored:
+            return told
+        return told | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{file['oid']}", "header": {}}}}
+
+    def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+        repository = Repository("models", name, self.server.root / "models" / name)
+        for each in lines:
+            value = each["value"]
+            if each["key"] == "header":
+                continue
+            file = repository.folder / value["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            large = each["key"] == "lfsFile"
+            file.write_bytes(self.server.stored[value["oid"]] if large else base64.b64decode(value["content"]))
+        commit = repository.commit
+        self._json({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
+
     def do_POST(self) -> None:
         if self._spoilt():
             return None
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        found = API.fullmatch(urllib.parse.unquote(urllib.parse.urlsplit(self.path).path))
+        sent = self._body()
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        if self._pushed(path, sent):
+            return None
+        body = sent.decode()
+        found = API.fullmatch(path)
         if not found or found[3] != "paths-info":
             return self._missing("", f"not served: {self.path}")
         repository = self._repository(found[1], found[2], found[4])

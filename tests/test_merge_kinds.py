@@ -74,7 +74,7 @@ def test_a_base_that_names_its_layers_otherwise_is_merged_as_a_whole(
 ) -> None:
     adapter = foreign(tmp_path / "a", base, 1, **KINDS["whole norms"])
     by_shards = merged(adapter, tmp_path / "shards")
-    monkeypatch.setattr(shards, "_tensors_of", lambda folder: {})
+    monkeypatch.setattr(shards, "tensors_of", lambda folder: {})
     insist_on_same(merged(adapter, tmp_path / "whole"), by_shards)
 
 

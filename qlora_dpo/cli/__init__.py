@@ -11,9 +11,11 @@ from qlora_dpo import __version__
 from qlora_dpo.cli.chat import chat
 from qlora_dpo.cli.check import check
 from qlora_dpo.cli.data import data
+from qlora_dpo.cli.export import export
 from qlora_dpo.cli.failure import report
 from qlora_dpo.cli.init import init
 from qlora_dpo.cli.merge import merge
+from qlora_dpo.cli.push import push
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.cli.train import train
 from qlora_dpo.cli.verify import verify
@@ -32,6 +34,8 @@ def commands() -> None:
     qlora-dpo merge                          the newest adapter as a full model
     qlora-dpo chat                           talk to either
     qlora-dpo verify adapters/quickstart     is it still what was written?
+    qlora-dpo export merged/hh               write it as GGUF, for other engines
+    qlora-dpo push adapters/hh me/hh         send it to a hub
     qlora-dpo data show pairs.jsonl          look at data, lint and split it
     """
 
@@ -44,6 +48,8 @@ commands.add_command(merge)
 commands.add_command(chat)
 commands.add_command(verify)
 commands.add_command(data)
+commands.add_command(export)
+commands.add_command(push)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -80,7 +80,7 @@ def stored_tensors(opened: Opened) -> dict[str, Stored] | None:
     model = _base(opened)
     if getattr(AutoConfig.from_pretrained(opened.source.folder), "quantization_config", None) is not None:
         return None
-    found = _tensors_of(opened.source.folder)
+    found = tensors_of(opened.source.folder)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     twice = {name: first[id(each)] for name, each in model.named_parameters(remove_duplicate=False)}
     stored = {name: each for name, each in found.items() if twice.get(name, name) not in found.keys() - {name}}
@@ -103,7 +103,7 @@ def shards_of(stored: Mapping[str, Stored], dtype: torch.dtype) -> Any:
     )
 
 
-def _tensors_of(folder: Path) -> dict[str, Stored]:
+def tensors_of(folder: Path) -> dict[str, Stored]:
     """Every tensor of the files that transformers reads; the index names no file outside of the folder."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file() and index.is_file():

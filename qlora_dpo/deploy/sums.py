@@ -12,7 +12,7 @@ from qlora_dpo.model.base import dequantized, quantization_of, quantized_layers
 
 
 def changed_layers(model: Any) -> dict[str, nn.Module]:
-    """The layers whose weight is not the one in the base's files, by their name in the base: adapted, quantized or both."""
+    """Layers whose weight is not the one in the base's files, by name in the base: adapted, quantized or both."""
     base = _base(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     quantized = {name.removesuffix(".base_layer"): layer for name, layer in quantized_layers(base).items()}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,8 +148,13 @@ def _existing(folder: Path) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Source:
-    folder = _snapshot(name, revision, WANTED_FILES)
+    folder = download(name, revision)
     return Source(name, folder, fingerprint(folder, name), hub_id=name, revision=folder.name)
+
+
+def download(name: str, revision: str | None = None, also: Sequence[str] = ()) -> Path:
+    """Bring the repository `name` onto this machine, files like `also` included; raises as `fetch` does."""
+    return _snapshot(name, revision, [*WANTED_FILES, *also])
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:

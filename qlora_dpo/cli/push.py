@@ -1,0 +1,62 @@
+"""`qlora-dpo push`: an adapter, a merged model or an export goes to a hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from qlora_dpo.deploy.parcel import Piece
+
+PARTS = ("model", "card", "run", "samples")
+
+
+@click.command(short_help="Send an adapter or a merged model to a hub.")
+@click.argument("folder", metavar="PATH", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="REPO")
+@click.option("--private/--public", default=True, show_default=True, help="Who can read a repository that is new.")
+@click.option(
+    "--what",
+    type=click.Choice(PARTS),
+    multiple=True,
+    help="Send this part only; may be given several times. [default: model, card and run, without samples]",
+)
+@click.option("--base", metavar="OWNER/NAME", help="Where others find an adapter's base that was a folder here.")
+@click.option("--dry-run", is_flag=True, help="List the files and stop; nothing is sent and nobody is asked.")
+def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], base: str | None, dry_run: bool) -> None:
+    """Send PATH, an adapter, a merged model or an export, to the repository REPO of a hub, in one commit.
+
+    Files and sizes are listed first. Checkpoints never go; secrets and paths of this machine are taken out. Log in with
+    `hf auth login` before. A push that was cut off goes on where it stopped.
+
+    \b
+    qlora-dpo push adapters/hh me/hh-adapter --dry-run
+    qlora-dpo push merged/hh me/hh --public
+    """
+    from qlora_dpo.deploy.parcel import parcel
+    from qlora_dpo.deploy.push import insist_on_name
+    from qlora_dpo.deploy.push import push as send
+    from qlora_dpo.report.card import scrubbed
+
+    folder = folder.expanduser()
+    for name in (repository, *([base] if base is not None else [])):
+        insist_on_name(name)
+    parts = what or PARTS[:3]
+    pieces = parcel(folder, repository, parts, base, scrubbed)  # type: ignore[arg-type]
+    click.echo("\n".join(_listed(pieces)), err=not dry_run)
+    if dry_run:
+        return
+    click.echo(f"sending to {repository}, {'private' if private else 'public'} if it is new", err=True)
+    address = send(pieces, repository, f"qlora-dpo push {folder.resolve().name}", private=private)
+    click.echo(f"{repository}: {len(pieces)} files, {address}")
+    if any(piece.name in ("adapter_config.json", "config.json") for piece in pieces):
+        click.echo(f"\nqlora-dpo chat {repository}   # talk to it")
+
+
+def _listed(pieces: "Sequence[Piece]") -> list[str]:
+    """Each file with its bytes, and the sum."""
+    rows = [*((f"{piece.bytes:,}", piece.name) for piece in pieces)]
+    rows.append((f"{sum(piece.bytes for piece in pieces):,}", f"bytes in {len(pieces)} files"))
+    width = max(len(size) for size, _ in rows)
+    return [f"{size:>{width}}  {name}" for size, name in rows]

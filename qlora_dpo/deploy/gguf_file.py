@@ -1,0 +1,149 @@
+"""Writes a GGUF file tensor by tensor, and reads it back: every word and every number is compared."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize
+
+from qlora_dpo.deploy.gguf_tensors import ARCHITECTURES, Planned, Quant, encoded, planned_tensors, values_of
+from qlora_dpo.deploy.gguf_words import Words
+from qlora_dpo.errors import ModelError
+
+FILE_TYPES = {
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+
+MOST_ERROR: dict[Quant, float] = {
+    "f16": 1e-3,
+    "bf16": 4e-3,
+    "q8_0": 0.02,
+    "q5_1": 0.08,
+    "q5_0": 0.08,
+    "q4_1": 0.16,
+    "q4_0": 0.16,
+}
+"""Relative L2 error of a tensor, twice what normally distributed weights have: above this it is no rounding."""
+
+
+def insist_on_architecture(config: Any, name: str) -> None:
+    """Raise ModelError for a model that is not written as GGUF here."""
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{name}: is of the kind {config.model_type}; {known} can be exported as GGUF")
+    rope = config.rope_parameters["rope_type"]
+    if rope not in ("default", "linear", "llama3"):
+        raise ModelError(f'{name}: scales its rotary positions by "{rope}", which is not exported')
+    if getattr(config, "use_sliding_window", False):
+        raise ModelError(f"{name}: has a sliding window, which llama.cpp does not read for {config.model_type}")
+
+
+def write_gguf(file: Path, folder: Path, config: Any, words: Words, quant: Quant, name: str) -> list[Planned]:
+    """Write the model in `folder` as one GGUF file; one tensor at a time is in memory."""
+    planned = planned_tensors(folder, config, quant, name)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
+    _describe(writer, config, quant, name)
+    _spell(writer, words)
+    for tensor in planned:
+        # the type that the writer is told decides how many bytes a row has
+        writer.add_tensor_info(
+            tensor.name, _stored_shape(tensor), np.dtype(_numpy_type(tensor)), tensor.bytes, raw_dtype=tensor.type
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in planned:
+        writer.write_tensor_data(encoded(tensor, values_of(tensor, config)))
+    writer.close()
+    return planned
+
+
+def read_back(file: Path, planned: list[Planned], config: Any, words: Words, quant: Quant) -> float:
+    """The largest relative error of a tensor in `file`; raises ModelError if anything in it is not what was meant."""
+    reader = gguf.GGUFReader(file)
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    merges = reader.get_field("tokenizer.ggml.merges").contents()
+    template = reader.get_field("tokenizer.chat_template")
+    if tokens != words.tokens or merges != words.merges or (template and template.contents()) != words.template:
+        raise ModelError(f"{file.name}: its tokenizer reads back otherwise than it was written; nothing was kept")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if found.keys() != {tensor.name for tensor in planned}:
+        raise ModelError(f"{file.name}: has other tensors than were written; nothing was kept")
+    worst = 0.0
+    for tensor in planned:
+        values = values_of(tensor, config)
+        there = dequantize(found[tensor.name].data, tensor.type).reshape(values.shape)
+        error = float(np.linalg.norm(there - values) / (np.linalg.norm(values) or 1.0))
+        if not error <= MOST_ERROR[quant]:
+            raise ModelError(
+                f"{file.name}: {tensor.own_name} reads back with an error of {error:.2g}, at most {MOST_ERROR[quant]} "
+                f"is {quant}'s rounding; nothing was kept"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _describe(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: str) -> None:
+    rope = config.rope_parameters
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[quant])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _spell(writer: gguf.GGUFWriter, words: Words) -> None:
+    writer.add_tokenizer_model("gpt2")  # what GGUF calls byte-level BPE
+    writer.add_tokenizer_pre(words.split)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.kinds)
+    writer.add_token_merges(words.merges)
+    for add, number in (
+        (writer.add_bos_token_id, words.bos),
+        (writer.add_eos_token_id, words.eos),
+        (writer.add_pad_token_id, words.pad),
+    ):
+        if number is not None:
+            add(number)
+    writer.add_add_bos_token(False)  # chat templates write it where it belongs
+    if words.template:
+        writer.add_chat_template(words.template)
+
+
+def _numpy_type(tensor: Planned) -> type:
+    match tensor.type:
+        case gguf.GGMLQuantizationType.F32:
+            return np.float32
+        case gguf.GGMLQuantizationType.F16:
+            return np.float16
+        case _:
+            return np.uint8
+
+
+def _stored_shape(tensor: Planned) -> tuple[int, ...]:
+    """The shape in numbers, or in bytes for a type whose numbers are packed."""
+    if _numpy_type(tensor) is np.uint8:
+        return tuple(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type))
+    return tensor.shape

@@ -1,0 +1,126 @@
+"""A model's weights in GGUF's terms: names, types, and the order of rows that rotary positions need."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import quantize
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from qlora_dpo.deploy.shards import Stored, tensors_of
+from qlora_dpo.errors import ModelError
+
+Quant = Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+QUANTS: tuple[Quant, ...] = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+ENDS = ("token_embd.weight", "output.weight")
+BLOCK = 32
+"""Numbers that share a scale in all these types; a row that is no multiple of it stays in f16."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write: its name in GGUF, its type there, and where its numbers come from."""
+
+    name: str
+    type: Type
+    shape: tuple[int, ...]
+    stored: Stored | None
+    own_name: str
+    heads: int | None
+    """How many heads its rows belong to where their order changes; None where it does not."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return int(math.prod(self.shape) // block * size)
+
+
+def planned_tensors(folder: Path, config: Any, quant: Quant, name: str) -> list[Planned]:
+    """Every tensor of the model in `folder`; raises ModelError for one that llama.cpp has no place for."""
+    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    planned = []
+    for own, stored in tensors_of(folder).items():
+        if own == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        found = names.get_name(own, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(f"{name}: its tensor {own} has no place in a GGUF file of the kind {config.model_type}")
+        kind = _type(found, stored.shape, quant)
+        planned.append(Planned(found, kind, stored.shape, stored, own, _heads(own, config)))
+    if config.rope_parameters["rope_type"] == "llama3":
+        factors = rope_factors(config.rope_parameters, _head_width(config))
+        planned.append(Planned("rope_freqs.weight", Type.F32, tuple(factors.shape), None, "", None))
+    return planned
+
+
+def values_of(tensor: Planned, config: Any) -> NDArray[np.float32]:
+    """The numbers of a tensor in the order they are written, in float32."""
+    if tensor.stored is None:
+        return rope_factors(config.rope_parameters, _head_width(config))
+    with safe_open(tensor.stored.file, framework="pt") as file:
+        values: Tensor = file.get_tensor(tensor.own_name).float()
+    if tensor.heads is not None:
+        values = interleaved(values, tensor.heads)
+    array: NDArray[np.float32] = values.contiguous().numpy()
+    return array
+
+
+def encoded(tensor: Planned, values: NDArray[np.float32]) -> NDArray[Any]:
+    """`values` as the file has them."""
+    made: NDArray[Any] = quantize(values, tensor.type)
+    return made
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection so that each pair that is turned together stands together.
+
+    transformers turns row i of a head with row i + half; llama.cpp, for this architecture, row 2i with row 2i + 1.
+    """
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def rope_factors(rope: Mapping[str, Any], head_width: int) -> NDArray[np.float32]:
+    """By how much each rotary frequency is divided in Llama 3.1 and later (`rope_type = "llama3"`)."""
+    exponent = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+    wave = 2 * math.pi * rope["rope_theta"] ** exponent
+    old, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = (old / wave - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    factors = torch.where(wave < old / high, 1.0, torch.where(wave > old / low, float(factor), between))
+    array: NDArray[np.float32] = factors.float().numpy()
+    return array
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _heads(name: str, config: Any) -> int | None:
+    if config.model_type != "llama":
+        return None
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else None
+
+
+def _type(name: str, shape: tuple[int, ...], quant: Quant) -> Type:
+    """Vectors stay in float32; embeddings and head, which decide most, in no less than 8 bits."""
+    if len(shape) == 1:
+        return Type.F32
+    if quant in ("f16", "bf16"):
+        return Type[quant.upper()]
+    if shape[-1] % BLOCK:
+        return Type.F16
+    return Type.Q8_0 if name in ENDS else Type[quant.upper()]

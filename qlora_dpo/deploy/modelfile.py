@@ -1,0 +1,43 @@
+"""Ollama's Modelfile for an exported model: the chat template in Ollama's language, and where an answer stops."""
+
+from typing import Any
+
+from qlora_dpo.data.chat_template import rendered
+from qlora_dpo.data.dialogue import Message
+
+CHATML = """\
+{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+
+ASKED: list[Message] = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "V"},
+]
+TOLD = (
+    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def modelfile(file: str, tokenizer: Any) -> str:
+    """The Modelfile for the GGUF `file`.
+
+    A template that writes ChatML is written out, with its default system prompt; for any other Ollama looks at the one
+    in the GGUF file and takes its own of the same name.
+    """
+    lines = [f"FROM ./{file}"]
+    if tokenizer.chat_template and rendered(tokenizer, [ASKED], answered=False)[0] == TOLD:
+        lines.append(f'TEMPLATE """{CHATML}"""')
+        alone = rendered(tokenizer, [ASKED[1:2]], answered=False)[0]
+        system = (
+            alone.partition("<|im_start|>user\n")[0].removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
+        )
+        if system and '"""' not in system:
+            lines.append(f'SYSTEM """{system}"""')
+    if tokenizer.eos_token:
+        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    return "\n".join(lines) + "\n"
