@@ -286,6 +286,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if state.fingerprints.get(name) != asked.fingerprints.get(name)", "if False", CHECKPOINT),
         ("not key.startswith(FREE_KEYS)", 'not key.startswith((*FREE_KEYS, "dpo."))', CHECKPOINT),
     ],
+    "deploy/gguf_tensors.py": [
+        ("if tensor.heads is not None:", "if False:", "test_export.py"),
+        ("return int(config.num_key_value_heads)", "return int(config.num_attention_heads)", "test_export.py"),
+    ],
+    "deploy/parcel.py": [
+        ("_insist_on_no_secret(piece, folder)\n    top", "top", "test_push.py"),
+        ("redacted(scrub(text))", "scrub(text)", "test_push.py"),
+        ('| {"base_model_name_or_path": base}', "", "test_push.py"),
+    ],
     "deploy/sums.py": [
         ("whole.addmm_(b, a, alpha=layer.scaling[name])", "whole.addmm_(b, a)", MERGE),
         ("whole.mul_((length / whole.norm(dim=1))[:, None])", "whole.mul_(1)", MERGE),

@@ -204,6 +204,10 @@ def test_a_merged_model_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "manifest.json",
     ]
     assert main(["export", "merged/hh"]) == 1, "nothing is overwritten"
+    assert main(["verify", "exported/hh-f16"]) == 0
+    file = tmp_path / "exported" / "hh-f16" / "hh-f16.gguf"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert main(["verify", "exported/hh-f16"]) == 1
 
 
 def test_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,19 @@ def test_the_disk_that_is_stated_is_what_is_written(place: Path, tmp_path: Path)
         assert needed.check == 4 * elements  # a CPU compares in float32
 
 
+def test_a_base_that_is_loaded_whole_is_planned_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qlora_dpo.deploy import shards
+
+    opened = opened_nf4(place)
+    elements = sum(each.numel() for each in load_file(place / "base" / "model.safetensors").values())
+    adapter = sum(each.numel() for name, each in opened.model.named_parameters() if "lora_" in name)
+    monkeypatch.setattr(shards, "tensors_of", lambda folder: {})
+    needed = room.room_for(opened, torch.bfloat16, candidates=1)
+    assert (needed.shard, needed.layer, needed.disk) == (2 * (elements + adapter), 0, 2 * (elements + adapter))
+
+
 def test_a_disk_or_a_memory_that_is_too_small_is_refused_first(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

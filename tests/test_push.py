@@ -150,6 +150,23 @@ def test_parts_are_chosen(made: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.splitlines()[0].split() == ["3", "samples.jsonl"]
 
 
+def test_a_base_from_pypi_is_named_with_what_others_need(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_dpo.deploy.parcel import base_of, parcel
+
+    folder = tmp_path / "hh"
+    shutil.copytree(made / "hh", folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["base"]["name"] = "pypi:small==1.0"
+    (folder / "run.json").write_text(json.dumps(run))
+    assert main(["push", str(folder), "me/hh", "--dry-run"]) == 0
+    assert capsys.readouterr().err == (
+        "its base is pypi:small==1.0: qlora-dpo fetches that, other programs need --base OWNER/NAME\n"
+    )
+    assert base_of(parcel(folder, "me/hh", ["model"], None, str)) == "pypi:small==1.0"
+
+
 # --- refusals
 
 

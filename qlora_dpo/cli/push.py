@@ -34,7 +34,7 @@ def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], ba
     qlora-dpo push adapters/hh me/hh-adapter --dry-run
     qlora-dpo push merged/hh me/hh --public
     """
-    from qlora_dpo.deploy.parcel import parcel
+    from qlora_dpo.deploy.parcel import base_of, parcel
     from qlora_dpo.deploy.push import insist_on_name
     from qlora_dpo.deploy.push import push as send
     from qlora_dpo.report.card import scrubbed
@@ -45,6 +45,9 @@ def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], ba
     parts = what or PARTS[:3]
     pieces = parcel(folder, repository, parts, base, scrubbed)  # type: ignore[arg-type]
     click.echo("\n".join(_listed(pieces)), err=not dry_run)
+    base_named = base_of(pieces) or ""
+    if base_named.startswith("pypi:"):
+        click.echo(f"its base is {base_named}: qlora-dpo fetches that, other programs need --base OWNER/NAME", err=True)
     if dry_run:
         return
     click.echo(f"sending to {repository}, {'private' if private else 'public'} if it is new", err=True)

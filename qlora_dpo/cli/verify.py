@@ -41,6 +41,8 @@ def _checked(folder: Path) -> Iterator[tuple[str, str]]:
         yield "base", _base_damage(folder)
     elif (folder / "merge.json").is_file():
         yield "merged model", damage(folder, needed="config.json")
+    elif (folder / "export.json").is_file():
+        yield "export", damage(folder, needed="export.json")
     for each in sorted((folder / "checkpoints").glob("step-*")):
         yield f"checkpoints/{each.name}", checkpoint.verify(each)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,12 @@ def parcel(
     top = {file.name for pattern in PATTERNS["model"] for file in folder.glob(pattern)}
     listed = [piece for piece in pieces if piece.name in top]
     return [*pieces, Piece(MANIFEST, _manifest(listed))] if listed else pieces
+
+
+def base_of(pieces: Sequence[Piece]) -> str | None:
+    """The base that an adapter among `pieces` names; None if there is none."""
+    config = next((piece.content for piece in pieces if piece.name == CONFIG), None)
+    return str(json.loads(config)["base_model_name_or_path"]) if isinstance(config, bytes) else None
 
 
 def _insist_on_finished(folder: Path) -> None:
