@@ -116,6 +116,16 @@ def test_several_adapters_are_added_up_as_peft_concatenates_them(base: Path, tmp
         torch.testing.assert_close(ours(IDS).logits, opened.model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_in_4_bit_an_adapter_in_two_parts_is_the_adapter(base: Path, tmp_path: Path) -> None:
+    one, twin = (save_adapter(tmp_path / name, base) for name in ("one", "twin"))
+    opened = merging.open_for_merge(one, [twin], [0.7, 0.3])
+    merging.merge(opened, tmp_path / "m", "trained", "fp32", lambda _: FIGURES)
+    in_parts = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    insist_on_same(in_parts, merged(one, tmp_path / "whole"))
+    with torch.no_grad():
+        torch.testing.assert_close(in_parts(IDS).logits, opened.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_one_weight_scales_one_adapter(base: Path, tmp_path: Path) -> None:
     adapter = foreign(tmp_path / "a", base, 1)
     assert main(["merge", str(adapter), "--weights", "0", "--dtype", "fp32", "-o", str(tmp_path / "m")]) == 0
