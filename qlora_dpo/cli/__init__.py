@@ -12,6 +12,7 @@ from qlora_dpo.cli.chat import chat
 from qlora_dpo.cli.check import check
 from qlora_dpo.cli.data import data
 from qlora_dpo.cli.export import export
+from qlora_dpo.cli.eval import eval_
 from qlora_dpo.cli.failure import report
 from qlora_dpo.cli.init import init
 from qlora_dpo.cli.merge import merge
@@ -50,6 +51,7 @@ commands.add_command(verify)
 commands.add_command(data)
 commands.add_command(export)
 commands.add_command(push)
+commands.add_command(eval_)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

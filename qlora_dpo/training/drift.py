@@ -21,11 +21,13 @@ LOGITS_AT_ONCE = 2**22
 
 
 @torch.no_grad()
-def kl_to_base(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> float:
-    """KL(policy || base) in nats per token, over the chosen answers of the first `PAIRS` pairs, each token's true
-    predecessors given.
+def kl_to_base(
+    model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device, most: int | None = PAIRS
+) -> float:
+    """KL(policy || base) in nats per token, over the chosen answers of the first `most` pairs (None is all), each
+    token's true predecessors given.
     """
-    was_training, few = model.training, pairs[:PAIRS]
+    was_training, few = model.training, pairs[:most]
     model.eval()
     head = language_model(model).get_output_embeddings()
     weight_VD, total, tokens = dense_weight(head, device.torch_dtype), 0.0, 0

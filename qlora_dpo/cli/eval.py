@@ -1,0 +1,217 @@
+"""`qlora-dpo eval`: the figures of an adapter on all of its held-out pairs, and a gate."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from qlora_dpo.adapter import Opened
+    from qlora_dpo.data.encode import PairSet
+    from qlora_dpo.data.encoded import EncodedPair
+    from qlora_dpo.recipe import Recipe
+    from qlora_dpo.recipe_data import DataTable
+    from qlora_dpo.recipe_objective import Objective
+
+
+@click.command("eval", short_help="Judge an adapter on its held-out pairs.")
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option("--data", metavar="FILE", help="Other pairs than the run's: a file, folder or hub data set.")
+@click.option("--split", metavar="NAME", help="Another split of a hub data set or folder. [the recipe's]")
+@click.option("--max-pairs", metavar="N", type=click.IntRange(min=1), help="Draw N pairs. [all]")
+@click.option(
+    "--text",
+    "texts",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Plain text of which base and tuned model's perplexity is compared: what is forgotten.",
+)
+@click.option(
+    "--min-accuracy", metavar="X", type=click.FloatRange(0, 1), help="Exit with 3 if the accuracy is below X."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="What both models compute in.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def eval_(
+    adapter: Path | None,
+    data: str | None,
+    split: str | None,
+    max_pairs: int | None,
+    texts: tuple[Path, ...],
+    min_accuracy: float | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Judge ADAPTER on all held-out pairs of its run, against its base; absent: the newest adapter.
+
+    Accuracy with its 95 % interval, by length and with length taken out, loss, margin, calibration, KL to the base, and
+    perplexity on the chosen answers.
+
+    \b
+    qlora-dpo eval adapters/hh
+    qlora-dpo eval adapters/hh --data pairs.jsonl --text novel.txt --min-accuracy 0.6 --json
+    """
+    from qlora_dpo.adapter import described, newest, open_adapter
+    from qlora_dpo.errors import GateError
+
+    folder = newest() if adapter is None else adapter.expanduser()
+    _insist_on_an_adapter(folder)
+    contents = {str(file): _plain_text(file) for file in texts}
+    table, part = _data_table(folder, described(folder)[2], data, split, max_pairs)
+    opened = open_adapter(folder, dtype)
+    found = _figures(opened, _pairs(opened, table, part), contents)
+    if as_json:
+        click.echo(json.dumps({"adapter": str(folder), **found}, ensure_ascii=False, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from qlora_dpo.report.judgement import judgement_tables
+
+        Console().print(judgement_tables(found))
+    if min_accuracy is not None and found["accuracy"] < min_accuracy:
+        raise GateError(
+            f"{folder}: the accuracy {found['accuracy']:.4f} of {found['pairs']} pairs is below --min-accuracy "
+            f"{min_accuracy:g}"
+        )
+
+
+def _insist_on_an_adapter(folder: Path) -> None:
+    from qlora_dpo.adapter import CONFIG
+    from qlora_dpo.errors import RecipeError
+
+    if not (folder / CONFIG).is_file():
+        what = "is no adapter" if folder.is_dir() else "there is no such folder"
+        raise RecipeError(
+            f"{folder}: {what}; eval compares an adapter with its base, so name the folder of a run, as in adapters/hh"
+        )
+
+
+def _plain_text(file: Path) -> str:
+    """The text of `file`; raises RecipeError if there is none."""
+    from qlora_dpo.errors import RecipeError
+
+    try:
+        text = file.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: is not UTF-8 text (byte {error.start}); --text takes plain text") from error
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}; --text takes plain text") from error
+    if not text.strip():
+        raise RecipeError(f"{file}: is empty; --text takes plain text")
+    return text
+
+
+def _data_table(
+    folder: Path, recipe: "Recipe | None", data: str | None, split: str | None, max_pairs: int | None
+) -> "tuple[DataTable, Any]":
+    """What to read, and as which part; raises RecipeError where the options do not fit together."""
+    from qlora_dpo.errors import RecipeError
+    from qlora_dpo.recipe_data import DataTable
+    from qlora_dpo.recipe_tables import DATA_ENDINGS
+
+    own = recipe.data if recipe is not None else None
+    if data is None:
+        if own is None:
+            raise RecipeError(f"{folder}: comes without a recipe, so its held-out pairs are not known; add --data")
+        if split is not None and own.held_out_share is not None:
+            raise RecipeError(
+                "--split: this run holds out a share of its training pairs, which have no split; leave it"
+            )
+        chosen = {"eval_split": split} if split else {}
+        return own.model_copy(update={"max_eval_samples": max_pairs, **chosen}), "eval"
+    if split is not None and data.endswith(DATA_ENDINGS):
+        raise RecipeError(f"--split {split}: {data} is one file and has no splits; leave it out")
+    place = Path(data).expanduser()
+    name = str(place.resolve()) if place.exists() else data
+    start = own or DataTable(train=name, eval=f"{name}/")
+    default = "train" if place.is_file() or data.endswith(DATA_ENDINGS) else start.eval_split
+    return start.model_copy(
+        update={
+            "train": name,
+            "train_split": split or default,
+            "eval": f"{name}/",  # all of them are read, none held out
+            "eval_share": None,
+            "format": "auto",
+            "max_train_samples": max_pairs,
+            "revision": start.revision if own and name in (own.train, own.eval) else None,
+        }
+    ), "train"
+
+
+def _pairs(opened: "Opened", table: "DataTable", part: Any) -> "PairSet":
+    from qlora_dpo.data.audit import insist_on_few_bad_rows
+    from qlora_dpo.data.encode import load_pairs
+    from qlora_dpo.training.columns import column_keys
+
+    seed = opened.recipe.train.seed if opened.recipe is not None else 0
+    pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(_objective(opened)))
+    click.echo("\n".join(pairs.audit.lines()), err=True)
+    insist_on_few_bad_rows(pairs.audit, table.max_bad_share)
+    trained = opened.recipe.data if opened.recipe is not None else None
+    if part == "train" and trained and (trained.train, trained.train_split) == (table.train, table.train_split):
+        click.echo("it was trained on pairs of this source: the figures say little of other pairs", err=True)
+    return pairs
+
+
+def _objective(opened: "Opened") -> "Objective":
+    """The run's objective; DPO for an adapter that was made elsewhere."""
+    from qlora_dpo.recipe_objective import Sigmoid
+
+    return opened.recipe.objective if opened.recipe is not None else Sigmoid()
+
+
+def _figures(opened: "Opened", side: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
+    """Every figure, with what it was measured on and how."""
+    from qlora_dpo.adapter import described
+    from qlora_dpo.errors import RecipeError
+    from qlora_dpo.preference.layout import choose_packing
+    from qlora_dpo.preference.reference import Store, store_folder
+    from qlora_dpo.recipe_train import TrainTable
+    from qlora_dpo.talk.generate import context_tokens
+    from qlora_dpo.training.columns import columns_of
+    from qlora_dpo.training.examine import WINDOW, examine, read_text, windows_of
+    from qlora_dpo.training.judgement import judgement
+
+    model, device, objective = opened.model, opened.device, _objective(opened)
+    assert opened.folder is not None  # noqa: S101 - an adapter has one
+    table = described(opened.folder)[0]
+    budget = (opened.recipe.train if opened.recipe is not None else TrainTable()).micro_batch_tokens
+    window = min(WINDOW, context_tokens(model) or WINDOW)
+    windows: dict[str, list[EncodedPair]] = {}
+    for name, text in contents.items():
+        ids = opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows[name] = windows_of(tuple(ids), window)
+        if not windows[name]:
+            raise RecipeError(f"{name}: makes {len(ids)} tokens; --text needs two at least")
+    everything = [*side.encoded, *(each for some in windows.values() for each in some)]
+    packing, why = choose_packing(model, everything, budget, int(opened.tokenizer.pad_token_id or 0), device)
+    click.echo(f"layout: {why}", err=True)
+    steps = 3 * len(side.encoded)
+    with click.progressbar(
+        length=steps, label=f"asking base and tuned model of {len(side.encoded)} pairs", file=sys.stderr
+    ) as bar:
+        found = examine(
+            model,
+            side.encoded,
+            columns_of(side.pairs, objective),
+            objective,
+            packing,
+            lambda counted: Store(store_folder(opened.source, table, device, counted)),
+            device,
+            bar.update,
+        )
+    texts = {name: read_text(model, some, packing, device) for name, some in windows.items()}
+    return {
+        "data": {"source": side.audit.source, "rows": side.audit.rows, "used": side.audit.used},
+        "objective": objective.model_dump(exclude_none=True),
+        "computed_in": f"{device.compute_dtype} on {device.type.upper()}",
+        **judgement(found, side.encoded, objective, texts),
+    }
