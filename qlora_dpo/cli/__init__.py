@@ -10,6 +10,7 @@ import click
 from qlora_dpo import __version__
 from qlora_dpo.cli.chat import chat
 from qlora_dpo.cli.check import check
+from qlora_dpo.cli.compare import compare
 from qlora_dpo.cli.data import data
 from qlora_dpo.cli.export import export
 from qlora_dpo.cli.eval import eval_
@@ -52,6 +53,7 @@ commands.add_command(data)
 commands.add_command(export)
 commands.add_command(push)
 commands.add_command(eval_)
+commands.add_command(compare)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

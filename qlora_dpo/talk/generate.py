@@ -30,6 +30,8 @@ class Answer:
     text: str
     tokens: int
     ended: bool
+    ids: tuple[int, ...] = ()
+    """Its tokens, end token included."""
 
 
 def answers(
@@ -174,7 +176,7 @@ def _greedy(
 def _answer(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Answer:
     ended = bool(ids) and ids[-1] in ends
     said = ids[:-1] if ended else ids
-    return Answer(tokenizer.decode(said, skip_special_tokens=True), len(said), ended)
+    return Answer(tokenizer.decode(said, skip_special_tokens=True), len(said), ended, tuple(ids))
 
 
 def _recall(memory: Memory, model: Any, ids: Sequence[int]) -> list[int]:

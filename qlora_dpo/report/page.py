@@ -1,0 +1,20 @@
+"""Fills a template into one self-contained page of HTML: styles and pictures inside, all text of others escaped."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qlora_dpo.data.dialogue import printable
+
+
+def page(template: str, **values: Any) -> str:
+    """The page; every value is escaped unless it is Markup, and control characters are left out."""
+    environment = Environment(
+        loader=PackageLoader("qlora_dpo.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    return environment.get_template(template).render(**values)
