@@ -84,6 +84,8 @@ def run(**changes: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+DPO = {"loss_type": "sigmoid", "beta": 0.1}
+
 LOCAL = run(
     base={"name": "/home/alice/models/my-base", "hub_id": None, "revision": None, "note": "from /home/alice/models"},
     data={"train": "/home/alice/rules/train.jsonl", "eval": "C:\\Users\\alice\\eval.jsonl"},
@@ -94,7 +96,7 @@ LOCAL["command"] = (
 
 
 def test_the_hub_reads_the_metadata_back() -> None:
-    read: Any = ModelCard(model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE))
+    read: Any = ModelCard(model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE, DPO))
     data = read.data.to_dict()
     assert {key: data[key] for key in data if key != "model-index"} == {
         "base_model": "Qwen/Qwen2-0.5B-Instruct",
@@ -108,7 +110,7 @@ def test_the_hub_reads_the_metadata_back() -> None:
 
 
 def test_what_is_not_on_the_hub_is_not_named_as_if_it_were() -> None:
-    read: Any = ModelCard(model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, RECIPE))
+    read: Any = ModelCard(model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, RECIPE, DPO))
     data = read.data.to_dict()
     assert "base_model" not in data
     assert "datasets" not in data
@@ -118,7 +120,7 @@ def test_what_is_not_on_the_hub_is_not_named_as_if_it_were() -> None:
 
 def test_no_path_of_the_machine_is_in_a_card() -> None:
     recipe = f"{RECIPE}[data]\ntrain = \"/home/alice/rules/train.jsonl\"\neval = '~/alice/eval.jsonl'\n"
-    text = model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, recipe)
+    text = model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, recipe, DPO)
     assert "alice" not in text
     assert "qlora-dpo train hh.toml -o 'hh' --set data.train=t.jsonl" in text
     assert "train = \"train.jsonl\"\neval = 'eval.jsonl'" in text
@@ -160,7 +162,7 @@ def test_hub_names_are_told_from_paths_and_packages(name: str | None, found: boo
 
 
 def test_model_text_stays_in_its_block_and_reads_as_it_was() -> None:
-    text = model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE)
+    text = model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE, DPO)
     blocks = re.findall(r"^<pre>(.*?)</pre>$", text, flags=re.MULTILINE | re.DOTALL)
     assert [html.unescape(block) for block in blocks] == [f"Question?\n{HOSTILE}", HOSTILE, "No, but red"]
     rest = re.sub(r"^<pre>.*?</pre>$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -188,13 +190,13 @@ def test_the_whole_body_of_a_small_card() -> None:
     dense = run(
         base={"name": "./b", "hub_id": None, "quantization": "none", "note": "its weights are dequantized Q4_1"}
     )
-    text = model_card(dense, results, [], EPOCHS, RECIPE)
+    text = model_card(dense, results, [], EPOCHS, RECIPE, DPO)
     assert text.split("---\n\n", 1)[1] == BODY
 
 
 BODY = """# hh
 
-A LoRA adapter for b (in fp16), tuned with DPO on 192 preference pairs of \
+A LoRA adapter for b (in fp16), tuned with DPO (beta 0.1) on 192 preference pairs of \
 [Dahoas/full-hh-rlhf](https://huggingface.co/datasets/Dahoas/full-hh-rlhf).
 
 The base: its weights are dequantized Q4_1
@@ -263,7 +265,9 @@ name = "Qwen/Qwen2-0.5B-Instruct"
 
 def test_the_code_in_a_card_is_python(tmp_path: Path) -> None:
     for each in (run(), LOCAL, {**run(), "name": 'a"b'}):
-        (code,) = re.findall(r"```python\n(.*?)```", model_card(each, RESULTS, [], EPOCHS, RECIPE), flags=re.DOTALL)
+        (code,) = re.findall(
+            r"```python\n(.*?)```", model_card(each, RESULTS, [], EPOCHS, RECIPE, DPO), flags=re.DOTALL
+        )
         compile(code, str(tmp_path / "card.py"), "exec")
     assert '"Qwen/Qwen2-0.5B-Instruct", revision="c540970f9e29518b1d8f06ab8b24cba66ad77b6d"' in card._peft_code(
         run(), "adapters/hh"

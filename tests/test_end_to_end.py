@@ -55,6 +55,7 @@ FILES = {
     "manifest.json",
     "metrics.jsonl",
     "recipe.toml",
+    "report.html",
     "resolved.toml",
     "results.json",
     "run.json",
@@ -148,7 +149,7 @@ def merged(place: Workplace, trained: Done) -> Done:
 
 
 def test_train_writes_the_adapter_directory(trained: Done) -> None:
-    assert {each.name for each in trained.folder.iterdir() if each.name != "checkpoints"} == FILES
+    assert {each.name for each in trained.folder.iterdir() if each.name not in ("checkpoints", "plots")} == FILES
     assert (trained.folder / "recipe.toml").read_bytes() == Path(HH).read_bytes()
     config = trained.json("adapter_config.json")
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", MODEL)

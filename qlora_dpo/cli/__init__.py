@@ -16,9 +16,11 @@ from qlora_dpo.cli.export import export
 from qlora_dpo.cli.eval import eval_
 from qlora_dpo.cli.failure import report
 from qlora_dpo.cli.init import init
+from qlora_dpo.cli.failure import report as tell
 from qlora_dpo.cli.merge import merge
 from qlora_dpo.cli.push import push
 from qlora_dpo.cli.quiet import silence
+from qlora_dpo.cli.report import report
 from qlora_dpo.cli.train import train
 from qlora_dpo.cli.verify import verify
 from qlora_dpo.errors import DONE
@@ -54,6 +56,7 @@ commands.add_command(export)
 commands.add_command(push)
 commands.add_command(eval_)
 commands.add_command(compare)
+commands.add_command(report)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -71,5 +74,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        return report(error)
+        return tell(error)
     return code if isinstance(code, int) else DONE

@@ -86,7 +86,8 @@ def train(
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)
             answers = answer(outcome, loaded.recipe, here, tracker)
-        publish(folder, outcome, answers, loaded, record_run(folder, outcome, loaded.recipe, here))
+        record_run(folder, outcome, loaded.recipe, here)
+        publish(folder, outcome, answers, loaded)
     if outcome.state.stopped_by_sign:
         raise GateError(f"{folder}: {outcome.state.stopped}; the adapter is as it was then, and --resume goes on")
     if outcome.unsaved:

@@ -16,15 +16,16 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.report.answers import count_answers
-from qlora_dpo.report.card import model_card
 from qlora_dpo.report.next_commands import next_commands
+from qlora_dpo.report.plots import INSTALL, can_draw
 from qlora_dpo.report.samples import side_by_side
-from qlora_dpo.report.tables import answers_table, epoch_table, results_table
+from qlora_dpo.report.tables import answers_table, results_table
+from qlora_dpo.report.write import write_report
 from qlora_dpo.talk.generate import answers
 from qlora_dpo.training.best import best
 from qlora_dpo.training.loop import Ask
 from qlora_dpo.training.run import Outcome, Prepared, facts, rounded, timed
-from qlora_dpo.training.tracker import METRICS, Tracker, read
+from qlora_dpo.training.tracker import Tracker
 
 Samples = list[dict[str, Any]]
 
@@ -91,13 +92,14 @@ def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -
     return run
 
 
-def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedRecipe, run: dict[str, Any]) -> None:
-    """Write results.json, samples.jsonl and the model card, and show the result on stdout."""
+def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedRecipe) -> None:
+    """Write results.json, samples.jsonl and the report, and show the result on stdout."""
     results = summary(outcome, samples, loaded.recipe)
     write_json(folder / "results.json", results)
     write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
-    epochs = epoch_table(read(folder / METRICS))
-    write_whole(folder / "README.md", model_card(run, results, samples, epochs, loaded.text))
+    write_report(folder, outcome.prepared.source.folder)
+    if not can_draw():
+        click.echo(f"no plots are drawn, since matplotlib is not installed: {INSTALL}", err=True)
     console = Console()
     console.print(results_table(results))
     for sign in results["signs"]:

@@ -29,9 +29,9 @@ from qlora_dpo.files import cache_home, full_disk_named, sha256_of, whole_folder
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_tables import is_local
 
-# What transformers needs of a repository; never pickled weights, never code
+# What transformers needs of a repository, and the card, which names the licence; never pickled weights, never code
 WEIGHTS = "*.safetensors"
-WANTED_FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+WANTED_FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 
 ASK_SECONDS = 10.0
 

@@ -14,6 +14,7 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe_model import QUANTIZED
 from qlora_dpo.recipe_tables import is_local
 from qlora_dpo.redact import redacted
+from qlora_dpo.report.objective_words import objective_name, objective_tags
 from qlora_dpo.report.samples import prompt_text
 from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_markdown
 
@@ -27,10 +28,21 @@ BARE_PATH = re.compile(r"""(?<![\w/\\.~])(?:-o)?((?:~|[A-Za-z]:)?[/\\][\w.~-][^\
 Record = Mapping[str, Any]
 
 
-def model_card(run: Record, results: Record, samples: Sequence[Record], epoch_table: str, recipe_text: str) -> str:
-    """The whole README.md of a run directory; no path of the machine it was made on is in it."""
+def model_card(
+    run: Record,
+    results: Record,
+    samples: Sequence[Record],
+    epoch_table: str,
+    recipe_text: str,
+    objective: Record,
+    licence: str | None = None,
+) -> str:
+    """The whole README.md of a run directory; no path of the machine it was made on is in it.
+
+    `objective` is the recipe's table, and `licence` the base's, if it is known.
+    """
     sections = [
-        _opening(run),
+        _opening(run, objective),
         _results(results, samples),
         f"## By epoch\n\n{epoch_table}",
         _samples(samples[:SAMPLES]),
@@ -38,7 +50,7 @@ def model_card(run: Record, results: Record, samples: Sequence[Record], epoch_ta
         _making(run, recipe_text),
     ]
     body = "\n".join(section for section in sections if section)
-    return str(ModelCard(f"---\n{_metadata(run, results).to_yaml()}\n---\n\n{body}"))
+    return str(ModelCard(f"---\n{_metadata(run, results, objective, licence).to_yaml()}\n---\n\n{body}"))
 
 
 def hub_id(name: str | None) -> str | None:
@@ -49,8 +61,8 @@ def hub_id(name: str | None) -> str | None:
 def scrubbed(text: str) -> str:
     """`text` with every absolute path cut down to its last part: a card tells nothing about its author's disk."""
     text = text.replace("file://", "")
-    text = QUOTED_PATH.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
-    return BARE_PATH.sub(lambda found: found[0].replace(found[1], _last_part(found[1])), text)
+    text = QUOTED_PATH.sub(lambda found: f"{found[1]}{last_part(found[2])}{found[1]}", text)
+    return BARE_PATH.sub(lambda found: found[0].replace(found[1], last_part(found[1])), text)
 
 
 def fenced(text: str, language: str) -> str:
@@ -66,15 +78,16 @@ def preformatted(text: str) -> str:
     return f"<pre>{html.escape(chr(10).join(lines) or '(nothing)')}</pre>\n"
 
 
-def _metadata(run: Record, results: Record) -> ModelCardData:
+def _metadata(run: Record, results: Record, objective: Record, licence: str | None) -> ModelCardData:
     base, data = run["base"], run["data"]
     datasets = [name for name in dict.fromkeys((data["train"], data.get("eval"))) if hub_id(name)]
     return ModelCardData(
         base_model=hub_id(base["hub_id"]),
+        license=licence,
         datasets=datasets or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "dpo", *(["qlora"] if base["quantization"] in FOUR_BITS else [])],
+        tags=["lora", *objective_tags(objective), *(["qlora"] if base["quantization"] in FOUR_BITS else [])],
         model_name=run["name"],
         eval_results=_eval_results(run, results),
     )
@@ -88,7 +101,7 @@ def _eval_results(run: Record, results: Record) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type=hub_id(held_out) or "preference-pairs",
-            dataset_name=f"{_last_part(held_out)}, {results['pairs']['eval']} held-out pairs",
+            dataset_name=f"{last_part(held_out)}, {results['pairs']['eval']} held-out pairs",
             metric_type=kind,
             metric_name=name,
             metric_value=round(last[f"eval_{key}"], 4),
@@ -98,14 +111,15 @@ def _eval_results(run: Record, results: Record) -> list[EvalResult]:
     ]
 
 
-def _opening(run: Record) -> str:
+def _opening(run: Record, objective: Record) -> str:
     base, data = run["base"], run["data"]
     kind = QUANTIZED.get(base["quantization"], f"in {run['device']['compute_dtype']}")
     double = ", double quantization" if base["quantization"] in FOUR_BITS and base.get("double_quant") else ""
     lines = [
         f"# {markdown_cell(run['name'])}\n",
-        f"A LoRA adapter for {_linked(base['hub_id'], base['name'])} ({kind}{double}), tuned with DPO on"
-        f" {data['train_pairs']} preference pairs of {_linked(data['train'], data['train'], 'datasets/')}.",
+        f"A LoRA adapter for {_linked(base['hub_id'], base['name'])} ({kind}{double}), tuned with"
+        f" {objective_name(objective)} on {data['train_pairs']} preference pairs of"
+        f" {_linked(data['train'], data['train'], 'datasets/')}.",
     ]
     if base.get("note"):
         lines.append(f"\nThe base: {markdown_cell(scrubbed(base['note']))}")
@@ -227,10 +241,10 @@ def _every(steps: int) -> str:
 def _linked(hub: str | None, name: str, kind: str = "") -> str:
     """A link to the hub where there is something to link to, else the last part of a path in plain words."""
     found = hub_id(hub)
-    return f"[{found}](https://huggingface.co/{kind}{found})" if found else markdown_cell(_last_part(name))
+    return f"[{found}](https://huggingface.co/{kind}{found})" if found else markdown_cell(last_part(name))
 
 
-def _last_part(path: str) -> str:
+def last_part(path: str) -> str:
     """The last part of a path; a name that is no path comes back as it is."""
     if hub_id(path):
         return path

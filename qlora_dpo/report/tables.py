@@ -143,7 +143,12 @@ def answers_markdown(answers: Sequence[Record], samples: Iterable[Record] = ()) 
 
 
 def epoch_table(records: Sequence[Record]) -> str:
-    """The table per epoch in markdown, from the records of metrics.jsonl.
+    """The table per epoch in markdown, from the records of metrics.jsonl."""
+    return markdown(["Epoch", "Training Loss", *EPOCH_COLUMNS], epoch_rows(records))
+
+
+def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
+    """The cells of the table per epoch.
 
     A training loss is the mean over the epoch's steps: each logged loss counts by the steps it covers. Validation
     values are those at the epoch's end; where the last evaluation was earlier, its step is named.
@@ -155,7 +160,7 @@ def epoch_table(records: Sequence[Record]) -> str:
     for number in range(math.ceil(end - 1e-6)):
         start, stop = float(number), min(number + 1.0, end)
         rows.append([f"{stop:.4g}", _epoch_loss(train, start, stop), *_epoch_values(evals, start, stop)])
-    return markdown(["Epoch", "Training Loss", *EPOCH_COLUMNS], rows)
+    return rows
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -30,7 +30,7 @@ class Answer:
     text: str
     tokens: int
     ended: bool
-    ids: tuple[int, ...] = ()
+    ids: tuple[int, ...] = field(default=(), compare=False)
     """Its tokens, end token included."""
 
 

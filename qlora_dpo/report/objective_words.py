@@ -1,0 +1,54 @@
+"""Calls an objective by its name, in words and as tags of the model hub."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = {
+    "sigmoid": "DPO",
+    "robust": "robust DPO",
+    "hinge": "SLiC's hinge loss",
+    "ipo": "IPO",
+    "exo_pair": "EXO",
+    "nca_pair": "NCA",
+    "bco_pair": "BCO",
+    "sppo_hard": "SPPO",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
+    "sigmoid_norm": "length-normalized DPO",
+    "cal_dpo": "Cal-DPO",
+    "aot": "AOT",
+    "aot_unpaired": "unpaired AOT",
+    "discopop": "DiscoPOP",
+    "dpop": "DPO-Positive",
+    "rdpo": "R-DPO",
+    "odpo": "ODPO",
+    "beta_dpo": "beta-DPO",
+    "sampo": "SamPO",
+    "simpo": "SimPO",
+    "alphapo": "AlphaPO",
+    "cpo": "CPO",
+    "orpo": "ORPO",
+    "kto": "KTO",
+    "sft": "SFT",
+}
+DPO = "DPO"
+
+Record = Mapping[str, Any]
+
+
+def objective_name(objective: Record) -> str:
+    """The loss as its paper calls it, with beta, and SFT beside it if there is any: `DPO (beta 0.1) plus 1 * SFT`."""
+    losses = objective.get("losses")
+    if losses:
+        name = "a sum of " + ", ".join(f"{weight:g} * {NAMES.get(each, each)}" for each, weight in losses.items())
+    else:
+        name = NAMES.get(objective["loss_type"], f"the loss {objective['loss_type']}")
+    beta, sft = objective.get("beta"), objective.get("sft_weight")
+    return name + (f" (beta {beta:g})" if beta is not None else "") + (f" plus {sft:g} * SFT" if sft else "")
+
+
+def objective_tags(objective: Record) -> list[str]:
+    """What the hub finds a model by: the loss, and `dpo` for DPO itself and what is named after it."""
+    loss = objective["loss_type"]
+    kin = loss == "sigmoid" or DPO in NAMES.get(loss, "")
+    return [*(["dpo"] if kin else []), *([loss.replace("_", "-")] if loss not in ("sigmoid", "sum") else [])]

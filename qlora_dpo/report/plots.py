@@ -1,0 +1,133 @@
+"""Draws what a run logged as SVG and PNG: the same records give the same bytes of SVG, without a date in them."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_dpo.intervals import wilson
+
+INSTALL = "pip install 'qlora_dpo[plots]'"
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
+"""Two of Okabe and Ito's colours, which all kinds of sight tell apart, and grey for what needs no model."""
+LOOK = {
+    "svg.hashsalt": "qlora_dpo",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+Record = Mapping[str, Any]
+Points = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture in both formats."""
+
+    name: str
+    title: str
+    svg: bytes
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series of the records: `key` without its prefix, of training steps or of evaluations."""
+
+    key: str
+    label: str
+    colour: str
+    kind: str
+
+    def points(self, records: Sequence[Record]) -> Points:
+        """Steps and values, without what was not finite or not measured."""
+        name = f"eval_{self.key}" if self.kind == "eval" else self.key
+        some = [record for record in records if record["kind"] == self.kind and record.get(name) is not None]
+        return [record["step"] for record in some], [record[name] for record in some]
+
+
+def both(key: str) -> tuple[Line, Line]:
+    """The same figure of training and of held-out pairs."""
+    return Line(key, "training", ORANGE, "train"), Line(key, "held out", BLUE, "eval")
+
+
+def sides(key: str) -> tuple[Line, Line]:
+    """The figure of chosen and rejected answers, held out."""
+    return Line(f"{key}/chosen", "chosen", BLUE, "eval"), Line(f"{key}/rejected", "rejected", ORANGE, "eval")
+
+
+PLOTS: dict[str, tuple[str, str, tuple[Line, ...]]] = {
+    "loss": ("Loss", "nats per pair", both("loss")),
+    "accuracy": ("Accuracy, with its 95 % interval", "share of pairs", both("rewards/accuracies")),
+    "margins": ("Margin: chosen reward less rejected", "nats", both("rewards/margins")),
+    "rewards": ("Rewards of held-out answers", "nats", sides("rewards")),
+    "logps": ("Log-probabilities of held-out answers", "nats per answer", sides("logps")),
+    "kl": ("KL to the base on chosen answers", "nats per token", (Line("kl", "held out", BLUE, "eval"),)),
+    "learning_rate": ("Learning rate", "", (Line("learning_rate", "learning rate", ORANGE, "train"),)),
+    "throughput": ("Throughput", "pairs per second", (Line("pairs_per_second", "training", ORANGE, "train"),)),
+}
+
+
+def can_draw() -> bool:
+    """True if matplotlib, which is an extra, is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def draw(records: Sequence[Record], results: Record) -> list[Plot]:
+    """Every plot that the records have figures for, in a fixed order; needs matplotlib."""
+    return [
+        _picture(name, title, unit, lines, records, results)
+        for name, (title, unit, lines) in PLOTS.items()
+        if any(line.points(records)[0] for line in lines)
+    ]
+
+
+def _picture(
+    name: str, title: str, unit: str, lines: Sequence[Line], records: Sequence[Record], results: Record
+) -> Plot:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(5.2, 3.1), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        for line in lines:
+            steps, values = line.points(records)
+            style = {"marker": "o", "markersize": 3.5} if line.kind == "eval" or len(steps) == 1 else {"alpha": 0.8}
+            axes.plot(steps, values, color=line.colour, label=line.label, linewidth=1.4, **style)
+        if name == "accuracy":
+            _intervals_and_baselines(axes, records, results)
+        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axes.title.set_fontsize(10)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(fontsize=8, loc="lower right" if name == "accuracy" else "best")
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": "qlora_dpo", "Title": title})
+        figure.savefig(png, format="png", metadata={"Software": None})
+    return Plot(name, title, svg.getvalue(), png.getvalue())
+
+
+def _intervals_and_baselines(axes: Any, records: Sequence[Record], results: Record) -> None:
+    """Whiskers around every held-out accuracy, and what picking by length scores."""
+    key = "eval_rewards/accuracies"
+    for record in records:
+        if record["kind"] == "eval" and record.get(key) is not None and record.get("eval_pairs"):
+            ends = wilson(record[key] * record["eval_pairs"], record["eval_pairs"])
+            axes.vlines(record["step"], *ends, color=BLUE, alpha=0.5, linewidth=1)
+    baselines = results.get("baselines") or {}
+    if baselines:
+        which = max(baselines, key=lambda name: baselines[name])
+        axes.axhline(baselines[which], color=GREY, linestyle=":", linewidth=1, label=f"pick the {which}")
+    axes.set_ylim(0, 1.02)

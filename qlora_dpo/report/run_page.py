@@ -1,0 +1,62 @@
+"""The page of a run: results, signs of trouble, plots, epochs, answers and samples, in one file that asks nobody."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_dpo.data.dialogue import printable
+from qlora_dpo.redact import redacted
+from qlora_dpo.report.card import last_part, scrubbed
+from qlora_dpo.report.objective_words import objective_name
+from qlora_dpo.report.page import page
+from qlora_dpo.report.plots import INSTALL, Plot
+from qlora_dpo.report.samples import prompt_text
+from qlora_dpo.report.tables import EPOCH_COLUMNS, answer_cells, baseline_rows, epoch_rows, result_rows, steps_shown
+
+SAMPLES = 20
+"""Samples that are shown; samples.jsonl has them all."""
+
+Record = Mapping[str, Any]
+
+
+def run_page(
+    run: Record,
+    results: Record,
+    samples: Sequence[Record],
+    records: Sequence[Record],
+    recipe_text: str,
+    objective: Record,
+    plots: Sequence[Plot],
+) -> str:
+    """report.html of a run directory; no path of the machine it was made on is in it."""
+    shown = steps_shown(results)
+    columns, rows, notes = answer_cells(results.get("answers") or [], samples)
+    base, data = run["base"], run["data"]
+    return page(
+        "report.html.jinja",
+        name=run["name"],
+        base=last_part(base["hub_id"] or base["name"]),
+        objective=objective_name(objective),
+        data=f"{data['train_pairs']:,} pairs of {last_part(data['train'])}",
+        pairs=results["pairs"]["eval"],
+        headings=[heading for heading, _ in shown],
+        results=[*result_rows(results), *((label, [value] * len(shown)) for label, value in baseline_rows(results))],
+        signs=results.get("signs") or [],
+        plots=[(plot.title, f"data:image/svg+xml;base64,{base64.b64encode(plot.svg).decode()}") for plot in plots],
+        install=INSTALL,
+        epoch_columns=["Epoch", "Training Loss", *EPOCH_COLUMNS],
+        epochs=epoch_rows(records),
+        answer_columns=columns,
+        answers=rows,
+        answer_notes=notes,
+        samples=[{**each, "text": prompt_text(each["prompt"])} for each in samples[:SAMPLES]],
+        more=max(0, len(samples) - SAMPLES),
+        command=scrubbed(run["command"]),
+        facts=[
+            f"seed {run['seed']}, {run['steps']} steps",
+            f"{run['device']['compute_dtype']} on {run['device']['name']}",
+            f"{run['seconds']['total'] / 60:.1f} minutes in all",
+            ", ".join(f"{package} {version}" for package, version in run["versions"].items()),
+        ],
+        recipe=scrubbed(redacted(printable(recipe_text))),
+    )
