@@ -21,6 +21,7 @@ from qlora_dpo.cli.merge import merge
 from qlora_dpo.cli.push import push
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.cli.report import report
+from qlora_dpo.cli.runs import runs
 from qlora_dpo.cli.train import train
 from qlora_dpo.cli.verify import verify
 from qlora_dpo.errors import DONE
@@ -57,6 +58,7 @@ commands.add_command(push)
 commands.add_command(eval_)
 commands.add_command(compare)
 commands.add_command(report)
+commands.add_command(runs)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,65 @@
+"""`qlora-dpo runs`: all runs of a folder in a table, or what tells two of them apart."""
+
+import json
+from pathlib import Path
+
+import click
+
+SORTS = ("finished", "name", "loss", "accuracy", "margin", "kl", "minutes")
+
+
+@click.command(short_help="List runs with their figures, or tell two of them apart.")
+@click.argument("words", metavar="[DIR | diff A B]", nargs=-1)
+@click.option(
+    "--sort", type=click.Choice(SORTS), default="finished", show_default=True, help="What to sort by, the best first."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def runs(words: tuple[str, ...], sort: str, as_json: bool) -> None:
+    """List the runs in DIR with their held-out figures; absent: adapters. With `diff`: what tells runs A and B apart.
+
+    \b
+    qlora-dpo runs --sort accuracy
+    qlora-dpo runs diff adapters/hh adapters/hh-fast
+    """
+    from rich.console import Console
+
+    from qlora_dpo.report.runs import difference, difference_table, find_runs, in_order, runs_table, summary
+
+    if words[:1] == ("diff",):
+        one, other = _two(words[1:])
+        found = difference(one, other)
+        if as_json:
+            click.echo(json.dumps(found, ensure_ascii=False))
+        else:
+            Console().print(difference_table(found))
+        return
+    folders = find_runs(_home(words))
+    if not folders:
+        from qlora_dpo.errors import RunError
+
+        raise RunError(f"{_home(words)}: holds no runs; train one first: qlora-dpo train recipes/quickstart.toml")
+    listed = in_order([summary(each) for each in folders], sort)
+    if as_json:
+        click.echo(json.dumps({"runs": listed}, ensure_ascii=False))
+    else:
+        Console().print(runs_table(listed))
+
+
+def _home(words: tuple[str, ...]) -> Path:
+    """The folder of the runs."""
+    if len(words) > 1:
+        raise click.UsageError(f"name one folder, or write: qlora-dpo runs diff {' '.join(words[:2])}")
+    return Path(words[0]).expanduser() if words else Path("adapters")
+
+
+def _two(words: tuple[str, ...]) -> tuple[Path, Path]:
+    """The two runs that are told apart; each must be one."""
+    from qlora_dpo.errors import RecipeError
+
+    if len(words) != 2:
+        raise click.UsageError("diff takes two runs, as in: qlora-dpo runs diff adapters/hh adapters/hh-fast")
+    one, other = (Path(word).expanduser() for word in words)
+    for each in (one, other):
+        if not (each / "resolved.toml").is_file():
+            raise RecipeError(f"{each}: holds no run; name the folder of one, as in adapters/hh")
+    return one, other

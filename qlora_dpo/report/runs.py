@@ -1,0 +1,211 @@
+"""Lists runs with their figures, and tells two of them apart: recipes, data, results. Needs no torch."""
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qlora_dpo.data.dialogue import printable
+from qlora_dpo.errors import RunError
+from qlora_dpo.intervals import wilson
+from qlora_dpo.report.objective_words import objective_name
+
+Record = Mapping[str, Any]
+
+SORTS = {
+    "finished": False,
+    "name": False,
+    "loss": False,
+    "accuracy": True,
+    "margin": True,
+    "kl": False,
+    "minutes": False,
+}
+"""What a list can be sorted by; True where the highest comes first."""
+FIGURES = {
+    "loss": "eval_loss",
+    "accuracy": "eval_rewards/accuracies",
+    "margin": "eval_rewards/margins",
+    "kl": "eval_kl",
+}
+COLUMNS = {
+    "name": "{}",
+    "objective": "{}",
+    "learning_rate": "{:g}",
+    "steps": "{}",
+    "loss": "{:z.4f}",
+    "accuracy": "{:.3f}",
+    "margin": "{:+z.3f}",
+    "kl": "{:.3f}",
+    "minutes": "{:.1f}",
+}
+NOTHING = "-"
+
+
+def find_runs(home: Path) -> list[Path]:
+    """The folders of `home` that hold a run, by name; a run that goes on or was killed counts."""
+    return sorted(each.parent for each in home.glob("*/resolved.toml"))
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """One run in a few figures: those of the evaluation that its adapter comes from, else of the last one.
+
+    Raises RunError if a file of it is damaged.
+    """
+    try:
+        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+        run, results = (_json(folder / name) for name in ("run.json", "results.json"))
+        evals = results.get("evals") or _evals(folder / "metrics.jsonl")
+        by_step = {record["step"]: record for record in evals}
+        shown = by_step.get(run.get("adapter_step"), evals[-1] if evals else {})
+        share, pairs = shown.get(FIGURES["accuracy"]), shown.get("eval_pairs")
+        seconds = (run.get("seconds") or {}).get("total")
+        return {
+            "name": folder.resolve().name,
+            "folder": str(folder),
+            "status": run.get("status", "finished" if results else "unfinished"),
+            "finished": run.get("finished"),
+            "base": recipe["model"]["name"],
+            "objective": objective_name(recipe.get("objective", {"loss_type": "sigmoid"})),
+            "learning_rate": recipe["train"]["learning_rate"],
+            "train_pairs": (run.get("data") or {}).get("train_pairs"),
+            "eval_pairs": pairs,
+            "steps": run.get("steps", shown.get("step")),
+            "adapter_step": shown.get("step"),
+            **{name: shown.get(key) for name, key in FIGURES.items()},
+            "accuracy_interval": wilson(share * pairs, pairs) if share is not None and pairs else None,
+            "minutes": None if seconds is None else round(seconds / 60, 2),
+            "signs": [sign["name"] for sign in results.get("signs") or []],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{folder}: is damaged ({type(error).__name__}: {str(error)[:60]}); take it from a backup"
+        ) from error
+
+
+def in_order(runs: Sequence[Record], key: str) -> list[Record]:
+    """Runs by `key`, the best first where one is better; what a run does not have puts it last."""
+    having = [run for run in runs if run[key] is not None]
+    return [*sorted(having, key=lambda run: run[key], reverse=SORTS[key]), *(r for r in runs if r[key] is None)]
+
+
+def runs_table(runs: Sequence[Record]) -> RenderableType:
+    """A row a run, and a note for each with signs of trouble or without an end."""
+    table = _table()
+    for column in COLUMNS:
+        table.add_column(
+            column.replace("_", "\n"),
+            justify="left" if column in ("name", "objective") else "right",
+            no_wrap=column not in ("name", "objective"),
+            overflow="fold",
+        )
+    for run in runs:
+        table.add_row(*(Text(_cell(run[column], form)) for column, form in COLUMNS.items()))
+    notes = [
+        f"{run['name']}: {', '.join([*([run['status']] if run['status'] != 'finished' else []), *run['signs']])}"
+        for run in runs
+        if run["status"] != "finished" or run["signs"]
+    ]
+    return Group(table, *(Text(printable(note), style="yellow") for note in notes))
+
+
+def difference(one: Path, other: Path) -> dict[str, Any]:
+    """What differs between two runs: keys of their recipes, fingerprints, and the figures of both."""
+    first, second = summary(one), summary(other)
+    recipes = [_flat(tomllib.loads((each / "resolved.toml").read_text(encoding="utf-8"))) for each in (one, other)]
+    facts = [_facts(_json(each / "run.json")) for each in (one, other)]
+    return {
+        "runs": [first["name"], second["name"]],
+        "recipe": dict(_differing(*recipes)),
+        "data": dict(_differing(*facts)),
+        "results": {
+            name: [first[name], second[name]]
+            for name in (*FIGURES, "accuracy_interval", "eval_pairs", "steps", "minutes", "signs")
+        },
+        "same_held_out_pairs": _same(facts, "data.fingerprint_eval"),
+    }
+
+
+def difference_table(found: Record) -> RenderableType:
+    """Both runs side by side, what is equal left out but for the results."""
+    table = _table()
+    for heading in ("", *found["runs"]):
+        table.add_column(Text(printable(heading)), overflow="fold")
+    for title in ("recipe", "data", "results"):
+        table.add_row(Text(title, style="bold"), "", "")
+        if not found[title]:
+            table.add_row(Text("  the same", style="dim"), "", "")
+        for name, values in found[title].items():
+            table.add_row(Text(f"  {name}"), *(Text(_value(value)) for value in values))
+    same = found["same_held_out_pairs"]
+    words = {
+        True: "both were evaluated on the same held-out pairs",
+        False: "they were evaluated on different held-out pairs: their figures cannot be compared",
+        None: "it is not known whether both were evaluated on the same held-out pairs",
+    }[same]
+    return Group(table, Text(words, style="" if same else "yellow"))
+
+
+def _facts(run: Record) -> dict[str, Any]:
+    """What a run was made of and with, by dotted names."""
+    kept = {name: run.get(name) or {} for name in ("base", "data", "tokenizer", "versions", "device")}
+    return {**_flat(kept), "git_commit": run.get("git_commit")}
+
+
+def _same(facts: Sequence[Record], key: str) -> bool | None:
+    both = [each.get(key) for each in facts]
+    return None if None in both else both[0] == both[1]
+
+
+def _differing(one: Record, other: Record) -> Iterator[tuple[str, list[Any]]]:
+    for key in dict.fromkeys((*one, *other)):
+        if one.get(key) != other.get(key):
+            yield key, [one.get(key), other.get(key)]
+
+
+def _flat(tables: Record, start: str = "") -> dict[str, Any]:
+    """Nested tables by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tables.items():
+        found |= _flat(value, f"{start}{name}.") if isinstance(value, dict) and value else {f"{start}{name}": value}
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _evals(file: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run that has no results yet; a last line that is cut off is left out."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [
+        record for record in (json.loads(line) for line in lines if line.endswith("\n")) if record["kind"] == "eval"
+    ]
+
+
+def _cell(value: Any, form: str) -> str:
+    return NOTHING if value is None else printable(form.format(value))
+
+
+def _value(value: Any) -> str:
+    match value:
+        case None:
+            return "absent"
+        case float():
+            return f"{value:.6g}"
+        case list() | tuple():
+            return ", ".join(map(_value, value)) or "none"
+        case _:
+            return printable(str(value))
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, show_edge=False)
