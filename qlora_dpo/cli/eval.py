@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qlora_dpo.recipe import Recipe
     from qlora_dpo.recipe_data import DataTable
     from qlora_dpo.recipe_objective import Objective
+    from qlora_dpo.talk.judge import Judge
 
 
 @click.command("eval", short_help="Judge an adapter on its held-out pairs.")
@@ -33,6 +34,27 @@ if TYPE_CHECKING:
     "--min-accuracy", metavar="X", type=click.FloatRange(0, 1), help="Exit with 3 if the accuracy is below X."
 )
 @click.option(
+    "--judge",
+    metavar="CMD|URL",
+    help="Let an OpenAI-compatible server, or a command that reads stdin, judge answers of tuned and base model.",
+)
+@click.option("--judge-model", metavar="NAME", help="The server's model that judges.")
+@click.option(
+    "--judge-prompts",
+    metavar="N",
+    default=50,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How many held-out prompts are answered and judged, each in two requests.",
+)
+@click.option(
+    "--max-new-tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest answer that is judged, in tokens.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
     default="auto",
@@ -49,25 +71,36 @@ def eval_(
     min_accuracy: float | None,
     dtype: str,
     as_json: bool,
+    judge: str | None,
+    **judging: Any,
 ) -> None:
     """Judge ADAPTER on all held-out pairs of its run, against its base; absent: the newest adapter.
 
     Accuracy with its 95 % interval, by length and with length taken out, loss, margin, calibration, KL to the base, and
-    perplexity on the chosen answers.
+    perplexity on the chosen answers. With --judge, also how often the tuned model's greedy answers win
+    against the base's; OPENAI_API_KEY goes to the server if it is set.
 
     \b
     qlora-dpo eval adapters/hh
+    qlora-dpo eval adapters/hh --judge http://127.0.0.1:8000/v1 --judge-model NAME
     qlora-dpo eval adapters/hh --data pairs.jsonl --text novel.txt --min-accuracy 0.6 --json
     """
     from qlora_dpo.adapter import described, newest, open_adapter
     from qlora_dpo.errors import GateError
+    from qlora_dpo.talk.judge import judge_at
 
+    if judge is None and judging["judge_model"] is not None:
+        raise click.UsageError("--judge-model needs --judge")
+    asked = judge_at(judge, judging["judge_model"]) if judge is not None else None
     folder = newest() if adapter is None else adapter.expanduser()
     _insist_on_an_adapter(folder)
     contents = {str(file): _plain_text(file) for file in texts}
     table, part = _data_table(folder, described(folder)[2], data, split, max_pairs)
     opened = open_adapter(folder, dtype)
-    found = _figures(opened, _pairs(opened, table, part), contents)
+    side = _pairs(opened, table, part)
+    found = _figures(opened, side, contents)
+    if asked is not None:
+        found["judge"] = _judged(opened, side, asked, judging["judge_prompts"], judging["max_new_tokens"])
     if as_json:
         click.echo(json.dumps({"adapter": str(folder), **found}, ensure_ascii=False, allow_nan=False))
     else:
@@ -159,6 +192,27 @@ def _pairs(opened: "Opened", table: "DataTable", part: Any) -> "PairSet":
     if part == "train" and trained and (trained.train, trained.train_split) == (table.train, table.train_split):
         click.echo("it was trained on pairs of this source: the figures say little of other pairs", err=True)
     return pairs
+
+
+def _judged(opened: "Opened", side: "PairSet", judge: "Judge", most: int, max_new_tokens: int) -> dict[str, Any]:
+    """Win rates on the answers to the first prompts, each prompt once."""
+    from qlora_dpo.model.lora import adapter_off
+    from qlora_dpo.talk.generate import answers
+    from qlora_dpo.talk.judge import Duel, duels_to_ask, judged, questions
+
+    prompts = list({json.dumps(pair.prompt): pair.prompt for pair in side.pairs}.values())[:most]
+    click.echo(f"base and tuned model answer {len(prompts)} prompts", err=True)
+    with opened.device.autocast():
+        tuned = answers(opened.model, opened.tokenizer, prompts, max_new_tokens)
+        with adapter_off(opened.model):
+            base = answers(opened.model, opened.tokenizer, prompts, max_new_tokens)
+    duels = [Duel(each, a.text, b.text) for each, a, b in zip(prompts, tuned, base, strict=True)]
+    asked = duels_to_ask(duels)
+    characters = sum(len(question) for duel in asked for question in questions(duel))
+    equal = f"; {len(duels) - len(asked)} prompts have equal answers and need none" if len(asked) < len(duels) else ""
+    click.echo(f"the judge gets {2 * len(asked)} requests with {characters:,} characters in all{equal}", err=True)
+    with click.progressbar(length=2 * len(asked), label="judging", file=sys.stderr) as bar:
+        return judged(duels, judge, bar.update)
 
 
 def _objective(opened: "Opened") -> "Objective":

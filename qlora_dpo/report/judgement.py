@@ -71,7 +71,9 @@ def _judge_rows(judged: Record) -> Iterator[list[str]]:
     yield ["  95 % interval", _interval(judged["win_rate_interval"])]
     yield ["  wins, ties, losses", f"{judged['wins']}, {judged['ties']}, {judged['losses']}"]
     yield ["  prompts, requests", f"{judged['prompts']}, {judged['requests']}"]
-    yield ["  first answer taken", f"{judged['first_taken']:.3f} of the verdicts"]
+    yield ["  prompts with equal answers", str(judged["equal_answers"])]
+    yield ["  replies without a verdict", str(judged["unclear"])]
+    yield ["  verdicts for the first answer", f"{judged['first_taken']:.3f}"]
 
 
 def _interval(both: tuple[float, float]) -> str:

@@ -98,11 +98,13 @@ def in_order(runs: Sequence[Record], key: str) -> list[Record]:
 def runs_table(runs: Sequence[Record]) -> RenderableType:
     """A row a run, and a note for each with signs of trouble or without an end."""
     table = _table()
+    table.padding = (0, 1, 0, 0)
     for column in COLUMNS:
         table.add_column(
             column.replace("_", "\n"),
             justify="left" if column in ("name", "objective") else "right",
-            no_wrap=column not in ("name", "objective"),
+            no_wrap=column != "objective",
+            max_width=32,
             overflow="fold",
         )
     for run in runs:
