@@ -1,10 +1,13 @@
 """`eval` says of an adapter what transformers and PEFT alone say, and its gate has an exit code."""
 
+import gzip
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,19 @@ def judged(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any
     return found
 
 
+def turns(prompt: str) -> list[dict[str, str]]:
+    """A question, or a dialogue in HH's marking, as messages."""
+    if "\n\nHuman: " not in prompt:
+        return [{"role": "user", "content": prompt}]
+    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
+    names = {"Human": "user", "Assistant": "assistant"}
+    said = [
+        {"role": names[who], "content": text.removeprefix(" ")}
+        for who, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return said[:-1]  # the last mark is where the answer begins
+
+
 def plain(base: Path, adapter: Path, pairs: Path, text: str, quantization: str) -> dict[str, float]:
     """The figures by transformers and PEFT, one answer at a time; nothing of this project is asked."""
     nf4 = BitsAndBytesConfig(
@@ -83,11 +99,11 @@ def plain(base: Path, adapter: Path, pairs: Path, text: str, quantization: str) 
 
     margins, kl, tokens, chosen = [], 0.0, 0, {"tuned": 0.0, "base": 0.0}
     for row in map(json.loads, pairs.read_text().splitlines()):
-        asked = [{"role": "user", "content": row["prompt"]}]
+        asked = turns(row["prompt"])
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         ratios = []
         for side in ("chosen", "rejected"):
-            chat = [*asked, {"role": "assistant", "content": row[side]}]
+            chat = [*asked, {"role": "assistant", "content": row[side].removeprefix(" ")}]
             whole = tokenizer.apply_chat_template(chat, return_dict=False)
             end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
             answer = whole[len(prompt) : end]
@@ -147,28 +163,34 @@ def test_eval_says_what_transformers_and_peft_alone_say(
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the tool that fetches real weights is not beside this checkout")
-def test_eval_says_so_of_real_weights_and_house_rules(
+def test_eval_says_so_of_real_weights_and_real_pairs(
     tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = tmp_path / "base"
+    base, pairs, text = tmp_path / "base", tmp_path / "pairs.jsonl", tmp_path / "text.txt"
     subprocess.run([sys.executable, str(SHARED / "tools" / "get_models.py"), "smollm2", str(base)], check=True)
     adapters_made.save_adapter(tmp_path / "a", base, "nf4")
-    rules = Path(__file__).parents[1] / "recipes" / "house_rules" / "heldout.jsonl"
-    rows = [json.loads(line) for line in rules.read_text(encoding="utf-8").splitlines()]
-    pairs, text = tmp_path / "pairs.jsonl", tmp_path / "text.txt"
-    pairs.write_text(
-        "".join(
-            json.dumps(
-                {"prompt": row["prompt"][-1]["content"]} | {k: row[k][-1]["content"] for k in ("chosen", "rejected")}
-            )
-            + "\n"
-            for row in rows
-        )
-    )
     text.write_text(TEXT)
-    found = judged(capsys, str(tmp_path / "a"), "--data", str(pairs), "--text", str(text))
-    expected = plain(base, tmp_path / "a", pairs, TEXT, "nf4")
-    assert same_figures(found, str(text)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for rows in (house_rules(), hh(24)):
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = judged(capsys, str(tmp_path / "a"), "--data", str(pairs), "--text", str(text))
+        assert found["pairs"] == len(rows)
+        expected = plain(base, tmp_path / "a", pairs, TEXT, "nf4")
+        assert same_figures(found, str(text)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def house_rules() -> list[dict[str, str]]:
+    """The quickstart's held-out pairs, as texts."""
+    file = Path(__file__).parents[1] / "recipes" / "house_rules" / "heldout.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [{name: row[name][-1]["content"] for name in ("prompt", "chosen", "rejected")} for row in rows]
+
+
+def hh(count: int) -> list[dict[str, str]]:
+    """The first HH rows that fit in 400 tokens, which are about 1,500 characters."""
+    with gzip.open(SHARED / "data" / "hh" / "full-hh-style.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = (json.loads(line) for line in lines)
+        short = (row for row in rows if len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])) < 1500)
+        return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in islice(short, count)]
 
 
 def test_the_gate_ends_with_3_and_the_figures_are_there_all_the_same(
@@ -237,6 +259,19 @@ def test_what_cannot_be_judged_is_refused(
     Path("latin.txt").write_bytes(b"\xe9t\xe9")
     assert main(["eval", *arguments]) == 2
     assert capsys.readouterr() == ("", f"qlora-dpo: {sentence}\n")
+
+
+def test_what_is_too_long_is_counted_and_max_length_decides(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = judged(capsys, str(made / "a"), "--max-pairs", "5")
+    assert found["data"] == {"source": f"{made / 'heldout.jsonl'}", "rows": 12, "used": 5, "dropped": {}}
+    lines = (made / "heldout.jsonl").read_text().splitlines()
+    longer = lines[0].replace("find", "find " * 300)
+    (made / "long.jsonl").write_text("\n".join([*lines, longer]))
+    some = judged(capsys, str(made / "a"), "--data", str(made / "long.jsonl"), "--max-length", "150")
+    every = judged(capsys, str(made / "a"), "--data", str(made / "long.jsonl"), "--max-length", "900")
+    assert every["data"]["dropped"] == {}
+    assert (some["data"]["used"], some["data"]["dropped"]) == (12, {"longer than max_length": 1})
+    assert every["data"]["used"] == 13
 
 
 @pytest.mark.parametrize(

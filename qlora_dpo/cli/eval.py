@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="FILE", help="Other pairs than the run's: a file, folder or hub data set.")
 @click.option("--split", metavar="NAME", help="Another split of a hub data set or folder. [the recipe's]")
 @click.option("--max-pairs", metavar="N", type=click.IntRange(min=1), help="Draw N pairs. [all]")
+@click.option("--max-length", metavar="N", type=click.IntRange(min=1), help="Longest pair, in tokens. [the recipe's]")
 @click.option(
     "--text",
     "texts",
@@ -67,6 +68,7 @@ def eval_(
     data: str | None,
     split: str | None,
     max_pairs: int | None,
+    max_length: int | None,
     texts: tuple[Path, ...],
     min_accuracy: float | None,
     dtype: str,
@@ -96,6 +98,8 @@ def eval_(
     _insist_on_an_adapter(folder)
     contents = {str(file): _plain_text(file) for file in texts}
     table, part = _data_table(folder, described(folder)[2], data, split, max_pairs)
+    if max_length is not None:
+        table = table.model_copy(update={"max_length": max_length})
     opened = open_adapter(folder, dtype)
     side = _pairs(opened, table, part)
     found = _figures(opened, side, contents)
@@ -264,7 +268,12 @@ def _figures(opened: "Opened", side: "PairSet", contents: dict[str, str]) -> dic
         )
     texts = {name: read_text(model, some, packing, device) for name, some in windows.items()}
     return {
-        "data": {"source": side.audit.source, "rows": side.audit.rows, "used": side.audit.used},
+        "data": {
+            "source": side.audit.source,
+            "rows": side.audit.rows,
+            "used": side.audit.used,
+            "dropped": {reason: len(rows) for reason, rows in side.audit.dropped.items()},
+        },
         "objective": objective.model_dump(exclude_none=True),
         "computed_in": f"{device.compute_dtype} on {device.type.upper()}",
         **judgement(found, side.encoded, objective, texts),
