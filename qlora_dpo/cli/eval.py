@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     help="How many held-out prompts are answered and judged, each in two requests.",
 )
 @click.option(
+    "--tasks", metavar="NAME,...", help="Tasks of lm-eval for base and tuned model (needs the extra `tasks`)."
+)
+@click.option("--task-limit", metavar="N", type=click.IntRange(min=1), help="Rows of each task. [all]")
+@click.option("--task-path", metavar="DIR", type=click.Path(path_type=Path), help="Tasks of your own, as YAML files.")
+@click.option(
     "--max-new-tokens",
     default=256,
     show_default=True,
@@ -74,7 +79,8 @@ def eval_(
     dtype: str,
     as_json: bool,
     judge: str | None,
-    **judging: Any,
+    tasks: str | None,
+    **more: Any,
 ) -> None:
     """Judge ADAPTER on all held-out pairs of its run, against its base; absent: the newest adapter.
 
@@ -90,10 +96,13 @@ def eval_(
     from qlora_dpo.adapter import described, newest, open_adapter
     from qlora_dpo.errors import GateError
     from qlora_dpo.talk.judge import judge_at
+    from qlora_dpo.training.tasks import measure_tasks, task_manager
 
-    if judge is None and judging["judge_model"] is not None:
+    if judge is None and more["judge_model"] is not None:
         raise click.UsageError("--judge-model needs --judge")
-    asked = judge_at(judge, judging["judge_model"]) if judge is not None else None
+    asked = judge_at(judge, more["judge_model"]) if judge is not None else None
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+    manager = task_manager(names, more["task_path"]) if names else None
     folder = newest() if adapter is None else adapter.expanduser()
     _insist_on_an_adapter(folder)
     contents = {str(file): _plain_text(file) for file in texts}
@@ -104,7 +113,10 @@ def eval_(
     side = _pairs(opened, table, part)
     found = _figures(opened, side, contents)
     if asked is not None:
-        found["judge"] = _judged(opened, side, asked, judging["judge_prompts"], judging["max_new_tokens"])
+        found["judge"] = _judged(opened, side, asked, more["judge_prompts"], more["max_new_tokens"])
+    if manager is not None:
+        model, tokenizer, device = opened.model, opened.tokenizer, opened.device
+        found["tasks"] = measure_tasks(model, tokenizer, device, manager, names, more["task_limit"], _say)
     if as_json:
         click.echo(json.dumps({"adapter": str(folder), **found}, ensure_ascii=False, allow_nan=False))
     else:
@@ -118,6 +130,10 @@ def eval_(
             f"{folder}: the accuracy {found['accuracy']:.4f} of {found['pairs']} pairs is below --min-accuracy "
             f"{min_accuracy:g}"
         )
+
+
+def _say(words: str) -> None:
+    click.echo(words, err=True)
 
 
 def _insist_on_an_adapter(folder: Path) -> None:

@@ -20,6 +20,8 @@ def judgement_tables(found: Record) -> RenderableType:
         parts.append(_table("Accuracy by length, in tokens", _length_rows(found["length"]), ("pairs", "accuracy")))
     parts.append(_table("Calibration: sigmoid(margin)", _calibration_rows(found["calibration"]), ("pairs", "accuracy")))
     parts.append(_table("Perplexity", _perplexity_rows(found), ("tokens", "base", "tuned")))
+    if tasks := found.get("tasks"):
+        parts.append(_table("Tasks of lm-eval", _task_rows(tasks), ("base", "tuned")))
     if judged := found.get("judge"):
         parts.append(_table("Answers judged side by side", _judge_rows(judged)))
     return Group(*parts)
@@ -64,6 +66,16 @@ def _calibration_rows(found: Record) -> Iterator[list[str]]:
 def _perplexity_rows(found: Record) -> Iterator[list[str]]:
     for name, each in {"chosen answers": found["perplexity"], **found["texts"]}.items():
         yield [name, f"{each['tokens']:,}", f"{each['base']:.2f}", f"{each['tuned']:.2f}"]
+
+
+def _task_rows(tasks: Record) -> Iterator[list[str]]:
+    for task, metrics in tasks.items():
+        for metric, each in metrics.items():
+            cells = []
+            for who in ("base", "tuned"):
+                error = each[f"{who}_stderr"]
+                cells.append(f"{each[who]:.4f}" + (f" +- {1.96 * error:.4f}" if error else ""))
+            yield [f"{task}, {metric.removesuffix(',none')}", *cells]
 
 
 def _judge_rows(judged: Record) -> Iterator[list[str]]:
