@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from jobs import LIBRARIES_WARN
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -25,8 +27,10 @@ from qlora_dpo.cli import main
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.objective import Columns
 from qlora_dpo.preference.reference import Store, reference_logps
+from qlora_dpo.report.judgement import judgement_tables
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.examine import examine
+from qlora_dpo.training.judgement import judgement
 from qlora_dpo.training.lengths import by_difference, by_length, length_controlled
 from qlora_dpo.training.reliability import calibration
 
@@ -283,6 +287,7 @@ def test_what_is_too_long_is_counted_and_max_length_decides(made: Path, capsys: 
         {"loss_type": "sampo"},
         {"ld_alpha": 0.5},
         {"use_weighting": True},
+        {"loss_type": "kto"},
     ],
 )
 def test_eval_says_what_trainings_own_evaluation_says(objective: dict[str, Any], tmp_path: Path) -> None:
@@ -291,13 +296,15 @@ def test_eval_says_what_trainings_own_evaluation_says(objective: dict[str, Any],
     weighed = counted(what.objective)
     packing = jobs.PACKED.__class__(128, jobs.PAD, "spans", weighed)
     reference_P2 = reference_logps(model, pairs, Store(tmp_path / "training"), packing, jobs.CPU)
-    record = evaluate(model, Side(pairs, reference_P2), what.objective, packing, jobs.CPU)
+    kto = objective.get("loss_type") == "kto"
+    columns = Columns(label_P=torch.tensor([True, False, True] * 3)) if kto else Columns()
+    record = evaluate(model, Side(pairs, reference_P2, columns), what.objective, packing, jobs.CPU)
     plain_packing = jobs.PACKED.__class__(128, jobs.PAD, "spans")
     asked: list[int] = []
     found = examine(
         model,
         pairs,
-        Columns(),
+        columns,
         what.objective,
         plain_packing,
         lambda each: Store(tmp_path / (each.name if each else "plain")),
@@ -313,6 +320,11 @@ def test_eval_says_what_trainings_own_evaluation_says(objective: dict[str, Any],
     }.items():
         assert record[f"eval_{name}"] == pytest.approx(float(value), rel=1e-5), name
     assert sum(asked) == 3 * len(pairs)
+    figures = judgement(found, pairs, what.objective, {})
+    assert (figures["length"] is None) == kto
+    shown = StringIO()
+    Console(file=shown, width=100).print(judgement_tables(figures))
+    assert ("at equal lengths" in shown.getvalue()) != kto
     whole_P2 = reference_logps(model, pairs, Store(tmp_path / "whole"), plain_packing, jobs.CPU)
     torch.testing.assert_close(found.base_P2.float(), whole_P2)
 

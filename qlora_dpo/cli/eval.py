@@ -52,7 +52,12 @@ if TYPE_CHECKING:
     "--tasks", metavar="NAME,...", help="Tasks of lm-eval for base and tuned model (needs the extra `tasks`)."
 )
 @click.option("--task-limit", metavar="N", type=click.IntRange(min=1), help="Rows of each task. [all]")
-@click.option("--task-path", metavar="DIR", type=click.Path(path_type=Path), help="Tasks of your own, as YAML files.")
+@click.option(
+    "--task-path",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Tasks of your own, as YAML files, which can run code.",
+)
 @click.option(
     "--max-new-tokens",
     default=256,
