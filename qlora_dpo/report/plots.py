@@ -97,6 +97,7 @@ def _picture(
 ) -> Plot:
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(5.2, 3.1), dpi=150, layout="constrained")
@@ -110,7 +111,7 @@ def _picture(
         axes.set(title=title, xlabel="optimizer step", ylabel=unit)
         axes.title.set_fontsize(10)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(fontsize=8, loc="lower right" if name == "accuracy" else "best")
         svg, png = io.BytesIO(), io.BytesIO()
