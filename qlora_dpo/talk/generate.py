@@ -72,23 +72,36 @@ class Memory:
     ids: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Tally:
+    """What a reply has cost so far, in tokens: the prompt, how much of it was in memory, and the reply."""
+
+    prompt: int = 0
+    reused: int = 0
+    reply: int = 0
+
+
 def stream(
-    model: Any, tokenizer: Any, ids: Sequence[int], settings: Settings, memory: Memory
+    model: Any, tokenizer: Any, ids: Sequence[int], settings: Settings, memory: Memory, tally: Tally | None = None
 ) -> Generator[str, None, bool]:
     """Yield the reply to prompt `ids` as it grows, in whole characters; return True if the model ended it itself.
 
     Only tokens that `memory` does not hold yet are run, so a longer conversation costs its new part. Closing the
     generator stops the reply; what was said until then stays in `memory`. The model must be in evaluation mode.
+    `tally` is kept up to date as the reply grows.
     """
+    tally = Tally() if tally is None else tally
     ends = end_ids(model, tokenizer)
     generator = torch.Generator().manual_seed(settings.seed)
     text = _Text(tokenizer)
     new = _recall(memory, model, ids)
+    tally.prompt, tally.reused, tally.reply = len(ids), len(ids) - len(new), 0
     for _ in range(settings.max_new_tokens):
         token = _draw(_next_logits(model, new, memory), settings, generator)
         if token in ends:
             yield from text.rest()
             return True
+        tally.reply += 1
         yield from text.add(token)
         new = [token]
     yield from text.rest()

@@ -1,0 +1,155 @@
+"""`qlora-dpo serve`: a model over HTTP, for programs that speak OpenAI's format and for people with a browser."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.talk.settings import Settings, settings_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qlora_dpo.adapter import Opened
+    from qlora_dpo.talk.conversation import Voice
+
+KEY = "QLORA_DPO_API_KEY"
+SHORTEST_KEY = 16
+
+
+@click.command(short_help="Serve a model to programs (OpenAI's format) and to a browser.")
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; any but this needs a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
+@click.option(
+    "--api-key",
+    envvar=KEY,
+    metavar="KEY",
+    help=f"Answer only those who send it. Better in ${KEY}: other users of a machine see command lines.",
+)
+@click.option(
+    "--collect",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Append the page's votes to this .jsonl file, which `train` reads.",
+)
+@click.option("--temperature", type=float, help="Where a request names none. [default: the model's own, else 0.7]")
+@click.option("--top-p", type=float, help="Where a request names none. [default: the model's own, else 0.9]")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help=f"The longest reply, in tokens. [default: {Settings.max_new_tokens}, if it fits]",
+)
+@click.option("--seed", type=int, help="Where a request names none. [default: another one for every reply]")
+@click.option("--open/--no-open", "browse", default=None, help="Open the page in a browser. [default: if there is one]")
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    collect: Path | None,
+    browse: bool | None,
+    **given: Any,
+) -> None:
+    """Serve MODEL: an adapter folder, a merged folder or a hub name; absent: the newest adapter.
+
+    An adapter and its base are two models, from one copy in memory. Ctrl+C ends it.
+
+    \b
+    qlora-dpo serve
+    qlora-dpo serve adapters/quickstart --collect pairs.jsonl
+    """
+    Settings(**{name: value for name, value in given.items() if value is not None})
+    _insist_on_key(host, api_key)
+    from qlora_dpo.talk.collect import insist_on_collectable
+    from qlora_dpo.talk.listen import bound
+
+    if collect is not None:
+        insist_on_collectable(collect)
+    listener = bound(host, port)
+    try:
+        from qlora_dpo.adapter import open_model
+        from qlora_dpo.talk.engine import Engine
+        from qlora_dpo.talk.generate import context_tokens
+        from qlora_dpo.talk.guard import Guard
+        from qlora_dpo.talk.listen import serve as answer
+        from qlora_dpo.talk.serve import Service, application
+
+        opened = open_model(model)
+        service = Service(
+            engine=Engine(opened.model.eval(), opened.tokenizer, opened.device, complain=_note),
+            models=model_ids(opened),
+            defaults=settings_for(
+                getattr(opened.model, "generation_config", None), context_tokens(opened.model), given
+            ),
+            guard=Guard(host, api_key),
+            collect=collect,
+            fixed_seed=given["seed"] is not None,
+        )
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+        def ready() -> None:
+            _say_where(service.models, address, collect)
+            if browse or (browse is None and _has_a_screen()):
+                click.launch(address)
+
+        answer(application(service), service.engine, listener, ready)
+    finally:
+        listener.close()
+    _note("ended")
+
+
+def model_ids(opened: "Opened") -> "dict[str, Voice]":
+    """What the served models are called: the adapter's folder and its base, or the one full model."""
+    from peft import PeftModel
+
+    base = opened.source.hub_id or re.split(r"[/:]", opened.source.name.rstrip("/"))[-1]
+    folder = opened.folder.resolve().name if opened.folder else None
+    if not isinstance(opened.model, PeftModel):
+        return {folder or base: "model"}
+    tuned = folder or "tuned"
+    return {tuned: "tuned", base if base != tuned else f"{base}-base": "base"}
+
+
+def _insist_on_key(host: str, key: str | None) -> None:
+    """Raise RecipeError unless the server is for this machine alone, or has a key that cannot be guessed."""
+    from qlora_dpo.talk.guard import is_loopback
+
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise RecipeError("--api-key: must be letters, digits and signs without spaces")
+    if is_loopback(host):
+        return
+    new = 'python -c "import secrets; print(secrets.token_urlsafe())"'
+    if key is None:
+        raise RecipeError(
+            f"--host {host}: others could reach the model, so a key is needed; set {KEY} to one made by {new}"
+        )
+    if len(key) < SHORTEST_KEY:
+        raise RecipeError(
+            f"--api-key: has {len(key)} characters; beyond this machine it needs {SHORTEST_KEY}, as made by {new}"
+        )
+
+
+def _say_where(models: "Mapping[str, Voice]", address: str, collect: Path | None) -> None:
+    """The address to stdout, the rest to stderr."""
+    click.echo(address)
+    _note(f"models {', '.join(models)}; programs ask {address}/v1, a browser {address}")
+    if collect is not None:
+        _note(f"votes are appended to {collect}")
+    _note("Ctrl+C ends")
+
+
+def _has_a_screen() -> bool:
+    """True if somebody sits at a terminal of a graphical desktop."""
+    desktop = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    return desktop and sys.stdout is not None and sys.stdout.isatty()
+
+
+def _note(text: str) -> None:
+    from qlora_dpo.data.dialogue import printable
+
+    click.echo(printable(text), err=True)
