@@ -36,6 +36,20 @@ def adapted() -> Any:
     return get_peft_model(lively.qwen2(), config).eval()  # type: ignore[arg-type,operator]
 
 
+def dictating(text: str) -> Any:
+    """A model that says `text`, whatever it is asked."""
+    model = lively.qwen2()
+    tokens = iter(tiny.tokenizer()(text)["input_ids"] + [2])
+
+    def dictate(module: object, given: object, logits: torch.Tensor) -> torch.Tensor:
+        forced = torch.zeros_like(logits)
+        forced[..., next(tokens)] = 1
+        return forced
+
+    model.lm_head.register_forward_hook(dictate)
+    return model
+
+
 def save_adapted(home: Path) -> None:
     """The same on disk: the adapter `mine` and its base `small`."""
     model = adapted()

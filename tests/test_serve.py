@@ -14,8 +14,7 @@ from typing import Any
 import lively
 import pytest
 import tiny
-import torch
-from served import GREEDY, Served, answer_of, everything, question, save_adapted, served
+from served import GREEDY, Served, answer_of, dictating, everything, question, save_adapted, served
 
 from qlora_dpo.cli import main
 from qlora_dpo.data.files import FileRows
@@ -316,6 +315,21 @@ def test_every_answer_forbids_foreign_and_inline_code(server: Served) -> None:
         assert "\nserver:" not in head
 
 
+def test_the_page_is_plain_files_without_inline_code(server: Served) -> None:
+    kinds = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css", "/icon.svg": "image/svg+xml"}
+    for path, kind in kinds.items():
+        with server.connected() as wire:
+            wire.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            head, _, body = everything(wire).decode().partition("\r\n\r\n")
+        assert head.startswith("HTTP/1.1 200")
+        assert f"content-type: {kind}" in head.lower()
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|https?://(?!www.w3.org)", body
+        )
+        if path == "/":
+            assert not re.search(r"<style|\son\w+=|\sstyle=|<script(?! src=\"/page.js\")", body)
+
+
 # many at once
 
 
@@ -471,20 +485,6 @@ def test_escapes_of_the_model_reach_no_client() -> None:
     with served(LONG, model=dictating("a\x1b[31mred\x1b]0;title\x07\u202e\x9b2Jb<script>")) as server:
         status, answer = server.chat()
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "aredb<script>")
-
-
-def dictating(text: str) -> Any:
-    """A model that says `text`, whatever it is asked."""
-    model = lively.qwen2()
-    tokens = iter(tiny.tokenizer()(text)["input_ids"] + [2])
-
-    def dictate(module: object, given: object, logits: torch.Tensor) -> torch.Tensor:
-        forced = torch.zeros_like(logits)
-        forced[..., next(tokens)] = 1
-        return forced
-
-    model.lm_head.register_forward_hook(dictate)
-    return model
 
 
 def test_those_who_wait_when_the_server_ends_are_told() -> None:
