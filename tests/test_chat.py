@@ -76,6 +76,10 @@ def test_help_names_every_command_once() -> None:
         ("/retry", "there is nothing to retry"),
         ("/save", "write /save FILE, for example /save chat.json"),
         ("/save chat.json", "there is nothing to save yet"),
+        ("/better", "write /better a FILE or /better b FILE, for example /better a pairs.jsonl"),
+        ("/better c pairs.jsonl", "write /better a FILE or /better b FILE, for example /better a pairs.jsonl"),
+        ("/better a pairs.jsonl", "there are no two answers to the last message; /retry gives another one"),
+        ("/reward", "merged/tiny is a full model: there is no adapter to switch off"),
         ("/base", "merged/tiny is a full model: there is no adapter to switch off"),
         ("/both", "merged/tiny is a full model: there is no adapter to switch off"),
         ("/set", "temperature 1.0, top_p 0.9, max_new_tokens 8, seed 5"),
@@ -530,8 +534,11 @@ def test_a_chat_writes_answers_to_stdout_and_all_else_to_stderr(
     again.voices = ("tuned", "base")
     shown, notes = capsys.readouterr()
     assert shown == "".join(f"{answer}\n" for answer in said(again, "rice?"))
-    cut = "(stopped at max_new_tokens, 8; /set max_new_tokens 16 allows more)\n"
-    assert notes == (
+    cut = "(stopped at max_new_tokens, 8; /set max_new_tokens 16 allows more)\n(FIGURES)\n"
+    found = re.findall(r"\((\d+) tokens, [\d.]+ tokens/s, (\d+) of (\d+) prompt tokens reused\)", notes)
+    prompt = str(len(prompt_ids(held.tokenizer, [{"role": "user", "content": "rice?"}])))
+    assert found == [("8", "0", prompt)] * 2
+    assert re.sub(r"\(\d+ tokens, .*reused\)", "(FIGURES)", notes) == (
         f"merged/tiny · {held.device.name}, fp32 · /help lists commands, Ctrl+D leaves\n"
         "\nyou: the tuned and the base model answer from here on\n"
         "\nyou: \nyou: "

@@ -128,8 +128,8 @@ def test_both_models_answer_side_by_side_and_the_vote_becomes_a_pair(page: Page,
     assert [json.loads(line) for line in votes.read_text(encoding="utf-8").splitlines()] == [
         {
             "prompt": [{"role": "user", "content": "rice?"}],
-            "chosen": [{"role": "assistant", "content": said[1]}],
-            "rejected": [{"role": "assistant", "content": said[0]}],
+            "chosen": [{"role": "assistant", "content": said[1].strip()}],
+            "rejected": [{"role": "assistant", "content": said[0].strip()}],
             "chosen_by": "plain",
             "rejected_by": "tuned",
         }

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 SECONDS = float(os.environ.get("QLORA_DPO_LOAD_SECONDS", "1800"))
+PATIENCE = 600.0
+"""Seconds that a client waits for anything: on a machine with other work the line of 35 moves slowly."""
 TEXTS = ("rice?", "birds?", "a cat", "the park", "the library", "Thank you")
 
 Kind = Callable[["Clients", random.Random], str]
@@ -33,11 +35,16 @@ class Clients:
         self.want: dict[tuple[str, str], str] = {}
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.longest: dict[str, float] = {}
 
     def send(self, body: bytes) -> socket.socket:
-        wire = socket.create_connection(("127.0.0.1", self.port), timeout=120)
+        wire = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-        wire.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
+        try:
+            wire.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
+        except OSError:
+            wire.close()
+            raise
         return wire
 
     def asked(self, text: str, model: str, tokens: int = 24) -> bytes:
@@ -115,10 +122,13 @@ def test_under_load_answers_stay_right_and_memory_flat(tmp_path: Path) -> None:
         def live(number: int) -> None:
             draw, kind = random.Random(number), KINDS[number % len(KINDS)]
             while time.monotonic() < end:
+                began = time.monotonic()
                 try:
                     clients.done[kind(clients, draw)] += 1
                 except OSError as error:
                     clients.wrong.append(f"{kind.__name__}: {error!r}")
+                took = time.monotonic() - began
+                clients.longest[kind.__name__] = max(took, clients.longest.get(kind.__name__, 0))
 
         threads = [threading.Thread(target=live, args=(number,)) for number in range(50)]
         for thread in threads:
@@ -128,11 +138,12 @@ def test_under_load_answers_stay_right_and_memory_flat(tmp_path: Path) -> None:
             sizes.append(resident_mib(process.pid))
             time.sleep(SECONDS / 200)
         for thread in threads:
-            thread.join(180)
+            thread.join(PATIENCE)
         # the first quarter fills caches and the allocator's arenas
         first, last = (sorted(sizes[start : start + 50])[25] for start in (50, 150))
         told = f"{sizes[0]:.0f} MiB at first, {first:.0f} in the second quarter, {last:.0f} in the last"
-        print(f"{dict(clients.done)}; resident {told}")
+        longest = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clients.longest.items())
+        print(f"{dict(clients.done)}; resident {told}; longest: {longest}")
         assert process.poll() is None
         assert clients.wrong == []
         assert clients.done["answers"] > SECONDS / 4

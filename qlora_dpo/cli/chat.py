@@ -31,21 +31,28 @@ if TYPE_CHECKING:
     "--max-new-tokens", type=int, help=f"Longest reply, in tokens. [default: {Settings.max_new_tokens}, if it fits]"
 )
 @click.option("--seed", type=int, help="Start of the random draws. [default: another one in every chat]")
+@click.option("-c", "--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
 @click.option("--base", is_flag=True, help="Begin with the adapter switched off.")
-def chat(model: str | None, system: str | None, base: bool, **given: Any) -> None:
+def chat(model: str | None, system: str | None, go_on: bool, base: bool, **given: Any) -> None:
     """Talk to MODEL: an adapter folder, a merged folder or a hub name; absent: the newest adapter.
 
     \b
     qlora-dpo chat
     qlora-dpo chat merged/quickstart -s "Answer like a pirate."
+    qlora-dpo chat -c
     echo "How do I kill time at the airport?" | qlora-dpo chat --temperature 0
     """
     Settings(**{name: value for name, value in given.items() if value is not None})
     question = None if sys.stdin is not None and sys.stdin.isatty() else _piped()
     from qlora_dpo.adapter import open_model
     from qlora_dpo.talk.chat import answer_pipe, talk
+    from qlora_dpo.talk.kept import kept
 
-    conversation = _conversation(open_model(model), system, base, given)
+    last = kept() if go_on else None
+    target = last.model if last and model is None else model
+    conversation = _conversation(open_model(target), system, base, given)
+    if last is not None:
+        conversation.messages, conversation.system = list(last.messages), system or last.system
     if question is None:
         talk(conversation)
     else:
@@ -82,6 +89,8 @@ def _conversation(opened: "Opened", system: str | None, base: bool, given: dict[
         settings=settings_for(getattr(opened.model, "generation_config", None), context_tokens(opened.model), given),
         voices=("base",) if base else ("tuned",) if adapter else ("model",),
         system=system,
+        beta=getattr(opened.recipe.objective, "beta", None) if opened.recipe else None,
+        target=str(opened.folder.resolve()) if opened.folder else opened.source.name,
     )
 
 

@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 
 import click
 
@@ -16,17 +17,25 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.talk.commands import is_command, obey
 from qlora_dpo.talk.conversation import Conversation, Voice, ask, next_seed, reply
+from qlora_dpo.talk.generate import Tally
+from qlora_dpo.talk.kept import keep
+from qlora_dpo.talk.keyboard import message, remembered
 from qlora_dpo.talk.screen import ctrl_c_stops, keys_unseen
 
-COLOURS = {"you": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
+COLOURS = {"you": "cyan", "...": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
 
 
 def talk(conversation: Conversation) -> None:
     """Hold the conversation until the user leaves."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (with it, input() edits lines and recalls earlier ones)
     device = conversation.device
     _note(f"{conversation.title} · {device.name}, {device.compute_dtype} · /help lists commands, Ctrl+D leaves")
+    if conversation.messages:
+        _note(f"(goes on after {len(conversation.messages)} messages; /new begins anew)")
+    with remembered():
+        _talk(conversation)
+
+
+def _talk(conversation: Conversation) -> None:
     for line in _lines():
         if not is_command(line):
             if line.strip():
@@ -39,12 +48,16 @@ def talk(conversation: Conversation) -> None:
             break
         if outcome.then == "answer":
             _answer(conversation, outcome.question)
+        elif outcome.text:
+            _keep(conversation)
 
 
 def answer_pipe(conversation: Conversation, text: str) -> None:
     """Write one answer to `text`, by the first voice, to stdout and nothing else."""
     ask(conversation, text)
     _show(conversation, conversation.voices[0], next_seed(conversation), threading.Event())
+    if conversation.messages[:-2]:
+        _keep(conversation)
 
 
 def _lines() -> Iterator[str]:
@@ -52,7 +65,7 @@ def _lines() -> Iterator[str]:
     while True:
         click.echo(err=True)
         try:
-            yield _typed()
+            yield message(_typed(), lambda: _typed("..."))
         except EOFError:
             click.echo(err=True)
             return
@@ -60,8 +73,8 @@ def _lines() -> Iterator[str]:
             _note("\n(Ctrl+D or /quit leaves)")
 
 
-def _typed() -> str:
-    label = _label("you")
+def _typed(who: str = "you") -> str:
+    label = _label(who)
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         click.echo(label, nl=False, err=True)
         return input()
@@ -79,8 +92,11 @@ def _answer(conversation: Conversation, question: str) -> None:
             for voice in conversation.voices:
                 if not stopped.is_set():
                     click.echo(_label(voice), nl=False, err=True)
+                    began = time.monotonic()
                     ended = _show(conversation, voice, seed, stopped)
                     _say_why_it_stopped(conversation, ended, stopped)
+                    _note(f"({_figures(conversation.tally, time.monotonic() - began)})")
+        _keep(conversation)
     except KeyboardInterrupt:
         _note("\n(stopped)")
     except QloraDpoError as error:
@@ -111,6 +127,17 @@ def _say_why_it_stopped(conversation: Conversation, ended: bool, stopped: thread
         _note("(stopped; what was said is kept)")
     else:
         _note("(stopped before the first word; your message is taken back)")
+
+
+def _figures(tally: Tally, seconds: float) -> str:
+    """What a reply took: tokens, tokens a second with the reading of the prompt, and what of that was remembered."""
+    speed = f"{tally.reply} tokens, {tally.reply / max(seconds, 1e-9):.1f} tokens/s"
+    return f"{speed}, {tally.reused} of {tally.prompt} prompt tokens reused"
+
+
+def _keep(conversation: Conversation) -> None:
+    if conversation.target and conversation.messages:
+        keep(conversation)
 
 
 def _label(who: str) -> str:

@@ -37,10 +37,11 @@ def add_pair(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rej
         raise RecipeError(f"this is no preference pair: {unusable}") from unusable
     if not all(printable(turn["content"]).strip() for turn in prompt):
         raise RecipeError("this is no preference pair: empty turn in the prompt")
-    texts = {"chosen": printable(chosen[0]), "rejected": printable(rejected[0])}
-    if not all(text.strip() for text in texts.values()):
+    # white space around an answer is nobody's preference, and can merge with the tokens of the template before it
+    texts = {"chosen": printable(chosen[0]).strip(), "rejected": printable(rejected[0]).strip()}
+    if not all(texts.values()):
         raise RecipeError("this is no preference pair: empty answer")
-    if texts["chosen"].strip() == texts["rejected"].strip():
+    if texts["chosen"] == texts["rejected"]:
         raise RecipeError("this is no preference pair: equal answers")
     row = {
         "prompt": [{"role": turn["role"], "content": printable(turn["content"])} for turn in prompt],

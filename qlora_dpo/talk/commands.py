@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from qlora_dpo.errors import RecipeError
-from qlora_dpo.talk.conversation import Conversation, start_anew, transcript, undo
+from qlora_dpo.errors import QloraDpoError, RecipeError
+from qlora_dpo.talk.collect import add_pair
+from qlora_dpo.talk.conversation import Conversation, Said, latest, start_anew, transcript, undo
 from qlora_dpo.talk.settings import SETTINGS, Settings
 
 COMMANDS = {
@@ -19,6 +20,8 @@ COMMANDS = {
     "/base": ("", "answer with the adapter switched off; again: with it"),
     "/both": ("", "answer with tuned and base model, the tuned answer is kept; again: tuned only"),
     "/retry": ("", "answer the last message again"),
+    "/reward": ("", "how much likelier training has made the last answer: beta * log(pi / pi_ref)"),
+    "/better": ("a|b FILE", "of the last two answers a or b is better: append the pair to FILE (.jsonl)"),
     "/undo": ("", "take back the last message and its answer"),
     "/save": ("FILE", "write the conversation to a new JSON file"),
     "/quit": ("", "leave (so does Ctrl+D)"),
@@ -49,7 +52,7 @@ def obey(conversation: Conversation, line: str) -> Outcome:
         return Outcome(f"{name} takes nothing after it")
     try:
         return _obey(conversation, name, rest)
-    except RecipeError as error:
+    except QloraDpoError as error:
         return Outcome(str(error))
 
 
@@ -64,7 +67,7 @@ def _obey(conversation: Conversation, name: str, rest: str) -> Outcome:
             return Outcome(_system(conversation, rest))
         case "/set":
             return Outcome(_set(conversation, rest.split()))
-        case "/base" | "/both" if not conversation.has_adapter:
+        case "/base" | "/both" | "/reward" if not conversation.has_adapter:
             return Outcome(f"{conversation.title} is a full model: there is no adapter to switch off")
         case "/base":
             conversation.voices = ("tuned",) if conversation.voices == ("base",) else ("base",)
@@ -75,6 +78,10 @@ def _obey(conversation: Conversation, name: str, rest: str) -> Outcome:
             return Outcome(f"the tuned {'and the base model answer' if two else 'model answers'} from here on")
         case "/retry":
             return _retry(conversation)
+        case "/reward":
+            return Outcome(_rewards(conversation))
+        case "/better":
+            return Outcome(_better(conversation, rest))
         case "/undo":
             question = undo(conversation)
             return Outcome("there is nothing to undo" if question is None else f"taken back: {_brief(question)}")
@@ -88,7 +95,10 @@ def _obey(conversation: Conversation, name: str, rest: str) -> Outcome:
 
 def _help() -> str:
     lines = [f"  {f'{name} {takes}':21}{does}" for name, (takes, does) in COMMANDS.items()]
-    keys = "Ctrl+C stops a reply and keeps what was said. To send a line that begins with /, put a space before it."
+    keys = (
+        "Ctrl+C stops a reply and keeps what was said. To send a line that begins with /, put a space before it. "
+        'A line that ends in \\ goes on in the next; between two """ a message has as many lines as you like.'
+    )
     return "\n".join([*lines, keys])
 
 
@@ -139,6 +149,47 @@ def _retry(conversation: Conversation) -> Outcome:
         return Outcome("there is nothing to retry")
     same = conversation.settings.temperature == 0
     return Outcome("temperature is 0, so the answer is the same again" if same else "", "answer", question)
+
+
+def _rewards(conversation: Conversation) -> str:
+    from qlora_dpo.talk.reward import reward
+
+    answers = latest(conversation)[-len(conversation.voices) :]
+    if not answers:
+        return "there is no answer yet"
+    beta = 0.1 if conversation.beta is None else conversation.beta
+    lines = []
+    for said in answers:
+        found = reward(
+            conversation.model, conversation.tokenizer, conversation.device, conversation.asked, said.text, said.ended
+        )
+        nats = f"{beta:g} * ({found.tuned:.2f} - {found.base:.2f}) nats"
+        lines.append(f"{said.voice}: reward {found.of(beta):+.3f} = {nats}, {found.tokens} tokens")
+    if conversation.beta is None:
+        lines.append(f"(what beta the adapter was trained with is not known; {beta:g} is the usual one)")
+    return "\n".join(lines)
+
+
+def _better(conversation: Conversation, rest: str) -> str:
+    """Append a pair of the last two answers; the better one is what the conversation goes on from."""
+    side, _, name = rest.partition(" ")
+    path = Path(name.strip()).expanduser() if name.strip() else conversation.votes
+    if side not in ("a", "b") or path is None:
+        return "write /better a FILE or /better b FILE, for example /better a pairs.jsonl"
+    two = latest(conversation)[-2:]
+    if len(two) < 2:
+        other = "/both and /retry give" if conversation.has_adapter else "/retry gives"
+        return f"there are no two answers to the last message; {other} another one"
+    chosen, rejected = two if side == "a" else reversed(two)
+    add_pair(path, conversation.asked, _by(conversation, chosen), _by(conversation, rejected))
+    conversation.votes = path
+    conversation.messages[-1] = {"role": "assistant", "content": chosen.text}
+    return f"appended to {path}: {side} is better; the conversation goes on from it"
+
+
+def _by(conversation: Conversation, said: Said) -> tuple[str, str]:
+    """An answer, and the model that gave it."""
+    return said.text, f"{conversation.title}, adapter off" if said.voice == "base" else conversation.title
 
 
 def _save(conversation: Conversation, name: str) -> str:

@@ -3,17 +3,27 @@
 from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.talk.generate import Memory, context_tokens, prompt_ids, stream
+from qlora_dpo.talk.generate import Memory, Tally, context_tokens, prompt_ids, stream
 from qlora_dpo.talk.screen import Printable
 from qlora_dpo.talk.settings import Settings
 
 Voice = Literal["tuned", "base", "model"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer as it was shown; `ended` is False if it was stopped or cut off."""
+
+    voice: Voice
+    text: str
+    ended: bool
 
 
 @dataclass
@@ -33,6 +43,18 @@ class Conversation:
     draws: int = 0
     """Replies begun so far; each is sampled with a seed of its own, so that a retry says something else."""
     memories: dict[Voice, Memory] = field(default_factory=dict)
+    asked: list[Message] = field(default_factory=list)
+    """What the model read when it was asked last, up to the question."""
+    answers: list[Said] = field(default_factory=list)
+    """All answers to that, in the order in which they were shown: of both voices, and of retries."""
+    tally: Tally = field(default_factory=Tally)
+    """Of the last reply."""
+    beta: float | None = None
+    """What the adapter was trained with; None if that is not known."""
+    target: str = ""
+    """The model as it can be opened again from anywhere."""
+    votes: Path | None = None
+    """The file that the last preference pair went to."""
 
     @property
     def has_adapter(self) -> bool:
@@ -47,7 +69,10 @@ def ask(conversation: Conversation, text: str) -> str:
     """
     conversation.messages.append({"role": "user", "content": text})
     try:
-        return fit(conversation)
+        note = fit(conversation)
+        if (read := _read(conversation)) != conversation.asked:
+            conversation.asked, conversation.answers = read, []
+        return note
     except BaseException:
         conversation.messages.pop()
         raise
@@ -81,13 +106,14 @@ def reply(conversation: Conversation, voice: Voice, seed: int) -> Generator[str,
     clean, said, ended = Printable(), list[str](), False
     memory = conversation.memories.setdefault(voice, Memory())
     settings = Settings(**{**vars(conversation.settings), "seed": seed})
+    conversation.tally = Tally()
     try:
         ids = prompt_ids(conversation.tokenizer, _read(conversation))
         with ExitStack() as around:
             around.enter_context(conversation.device.autocast())
             if voice == "base":
                 around.enter_context(adapter_off(conversation.model))
-            pieces = stream(conversation.model, conversation.tokenizer, ids, settings, memory)
+            pieces = stream(conversation.model, conversation.tokenizer, ids, settings, memory, conversation.tally)
             while True:
                 try:
                     piece = clean.feed(next(pieces))
@@ -102,7 +128,7 @@ def reply(conversation: Conversation, voice: Voice, seed: int) -> Generator[str,
             yield rest
         return ended
     finally:
-        _keep(conversation, "".join(said), ended)
+        _keep(conversation, Said(voice, "".join(said), ended))
 
 
 def next_seed(conversation: Conversation) -> int:
@@ -132,11 +158,20 @@ def transcript(conversation: Conversation) -> list[Message]:
     return [*_system(conversation), *conversation.messages]
 
 
-def _keep(conversation: Conversation, said: str, ended: bool) -> None:
+def latest(conversation: Conversation) -> list[Said]:
+    """The answers to the last question, as long as nothing before them has changed."""
+    messages = conversation.messages
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return conversation.answers if answered and _read(conversation) == conversation.asked else []
+
+
+def _keep(conversation: Conversation, said: Said) -> None:
+    if said.text or said.ended:
+        conversation.answers.append(said)
     if conversation.messages[-1]["role"] == "assistant":
         return
-    if said or ended:
-        conversation.messages.append({"role": "assistant", "content": said})
+    if said.text or said.ended:
+        conversation.messages.append({"role": "assistant", "content": said.text})
     else:
         conversation.messages.pop()
 
