@@ -12,11 +12,10 @@ from qlora_dpo.cli.chat import chat
 from qlora_dpo.cli.check import check
 from qlora_dpo.cli.compare import compare
 from qlora_dpo.cli.data import data
-from qlora_dpo.cli.export import export
 from qlora_dpo.cli.eval import eval_
-from qlora_dpo.cli.failure import report
-from qlora_dpo.cli.init import init
+from qlora_dpo.cli.export import export
 from qlora_dpo.cli.failure import report as tell
+from qlora_dpo.cli.init import init
 from qlora_dpo.cli.merge import merge
 from qlora_dpo.cli.push import push
 from qlora_dpo.cli.quiet import silence

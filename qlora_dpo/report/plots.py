@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_dpo.intervals import wilson
 
-INSTALL = "pip install 'qlora_dpo[plots]'"
+INSTALL = "pip install matplotlib"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
 """Two of Okabe and Ito's colours, which all kinds of sight tell apart, and grey for what needs no model."""
 LOOK = {
