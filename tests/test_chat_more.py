@@ -1,8 +1,10 @@
 """Chat as a place where data comes from: rewards, votes, long messages, and a conversation that goes on another day."""
 
+import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -219,6 +221,23 @@ def test_a_conversation_is_kept_for_its_owner_alone_and_comes_back(own_cache: Pa
     assert kept() == Kept("/models/tiny", "Grüße", held.messages)
     assert (own_cache / "last_chat.json").stat().st_mode & 0o777 == 0o600
     assert [each.name for each in own_cache.iterdir()] == ["last_chat.json"]
+
+
+def test_a_pipe_goes_on_with_c_from_any_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = conversation(adapter=True, settings=Settings(temperature=0, max_new_tokens=4, seed=0))
+    held.target, held.system = str(home / "mine"), "You are a cat."
+    said(held, "rice?")
+    keep(held)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Thank you")))
+    assert main(["chat", "-c", "--temperature", "0", "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    after = kept()
+    assert (after.model, after.system, after.messages[:2]) == (held.target, held.system, held.messages)
+    assert [turn["content"] for turn in after.messages[2:]] == ["Thank you", shown.removesuffix("\n")]
 
 
 @pytest.mark.parametrize(

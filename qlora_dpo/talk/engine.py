@@ -172,7 +172,7 @@ class Engine:
             pieces = stream(self.model, self.tokenizer, ids, settings, memory, tally)
             return _Reply(question, pieces, tally, memory, stops=Stops(question.stops))
         except Exception as error:  # whatever it is, the others are still answered
-            question.tell(self._explained(error))
+            question.tell(self._explained(error, begun=False))
             return None
 
     def _advance(self, reply: _Reply) -> bool:
@@ -196,7 +196,7 @@ class Engine:
             reason = "stop" if end.value else "length"
         except Exception as error:
             self._memories.clear()  # memory may be what was missing
-            question.tell(self._explained(error))
+            question.tell(self._explained(error, begun=True))
             return False
         rest = reply.stops.feed(reply.clean.rest()) + reply.stops.rest()
         if rest:
@@ -232,13 +232,14 @@ class Engine:
         self._memories = kept
         return False
 
-    def _explained(self, error: Exception) -> Failed:
+    def _explained(self, error: Exception, begun: bool) -> Failed:
         match error:
             case RecipeError():
                 return Failed(400, str(error), "invalid_request")
-            case ModelError():
+            case ModelError() if not begun:
                 return Failed(400, str(error), "refused_by_template")
             case QloraDpoError():
+                self.complain(f"a reply failed: {error}")
                 return Failed(500, str(error), "failed")
             case _:
                 self.complain(f"a reply failed: {type(error).__name__}: {error}")
