@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo.model.device import choose
-from qlora_dpo.talk.conversation import Voice
+from qlora_dpo.talk.conversation import Conversation, Voice, ask, reply
 from qlora_dpo.talk.engine import Engine, Line
 from qlora_dpo.talk.guard import Guard
 from qlora_dpo.talk.listen import bound, reading, serve
@@ -138,6 +138,17 @@ def served(
         finally:
             stopping.set()
             worker.join(20)
+
+
+def expected(server: Served, voice: str, *texts: str, system: str | None = None) -> list[str]:
+    """What `chat` answers to `texts`, one after the other."""
+    engine = server.service.engine
+    held = Conversation("x", engine.model, engine.tokenizer, engine.device, GREEDY, (voice,), system)  # type: ignore[arg-type]
+    said = []
+    for text in texts:
+        ask(held, text)
+        said.append("".join(reply(held, voice, 0)))  # type: ignore[arg-type]
+    return said
 
 
 def main() -> None:
