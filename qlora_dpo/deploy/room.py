@@ -54,12 +54,14 @@ def room_for(opened: Opened, dtype: torch.dtype, candidates: int) -> Room:
     if stored is None:  # the whole model is loaded a second time, and its sums in float32
         elements = sum(_elements(each) for each in opened.model.parameters())
         whole = elements * (4 if candidates > 1 else dtype.itemsize)
-        return Room(held, whole, 0, elements * opened.device.weight_dtype.itemsize, candidates * whole)
+        loaded = elements * (opened.device.weight_dtype.itemsize + dtype.itemsize)
+        return Room(held, whole, 0, loaded, candidates * elements * dtype.itemsize)
     sizes = [
         sum(stored[name].bytes_in(dtype) for name in names)
         for names in shards_of(stored, dtype).filename_to_tensors.values()
     ]
-    loaded = sum(each.bytes_in(opened.device.weight_dtype) for each in stored.values())
+    # the file is mapped while it is loaded
+    loaded = sum(each.bytes_in(opened.device.weight_dtype) for each in stored.values()) + sum(sizes)
     return Room(held, max(sizes), largest_layer_bytes(opened, stored), loaded, candidates * sum(sizes))
 
 

@@ -79,6 +79,13 @@ def keep_freed_memory(*, keep: bool = True) -> None:
         mallopt(name, kept if keep else unasked)
 
 
+def give_back_freed_memory() -> None:
+    """Hand what was freed back to the system now: glibc keeps small blocks, such as 4-bit weights, for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of all linear weights in `dtype` whose stored form is another."""
     return sum(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.model.budget import give_back_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.preference.logps import hidden_states
@@ -92,6 +93,7 @@ def let_go(observed: Observed) -> None:
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    give_back_freed_memory()
 
 
 @torch.no_grad()
