@@ -19,6 +19,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="100",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, threads that wait for each other only cost
 for name in ("QLORA_DPO_TRACEBACK", "HF_TOKEN", "WANDB_API_KEY", "PYTHONWARNINGS"):
     os.environ.pop(name, None)
 

@@ -478,9 +478,15 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
 
-    def code(self) -> int:
+    def code(self, seconds: float = 60) -> int:
         """Wait for the process to leave and return its exit code."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        end = time.monotonic() + seconds
+        while True:
+            left, status = os.waitpid(self.pid, os.WNOHANG)
+            if left:
+                return os.waitstatus_to_exitcode(status)
+            assert time.monotonic() < end, f"the chat is still there; it shows {self.shown!r}"
+            time.sleep(0.05)
 
     def close(self) -> None:
         try:

@@ -288,6 +288,7 @@ def test_a_chat_in_the_terminal_is_edited_completed_and_goes_on_with_c(home: Pat
         terminal.until("you: ")
         terminal.type("\x1b[A\n")  # the arrow key brings back what was typed in the chat before
         terminal.until("there are no two answers to the last message; /both and /retry give another one")
+        terminal.until("you: ")
         terminal.type("\x04")
         assert terminal.code() == 0
 
