@@ -147,6 +147,19 @@ def test_going_on_from_an_adapter_leaves_the_base_as_reference(sft: tuple[Path, 
     assert abs(expected - LN_2) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["adapter", "ema"])
+def test_trained_norms_belong_to_the_adapter_that_is_the_reference(kind: str, home: Path) -> None:
+    with_norms = {"modules_to_save": ["norm"]}
+    first = train(home / f"norms-{kind}", lora=with_norms, **SFT)
+    table = frozen(home / f"norms-{kind}") if kind == "adapter" else SOFT
+    lora = {**with_norms, "init_from": str(home / f"norms-{kind}")}
+    outcome = train(home / f"on-norms-{kind}", lora=lora, reference=table)
+    start, end = outcome.state.evals[0], outcome.state.evals[-1]
+    assert start["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
+    assert reference_of(start) == pytest.approx(mean_logps(first, first.model), **CLOSE)
+    assert (reference_of(end) == pytest.approx(reference_of(start), **CLOSE)) is (kind == "adapter")
+
+
 def test_policy_and_reference_may_be_two_adapters(sft: tuple[Path, Outcome], home: Path) -> None:
     folder, first = sft
     other = train(home / "dpo-once", reference=frozen(folder))

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, get_args
 from xml.etree import ElementTree
@@ -19,8 +18,6 @@ from qlora_dpo.recipe_objective import TABLES
 from qlora_dpo.report import plots
 from qlora_dpo.report.objective_words import NAMES, objective_name, objective_tags
 from qlora_dpo.report.write import base_licence, write_report
-
-needs_matplotlib = pytest.mark.skipif(not plots.can_draw(), reason="matplotlib, the extra `plots`, is not installed")
 
 RESOLVED = """
 [model]
@@ -69,7 +66,6 @@ def parsed(folder: Path) -> Tags:
     return page
 
 
-@needs_matplotlib
 def test_the_report_is_card_page_and_plots_in_both_formats(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(finished)]) == 0
     names = ("loss", "accuracy", "margins", "rewards", "logps", "kl", "learning_rate", "throughput")
@@ -82,7 +78,6 @@ def test_the_report_is_card_page_and_plots_in_both_formats(finished: Path, capsy
         assert start == b"\x89PNG\r\n\x1a\n" if name.endswith("png") else start.startswith(b"<?xml")
 
 
-@needs_matplotlib
 def test_the_same_records_give_the_same_plots_and_no_date(finished: Path) -> None:
     some = records()
     first, second = (plots.draw(some, RESULTS) for _ in range(2))
@@ -93,7 +88,6 @@ def test_the_same_records_give_the_same_plots_and_no_date(finished: Path) -> Non
         assert not re.search(rb"\d{4}-\d{2}-\d{2}|<dc:date>", each.svg)
 
 
-@needs_matplotlib
 def test_what_was_not_measured_is_not_drawn() -> None:
     some = [{**record, "loss": None} for record in records() if record["kind"] == "train"]
     assert plots.PLOTS["loss"][2][0].points(some) == ([], [])
@@ -101,7 +95,6 @@ def test_what_was_not_measured_is_not_drawn() -> None:
     assert plots.draw([], {}) == []
 
 
-@needs_matplotlib
 def test_the_page_is_one_file_that_asks_nobody_and_holds_every_plot(finished: Path) -> None:
     write_report(finished, None)
     page = parsed(finished)
@@ -128,18 +121,6 @@ def test_the_page_says_what_the_run_said_and_no_path(finished: Path) -> None:
     ):
         assert part in text, part
     assert "alice" not in text
-
-
-def test_without_matplotlib_there_is_a_report_all_the_same(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["report", str(finished)]) == 0
-    told = capsys.readouterr()
-    sentence = "matplotlib is not installed: pip install matplotlib"
-    assert told.err == f"no plots are drawn, since {sentence}\n"
-    assert told.out.splitlines() == [str(finished / name) for name in ("README.md", "report.html")]
-    assert "pip install matplotlib" in parsed(finished).text
 
 
 def test_a_report_repairs_what_was_lost_and_changes_nothing_else(finished: Path) -> None:

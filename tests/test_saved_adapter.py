@@ -125,10 +125,11 @@ NOT_SHAPED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         "lora.init_from: {} is of PEFT's type IA3, not LORA",
     ),
-    "whole modules": (
-        config(modules_to_save=["embed_tokens"]),
+    "single tokens": (
+        config(trainable_token_indices=[1, 2]),
         {},
-        "lora.init_from: {} has modules_to_save, which [lora] has no key for; name an adapter that is plain LoRA",
+        "lora.init_from: {} has trainable_token_indices, which [lora] has no key for; name an adapter that is plain "
+        "LoRA",
     ),
     "PiSSA": (
         config(init_lora_weights="pissa_niter_16"),
@@ -174,9 +175,9 @@ def test_other_layers_are_refused_with_an_example(sft: Path) -> None:
     with pytest.raises(RecipeError) as error:
         put(model, SavedAdapter(sft, ""))
     assert str(error.value) == (
-        f"lora.target_modules names other layers than {sft} has: "
+        f"[lora] names other modules than {sft} has: "
         "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight is one that the recipe does not adapt; write its "
-        "layers in [lora]"
+        "target_modules, layers and modules_to_save there"
     )
 
 

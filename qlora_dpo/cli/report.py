@@ -17,14 +17,11 @@ def report(adapter: Path | None) -> None:
     """
     from qlora_dpo.adapter import newest
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.report.plots import INSTALL, can_draw
     from qlora_dpo.report.write import write_report
 
     folder = newest() if adapter is None else adapter.expanduser()
     if not folder.is_dir():
         raise RecipeError(f"{folder}: there is no such folder; name the folder of a run, as in adapters/hh")
-    if not can_draw():
-        click.echo(f"no plots are drawn, since matplotlib is not installed: {INSTALL}", err=True)
     for path in write_report(folder, _base(folder)):
         click.echo(path)
 

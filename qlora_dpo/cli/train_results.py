@@ -17,7 +17,6 @@ from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.report.answers import count_answers
 from qlora_dpo.report.next_commands import next_commands
-from qlora_dpo.report.plots import INSTALL, can_draw
 from qlora_dpo.report.samples import side_by_side
 from qlora_dpo.report.tables import answers_table, results_table
 from qlora_dpo.report.write import write_report
@@ -98,8 +97,6 @@ def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedReci
     write_json(folder / "results.json", results)
     write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
     write_report(folder, outcome.prepared.source.folder)
-    if not can_draw():
-        click.echo(f"no plots are drawn, since matplotlib is not installed: {INSTALL}", err=True)
     console = Console()
     console.print(results_table(results))
     for sign in results["signs"]:

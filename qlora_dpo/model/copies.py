@@ -55,6 +55,17 @@ def whole(model: nn.Module) -> dict[str, nn.Module]:
     return {name: copy_of(module) for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
+def unload(model: PeftModel) -> None:
+    """Take the adapter off `model` for good; unlike PEFT's `unload`, put back what its copies stand for as well."""
+    base: Any = model.get_base_model()
+    originals = {
+        name: each.original_module for name, each in base.named_modules() if isinstance(each, ModulesToSaveWrapper)
+    }
+    model.unload()
+    for name, original in originals.items():
+        base.set_submodule(name, original)
+
+
 def copy_of(wrapper: Any) -> nn.Module:
     """The trained copy of a module that PEFT has wrapped."""
     copy: nn.Module = wrapper.modules_to_save["default"]

@@ -19,6 +19,7 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import sha256_of
 from qlora_dpo.manifest import MANIFEST, damage
+from qlora_dpo.model import copies
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source, fingerprint
 from qlora_dpo.recipe_model import LoraTable, ModelTable
@@ -36,7 +37,6 @@ SHAPE: dict[str, Any] = {
 UNKNOWN: dict[str, Any] = {
     "bias": "none",
     "lora_bias": False,
-    "modules_to_save": None,
     "trainable_token_indices": None,
     "layer_replication": None,
     "target_parameters": None,
@@ -102,7 +102,7 @@ def insist_on_base(saved: SavedAdapter, table: ModelTable, source: Source, templ
         )
     for key in ("quantization", "double_quant"):
         asked = getattr(table, key)
-        if base.get(key, asked) != asked and (key == "quantization" or table.quantization == "nf4"):
+        if base.get(key, asked) != asked and (key == "quantization" or table.quantization in ("nf4", "fp4")):
             raise ModelError(
                 f"{folder}: was trained with model.{key} = {json.dumps(base[key])}, and the recipe says "
                 f"{json.dumps(asked)}; write what it was trained with"
@@ -141,8 +141,8 @@ def put(model: PeftModel, saved: SavedAdapter) -> None:
     if odd := sorted(own.keys() ^ tensors.keys()):
         which = "the adapter does not have" if odd[0] in own else "the recipe does not adapt"
         raise RecipeError(
-            f"lora.target_modules names other layers than {saved.folder} has: {printable(odd[0])} is one that {which}; "
-            "write its layers in [lora]"
+            f"[lora] names other modules than {saved.folder} has: {printable(odd[0])} is one that {which}; write its "
+            "target_modules, layers and modules_to_save there"
         )
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
@@ -164,7 +164,7 @@ def opened_by_peft(base: PreTrainedModel, saved: SavedAdapter) -> Iterator[nn.Mo
     try:
         yield opened.eval()
     finally:
-        opened.unload()
+        copies.unload(opened)
 
 
 def _insist_on_plain_lora(config: dict[str, Any], folder: Path, key: str) -> None:

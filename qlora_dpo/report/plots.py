@@ -7,7 +7,6 @@ from typing import Any
 
 from qlora_dpo.intervals import wilson
 
-INSTALL = "pip install matplotlib"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
 """Two of Okabe and Ito's colours, which all kinds of sight tell apart, and grey for what needs no model."""
 LOOK = {
@@ -21,6 +20,8 @@ LOOK = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+EDGES = {"left": 0.155, "right": 0.97, "top": 0.9, "bottom": 0.155}
+"""Where the axes end, in shares of a picture: room for the widest numbers, without measuring them in each."""
 
 Record = Mapping[str, Any]
 Points = tuple[list[float], list[float]]
@@ -74,17 +75,8 @@ PLOTS: dict[str, tuple[str, str, tuple[Line, ...]]] = {
 }
 
 
-def can_draw() -> bool:
-    """True if matplotlib, which is an extra, is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def draw(records: Sequence[Record], results: Record) -> list[Plot]:
-    """Every plot that the records have figures for, in a fixed order; needs matplotlib."""
+    """Every plot that the records have figures for, in a fixed order."""
     return [
         _picture(name, title, unit, lines, records, results)
         for name, (title, unit, lines) in PLOTS.items()
@@ -100,7 +92,8 @@ def _picture(
     from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context(LOOK):
-        figure = Figure(figsize=(5.2, 3.1), dpi=150, layout="constrained")
+        figure = Figure(figsize=(5.2, 3.1), dpi=150)
+        figure.subplots_adjust(**EDGES)
         axes = figure.add_subplot()
         for line in lines:
             steps, values = line.points(records)

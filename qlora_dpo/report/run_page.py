@@ -9,7 +9,7 @@ from qlora_dpo.redact import redacted
 from qlora_dpo.report.card import last_part, scrubbed
 from qlora_dpo.report.objective_words import objective_name
 from qlora_dpo.report.page import page
-from qlora_dpo.report.plots import INSTALL, Plot
+from qlora_dpo.report.plots import Plot
 from qlora_dpo.report.samples import prompt_text
 from qlora_dpo.report.tables import EPOCH_COLUMNS, answer_cells, baseline_rows, epoch_rows, result_rows, steps_shown
 
@@ -43,7 +43,6 @@ def run_page(
         results=[*result_rows(results), *((label, [value] * len(shown)) for label, value in baseline_rows(results))],
         signs=results.get("signs") or [],
         plots=[(plot.title, f"data:image/svg+xml;base64,{base64.b64encode(plot.svg).decode()}") for plot in plots],
-        install=INSTALL,
         epoch_columns=["Epoch", "Training Loss", *EPOCH_COLUMNS],
         epochs=epoch_rows(records),
         answer_columns=columns,

@@ -13,7 +13,7 @@ from qlora_dpo.errors import RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.report.card import model_card
-from qlora_dpo.report.plots import can_draw, draw
+from qlora_dpo.report.plots import draw
 from qlora_dpo.report.run_page import run_page
 from qlora_dpo.report.tables import epoch_table
 
@@ -21,7 +21,7 @@ NEEDED = ("run.json", "results.json", "metrics.jsonl", "resolved.toml")
 
 
 def write_report(folder: Path, base: Path | None) -> list[Path]:
-    """Write README.md, plots/ (where matplotlib is installed) and report.html of a finished run; returns their paths.
+    """Write README.md, plots/ and report.html of a finished run; returns their paths.
 
     `base` is the folder of its base model, which may say under which licence it stands. Raises RunError if the run
     left less than a finished one does, or something damaged.
@@ -35,7 +35,7 @@ def write_report(folder: Path, base: Path | None) -> list[Path]:
         objective = Recipe.model_validate(resolved).objective.model_dump(exclude_none=True)
         recipe = folder / "recipe.toml"
         text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
-        plots = draw(records, results) if can_draw() else []
+        plots = draw(records, results)
         card = model_card(
             run, results, samples, epoch_table(records), text, objective, base_licence(base) if base else None
         )
