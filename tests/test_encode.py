@@ -16,7 +16,7 @@ from qlora_dpo.data.chat_format import chat_format
 from qlora_dpo.data.encode import PairSet, encode, load_pairs, tokens
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.data.pairs import Pair
-from qlora_dpo.errors import ModelError
+from qlora_dpo.errors import DataError, ModelError
 from qlora_dpo.recipe_data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -268,6 +268,23 @@ def test_a_cut_goes_between_characters_where_tokens_split_them(empty_folder: Pat
         held = load([long], max_length=room, overlong="cut_prompt")
         assert long["prompt"].endswith(held.pairs[0].prompt[0]["content"])
         assert room - 3 <= tokens(held.encoded[0]) <= room
+
+
+@pytest.mark.parametrize(
+    ("part", "share", "told"),
+    [
+        ("eval", 0.01, "leaves no held-out pair of its 3; raise it, or name the held-out pairs in data.eval"),
+        ("train", 0.99, "leaves no training pair of its 3; lower it, or name the held-out pairs in data.eval"),
+    ],
+)
+def test_a_share_that_leaves_one_side_without_pairs_is_refused(
+    part: Any, share: float, told: str, empty_folder: Path
+) -> None:
+    rows = ({"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(3))
+    Path("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as error:
+        load_pairs(DataTable(train="few.jsonl", eval_share=share), part, tiny.tokenizer(), seed=0)
+    assert str(error.value) == f"few.jsonl: data.eval_share = {share} of its prompts {told}"
 
 
 def test_short_pairs_are_not_cut(empty_folder: Path) -> None:

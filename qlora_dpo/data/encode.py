@@ -91,7 +91,7 @@ def load_pairs(
         parts=_parts(mixture, mixture.source_P[places[kept_U]]),
     )
     if not len(numbers):
-        raise DataError(_none_usable(audit))
+        raise DataError(_none_usable(audit, part, table))
     by_row = np.flatnonzero(kept_U)[np.argsort(numbers, kind="stable")]
     return PairSet(used.encoded.pairs().only(by_row), used.texts(found.pairs).only(by_row), audit)
 
@@ -321,6 +321,12 @@ def _no_share(mixture: Mixture, source_U: Numbers, part: Part) -> str:
     return f"{name}: has {counts.min()} {which} pairs, too few for its share of the mixture; {advice}"
 
 
-def _none_usable(audit: Audit) -> str:
+def _none_usable(audit: Audit, part: Part, table: DataTable) -> str:
+    if audit.apart and not audit.dropped:
+        which, advice = ("training", "lower") if part == "train" else ("held-out", "raise")
+        return (
+            f"{audit.source}: data.eval_share = {table.held_out_share} of its prompts leaves no {which} pair of its "
+            f"{audit.apart:,}; {advice} it, or name the held-out pairs in data.eval"
+        )
     which = "its only row is no" if audit.rows == 1 else f"none of its {audit.rows:,} rows is a"
     return f"{audit.source}: {which} usable pair: {audit.reasons()}"
