@@ -1,6 +1,7 @@
 """What every test starts from: no network, no telemetry, caches of its own, and no wandb account."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,13 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, threads that wait for each other only cost
 for name in ("QLORA_DPO_TRACEBACK", "HF_TOKEN", "WANDB_API_KEY", "PYTHONWARNINGS"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> None:
+    """Accelerate keeps what a process runs on; each test starts as a process of its own would."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

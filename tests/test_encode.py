@@ -1,5 +1,6 @@
 """Pairs become the ids that the chat template gives: exact boundaries, end tokens, cuts and draws."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl.data_utils import extract_prompt
 
 from qlora_dpo.data.chat_format import chat_format
 from qlora_dpo.data.encode import PairSet, encode, load_pairs, tokens
@@ -310,3 +312,29 @@ def test_real_hh_rows_are_all_accounted_for_and_end_with_the_end_token(overlong:
         text = tokenizer.apply_chat_template(whole(pair, pair.chosen), tokenize=False)
         assert tokenizer.decode([*found.prompt, *found.chosen]) + "\n" == text
         assert found.chosen[-1] == found.rejected[-1] == tokenizer.eos_token_id
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hh/helpful-base/test.jsonl.gz", "hh/helpful-online/test.jsonl.gz"])
+def test_the_boundary_is_exact_on_all_of_hh(name: str) -> None:
+    tokenizer = tiny.tokenizer()
+    table = DataTable(train=str(SHARED / name), eval="./other.jsonl", max_length=100_000)
+    held = load_pairs(table, "train", tokenizer, seed=0)
+    with gzip.open(SHARED / name, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    cut_elsewhere = 0
+    for pair, found in zip(held.pairs, held.encoded, strict=True):
+        row = rows[pair.row - 1]
+        by_trl = extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
+        begun = by_trl["prompt"].rfind("\n\nAssistant:") + len("\n\nAssistant:")
+        for ids, text in ((found.chosen, pair.chosen), (found.rejected, pair.rejected)):
+            assert tokenizer.decode(ids) == f"{text}{tokenizer.eos_token}"
+        assert row["chosen"][begun:].strip() == pair.chosen
+        assert row["rejected"][begun:].strip() == pair.rejected
+        shown = tokenizer.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(found.prompt) == shown
+        cut_elsewhere += by_trl["chosen"].strip() != pair.chosen
+    print(f"{name}: {len(held.pairs)} pairs, every boundary exact; TRL cuts {cut_elsewhere} elsewhere")
+    assert len(held.pairs) > 1_000
+    assert cut_elsewhere > 0

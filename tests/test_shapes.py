@@ -274,7 +274,7 @@ def test_every_real_file_trains_five_steps_from_a_recipe_of_two_lines(tmp_path: 
     for number, file in enumerate(FILES):
         recipe = tmp_path / f"r{number}.toml"
         recipe.write_text(f'model = {{ name = "{model}" }}\ndata = {{ train = "{SHARED / file}" }}\n')
-        quick = ("data.max_train_samples=80", "data.max_eval_samples=10", "samples.prompts=0")
+        quick = ("data.max_train_samples=20", "data.max_eval_samples=4", "train.batch_size=4", "samples.prompts=0")
         sets = [word for change in quick for word in ("--set", change)]
         sets += ["--set", "objective.loss_type=kto"] if "kto" in file else []
         commands.append(["train", str(recipe), "-o", f"adapters/r{number}", "--max-steps", "5", *sets])
