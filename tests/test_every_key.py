@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import jobs
 import lively
+import one_process
 import pytest
 import tiny
 import torch
@@ -162,16 +161,6 @@ prompts = 1
 max_new_tokens = 4
 """
 
-RUN = """
-import contextlib, io, json, sys
-from accelerate.state import AcceleratorState
-from qlora_dpo.cli import main
-for arguments in json.loads(sys.argv[1]):
-    AcceleratorState._reset_state(True)  # each run is its own process in real life
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(arguments)
-    print(json.dumps([code, out.getvalue(), err.getvalue()]))
-"""
 TIMES = re.compile(r"pairs_per_second|tokens_per_second|seconds|memory_bytes")
 
 
@@ -233,22 +222,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, .
         ["train", "base.toml", "-o", f"adapters/run-{i}", *(part for each in run for part in ("--set", each))]
         for i, run in enumerate(runs)
     ]
-    environment = {"QLORA_DPO_CACHE": str(place / "cache"), "PYTHONPATH": f"{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([*starts, *commands])],
-        cwd=place,
-        env={**__import__("os").environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()][len(starts) :]
-    assert len(found) == len(runs), done.stderr
+    environment = one_process.here(QLORA_DPO_CACHE=str(place / "cache"))
+    found = one_process.said([*starts, *commands], place, environment)[len(starts) :]
     yield {
-        run: {"code": code, "table": out if "samples.show" in str(run) or not run else "", "said": said(err)}
-        | {"error": err if code not in (0, 3) else ""}
+        run: {"code": each.code, "table": each.out if "samples.show" in str(run) or not run else ""}
+        | {"said": said(each.err), "error": each.err if each.code not in (0, 3) else ""}
         | written(place / f"adapters/run-{i}")
-        for i, (run, (code, out, err)) in enumerate(zip(runs, found, strict=True))
+        for i, (run, each) in enumerate(zip(runs, found, strict=True))
     }
 
 

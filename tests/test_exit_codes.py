@@ -5,57 +5,22 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import one_process
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub import Hub
+from one_process import Said
 from workplace import DATA, HH, MODEL, Workplace, closed_port, fill, rows
-
-RUN = """
-import contextlib, io, json, sys, time
-from qlora_dpo.cli import main
-for arguments in json.loads(sys.argv[1]):
-    sys.stdin = io.TextIOWrapper(io.BytesIO(b""))
-    start = time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(arguments)
-    print(json.dumps([code, out.getvalue(), err.getvalue(), time.monotonic() - start]))
-"""
-
-
-@dataclass(frozen=True)
-class Said:
-    """What one command ended with."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-    @property
-    def last(self) -> tuple[int, str]:
-        """The exit code and the last line of stderr."""
-        return self.code, self.err.splitlines()[-1]
 
 
 def said(place: Workplace, *commands: list[str], within: tuple[str, ...] = (), **environment: str) -> list[Said]:
-    """Run commands one after another in one process, which spares the imports; none may print a traceback."""
-    done = subprocess.run(
-        [*within, sys.executable, "-c", RUN, json.dumps(commands)],
-        cwd=place.folder,
-        env=place.environment(**environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = [Said(*json.loads(line)) for line in done.stdout.splitlines()]
-    assert len(found) == len(commands), done.stderr
-    assert [each for each in found if "Traceback" in each.err or (each.code and each.out)] == []
+    """Run commands in the workplace; what fails prints nothing on stdout."""
+    found = one_process.said(commands, place.folder, place.environment(**environment), within)
+    assert [each for each in found if each.code and each.out] == []
     return found
 
 

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import combinations, cycle, product
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import jobs
 import lively
+import one_process
 import pytest
 import tiny
 from workplace import rows
@@ -138,17 +136,6 @@ logging_steps = 1
 prompts = 0
 """
 
-RUN = """
-import contextlib, io, json, sys
-from accelerate.state import AcceleratorState
-from qlora_dpo.cli import main
-for arguments in json.loads(sys.stdin.read()):
-    AcceleratorState._reset_state(True)  # each run is its own process in real life
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(arguments)
-    print(json.dumps([code, err.getvalue()]))
-"""
-
 
 def make_files(place: Path) -> None:
     for name, seed in (("model", 0), ("other", 1)):
@@ -177,19 +164,10 @@ def outcomes(place: Path, cases: Sequence[Sequence[str]]) -> Iterator[tuple[Sequ
         commands.append([*command, *sets(settings(("sft", "none_named", adapter, quantization)))])
     for i, case in enumerate(cases):
         commands.append(["train", "pairs.toml", "-o", f"adapters/run-{i}", *sets(settings(case))])
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps(commands),
-        cwd=place,
-        env={**os.environ, "QLORA_DPO_CACHE": str(place / "cache"), "PYTHONPATH": str(TESTS.parent)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [code for code, _ in found[: len(starts)]] == [0] * len(starts), found[: len(starts)]
-    for i, (case, (code, said)) in enumerate(zip(cases, found[len(starts) :], strict=True)):
-        yield case, code, said, place / f"adapters/run-{i}"
+    found = one_process.said(commands, place, one_process.here(QLORA_DPO_CACHE=str(place / "cache")))
+    assert [each.code for each in found[: len(starts)]] == [0] * len(starts), found[: len(starts)]
+    for i, (case, each) in enumerate(zip(cases, found[len(starts) :], strict=True)):
+        yield case, each.code, each.err, place / f"adapters/run-{i}"
 
 
 def sets(parts: Sequence[str]) -> list[str]:

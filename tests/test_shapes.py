@@ -1,13 +1,11 @@
 """Every shape of preference data becomes pairs without a map, or with one; what is guessed is said."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jobs
+import one_process
 import pytest
 import tiny
 
@@ -278,29 +276,11 @@ def test_every_real_file_trains_five_steps_from_a_recipe_of_two_lines(tmp_path: 
         sets = [word for change in quick for word in ("--set", change)]
         sets += ["--set", "objective.loss_type=kto"] if "kto" in file else []
         commands.append(["train", str(recipe), "-o", f"adapters/r{number}", "--max-steps", "5", *sets])
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(commands)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    codes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [code for code, _ in codes] == [0] * len(FILES), (codes, done.stderr)
+    found = one_process.said(commands, tmp_path, one_process.here())
+    assert [each.code for each in found] == [0] * len(FILES), found
     for number, (file, (shape, *_)) in enumerate(FILES.items()):
         told = json.loads((tmp_path / "adapters" / f"r{number}" / "audit.json").read_text())
         assert told["train"]["shape"] == told["eval"]["shape"] == shape.value, file
-
-
-RUN = """
-import contextlib, io, json, sys
-from qlora_dpo.cli import main
-for arguments in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(arguments)
-    print(json.dumps([code, err.getvalue().splitlines()[-1]]))
-"""
 
 
 def test_a_file_without_any_shape_is_refused() -> None:
