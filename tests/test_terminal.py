@@ -79,7 +79,7 @@ def expected(text: str) -> list[str]:
     return lines + [""] * (LINES - len(lines))
 
 
-@pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_what_is_printed_is_text_to_a_terminal(count: int) -> None:
     draw = random.Random(0)
     for _ in range(count):
