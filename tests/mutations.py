@@ -116,7 +116,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("_stretches(where[:shared])", "((0, len(ids)),)", PACK),
         ("_stretches(where[:shared])", "()", PACK),
-        ("mask[s, : len(sequence)] = 1", "mask[s] = 1", PACK),
+        ("mask[row, :length] = 1", "mask[row] = 1", PACK),
         ("if groups and own - shared <= room:", "if True and groups:", PACK),
         (
             "tokens=sum(map(len, places.position_SL))",
@@ -159,7 +159,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('f"{scaled} {sha256_of(folder / WEIGHTS)}"', 'f"{scaled}"', KINDS),
         ('f"{scaled} {sha256_of(folder / WEIGHTS)}"', 'f"{sha256_of(folder / WEIGHTS)}"', SAVED),
         ("if odd := sorted(own.keys() ^ tensors.keys()):", "if odd := []:", SAVED),
-        ("        opened.unload()", "        pass", SAVED),
+        ("        copies.unload(opened)", "        pass", SAVED),
+        ("        copies.unload(opened)", "        opened.unload()", KINDS),
     ],
     "training/asking.py": [
         ("    now, device = what.beforehand, what.device", "    now, device = what.train[:4], what.device", KINDS),
@@ -279,7 +280,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "training/checkpoint.py": [
         ('restore(load_file(folder / "random.safetensors"))', "pass", CHECKPOINT),
-        ('for key in ("exp_avg", "exp_avg_sq", "step")', 'for key in ("exp_avg", "step")', CHECKPOINT),
+        (
+            'moments[f"{key}|{name}"] = torch.as_tensor(value)',
+            'moments[f"{key}|{name}"] = torch.as_tensor(value) * (key != "exp_avg_sq")',
+            CHECKPOINT,
+        ),
         ("            parameters[name].copy_(value)", "            pass", CHECKPOINT),
         ("if bad := names_not_finite(adapter | moments):", "if bad := []:", CHECKPOINT),
         ("if not verify(folder)][:KEPT]", "][:KEPT]", CHECKPOINT),
