@@ -70,16 +70,17 @@ def test_each_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = words.backend_tokenizer
 
     class Counted:
-        def encode_batch(self, texts: list[str], **keys: Any) -> Any:
+        def encode_batch_fast(self, texts: list[str], **keys: Any) -> Any:
             asked.extend(texts)
-            return backend.encode_batch(texts, **keys)
+            return backend.encode_batch_fast(texts, **keys)
 
     monkeypatch.setattr(type(words), "backend_tokenizer", Counted())
     monkeypatch.setattr(chat_template, "_added", lambda tokenizer: added)
     prompt: list[Message] = [{"role": "user", "content": "Is it late?"}]
     texts = rendered(words, [prompt], answered=False)
     texts += rendered(words, [[*prompt, {"role": "assistant", "content": each}] for each in ("No.", "Yes.")], True)
-    chat_template.tokenize(words, texts)
+    first = chat_template.tokenize(words, texts)
+    assert chat_template.tokenize(words, texts) == first
     assert sorted(asked) == sorted(
         [
             "system\nYou are a helpful assistant.",
@@ -90,6 +91,21 @@ def test_each_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
             "assistant\nYes.",
         ]
     )
+
+
+def test_turns_are_forgotten_oldest_first_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = tiny.tokenizer().backend_tokenizer
+    monkeypatch.setattr(chat_template, "MOST_REMEMBERED", 25)
+    turns = chat_template._Turns(backend)
+    some = [f"user\nIs {number} even?" for number in range(12)]
+    for number in range(0, 12, 2):
+        found = turns.ids(some[number : number + 2])
+        assert {text: list(ids) for text, ids in found.items()} == {
+            text: backend.encode(text, add_special_tokens=False).ids for text in some[number : number + 2]
+        }
+        assert turns.tokens == sum(map(len, turns.known.values())) <= 25
+    assert 0 < len(turns.known) < 12
+    assert list(turns.known) == some[-len(turns.known) :]
 
 
 def test_a_template_that_asks_for_more_than_chats_is_written_by_transformers() -> None:

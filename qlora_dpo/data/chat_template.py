@@ -5,7 +5,8 @@ The template came with a model and is foreign code: it runs in transformers' san
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -27,6 +28,9 @@ MORE_BYTES = 2**30
 """A template may ask for so much memory."""
 MOST_WRITTEN = 100_000
 """Characters that a template may write beside twenty times what stands in the chat."""
+
+MOST_REMEMBERED = 2**22
+"""Tokens of turns that are remembered: with their texts, about 40 MB."""
 
 REFUSALS = (TemplateError, TypeError, ValueError)
 """What a template raises that does not take a conversation."""
@@ -153,20 +157,49 @@ def _reads_tools(tokenizer: Any, template: str) -> bool:
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     """Token ids of rendered texts, nothing added: the ids that `apply_chat_template` gives.
 
-    Where control tokens stand between turns, each distinct turn is tokenized once: a prompt's turns stand in three
-    texts of a pair, and are most of the work.
+    Where control tokens stand between turns, each distinct turn is tokenized once, as long as it is remembered: a
+    prompt's turns stand in three texts of a pair, and often in several pairs, and are most of the work.
     """
     added = _added(tokenizer) if len(texts) > 1 else None
     if added is not None:
         first = _whole_ids(tokenizer, texts[:1])  # it also takes back what was set for truncation and padding
         pieces = [added.pattern.split(text) for text in texts]
-        distinct = list({piece: None for some in pieces for piece in some if piece and piece not in added.ids})
-        found = tokenizer.backend_tokenizer.encode_batch(distinct, add_special_tokens=False)
-        ids = {**added.ids, "": [], **dict(zip(distinct, (each.ids for each in found), strict=True))}
+        turns = set(chain.from_iterable(pieces)) - added.ids.keys() - {""}
+        ids = {**_turns(tokenizer).ids(turns), **added.ids, "": ()}
         together = [tuple(chain.from_iterable(map(ids.__getitem__, some))) for some in pieces]
         if together[:1] == first:
             return together
     return _whole_ids(tokenizer, texts)
+
+
+class _Turns:
+    """The ids of turns that were tokenized lately, in 4 bytes each."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        self.known: dict[str, array[int]] = {}
+        self.tokens = 0
+
+    def ids(self, turns: Collection[str]) -> dict[str, "Sequence[int]"]:
+        """The ids of each of `turns`; the oldest are forgotten where there are too many."""
+        new = [turn for turn in turns if turn not in self.known]
+        for turn, found in zip(new, self.backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
+            self.known[turn] = array("I", found.ids)
+            self.tokens += len(found.ids)
+        asked: dict[str, Sequence[int]] = {turn: self.known[turn] for turn in turns}
+        while self.tokens > MOST_REMEMBERED:
+            self.tokens -= len(self.known.pop(next(iter(self.known))))
+        return asked
+
+
+@lru_cache(maxsize=4)
+def _turns(tokenizer: Any) -> _Turns:
+    return _Turns(tokenizer.backend_tokenizer)
+
+
+def forget_turns() -> None:
+    """Give back the memory of the turns that are remembered."""
+    _turns.cache_clear()
 
 
 def _whole_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:

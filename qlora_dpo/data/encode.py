@@ -13,12 +13,22 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format
-from qlora_dpo.data.chat_template import AS_TEXT, FOLDED, REFUSALS, Habits, habits, ids_together, reads_tools, repairs
+from qlora_dpo.data.chat_template import (
+    AS_TEXT,
+    FOLDED,
+    REFUSALS,
+    Habits,
+    forget_turns,
+    habits,
+    ids_together,
+    reads_tools,
+    repairs,
+)
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, Ids, digest
 from qlora_dpo.data.encoded_cache import keep, key_of, look_up
 from qlora_dpo.data.lazily import Lazily
-from qlora_dpo.data.limits import TooMuch
+from qlora_dpo.data.limits import TooMuch, few_collections
 from qlora_dpo.data.mixture import Mixture, find_all
 from qlora_dpo.data.overlong import cut_prompt
 from qlora_dpo.data.pairs import Flags, Found, Numbers, Pair
@@ -40,6 +50,7 @@ class PairSet:
     audit: Audit
 
 
+@few_collections()
 def load_pairs(
     table: DataTable,
     part: Part,
@@ -63,6 +74,7 @@ def load_pairs(
     in_order = wanted is None and not mixture.is_drawn
     order = np.arange(len(found.pairs)) if in_order else _drawn(found.row_P, len(rows.rows), seed)
     used, looked_at, dropped = _looked_at(mixture, found, order, wanted, tokenizer, form, table)
+    forget_turns()
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
     places = np.array(used.places, dtype=np.int64)
