@@ -2,6 +2,18 @@
 
 DONE, FAILED, USAGE, GATE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate", "Cannot allocate memory")
+LESS_MEMORY = (
+    "lower train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing = true, and close other "
+    "programs that hold memory"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's own MemoryError, and for torch's and the system's, which are known by their words."""
+    told = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or told
+
 
 class QloraDpoError(Exception):
     """Base of all errors whose text is meant for the user: where, what was found, what would be right, what to do."""

@@ -6,16 +6,9 @@ import traceback
 
 import click
 
-from qlora_dpo.errors import DOES_NOT_FIT, FAILED, INTERRUPTED, QloraDpoError
+from qlora_dpo.errors import DOES_NOT_FIT, FAILED, INTERRUPTED, LESS_MEMORY, QloraDpoError, is_out_of_memory
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate", "Cannot allocate memory")
-
-LESS_MEMORY = (
-    "lower train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing = true, and close other "
-    "programs that hold memory"
-)
 
 
 def report(error: BaseException) -> int:
@@ -42,7 +35,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return _one_line(error.format_message()), error.exit_code
         case click.Abort() | KeyboardInterrupt():
             return "interrupted", INTERRUPTED
-        case _ if _is_out_of_memory(error):
+        case _ if is_out_of_memory(error):
             return f"out of memory ({_one_line(error) or 'no details'}); {LESS_MEMORY}", DOES_NOT_FIT
         case OSError() if error.errno in FULL_DISK:
             where = f"{error.filename}: " if error.filename else ""
@@ -63,12 +56,6 @@ def _one_line(words: object, most: int = 300) -> str:
     """`words` as one line of at most `most` characters."""
     line = " ".join(str(words).split())
     return line if len(line) <= most else f"{line[:most]}..."
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """True for Python's own MemoryError, and for torch's and the system's, which are known by their words."""
-    told = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or told
 
 
 def _printable(text: str) -> str:

@@ -68,6 +68,8 @@ class State:
     num_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    row_tokens: int | None = None
+    """Tokens of a packed row that were found to fit after memory ran out; None while what the recipe says does."""
     margin_mean: float = 0.0
     """The running mean of margins, in nats, that beta-DPO compares a step's margins with."""
     first_slope: float = 0.0

@@ -1,5 +1,6 @@
 """The training loop: for each step its pairs, for each micro-batch a forward and a backward pass, then AdamW."""
 
+import copy
 import math
 import resource
 import signal
@@ -18,11 +19,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.data.audit import baselines
-from qlora_dpo.errors import Interrupted, SourceError
+from qlora_dpo.errors import DoesNotFitError, Interrupted, SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.held import OFF, Held, follow
-from qlora_dpo.preference.metrics import Sums, sums_for
+from qlora_dpo.preference.metrics import sums_for
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store, asked_now
 from qlora_dpo.recipe import Recipe
@@ -32,6 +33,7 @@ from qlora_dpo.training.checkpoint import SinceEval, State, load_checkpoint, loa
 from qlora_dpo.training.drift import kl_to_base
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
+from qlora_dpo.training.fitting import as_it_fits
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.step import gradient
@@ -80,7 +82,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     window = _Window(job)
     with _stop_after_the_step(tracker.note) as stop, job.store:
         while state.step < plan.total_steps:
-            rate, norm = _step(model, job, state, tools, window.sums)
+            rate, norm = _step(model, job, state, tools, window, tracker.note)
             tracker.step(state.step)
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
             if last or state.step == 1 or state.step % table.logging_steps == 0:
@@ -123,11 +125,13 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
     return _Tools(accelerator, optimizer, accelerator.prepare_optimizer(optimizer), schedule)
 
 
-def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -> tuple[float, float]:
+def _step(
+    model: PeftModel, job: Job, state: State, tools: _Tools, window: "_Window", say: Callable[[str], None]
+) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
     table, pairs = job.recipe.train, job.train.pairs
     rows = [pairs[i].row for i in job.plan.indices(state.step + 1)]
-    wrong = [pairs[i].row for i in gradient(model, job, state, tools.accelerator.backward, sums)]
+    wrong = [pairs[i].row for i in _gradient_as_it_fits(model, job, state, tools, window, say)]
     parameters = trainable(model)
     norm = float(tools.accelerator.clip_grad_norm_(parameters.values(), table.max_grad_norm))
     scaled = tools.accelerator.scaler is not None
@@ -143,6 +147,29 @@ def _step(model: PeftModel, job: Job, state: State, tools: _Tools, sums: Sums) -
     state.step += 1
     follow(model, job.held, state.step)
     return rate, norm
+
+
+def _gradient_as_it_fits(
+    model: PeftModel, job: Job, state: State, tools: _Tools, window: "_Window", say: Callable[[str], None]
+) -> list[int]:
+    """Add up the step's gradient, in smaller rows if memory runs out; returns the pairs whose loss is not finite.
+
+    Raises DoesNotFitError, with a checkpoint of the step before saved, if smaller rows do not help.
+    """
+    before = copy.deepcopy(window.sums)
+
+    def undo() -> None:
+        tools.optimizer.zero_grad()
+        window.sums = copy.deepcopy(before)
+
+    def work(job: Job) -> list[int]:
+        return gradient(model, job, state, tools.accelerator.backward, window.sums)
+
+    try:
+        return as_it_fits(f"step {state.step + 1}", work, job, state, say, undo)
+    except DoesNotFitError as error:
+        saved = _save(job, state, model, tools)
+        raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
 
 
 def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, job: Job) -> State:
@@ -184,15 +211,22 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
 
     Then come answers to held-out prompts, if any are wanted, and what follows for the run.
     """
-    side = job.heldout
-    with tracker.phase("evaluate", len(side.pairs)) as advance:
-        if job.held.follows is not None:
-            side = replace(side, reference_P2=asked_now(model, side.pairs, job.packing, job.device, job.held))
-        record = evaluate(model, side, job.recipe.objective, job.packing, job.device, advance)
+    training = model.training
+
+    def work(job: Job) -> dict[str, Any]:
+        side = job.heldout
+        with tracker.phase("evaluate", len(side.pairs)) as advance:
+            if job.held.follows is not None:
+                side = replace(side, reference_P2=asked_now(model, side.pairs, job.packing, job.device, job.held))
+            record = evaluate(model, side, job.recipe.objective, job.packing, job.device, advance)
+        return record | {"eval_kl": kl_to_base(model, side.pairs, job.packing, job.device)}
+
+    record = as_it_fits(
+        f"evaluation after step {state.step}", work, job, state, tracker.note, lambda: model.train(training)
+    )
     seen, state.since_eval = state.since_eval, SinceEval()
     if seen.pairs:
         record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}
-    record["eval_kl"] = kl_to_base(model, side.pairs, job.packing, job.device)
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
     if job.ask is not None:

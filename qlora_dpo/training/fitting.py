@@ -1,0 +1,76 @@
+"""Does again what did not fit in memory, in rows of half as many tokens: the same pairs, and the same result.
+
+A step is redone as if it had not begun: gradients, random generators and what was counted go back to where they were.
+"""
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from qlora_dpo.errors import LESS_MEMORY, DoesNotFitError, is_out_of_memory
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.random_states import random_states, restore
+
+if TYPE_CHECKING:
+    from qlora_dpo.training.loop import Job
+
+TRIES = 3
+"""How often in a row one step or evaluation may run out of memory before the run ends."""
+
+Result = TypeVar("Result")
+
+
+def fitted(job: "Job", state: State) -> "Job":
+    """`job` with rows of the size that has been found to fit."""
+    if state.row_tokens is None:
+        return job
+    return replace(job, packing=replace(job.packing, token_budget=state.row_tokens))
+
+
+def as_it_fits(
+    what: str,
+    work: Callable[["Job"], Result],
+    job: "Job",
+    state: State,
+    say: Callable[[str], None],
+    undo: Callable[[], None] = lambda: None,
+) -> Result:
+    """Do `work`, and again in smaller rows, and say so, each time that memory runs out; returns its result.
+
+    `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators. Raises
+    DoesNotFitError after `TRIES` times in a row.
+    """
+    before, counted = random_states(), _counted(state)
+    for _ in range(TRIES):
+        tokens = fitted(job, state).packing.token_budget
+        try:
+            return work(fitted(job, state))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # out of the handler, since the error holds the frames, and with them all tensors
+        undo()
+        restore(before)
+        vars(state).update(_copied(counted))
+        _free()
+        state.row_tokens = max(1, tokens // 2)
+        say(f"{what}: out of memory with rows of {tokens:,} tokens; rows of {state.row_tokens:,} from here on")
+    raise DoesNotFitError(f"{what}: out of memory {TRIES} times in a row; {LESS_MEMORY}")
+
+
+def _counted(state: State) -> dict[str, object]:
+    return _copied({name: getattr(state, name) for name in ("num_tokens", "margin_mean", "first_slope", "since_eval")})
+
+
+def _copied(values: dict[str, object]) -> dict[str, object]:
+    return {name: copy.copy(value) for name, value in values.items()}
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():  # pragma: cuda
+        torch.cuda.empty_cache()
