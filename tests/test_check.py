@@ -140,12 +140,13 @@ def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: 
     told = capsys.readouterr()
     assert "memory    no       does not fit: " in told.out and "next:" not in told.out
     assert re.fullmatch(
-        re.escape(READING) + r"qlora-dpo: r\.toml: needs \d+\.\d GiB and GeForce RTX 4060 has 8\.0 GiB free; lower "
-        r"train\.micro_batch_tokens \(now 2,048\), or take a smaller model or a larger card\n",
+        re.escape(READING) + r"qlora-dpo: r\.toml: needs \d+\.\d GiB and GeForce RTX 4060 has 8\.0 GiB free; no line "
+        r"of the recipe makes it fit; take a smaller model or a larger card\n",
         told.err,
     )
     found = checked(capsys, "r.toml", "--gpu", "rtx4060", "--set", "model.dtype=auto", code=4)
     assert not found["memory"]["fits"]
+    assert found["memory"]["ways_to_fit"] == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from qlora_dpo.recipe_model import LoraTable, ModelTable
 from qlora_dpo.training import estimate as estimating
 from qlora_dpo.training.estimate import Load, estimate
 from qlora_dpo.training.optim import make_optimizer
+from qlora_dpo.training.ways import ways_to_fit
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -135,6 +136,29 @@ def test_less_memory_recomputes_more_layers_until_it_does_not_fit(tmp_path: Path
     none, some, every, still = (each.recomputed for each in found)
     assert none == 0 < some < every == still == 6
     assert found[0].needed > found[1].needed > found[2].needed == found[3].needed
+
+
+def test_what_would_make_a_plan_fit_is_tried_and_told_with_its_need(tmp_path: Path) -> None:
+    source, load = folder(tmp_path, half_billion(layers=6)), Load(512, 10**6)
+    train = {"micro_batch_tokens": 8192, "gradient_checkpointing": False}
+    what = jobs.recipe("none", train=train, model={"dtype": "auto"}, data={"max_length": 512})
+    free = 3 * 2**30
+    assert not estimate(source, what, T4, load, free).fits
+    found = {way.lines: way.needed for way in ways_to_fit(source, what, T4, load, free)}
+    assert list(found) == [('train.gradient_checkpointing = "auto"',), ("train.micro_batch_tokens = 4096",)]
+    shorter = jobs.recipe("none", train=train | {"micro_batch_tokens": 4096}, model={"dtype": "auto"})
+    fits = estimate(source, shorter, T4, load, free)
+    assert fits.fits and fits.needed == found["train.micro_batch_tokens = 4096",]
+
+
+def test_where_one_change_is_not_enough_several_are_told_together(tmp_path: Path) -> None:
+    source, load = folder(tmp_path, half_billion(layers=6)), Load(512, 10**6)
+    train = {"micro_batch_tokens": 8192, "gradient_checkpointing": False}
+    what = jobs.recipe("none", train=train, model={"dtype": "auto"}, data={"max_length": 512})
+    (way,) = ways_to_fit(source, what, T4, load, 1900 * 2**20)
+    assert way.lines == ('train.gradient_checkpointing = "auto"', "train.micro_batch_tokens = 512")
+    assert way.needed <= 1900 * 2**20
+    assert ways_to_fit(source, what, T4, load, 2**20) == ()
 
 
 @pytest.mark.parametrize(("asked", "layers"), [(True, 2), (False, 0)])

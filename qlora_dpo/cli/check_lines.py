@@ -130,21 +130,13 @@ def first(warnings: Sequence[str]) -> str:
 
 
 def does_not_fit(loaded: LoadedRecipe, found: Preflight) -> str:
-    """What is missing, and what to change about it."""
-    memory, train = found.memory, loaded.recipe.train
-    ways = []
-    if train.gradient_checkpointing is False:
-        ways.append('set train.gradient_checkpointing = "auto"')
-    if min(train.micro_batch_tokens, train.batch_size * found.tokens.pair[2]) > found.tokens.sequence[2]:
-        ways.append(f"lower train.micro_batch_tokens (now {train.micro_batch_tokens:,})")
-    if found.tokens.sequence[2] > train.micro_batch_tokens // 2:
-        ways.append(f"lower data.max_length (now {loaded.recipe.data.max_length:,})")
-    if loaded.recipe.model.quantization == "none":
-        ways.append('set model.quantization = "nf4"')
-    ways.append("take a smaller model or a larger card")
+    """What is missing, and what to change about it, each with what the run needs then."""
+    memory = found.memory
+    ways = [f"{' with '.join(way.lines)} ({way.needed / GIB:.1f} GiB)" for way in found.ways]
+    change = f"set {', or '.join(ways)}, or" if ways else "no line of the recipe makes it fit;"
     return (
         f"{loaded.path}: needs {memory.needed / GIB:.1f} GiB and {found.device.name} has {memory.free / GIB:.1f} GiB "
-        f"free; {', or '.join(ways)}"
+        f"free; {change} take a smaller model or a larger card"
     )
 
 
@@ -194,6 +186,7 @@ def as_json(loaded: LoadedRecipe, found: Preflight) -> dict[str, Any]:
             "layers": memory.layers,
             "padded": memory.padded,
             "fits": memory.fits,
+            "ways_to_fit": [{"lines": list(way.lines), "needed_bytes": way.needed} for way in found.ways],
         },
         "warnings": list(found.warnings),
     }

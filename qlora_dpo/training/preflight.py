@@ -21,6 +21,7 @@ from qlora_dpo.training.estimate import Load, Memory, estimate
 from qlora_dpo.training.optim import insist_on_optimizer
 from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.run import prepare
+from qlora_dpo.training.ways import Way, ways_to_fit
 
 MANY_OVERLONG = 0.05
 """Share of pairs over `max_length` from which on it is worth a warning."""
@@ -58,6 +59,8 @@ class Preflight:
     steps: int
     memory: Memory
     warnings: tuple[str, ...]
+    ways: tuple[Way, ...] = ()
+    """What would make it fit, if it does not."""
 
 
 def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
@@ -83,7 +86,8 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
     memory = estimate(prepared.source, recipe, device, load, free)
     bias = lint.lengths(train.pairs)
     warnings = tuple(_warnings(recipe, found, bias, tokens, steps, memory, heldout))
-    return Preflight(device, train.audit, heldout.audit, found, bias, tokens, steps, memory, warnings)
+    ways = () if memory.fits else ways_to_fit(prepared.source, recipe, device, load, free)
+    return Preflight(device, train.audit, heldout.audit, found, bias, tokens, steps, memory, warnings, ways)
 
 
 def _findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[Finding]:
