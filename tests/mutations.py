@@ -32,6 +32,7 @@ CHECKPOINT = "test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
 MERGE = "test_merge.py test_merge_kinds.py test_merge_choice.py"
 WATCH = "test_watch.py"
 BEST = "test_best.py"
+FITTING = "test_fitting.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/objective.py": [
@@ -161,6 +162,14 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if odd := sorted(own.keys() ^ tensors.keys()):", "if odd := []:", SAVED),
         ("        copies.unload(opened)", "        pass", SAVED),
         ("        copies.unload(opened)", "        opened.unload()", KINDS),
+    ],
+    "training/fitting.py": [
+        ("        undo()\n", "", FITTING),
+        ("        restore(before)\n", "", FITTING),
+        ("        vars(state).update(_copied(counted))\n", "", FITTING),
+        ("max(1, tokens // 2)", "tokens", FITTING),
+        ("    if state.row_tokens is None:\n", "    if True:\n", FITTING),
+        ("            if not is_out_of_memory(error):\n", "            if False:\n", FITTING),
     ],
     "training/asking.py": [
         ("    now, device = what.beforehand, what.device", "    now, device = what.train[:4], what.device", KINDS),
