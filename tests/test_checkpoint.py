@@ -1,9 +1,11 @@
 """A run that is stopped goes on to the same bytes, from the newest checkpoint that is whole, or says why not."""
 
+import math
 import os
 import random
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ def train(
     heldout: int = 6,
     seed: int = 42,
     allowed: tuple[str, ...] = (),
+    until: float = math.inf,
     **changes: Any,
 ) -> tuple[PeftModel, State]:
     """Train in `folder`; with `stop_at`, the signal arrives while that step ends."""
@@ -55,7 +58,7 @@ def train(
     what = jobs.recipe(quantization, **tables)
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what, place)
-    job = replace(jobs.job(model, what, folder, heldout=heldout, place=place), allowed=allowed)
+    job = replace(jobs.job(model, what, folder, heldout=heldout, place=place), allowed=allowed, until=until)
     if resume is None:
         torch.manual_seed(1)
     with Tracker(folder, job.plan.total_steps) as tracker:
@@ -110,6 +113,21 @@ def test_a_signal_ends_the_step_and_saves_a_checkpoint(
     assert verify(saved) == ""
     assert "finishing the step and saving a checkpoint; once more stops at once\n" in capsys.readouterr().err
     assert signal.getsignal(number) == before
+
+
+def test_when_the_time_is_over_a_checkpoint_is_saved_that_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path / "whole")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(Interrupted) as error:
+        train(tmp_path / "parts", until=time.monotonic())
+    saved = tmp_path / "parts" / "checkpoints" / "step-000001"
+    why = "since the next step would end after --max-hours"
+    assert str(error.value) == f"stopped after step 1, {why}; {saved} is saved, --resume goes on from there"
+    assert error.value.exit_code == 130
+    AcceleratorState._reset_state(True)
+    resumed, state = train(tmp_path / "parts", resume=saved, until=time.monotonic() + 3600)
+    assert state.step == 9
+    assert jobs.all_apart(jobs.adapter(resumed), jobs.adapter(whole)) == 0
 
 
 def test_the_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--allow", metavar="KEY", multiple=True, help="Resume although this key of the recipe has changed.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is loaded.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many optimizer steps.")
+@click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help="Save a checkpoint and end by then.")
 @click.option("--dropped-rows", is_flag=True, help="List the row numbers of all pairs that are left out.")
 def train(
     recipe_file: str,
@@ -29,6 +30,7 @@ def train(
     allow: tuple[str, ...],
     dry_run: bool,
     max_steps: int | None,
+    max_hours: float | None,
     dropped_rows: bool,
 ) -> None:
     """Tune a model on preference pairs as RECIPE says, and write an adapter directory.
@@ -37,8 +39,12 @@ def train(
     qlora-dpo train recipes/quickstart.toml
     qlora-dpo train recipes/hh.toml --set train.learning_rate=1e-5 -o adapters/hh-fast
     """
+    import math
+    import time
+
     from qlora_dpo import recipe
 
+    until = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
     steps = () if max_steps is None else (f"train.max_steps={max_steps}",)
     loaded = recipe.load(recipe_file, (*overrides, *steps))
     folder = output or Path("adapters") / loaded.name
@@ -81,7 +87,7 @@ def train(
             for sentence in skipped:
                 tracker.note(sentence)
             ask = asker(prepared, loaded.recipe, here)
-            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask)
+            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask, until)
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)

@@ -59,6 +59,8 @@ class Job:
     held: Held = OFF
     """What the adapter is while the reference answers."""
     allowed: tuple[str, ...] = ()
+    until: float = math.inf
+    """When the run shall have ended, by `time.monotonic`."""
     ask: Ask | None = None
     """What the model answers at an evaluation, if the recipe wants it."""
     unsaved: list[str] = field(default_factory=list)
@@ -68,8 +70,9 @@ class Job:
 def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path | None = None) -> State:
     """Train `model` in place and return the final state with all evaluations.
 
-    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, RunError when loss or gradient stop being
-    finite, and SourceError if the disk has no room for the checkpoint that an interrupted run needs.
+    Raises Interrupted after SIGINT or SIGTERM and when the time is over, with a checkpoint saved, RunError when loss or
+    gradient stop being finite, DoesNotFitError when memory does not suffice for smaller rows either, and SourceError if
+    the disk has no room for the checkpoint that an interrupted run needs.
     """
     table, plan = job.recipe.train, job.plan
     tools = _tools(model, job)
@@ -82,6 +85,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     window = _Window(job)
     with _stop_after_the_step(tracker.note) as stop, job.store:
         while state.step < plan.total_steps:
+            began = time.monotonic()
             rate, norm = _step(model, job, state, tools, window, tracker.note)
             tracker.step(state.step)
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
@@ -91,9 +95,14 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
             if last or due(state.step, table.eval_steps, epoch_ends):
                 with window.paused(), schedule_free.averaged(tools.optimizer):
                     evaluate_now(model, job, state, tracker)
-            if stop.asked:
+            now = time.monotonic()
+            over = not last and now + (now - began) > job.until
+            if stop.asked or over:
+                why = "" if stop.asked else ", since the next step would end after --max-hours"
                 saved = _save(job, state, model, tools)
-                raise Interrupted(f"stopped after step {state.step}; {saved} is saved, --resume goes on from there")
+                raise Interrupted(
+                    f"stopped after step {state.step}{why}; {saved} is saved, --resume goes on from there"
+                )
             if not last and (state.stopped or due(state.step, table.save_steps, epoch_ends)):
                 with window.paused():
                     _save_if_there_is_room(job, state, model, tools, tracker.note)

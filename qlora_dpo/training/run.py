@@ -1,6 +1,7 @@
 """One run from its recipe to a trained model: data, base, reference, steps; each part timed and accounted for."""
 
 import hashlib
+import math
 import platform
 import subprocess
 import time
@@ -107,10 +108,12 @@ def run(
     resume_from: Path | None,
     allowed: tuple[str, ...] = (),
     ask: Ask | None = None,
+    until: float = math.inf,
 ) -> Outcome:
     """Load the base, ask the reference, prove the start, and train with the recipe's engine.
 
     A run that resumes may differ from the one before in the `allowed` keys. At evaluations the model is given to `ask`.
+    The last step that ends before `until`, a time of `time.monotonic`, is followed by a checkpoint and Interrupted.
     """
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
     plan, named = make_plan(len(pairs), recipe.train), prepared.named
@@ -127,7 +130,9 @@ def run(
         Side(pairs, asked.train_P2, columns_of(prepared.train.pairs, recipe.objective)),
         Side(heldout, asked.heldout_P2, columns_of(prepared.heldout.pairs, recipe.objective)),
     )
-    job = Job(recipe, device, plan, *sides, loaded.packing, tracker.run_dir, what.store, loaded.held, allowed, ask)
+    job = Job(
+        recipe, device, plan, *sides, loaded.packing, tracker.run_dir, what.store, loaded.held, allowed, until, ask
+    )
     state = State(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
@@ -145,8 +150,9 @@ def run(
             case "trl":
                 from qlora_dpo.training.trl_engine import fit_with_trl
 
-                if resume_from is not None:
-                    raise RecipeError('--resume needs train.engine = "qlora_dpo"; TRL\'s checkpoints are pickled')
+                if resume_from is not None or until < math.inf:
+                    option = "--max-hours" if resume_from is None else "--resume"
+                    raise RecipeError(f'{option} needs train.engine = "qlora_dpo"; TRL\'s checkpoints are pickled')
                 model, state = fit_with_trl(model, job, state, tracker, prepared.tokenizer)
             case never:
                 assert_never(never)
