@@ -518,7 +518,10 @@ def hold_the_stopped_chat(terminal: Terminal, folders: Path) -> None:
     assert kept[0] == {"role": "user", "content": "rice?"}
     assert kept[1]["content"]
     terminal.until("you: ")
-    terminal.type("half a line\x03")
+    terminal.type("half a line")
+    terminal.until("half a line")
+    time.sleep(0.3)  # a signal just before Python waits for a key is noticed with the next key only
+    terminal.type("\x03")
     terminal.until("\n(Ctrl+D or /quit leaves)\n")
     terminal.until("you: ")
     terminal.type("\x04")
