@@ -80,3 +80,11 @@ def save_adapter(
     run = {"name": folder.name, "base": {"fingerprint": source.fingerprint}}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
+
+
+def save_both(home: Path) -> Path:
+    """A base with an adapter trained on it in NF4, and one trained in 32 bits: `home` with base, nf4 and none."""
+    save_base(home / "base")
+    save_adapter(home / "nf4", home / "base")
+    save_adapter(home / "none", home / "base", "none")
+    return home

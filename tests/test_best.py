@@ -34,11 +34,6 @@ TRAIN = {
 """Ten random pairs of which nothing can be learned for others: the held-out loss rises sooner or later."""
 
 
-@pytest.fixture(autouse=True)
-def accelerate_forgets() -> None:
-    AcceleratorState._reset_state(True)
-
-
 def train(folder: Path, stop_at: int | None = None, resume: Path | None = None, **changes: Any) -> tuple[Any, State]:
     """Train in `folder`; with `stop_at`, Ctrl-C comes while that step ends."""
     what = jobs.recipe(train={**TRAIN, **changes}, lora={"lora_alpha": 64})

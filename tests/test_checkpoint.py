@@ -29,12 +29,6 @@ pytestmark = jobs.LIBRARIES_WARN
 TRAIN = {"num_train_epochs": 3, "save_steps": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
 
 
-@pytest.fixture(autouse=True)
-def accelerate_forgets() -> None:
-    """Each run is its own process in real life; accelerate keeps its settings for the life of one."""
-    AcceleratorState._reset_state(True)
-
-
 def train(
     folder: Path,
     dtype: str = "fp32",

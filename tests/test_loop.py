@@ -33,12 +33,6 @@ pytestmark = jobs.LIBRARIES_WARN
 PAIRS = jobs.pairs(8)
 
 
-@pytest.fixture(autouse=True)
-def accelerate_forgets() -> None:
-    """Each run is its own process in real life; accelerate keeps its settings for the life of one."""
-    AcceleratorState._reset_state(True)
-
-
 def train(
     folder: Path, quantization: str = "none", model: PeftModel | None = None, **tables: dict[str, Any]
 ) -> tuple[PeftModel, State, list[dict[str, Any]]]:

@@ -41,12 +41,6 @@ def table(loss_type: str, **keys: Any) -> Any:
     return READER.validate_python({"loss_type": loss_type, **NEEDED.get(loss_type, {}), **keys})
 
 
-@pytest.fixture(autouse=True)
-def accelerate_forgets() -> None:
-    """Each run is its own process in real life; accelerate keeps its settings for the life of one."""
-    AcceleratorState._reset_state(True)
-
-
 # --- the same as TRL's
 
 TRLS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import bitsandbytes as bnb
 import pytest
 import torch
-from adapters_made import save_adapter, save_base
+from adapters_made import save_adapter, save_base, save_both
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -53,11 +53,7 @@ def no_bars() -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with an adapter trained on it in NF4, and the same in 32 bits; no test writes into these."""
-    home = tmp_path_factory.mktemp("made")
-    save_base(home / "base")
-    save_adapter(home / "nf4", home / "base")
-    save_adapter(home / "none", home / "base", "none")
-    return home
+    return save_both(tmp_path_factory.mktemp("made"))
 
 
 def merged(adapter: Path, output: Path, dtype: merging.Dtype = "bf16", onto: Onto = "trained") -> tuple[Opened, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters_made import save_adapter, save_base
+from adapters_made import save_both
 from safetensors.torch import load_file
 
 from qlora_dpo.adapter import Opened
@@ -57,11 +57,7 @@ def test_a_base_that_misses_a_bar_is_not_kept_however_good_it_is() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("made")
-    save_base(home / "base")
-    save_adapter(home / "nf4", home / "base")
-    save_adapter(home / "none", home / "base", "none")
-    return home
+    return save_both(tmp_path_factory.mktemp("made"))
 
 
 def test_auto_prints_all_rows_and_the_merged_folder_carries_them(

@@ -29,12 +29,6 @@ pytestmark = jobs.LIBRARIES_WARN
 QUANTIZATIONS = pytest.mark.parametrize("quantization", ["none", "nf4"])
 
 
-@pytest.fixture(autouse=True)
-def accelerate_forgets() -> None:
-    """Each run is its own process in real life; accelerate keeps its settings for the life of one."""
-    AcceleratorState._reset_state(True)
-
-
 def train(engine: str, what: Any, folder: Path) -> tuple[Any, list[dict[str, Any]], Job]:
     """Train with one of the engines: the model, the metrics and the job."""
     AcceleratorState._reset_state(True)

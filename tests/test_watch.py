@@ -10,7 +10,6 @@ from typing import Any
 import jobs
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from qlora_dpo.data.encoded import EncodedPair, digest
@@ -31,11 +30,6 @@ pytestmark = jobs.LIBRARIES_WARN
 
 KIND, CURT = range(20, 30), range(40, 50)
 """Tokens that good and bad answers are made of."""
-
-
-@pytest.fixture(autouse=True)
-def accelerate_forgets() -> None:
-    AcceleratorState._reset_state(True)
 
 
 def taught(count: int, seed: int, *, longer_by: Sequence[int] = (0,), alike: bool = False) -> list[EncodedPair]:
