@@ -43,6 +43,10 @@ class RunError(QloraDpoError):
     """A run directory, a checkpoint or a training step is not in the state that the command needs."""
 
 
+class ProcessEndedError(RunError):
+    """Another of the processes that train together has ended, so this one cannot go on."""
+
+
 class GateError(QloraDpoError):
     """A measured figure is below the bar that the user set."""
 

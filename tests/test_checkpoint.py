@@ -102,7 +102,7 @@ def test_a_signal_ends_the_step_and_saves_a_checkpoint(
     with pytest.raises(Interrupted) as error:
         train(tmp_path, stop_at=3, stop_with=number)
     saved = tmp_path / "checkpoints" / "step-000003"
-    assert str(error.value) == f"stopped after step 3; {saved} is saved, --resume goes on from there"
+    assert str(error.value) == f"stopped after step 3 as asked; {saved} is saved, --resume goes on from there"
     assert error.value.exit_code == 130
     assert verify(saved) == ""
     assert "finishing the step and saving a checkpoint; once more stops at once\n" in capsys.readouterr().err

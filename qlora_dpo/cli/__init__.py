@@ -77,5 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and has its sentence
         return tell(error)
     return code if isinstance(code, int) else DONE

@@ -6,7 +6,16 @@ import traceback
 
 import click
 
-from qlora_dpo.errors import DOES_NOT_FIT, FAILED, INTERRUPTED, LESS_MEMORY, QloraDpoError, is_out_of_memory
+from qlora_dpo.cli.launch import leave_word
+from qlora_dpo.errors import (
+    DOES_NOT_FIT,
+    FAILED,
+    INTERRUPTED,
+    LESS_MEMORY,
+    ProcessEndedError,
+    QloraDpoError,
+    is_out_of_memory,
+)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -16,6 +25,8 @@ def report(error: BaseException) -> int:
     if os.environ.get("QLORA_DPO_TRACEBACK") == "1":
         click.echo(_printable("".join(traceback.format_exception(error))), err=True, nl=False)
     text, code = _explained(error)
+    if not isinstance(error, ProcessEndedError):
+        leave_word(_printable(text))
     for line in _printable(text).splitlines():
         click.echo(f"qlora-dpo: {line}", err=True)
     return code

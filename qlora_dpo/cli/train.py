@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is loaded.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many optimizer steps.")
 @click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help="Save a checkpoint and end by then.")
+@click.option("--processes", type=click.IntRange(min=1), help="Train in this many processes, one for each GPU. [1]")
 @click.option("--dropped-rows", is_flag=True, help="List the row numbers of all pairs that are left out.")
 def train(
     recipe_file: str,
@@ -31,19 +32,25 @@ def train(
     dry_run: bool,
     max_steps: int | None,
     max_hours: float | None,
+    processes: int | None,
     dropped_rows: bool,
-) -> None:
+) -> int | None:
     """Tune a model on preference pairs as RECIPE says, and write an adapter directory.
 
     \b
     qlora-dpo train recipes/quickstart.toml
     qlora-dpo train recipes/hh.toml --set train.learning_rate=1e-5 -o adapters/hh-fast
+    qlora-dpo train recipes/hh.toml --processes 2
+    accelerate launch -m qlora_dpo train recipes/hh.toml
     """
     import math
     import time
 
     from qlora_dpo import recipe
+    from qlora_dpo.cli.launch import hush, launch
+    from qlora_dpo.errors import RecipeError
 
+    hush()
     until = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
     steps = () if max_steps is None else (f"train.max_steps={max_steps}",)
     loaded = recipe.load(recipe_file, (*overrides, *steps))
@@ -60,20 +67,56 @@ def train(
     insist_on_extras(loaded.recipe)
 
     from qlora_dpo.model import device
+    from qlora_dpo.model import processes as together
 
+    if processes is not None and together.launched() > 1:
+        raise click.UsageError("--processes starts the processes, and this is one of them; leave it out")
+    device.insist_on_gpus(processes or 1)
+    if max(processes or 1, together.launched()) > 1 and loaded.recipe.train.engine == "trl":
+        raise RecipeError('several processes need train.engine = "qlora_dpo"; run TRL in one')
+    together.begin(cpu=not device.has_gpu())
     here = device.choose(loaded.recipe.model.dtype)
-    click.echo("\n".join(_plan(loaded, folder, here)), err=not dry_run)
+    count = max(processes or 1, together.count())
+    if dry_run or count == together.count():
+        click.echo("\n".join(_plan(loaded, folder, here, count)), err=not dry_run)
     if dry_run:
-        return
+        return None
+    if count > together.count():
+        given = ("-o", str(output)) if output is not None else ()
+        changed = [word for each in (*overrides, *steps) for word in ("--set", each)]
+        again = ("--resume",) * resume + tuple(word for key in allow for word in ("--allow", key))
+        hours = () if max_hours is None else ("--max-hours", str(max_hours))
+        rows = ("--dropped-rows",) * dropped_rows
+        return launch(["train", recipe_file, *changed, *given, *again, *hours, *rows], count)
+    if together.is_main():
+        _train(loaded, folder, here, resume=resume, allow=allow, until=until, dropped_rows=dropped_rows)
+    else:
+        _help_to_train(loaded, folder, here, resume=resume, allow=allow, until=until)
+    together.end()
+    return None
 
+
+def _train(
+    loaded: "LoadedRecipe",
+    folder: Path,
+    here: "Device",
+    *,
+    resume: bool,
+    allow: tuple[str, ...],
+    until: float,
+    dropped_rows: bool,
+) -> None:
+    """Train, and write everything that the folder of a run holds."""
     from qlora_dpo import adapter
     from qlora_dpo.cli.train_results import answer, asker, publish, record_run
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.errors import GateError, RunError
     from qlora_dpo.files import write_json
+    from qlora_dpo.model import processes
     from qlora_dpo.training import checkpoint, run
 
     with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
+        processes.wait()
         click.echo("reading base and data; what is not in the cache is downloaded", err=True)
         prepared = run.prepare(loaded.recipe)
         for side in (prepared.train, prepared.heldout):
@@ -103,7 +146,21 @@ def train(
         )
 
 
-def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
+def _help_to_train(
+    loaded: "LoadedRecipe", folder: Path, here: "Device", *, resume: bool, allow: tuple[str, ...], until: float
+) -> None:
+    """Take a part of every step beside the first process, which writes and speaks for all."""
+    from qlora_dpo.model import processes
+    from qlora_dpo.training import checkpoint, run
+
+    processes.wait()
+    prepared = run.prepare(loaded.recipe)
+    resume_from, _ = checkpoint.newest_valid(folder) if resume else (None, [])
+    with run.follow(prepared, loaded, folder, resume_from) as tracker:
+        run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, until=until)
+
+
+def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device", processes: int) -> list[str]:
     """What the run will do, one decision a line."""
     from qlora_dpo.recipe_model import QUANTIZED
     from qlora_dpo.recipe_tables import is_local
@@ -117,6 +174,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:
         + QUANTIZED.get(model.quantization, "not quantized")
         + (" with double quantization" if model.quantization in ("nf4", "fp4") and model.double_quant else ""),
         *here.lines(),
+        *([f"processes   {processes}, each with the whole base; they share a step's pairs"] if processes > 1 else []),
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules))
         + (f"; whole copies of {', '.join(lora.modules_to_save)}" if lora.modules_to_save else "")

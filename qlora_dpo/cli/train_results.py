@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qlora_dpo.data.audit import baselines
 from qlora_dpo.files import write_json, write_whole
+from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.recipe import LoadedRecipe, Recipe
@@ -86,7 +87,9 @@ def asker(prepared: Prepared, recipe: Recipe, device: Device) -> Ask | None:
 
 def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -> dict[str, Any]:
     """Write run.json and return what it holds."""
-    run = facts(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:]]))
+    count = processes.count()
+    several = ["--processes", str(count)] if count > 1 else []
+    run = facts(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:], *several]))
     write_json(folder / "run.json", run)
     return run
 

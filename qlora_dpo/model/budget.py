@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_dpo.model import processes
 from qlora_dpo.model.base import keep_dense
 from qlora_dpo.model.device import Device
 
@@ -37,11 +38,14 @@ class Kept:
 
 
 def free_bytes(device: Device) -> int:
-    """Bytes that this process can still take: of the GPU, or of the machine within the limit of its control group."""
+    """Bytes that this process can still take: of its GPU, or of the machine within the limit of its control group.
+
+    Processes that train together on one machine share its memory alike.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return min(_available_bytes(device), _left_in_group())
+    return min(_available_bytes(device), _left_in_group()) // processes.on_this_machine()
 
 
 def _available_bytes(device: Device) -> int:

@@ -72,19 +72,33 @@ class Device:
         ]
 
 
+def has_gpu() -> bool:
+    """True if there is a GPU to train on."""
+    return torch.cuda.is_available()
+
+
+def insist_on_gpus(processes: int) -> None:
+    """Raise RecipeError if there are GPUs, and fewer than `processes`, of which each needs one."""
+    gpus = torch.cuda.device_count() if has_gpu() else processes
+    if processes > gpus:  # pragma: cuda
+        raise RecipeError(
+            f"--processes {processes}: each takes a GPU, and this machine has {gpus}; name at most {gpus}"
+        )
+
+
 def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
     """Decide device, compute dtype and the backend of attention in packed rows.
 
     Raises RecipeError for a dtype this device cannot train in.
     """
-    return _cuda(dtype) if torch.cuda.is_available() else _cpu(dtype)
+    return _cuda(dtype) if has_gpu() else _cpu(dtype)
 
 
 def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     card = Card(
         torch.cuda.get_device_name(),
         torch.cuda.get_device_capability(),
-        torch.cuda.get_device_properties(0).total_memory,
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
     )
     return on_card(card, dtype)
 

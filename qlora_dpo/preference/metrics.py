@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from qlora_dpo.model import processes
 from qlora_dpo.preference.logps import Scores
 from qlora_dpo.preference.objective import Losses
 from qlora_dpo.recipe_objective import Objective, WithSft
@@ -62,6 +63,21 @@ class Sums:
     def _add(self, amounts: dict[str, float]) -> None:
         for name, amount in amounts.items():
             self.totals[name] = self.totals.get(name, 0.0) + amount
+
+    def of_all(self) -> "Sums":
+        """The sums of all processes that train together."""
+        if processes.count() == 1:
+            return self
+        counts = [self.pairs, self.tokens, self.ties, self.chosen_tokens, self.rejected_tokens]
+        present, amounts = (
+            [float(name in self.totals) for name in ORDER],
+            [self.totals.get(name, 0.0) for name in ORDER],
+        )
+        summed = processes.total([*counts, *present, *amounts])
+        pairs, tokens, ties, chosen, rejected = map(int, summed[: len(counts)])
+        there, totals = summed[len(counts) : -len(ORDER)], summed[-len(ORDER) :]
+        known = {name: each for name, known, each in zip(ORDER, there, totals, strict=True) if known}
+        return Sums(self.beta, self.sft, pairs, tokens, ties, chosen, rejected, known)
 
     def means(self) -> dict[str, float]:
         """Means over pairs, or over answer tokens where TRL's are (logits, entropy, token accuracy).

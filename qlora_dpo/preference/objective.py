@@ -63,6 +63,11 @@ class Logps:
         """The tensors among its fields, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def none(self) -> "Logps":
+        """The same fields of no pair."""
+        beside = None if self.columns is None else self.columns.of([])
+        return Logps(**{name: value[:0] for name, value in self.items().items()}, columns=beside)
+
 
 @dataclass(frozen=True)
 class Columns:

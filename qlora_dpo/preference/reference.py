@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import cache_home, write_whole
+from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import Source
+from qlora_dpo.preference import shares
 from qlora_dpo.preference.counted import Counted
 from qlora_dpo.preference.held import OFF, Held, as_reference
 from qlora_dpo.preference.logps import score
@@ -92,6 +94,18 @@ class Store:
         if time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES:
             self.save()
 
+    def learn_from_others(self, pairs: Sequence[EncodedPair]) -> None:
+        """Give the log-probabilities of `pairs` to the other processes, and take theirs, which they keep themselves."""
+        if processes.count() == 1:
+            return
+        digests = torch.tensor([list(pair.digest) for pair in pairs], dtype=torch.uint8).reshape(-1, 32)
+        found = processes.of_all({"digest": digests, "logp": self.look_up(pairs)})
+        self.known |= dict(zip(map(bytes, found["digest"].tolist()), map(tuple, found["logp"].tolist()), strict=True))
+
+    def computed_by_all(self) -> int:
+        """How many pairs all processes have added."""
+        return int(processes.total([self.computed])[0])
+
     def save(self) -> None:
         """Write what was added since the last time."""
         add_to_store(self.folder, self.unsaved)
@@ -110,16 +124,20 @@ def reference_logps(
     """Log-probabilities (P, 2) of `pairs` with the adapter off, or as it is `held`.
 
     What `store` does not know is computed and added there, so a run that is stopped goes on where it was. `advance` is
-    told how many pairs are known, and then how many each batch finished.
+    told how many pairs are known, and then how many each batch finished. Of several processes each computes its own
+    part, and learns the others'.
     """
-    missing = list({pair.digest: pair for pair in pairs if pair.digest not in store.known}.values())
-    advance(len(pairs) - len(missing))
+    distinct = list({pair.digest: pair for pair in pairs}.values())
+    own = [distinct[index] for index in shares.own(distinct)]
+    missing = [pair for pair in own if pair.digest not in store.known]
+    advance(len(pairs) - len(missing) * processes.count())
     with store:
         for group in micro_batches(missing, packing):
             some = [missing[index] for index in group]
             with as_reference(model, held):
                 store.add(some, live_logps(model, some, packing, device))
-            advance(len(some))
+            advance(len(some) * processes.count())
+    store.learn_from_others(own)
     return store.look_up(pairs)
 
 

@@ -223,8 +223,8 @@ def ask_other(what: Question, named: Named, pad_token_id: int, tracker: Tracker)
 
 
 def _counted(what: Question, now: Sequence[EncodedPair]) -> str:
-    total = len(now) + len(what.heldout)
-    return f"reference: {what.store.computed} pairs computed, {total - what.store.computed} from the cache"
+    total, computed = len(now) + len(what.heldout), what.store.computed_by_all()
+    return f"reference: {computed} pairs computed, {total - computed} from the cache"
 
 
 def facts(recipe: Recipe, named: Named) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,25 @@ class State:
     counters: list[dict[str, float]] = field(default_factory=list)
     """What a schedule-free optimizer counts, by group of parameters."""
 
+    def counts(self) -> list[float]:
+        """What is counted in every step, pair by pair."""
+        since = self.since_eval
+        return [self.num_tokens, self.first_slope, since.pairs, since.loss, since.vanished]
+
+    def set_counts(self, counts: Sequence[float]) -> None:
+        """Put back what `counts` gives."""
+        tokens, self.first_slope, pairs, loss, vanished = counts
+        self.num_tokens, self.since_eval = int(tokens), SinceEval(int(pairs), loss, int(vanished))
+
     def count_skipped(self, skipped: bool) -> None:
         """Count the step just taken: was it skipped, since its scaled gradient overflowed?"""
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 def save_checkpoint(
@@ -105,7 +120,7 @@ def save_checkpoint(
 
     Raises SourceError if the disk has no room for it, RunError if a tensor is not finite; then nothing has changed.
     """
-    folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
+    folder = folder_of(run_dir, state.step)
     parameters = trainable(model)
     adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimizer))
     reference = _on_cpu(moving or {})

@@ -166,6 +166,34 @@ class Lines:
             self.pace.resume()
 
 
+class Silence:
+    """Shows nothing: of several processes one shows what all do."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self.pace = Pace(total_steps, start_step)
+
+    def open(self) -> None:
+        """Nothing to start."""
+
+    def close(self) -> None:
+        """Nothing to tidy up."""
+
+    def note(self, text: str) -> None:
+        """Write nothing."""
+
+    def step(self, step: int) -> None:
+        """Count an optimizer step."""
+        self.pace.reach(step)
+
+    def train(self, record: Record) -> None:
+        """Write nothing."""
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        """Say nothing of the phase."""
+        yield lambda count: None
+
+
 class Bars:
     """Bars at the foot of a terminal; what stays above them are notes, evaluations and finished phases."""
 

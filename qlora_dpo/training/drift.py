@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.model import processes
 from qlora_dpo.model.base import dense_weight
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.preference import shares
 from qlora_dpo.preference.logps import hidden_states, language_model
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 
@@ -25,14 +27,22 @@ def kl_to_base(
     model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device, most: int | None = PAIRS
 ) -> float:
     """KL(policy || base) in nats per token, over the chosen answers of the first `most` pairs (None is all), each
-    token's true predecessors given.
+    token's true predecessors given. Of several processes each asks about its own part of them.
     """
     was_training, few = model.training, pairs[:most]
+    own = [few[index] for index in shares.own(few)]
     model.eval()
+    total, tokens = processes.total(processes.all_or_none(lambda: _summed(model, own, packing, device)))
+    model.train(was_training)
+    return total / tokens
+
+
+def _summed(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> tuple[float, int]:
+    """KL in nats, summed over the tokens of the chosen answers, and how many tokens that are."""
     head = language_model(model).get_output_embeddings()
     weight_VD, total, tokens = dense_weight(head, device.torch_dtype), 0.0, 0
-    for group in micro_batches(few, packing):
-        batch = collate([few[index] for index in group], packing).to(device.torch_device)
+    for group in micro_batches(pairs, packing):
+        batch = collate([pairs[index] for index in group], packing).to(device.torch_device)
         chosen_M = torch.arange(len(batch.scored_M), device=device.torch_device) < batch.tokens_S[: len(group)].sum()
         states_R = batch.state_R[batch.row_N[batch.scored_M[chosen_M]]]
         policy_RD = hidden_states(model, batch, device)[states_R].to(weight_VD.dtype)
@@ -46,5 +56,4 @@ def kl_to_base(
             )
             total += (policy_cV.exp() * (policy_cV - base_cV)).sum(dtype=torch.float64).item()
         tokens += len(states_R)
-    model.train(was_training)
-    return total / tokens
+    return total, tokens

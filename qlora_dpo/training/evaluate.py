@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
+from qlora_dpo.preference import shares
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import Sums, sums_for
 from qlora_dpo.preference.objective import Columns, Logps, Losses, objective, together, weighs_pairs
@@ -27,6 +29,17 @@ class Side:
     pairs: Sequence[EncodedPair]
     reference_P2: Tensor
     columns: Columns = field(default_factory=Columns)
+    counts: bool = True
+    """False for a pair that another process counts, and that shows here what form its figures have."""
+
+    def own(self) -> "Side":
+        """The pairs that this process takes of them; the first one, not to be counted, if there are none for it."""
+        if processes.count() == 1:
+            return self
+        own = shares.own(self.pairs)
+        indices = own or [0]
+        some = [self.pairs[i] for i in indices]
+        return Side(some, self.reference_P2[indices], self.columns.of(indices), counts=bool(own))
 
 
 @torch.no_grad()
@@ -38,19 +51,17 @@ def evaluate(
     device: Device,
     advance: Callable[[int], None] = lambda pairs: None,
 ) -> dict[str, Any]:
-    """Means over all pairs of `side`, each name with the prefix `eval_`, and the number of pairs and ties."""
+    """Means over all pairs of `side`, each name with the prefix `eval_`, and the number of pairs and ties.
+
+    Of several processes each looks at the pairs of its own `side`, and all return the means over all of them.
+    """
     started, was_training = time.monotonic(), model.training
     model.eval()
-    sums, parts = sums_for(table), list[Logps]()
-    for group in micro_batches(side.pairs, packing):
-        batch = collate([side.pairs[index] for index in group], packing).to(device.torch_device)
-        reference_P2 = side.reference_P2[group].to(device.torch_device)
-        scores = score(model, batch, device, likely=weighs_pairs(table))
-        parts.append(scores.beside(reference_P2, side.columns.of(group).to(device.torch_device)))
-        sums.add_scores(scores)
-        advance(len(group))
+    sums = sums_for(table)
+    mine = processes.all_or_none(lambda: _looked_at(model, side, table, packing, device, sums, advance))
     # of all pairs at once, since a loss may compare them with each other
-    everything = together(parts)
+    everything = shares.of_all(mine if side.counts else mine.none())
+    sums = (sums if side.counts else sums_for(table)).of_all()
     losses = objective(everything, table)
     sums.add_losses(losses)
     model.train(was_training)
@@ -62,6 +73,26 @@ def evaluate(
         "eval_ties": sums.ties,
         "seconds": time.monotonic() - started,
     }
+
+
+def _looked_at(
+    model: nn.Module,
+    side: Side,
+    table: Objective,
+    packing: Packing,
+    device: Device,
+    sums: Sums,
+    advance: Callable[[int], None],
+) -> Logps:
+    parts = list[Logps]()
+    for group in micro_batches(side.pairs, packing):
+        batch = collate([side.pairs[index] for index in group], packing).to(device.torch_device)
+        reference_P2 = side.reference_P2[group].to(device.torch_device)
+        scores = score(model, batch, device, likely=weighs_pairs(table))
+        parts.append(scores.beside(reference_P2, side.columns.of(group).to(device.torch_device)))
+        sums.add_scores(scores)
+        advance(len(group))
+    return together(parts)
 
 
 def _watched(logps: Logps, losses: Losses, sums: Sums) -> dict[str, float]:

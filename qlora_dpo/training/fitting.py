@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from qlora_dpo.errors import LESS_MEMORY, DoesNotFitError, is_out_of_memory
+from qlora_dpo.model import processes
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.random_states import random_states, restore
 
@@ -41,18 +42,24 @@ def as_it_fits(
 ) -> Result:
     """Do `work`, and again in smaller rows, and say so, each time that memory runs out; returns its result.
 
+    Of several processes all do so again if memory runs out in one.
+
     `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators. Raises
     DoesNotFitError after `TRIES` times in a row.
     """
     before, counted = random_states(), _counted(state)
     for _ in range(TRIES):
-        tokens = fitted(job, state).packing.token_budget
+        here, failed = fitted(job, state), False
+        tokens = here.packing.token_budget
         try:
-            return work(fitted(job, state))
+            result = work(here)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            failed = True
         # out of the handler, since the error holds the frames, and with them all tensors
+        if not processes.any_of(failed):
+            return result
         undo()
         restore(before)
         vars(state).update(_copied(counted))

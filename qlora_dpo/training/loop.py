@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.data.audit import baselines
-from qlora_dpo.errors import DoesNotFitError, Interrupted, SourceError
+from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
+from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.held import OFF, Held, follow
@@ -29,16 +30,24 @@ from qlora_dpo.preference.reference import Store, asked_now
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training import schedule_free
 from qlora_dpo.training.best import best, out_of_patience, save_best
-from qlora_dpo.training.checkpoint import SinceEval, State, load_checkpoint, load_moving, save_checkpoint
+from qlora_dpo.training.checkpoint import SinceEval, State, folder_of, load_checkpoint, load_moving, save_checkpoint
 from qlora_dpo.training.drift import kl_to_base
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
 from qlora_dpo.training.fitting import as_it_fits
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
-from qlora_dpo.training.step import gradient
+from qlora_dpo.training.random_states import random_states, restore
+from qlora_dpo.training.step import gradient, joined
 from qlora_dpo.training.tracker import Tracker
 from qlora_dpo.training.watch import Course, signs
+
+ASKED, OVER, ENDED = (
+    " as asked",
+    ", since the next step would end after --max-hours",
+    ", since another process of this run has ended",
+)
+"""Why a run stops between two steps."""
 
 Ask = Callable[[PeftModel], Sequence[Mapping[str, Any]]]
 """Lets the model as it is answer some held-out prompts; a record of each, as evaluation_samples.jsonl holds it."""
@@ -89,25 +98,22 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
             rate, norm = _step(model, job, state, tools, window, tracker.note)
             tracker.step(state.step)
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
-            if last or state.step == 1 or state.step % table.logging_steps == 0:
+            logged = last or state.step == 1 or state.step % table.logging_steps == 0
+            if logged:
                 tracker.train(window.record(state, norm, rate))
                 window = _Window(job)
             if last or due(state.step, table.eval_steps, epoch_ends):
                 with window.paused(), schedule_free.averaged(tools.optimizer):
                     evaluate_now(model, job, state, tracker)
             now = time.monotonic()
-            over = not last and now + (now - began) > job.until
-            if stop.asked or over:
-                why = "" if stop.asked else ", since the next step would end after --max-hours"
-                saved = _save(job, state, model, tools)
-                raise Interrupted(
-                    f"stopped after step {state.step}{why}; {saved} is saved, --resume goes on from there"
-                )
+            if why := _why_stop(stop.asked, not last and now + (now - began) > job.until):
+                saved, kind = _save(job, state, model, tools), ProcessEndedError if why is ENDED else Interrupted
+                raise kind(f"stopped after step {state.step}{why}; {saved} is saved, --resume goes on from there")
             if not last and (state.stopped or due(state.step, table.save_steps, epoch_ends)):
                 with window.paused():
                     _save_if_there_is_room(job, state, model, tools, tracker.note)
             if state.stopped:
-                if window.sums.pairs:
+                if not logged:
                     tracker.train(window.record(state, norm, rate))
                 break
     schedule_free.settle(tools.optimizer)
@@ -163,9 +169,11 @@ def _gradient_as_it_fits(
 ) -> list[int]:
     """Add up the step's gradient, in smaller rows if memory runs out; returns the pairs whose loss is not finite.
 
-    Raises DoesNotFitError, with a checkpoint of the step before saved, if smaller rows do not help.
+    Raises DoesNotFitError, with a checkpoint of the step before saved, if smaller rows do not help, and so
+    ProcessEndedError if another process has ended.
     """
-    before = copy.deepcopy(window.sums)
+    before, counts = copy.deepcopy(window.sums), state.counts()
+    draws, mean = random_states(), state.margin_mean
 
     def undo() -> None:
         tools.optimizer.zero_grad()
@@ -175,10 +183,28 @@ def _gradient_as_it_fits(
         return gradient(model, job, state, tools.accelerator.backward, window.sums)
 
     try:
-        return as_it_fits(f"step {state.step + 1}", work, job, state, say, undo)
+        wrong = as_it_fits(f"step {state.step + 1}", work, job, state, say, undo)
+        return joined(model, state, counts, wrong)
     except DoesNotFitError as error:
         saved = _save(job, state, model, tools)
         raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
+    except ProcessEndedError as error:
+        restore(draws)
+        state.set_counts(counts)
+        state.margin_mean = mean
+        saved = _save(job, state, model, tools)
+        raise ProcessEndedError(
+            f"stopped after step {state.step}{ENDED}; {saved} is saved, --resume goes on from there"
+        ) from error
+
+
+def _why_stop(asked: bool, over: bool) -> str:
+    """Why all processes stop after this step, in words; empty if none was asked to and none has run out of time."""
+    try:
+        asked, over = processes.any_of(asked), processes.any_of(over)
+    except ProcessEndedError:
+        return ENDED
+    return ASKED if asked else OVER if over else ""
 
 
 def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, job: Job) -> State:
@@ -200,7 +226,9 @@ def _moving(job: Job) -> Mapping[str, Tensor] | None:
 
 
 def _save(job: Job, state: State, model: PeftModel, tools: _Tools) -> Path:
-    """Write a checkpoint of everything that `_restored` puts back."""
+    """Write a checkpoint of everything that `_restored` puts back; of several processes the first does."""
+    if not processes.is_main():
+        return folder_of(job.folder, state.step)
     state.scheduler, state.counters = tools.schedule.state_dict(), schedule_free.counters(tools.optimizer)
     state.scaler = tools.accelerator.scaler.state_dict() if tools.accelerator.scaler is not None else {}
     return save_checkpoint(job.folder, state, model, tools.optimizer, _moving(job))
@@ -223,12 +251,12 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
     training = model.training
 
     def work(job: Job) -> dict[str, Any]:
-        side = job.heldout
+        side = job.heldout.own()
         with tracker.phase("evaluate", len(side.pairs)) as advance:
             if job.held.follows is not None:
                 side = replace(side, reference_P2=asked_now(model, side.pairs, job.packing, job.device, job.held))
             record = evaluate(model, side, job.recipe.objective, job.packing, job.device, advance)
-        return record | {"eval_kl": kl_to_base(model, side.pairs, job.packing, job.device)}
+        return record | {"eval_kl": kl_to_base(model, job.heldout.pairs, job.packing, job.device)}
 
     record = as_it_fits(
         f"evaluation after step {state.step}", work, job, state, tracker.note, lambda: model.train(training)
@@ -238,7 +266,7 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
         record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
-    if job.ask is not None:
+    if job.ask is not None and processes.is_main():
         tracker.samples(state.step, job.ask(model))
     _keep_the_best(model, job, state, tracker)
     _look_for_signs(job, state, tracker)
@@ -249,7 +277,8 @@ def _keep_the_best(model: PeftModel, job: Job, state: State, tracker: Tracker) -
     table = job.recipe.train
     if table.load_best_model_at_end and best(state.evals, table.metric_for_best_model) == state.step:
         try:
-            save_best(job.folder, state.step, model)
+            if processes.is_main():
+                save_best(job.folder, state.step, model)
             state.best = state.step
         except SourceError as error:
             job.unsaved.append(str(error))
@@ -297,18 +326,19 @@ class _Window:
         self.idle += time.monotonic() - began
 
     def record(self, state: State, norm: float, learning_rate: float) -> dict[str, Any]:
-        """The line to log after `state.step`, under TRL's names."""
+        """The line to log after `state.step`, under TRL's names; of several processes all ask for it together."""
+        sums = self.sums.of_all()
         seconds = time.monotonic() - self.started - self.idle
         state.seconds += seconds
         return {
             "step": state.step,
             "epoch": self.job.plan.epoch(state.step),
-            **self.sums.means(),
+            **sums.means(),
             "learning_rate": learning_rate,
             "grad_norm": norm if math.isfinite(norm) else None,
             "num_tokens": state.num_tokens,
-            "pairs_per_second": self.sums.pairs / seconds,
-            "tokens_per_second": self.sums.tokens / seconds,
+            "pairs_per_second": sums.pairs / seconds,
+            "tokens_per_second": sums.tokens / seconds,
             "seconds": state.seconds,
             "memory_bytes": peak_bytes(self.job.device),
             **({"skipped_steps": state.skipped_steps} if self.job.device.grad_scaler else {}),
@@ -346,4 +376,5 @@ def _stop_after_the_step(say: Callable[[str], None]) -> Iterator[_Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # by now the end is certain, and no news
+                signal.signal(number, handler)

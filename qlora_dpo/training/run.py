@@ -22,6 +22,7 @@ from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, chosen_only
 from qlora_dpo.data.lazily import Lazily, joined
 from qlora_dpo.errors import RecipeError
+from qlora_dpo.model import processes
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
 from qlora_dpo.model.device import Device
@@ -82,7 +83,15 @@ class Outcome:
 
 
 def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Prepared:
-    """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights."""
+    """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights.
+
+    Of several processes on a machine the first does so alone, and the others find it in the cache.
+    """
+    with processes.main_first():
+        return _prepared(recipe, find)
+
+
+def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source]) -> Prepared:
     seconds: dict[str, float] = {}
     with timed(seconds, "fetch"):
         source = find(recipe.model)
@@ -143,6 +152,7 @@ def run(
             **named.fingerprints,
         },
     )
+    processes.insist_on_same(state.fingerprints)
     with timed(seconds, "train"):
         match recipe.train.engine:
             case "qlora_dpo":
@@ -156,10 +166,10 @@ def run(
                 model, state = fit_with_trl(model, job, state, tracker, prepared.tokenizer)
             case never:
                 assert_never(never)
-    if state.best is not None:
+    if state.best is not None and processes.is_main():
         load_best(tracker.run_dir, state.best, model)
         tracker.note(f"the adapter is that of step {state.best}, the best by {recipe.train.metric_for_best_model}")
-    return Outcome(model.eval(), state, prepared, what.store.computed, peak_bytes(device), job.unsaved)
+    return Outcome(model.eval(), state, prepared, what.store.computed_by_all(), peak_bytes(device), job.unsaved)
 
 
 def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Model:
@@ -211,10 +221,14 @@ def _attached(
 
 
 def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: Path | None) -> Tracker:
-    """The tracker of this run, to be entered with `with`; a resumed run's metrics are cut to its checkpoint's step."""
+    """The tracker of this run, to be entered with `with`; a resumed run's metrics are cut to its checkpoint's step.
+
+    Of several processes the first alone writes and speaks.
+    """
     start = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-    for name in (tracking.METRICS, tracking.SAMPLES):
-        tracking.cut(folder / name, start if resume_from else -1)
+    if processes.is_main():
+        for name in (tracking.METRICS, tracking.SAMPLES):
+            tracking.cut(folder / name, start if resume_from else -1)
     return Tracker(
         folder,
         make_plan(len(prepared.train.encoded), loaded.recipe.train).total_steps,
@@ -222,6 +236,7 @@ def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: 
         track=loaded.recipe.track,
         config=loaded.recipe.model_dump(exclude_none=True),
         name=folder.resolve().name,
+        silent=not processes.is_main(),
     )
 
 
@@ -253,6 +268,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         "git_commit": _git_commit(),
         "seed": recipe.train.seed,
         "engine": recipe.train.engine,
+        "processes": processes.count(),
         "device": {
             "type": device.type,
             "name": device.name,

@@ -1,5 +1,6 @@
 """The gradient of one optimizer step: the mean loss over its pairs, however they are split into micro-batches."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from qlora_dpo.model import processes
+from qlora_dpo.model.lora import trainable
+from qlora_dpo.preference import shares
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import Sums
 from qlora_dpo.preference.objective import (
@@ -38,37 +42,67 @@ Backward = Callable[[Tensor], Any]
 
 
 def gradient(model: PeftModel, job: "Job", state: State, backward: Backward, sums: Sums) -> list[int]:
-    """Add up the gradient of the step after `state.step`; return the pairs whose loss is not finite, as indices."""
+    """Add up the gradient of the step after `state.step`; return the pairs whose loss is not finite, as indices.
+
+    Of several processes each does so for its own pairs.
+    """
     indices = job.plan.indices(state.step + 1)
-    groups = [
-        [indices[i] for i in group] for group in micro_batches([job.train.pairs[i] for i in indices], job.packing)
-    ]
-    if needs_whole_step(job.recipe.objective) and len(groups) > 1:
+    pairs = [job.train.pairs[i] for i in indices]
+    own = shares.own(pairs)
+    groups = [[indices[own[i]] for i in group] for group in micro_batches([pairs[i] for i in own], job.packing)]
+    processes.seed(job.recipe.train.seed, state.step)
+    if needs_whole_step(job.recipe.objective) and (len(groups) > 1 or processes.count() > 1):
         return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums)
     wrong = list[int]()
     for group in groups:
         logps = _logps(model, job, state, group, sums)
         losses = _losses(logps, job, state, sums)
         backward(losses.total_P.sum() / len(indices))
-        wrong += _not_finite(losses, group)
+        wrong += _not_finite(losses.total_P, group)
     return wrong
+
+
+def joined(model: PeftModel, state: State, before: Sequence[float], wrong: list[int]) -> list[int]:
+    """Make the step whole in every process: the gradient, what `state` has counted since `before`, and the pairs whose
+    loss is not finite, which are returned.
+    """
+    if processes.count() == 1:
+        return wrong
+    processes.add_up_gradients(list(trainable(model).values()))
+    since = [now - then for now, then in zip(state.counts(), before, strict=True)]
+    state.set_counts([then + more for then, more in zip(before, processes.total(since), strict=True)])
+    return sorted(set(processes.of_all({"wrong": torch.tensor(wrong, dtype=torch.int64)})["wrong"].tolist()))
 
 
 def _of_pairs_that_depend_on_each_other(
     model: PeftModel, job: "Job", state: State, groups: Sequence[list[int]], backward: Backward, sums: Sums
 ) -> list[int]:
     """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
-    draws, parts = list[dict[str, Tensor]](), list[Logps]()
-    for group in groups:
-        draws.append(random_states())
+    draws = list[dict[str, Tensor]]()
+
+    def ask() -> Logps:
+        parts = list[Logps]()
+        for group in groups:
+            draws.append(random_states())
+            with torch.no_grad():
+                parts.append(_logps(model, job, state, group, sums))
+        if parts:
+            return together(parts)
+        # a process without pairs says so in the form that the others expect
         with torch.no_grad():
-            parts.append(_logps(model, job, state, group, sums))
-    everything = together(parts)
+            return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums)).none()
+
+    mine = processes.all_or_none(ask)
+    pairs, everything = len(mine.chosen_logp_P), shares.of_all(mine)
+    start = processes.rows_before(pairs)
+    own = slice(start, start + pairs)
     names = ("chosen_logp_P", "rejected_logp_P", "chosen_whole_P")
     leaves = {name: getattr(everything, name).clone().requires_grad_() for name in names}
-    losses = _losses(replace(everything, **leaves), job, state, sums)
+    # all have the same losses, so one of them counts
+    counts = (state, sums) if processes.is_main() else (copy.deepcopy(state), copy.deepcopy(sums))
+    losses = _losses(replace(everything, **leaves), job, *counts)
+    state.margin_mean = counts[0].margin_mean
     found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
-    start = 0
     for group, draw in zip(groups, draws, strict=True):
         restore(draw)  # the same dropout as when it was asked
         batch = collate([job.train.pairs[i] for i in group], job.packing).to(job.device.torch_device)
@@ -83,7 +117,7 @@ def _of_pairs_that_depend_on_each_other(
             ).sum()
         )
         start += len(group)
-    return _not_finite(losses, [index for group in groups for index in group])
+    return _not_finite(losses.total_P[own], [index for group in groups for index in group])
 
 
 def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums) -> Logps:
@@ -130,6 +164,6 @@ def _reference(model: PeftModel, job: "Job", indices: Sequence[int], batch: Micr
     return asked_P2
 
 
-def _not_finite(losses: Losses, indices: Sequence[int]) -> list[int]:
-    finite = losses.total_P.detach().isfinite().tolist()
+def _not_finite(total_P: Tensor, indices: Sequence[int]) -> list[int]:
+    finite = total_P.detach().isfinite().tolist()
     return [index for index, each in zip(indices, finite, strict=True) if not each]

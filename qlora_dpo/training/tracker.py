@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.recipe_train import TrackTable
-from qlora_dpo.training.display import Advance, Bars, Lines, evaluation_line, on_terminal
+from qlora_dpo.training.display import Advance, Bars, Lines, Silence, evaluation_line, on_terminal
 
 METRICS, SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
 SHOWN = 100
@@ -23,7 +24,8 @@ class Tracker:
     """Follows one run from its first phase to its last: `with Tracker(...) as tracker`.
 
     `total_steps` are the optimizer steps of the whole run, `start_step` those that an earlier, interrupted part has
-    done. `config` is what trackers show as the run's configuration, and `name` its name there.
+    done. `config` is what trackers show as the run's configuration, and `name` its name there. One that is `silent`
+    writes and shows nothing, as another process does so for it.
     """
 
     def __init__(
@@ -35,13 +37,16 @@ class Tracker:
         track: TrackTable | None = None,
         config: Mapping[str, Any] | None = None,
         name: str | None = None,
+        silent: bool = False,
     ) -> None:
         self.run_dir, self.total_steps, self.name = run_dir, total_steps, name or run_dir.name
-        self.track, self.config, self.start_step = track, config or {}, start_step
-        self.display = (Bars if on_terminal() else Lines)(total_steps, start_step)
+        self.track, self.config, self.start_step = None if silent else track, config or {}, start_step
+        self.silent = silent
+        self.display = (Silence if silent else Bars if on_terminal() else Lines)(total_steps, start_step)
 
     def __enter__(self) -> Self:
-        self.metrics: TextIO = (self.run_dir / METRICS).open("a", encoding="utf-8", newline="\n")
+        path = os.devnull if self.silent else self.run_dir / METRICS
+        self.metrics: TextIO = Path(path).open("a", encoding="utf-8", newline="\n")
         self.trackers = None
         if self.track is not None:
             from qlora_dpo.training.trackers import Trackers

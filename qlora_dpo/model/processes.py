@@ -1,0 +1,204 @@
+"""The processes that train one run together, as accelerate has started them; a process alone is the first of one.
+
+Every function that brings something together is called by all of them, in the same order.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import accumulate
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from torch import Tensor, nn
+
+from qlora_dpo.errors import ProcessEndedError, RunError, is_out_of_memory
+
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for the others: as long as the first of them may need to read the data."""
+
+Result = TypeVar("Result")
+
+
+def launched() -> int:
+    """How many processes the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def begin(*, cpu: bool) -> None:
+    """Find the others; alone, nothing is done."""
+    if launched() > 1 and not PartialState._shared_state:
+        PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def end() -> None:
+    """Take leave of the others."""
+    if count() > 1:
+        PartialState().destroy_process_group()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(PartialState().num_processes) if PartialState._shared_state else 1
+
+
+def index() -> int:
+    """Which of them this one is, from 0."""
+    return int(PartialState().process_index) if PartialState._shared_state else 0
+
+
+def on_this_machine() -> int:
+    """How many of them share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
+
+
+def is_main() -> bool:
+    """True for the process that writes and speaks; also for one that is alone."""
+    return index() == 0
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if count() > 1:
+        with _with_the_others():
+            PartialState().wait_for_everyone()
+
+
+@contextmanager
+def _with_the_others() -> Iterator[None]:
+    """Say it in a sentence if one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the launcher says to all now, and this one knows
+        raise ProcessEndedError(
+            "another process of this run has ended; --resume goes on from the newest checkpoint, if there is one"
+        ) from error
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the first process of each machine go first, so that the others find in the cache what it has made."""
+    first = count() == 1 or PartialState().is_local_main_process
+    if not first:
+        wait()
+    yield
+    if first:
+        wait()
+
+
+def total(numbers: Sequence[float]) -> list[float]:
+    """The sum of each number over all processes, in float64."""
+    if count() == 1:
+        return list(numbers)
+    with _with_the_others():
+        summed: list[float] = reduce(_sent(torch.tensor(numbers, dtype=torch.float64)), "sum").tolist()
+    return summed
+
+
+def any_of(flag: bool) -> bool:
+    """True if `flag` is true in one of the processes."""
+    return total([float(flag)])[0] > 0
+
+
+def all_or_none(work: Callable[[], Result]) -> Result:
+    """Do `work`, which brings nothing together; raises MemoryError in every process if memory runs out in one."""
+    failed, result = False, None
+    try:
+        result = work()
+    except (RuntimeError, MemoryError) as error:
+        if count() == 1 or not is_out_of_memory(error):
+            raise
+        failed = True
+    # out of the handler, since the error holds the frames, and with them all tensors
+    if any_of(failed):
+        raise MemoryError("out of memory in one of the processes")
+    return result  # type: ignore[return-value]
+
+
+def of_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of each tensor from all processes, one process after another, in each of them and on its device."""
+    if count() == 1:
+        return dict(tensors)
+    lengths = _lengths(len(next(iter(tensors.values()))))
+    with _with_the_others():
+        return {name: _of_all(each, lengths) for name, each in tensors.items()} if any(lengths) else dict(tensors)
+
+
+def _of_all(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The rows of all processes, of which each has as many as `lengths` says; parts of one length can be sent."""
+    most, sent = max(lengths), rows.detach().to(torch.uint8 if rows.dtype == torch.bool else rows.dtype)
+    filled = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
+    parts = gather(_sent(filled)).split(most)
+    found = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return found.to(rows.device, rows.dtype)
+
+
+def rows_before(rows: int) -> int:
+    """How many rows the processes before this one have, which has `rows`."""
+    return sum(_lengths(rows)[: index()])
+
+
+def _lengths(rows: int) -> list[int]:
+    if count() == 1:
+        return [rows]
+    with _with_the_others():
+        lengths: list[int] = gather(_sent(torch.tensor([rows]))).tolist()
+    return lengths
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    return tensor.to(PartialState().device).contiguous()
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every process the sum of all their gradients; one without a gradient adds nothing."""
+    if count() == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in parameters])
+    with _with_the_others():
+        summed = reduce(flat, "sum").split([each.numel() for each in parameters])
+    for parameter, gradient in zip(parameters, summed, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def share(costs: Sequence[int]) -> range:
+    """Which stretch of things in a row this process takes, so that all have about the same cost; each thing is taken
+    by exactly one.
+    """
+    if count() == 1:
+        return range(len(costs))
+    whole, ends = max(1, sum(costs)), list(accumulate(costs))
+    # a thing belongs to the process in whose part of the whole its middle lies
+    owners = [
+        min(count() - 1, (2 * end - cost) * count() // (2 * whole)) for end, cost in zip(ends, costs, strict=True)
+    ]
+    mine = [i for i, owner in enumerate(owners) if owner == index()]
+    return range(mine[0], mine[-1] + 1) if mine else range(0)
+
+
+def seed(value: int, step: int) -> None:
+    """Start this process's generators anew for a step, each process with draws of its own; alone, nothing is done.
+
+    So a step draws the same in a run that is resumed.
+    """
+    if count() > 1:
+        torch.manual_seed((value * 1_000_003 + step) * 1_003 + index())
+
+
+def insist_on_same(what: Mapping[str, str]) -> None:
+    """Raise RunError, in every process, if one of these hexadecimal fingerprints is not the same in all of them."""
+    if count() == 1:
+        return
+    bytes_of = {name: torch.tensor([list(bytes.fromhex(value))]) for name, value in what.items()}
+    differ = [name for name, rows in of_all(bytes_of).items() if len(rows.unique(dim=0)) > 1]
+    if differ:
+        raise RunError(
+            f"the processes of this run do not have the same {' and '.join(differ)}; give all machines the same files"
+        )

@@ -1,0 +1,215 @@
+"""Several processes train one run to the figures and the adapter of one process, and end together."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import together
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from qlora_dpo.cli import main
+from qlora_dpo.model import processes
+
+pytestmark = jobs.LIBRARIES_WARN
+HERE = Path(__file__).parent
+
+
+def environment(**changed: str) -> dict[str, str]:
+    """That of a process whose tests and package are these."""
+    path = os.pathsep.join((str(HERE.parent), str(HERE)))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changed}
+
+
+class Together:
+    """What `count` processes have found, and what one alone finds."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.count, self.folder = count, folder
+        assert together.launched(count, folder) == [0] * count
+        self.found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+    def adapters(self, name: str) -> list[dict[str, Any]]:
+        """The adapter of each process."""
+        return [load_file(self.folder / f"{name}.{rank}.safetensors") for rank in range(self.count)]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    return Together(request.param, tmp_path_factory.mktemp("several"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: together.scenario(name, folder / name) for name in together.SCENARIOS}
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Figures as those of one process, but for time: sums to 1e-5, counts exactly."""
+    assert found["num_tokens"] == expected["num_tokens"]
+    assert found["first_slope"] == pytest.approx(expected["first_slope"], rel=1e-5)
+    assert found["margin_mean"] == pytest.approx(expected["margin_mean"], abs=1e-5)
+    for one, other in zip(found["evals"], expected["evals"], strict=True):
+        counts = {name: value for name, value in other.items() if isinstance(value, int)}
+        assert {name: one[name] for name in counts} == counts
+        # a margin that is rounding alone at step 0 has no correlation with anything
+        named = {name for name in other if name not in {*counts, "seconds", "eval_length_correlation"}}
+        for name in named:
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", together.SCENARIOS)
+def test_several_processes_have_the_adapter_and_the_figures_of_one(
+    name: str, several: Together, alone: dict[str, Any]
+) -> None:
+    adapter, facts = alone[name]
+    for found, theirs in zip(several.found, several.adapters(name), strict=True):
+        assert jobs.all_apart(theirs, adapter) < 1e-5
+        same(found[name], facts)
+
+
+def test_all_do_a_step_again_if_memory_runs_out_in_one(several: Together, alone: dict[str, Any]) -> None:
+    adapter, facts = alone["sigmoid"]
+    for found, theirs in zip(several.found, several.adapters(together.OUT_OF_MEMORY), strict=True):
+        assert jobs.all_apart(theirs, adapter) < 1e-5
+        same(found[together.OUT_OF_MEMORY], facts)
+        assert found[together.OUT_OF_MEMORY]["row_tokens"] == 30
+        assert found[together.OUT_OF_MEMORY]["said"] == [
+            "step 1: out of memory with rows of 60 tokens; rows of 30 from here on"
+        ]
+
+
+def test_the_reference_is_asked_in_shares_and_once(several: Together, tmp_path: Path) -> None:
+    expected = together.asked_in_shares(tmp_path)
+    assert expected["computed"] == 22
+    shares = [found["shares"] for found in several.found]
+    assert sum(share["computed"] for share in shares) == 22
+    assert all(0 < share["computed"] < 22 for share in shares)
+    for share in shares:
+        assert share["stored"] == 22
+        for one, other in zip(share["logps"], expected["logps"], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_all_with_the_same_sentence(several: Together) -> None:
+    sentences = {found["not finite"] for found in several.found}
+    assert len(sentences) == 1
+    assert re.fullmatch(r"step 1: the loss of row \d is not finite, so nothing was changed; .*", sentences.pop())
+
+
+def test_all_stop_if_one_is_told_to_and_one_alone_goes_on(several: Together, alone: dict[str, Any]) -> None:
+    folder = several.folder / "stopped"
+    saved = folder / "checkpoints" / "step-000002"
+    assert {found["stopped"] for found in several.found} == {
+        f"stopped after step 2 as asked; {saved} is saved, --resume goes on from there"
+    }
+    assert together.stopped(folder, resume=True) == ""
+    assert jobs.all_apart(load_file(folder / "adapter.safetensors"), alone["sigmoid"][0]) < 1e-5
+
+
+def test_processes_that_have_other_data_refuse_to_train(several: Together) -> None:
+    assert {found["not the same"] for found in several.found} == {
+        "the processes of this run do not have the same pairs; give all machines the same files"
+    }
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 6))
+def test_each_pair_belongs_to_one_process_and_all_have_about_the_same(costs: list[int], count: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "count", lambda: count)
+        shares = []
+        for index in range(count):
+            patch.setattr(processes, "index", lambda index=index: index)
+            shares.append(list(processes.share(costs)))
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    # a pair is not divided, so a share may be off by one of them
+    assert max(sum(costs[i] for i in share) for share in shares) <= sum(costs) / count + max(costs)
+
+
+@pytest.fixture
+def recipe(empty_folder: Path) -> Path:
+    """A recipe of 12 steps over the tiny model, beside its data."""
+    for name, count in (("train", 12), ("eval", 3)):
+        rows = [
+            {"prompt": f"say {n} {n * 7}", "chosen": f"yes {n}", "rejected": f"no, not {n} {n}"} for n in range(count)
+        ]
+        (empty_folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = empty_folder / "r.toml"
+    path.write_text(
+        f'[model]\nname = "{jobs.source().name}"\nquantization = "none"\ndtype = "fp32"\n'
+        '[lora]\nr = 4\nlora_alpha = 8\n[data]\ntrain = "train.jsonl"\neval = "eval.jsonl"\n'
+        "[train]\nbatch_size = 3\nnum_train_epochs = 600\nlearning_rate = 1e-3\nlogging_steps = 1\nsave_steps = 4\n"
+        'lr_scheduler_type = "constant"\neval_steps = 3000\n[samples]\nprompts = 1\nmax_new_tokens = 2\n'
+    )
+    return path
+
+
+def lines_until(process: subprocess.Popen[str], beginning: str) -> Iterator[str]:
+    """What a command says, up to a line with this beginning."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        yield line
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"never said {beginning}")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "qlora_dpo", "train", "r.toml", "-o", "two", *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_of_two_that_loses_one_ends_with_a_checkpoint_and_goes_on_alone(recipe: Path) -> None:
+    process = start("--processes", "2")
+    said = list(lines_until(process, "step 5/"))
+    assert sum(line.startswith("recipe ") for line in said) == 1  # one of them speaks
+    assert "processes   2, each with the whole base; they share a step's pairs\n" in said
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second[0]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    told = [line for line in err.splitlines() if line.startswith("qlora-dpo:")]
+    stopped = re.fullmatch(
+        r"qlora-dpo: stopped after step (\d+), since another process of this run has ended; "
+        r"two/checkpoints/step-\d+ is saved, --resume goes on from there",
+        told[0],
+    )
+    assert stopped is not None, err
+    assert told[1:] == [
+        "qlora-dpo: process 1 was ended by SIGKILL, and the others with it; --resume goes on from the newest "
+        "checkpoint, if there is one"
+    ]
+
+    assert main(["verify", "two"]) == 0
+    steps = int(stopped[1]) + 3
+    assert main(["train", "r.toml", "-o", "two", "--resume", "--max-steps", str(steps)]) == 0
+    assert main(["train", "r.toml", "-o", "one", "--max-steps", str(steps)]) == 0
+    two, one = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("two", "one"))
+    assert jobs.all_apart(two, one) < 1e-5
+    records = [json.loads(line) for line in Path("two/metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in records if each["kind"] == "train"] == list(range(1, steps + 1))
+
+
+def test_what_cannot_be_done_by_several_is_refused_before_they_start(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", "r.toml", "--processes", "2", "--set", "train.engine=trl"]) == 2
+    assert capsys.readouterr().err == 'qlora-dpo: several processes need train.engine = "qlora_dpo"; run TRL in one\n'
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "r.toml", "--processes", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "qlora-dpo: --processes starts the processes, and this is one of them; leave it out; "
+        "see qlora-dpo train --help\n"
+    )

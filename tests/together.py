@@ -1,0 +1,171 @@
+"""What several processes do together in tests: each scenario trains the tiny model, and writes what came of it.
+
+`launched` starts them from a server that has imported everything once; alone, `scenario` says what to expect.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jobs
+import torch
+from safetensors.torch import save_file
+
+from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.files import write_json
+from qlora_dpo.model import processes
+from qlora_dpo.preference.held import Held, copied
+from qlora_dpo.preference.reference import Store, read_store, reference_logps
+from qlora_dpo.training import step
+from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.training.loop import fit
+from qlora_dpo.training.tracker import Tracker
+
+# name: tables of the recipe, training pairs, held-out pairs
+SCENARIOS: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
+    "sigmoid": ({"train": {"num_train_epochs": 2}}, 10, 6),  # 4, 4 and 2 pairs a step
+    "fewer pairs than processes": ({"train": {"batch_size": 1, "max_steps": 3}}, 4, 1),
+    "aot": ({"objective": {"loss_type": "aot"}}, 9, 6),  # all pairs of a step together, of which the last has one
+    "beta_dpo": ({"objective": {"loss_type": "beta_dpo"}}, 9, 3),
+    "ema": ({"reference": {"kind": "ema", "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1}}, 10, 3),
+}
+OUT_OF_MEMORY = "out of memory in one"
+
+
+def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Train as `name` says: the adapter, and the facts of the run."""
+    tables, train, heldout = SCENARIOS["sigmoid" if name == OUT_OF_MEMORY else name]
+    train_table = {"micro_batch_tokens": 60, **tables.get("train", {})}
+    what = jobs.recipe(**{**tables, "train": train_table})
+    folder.mkdir(parents=True, exist_ok=True)
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, folder, train, heldout)
+    if what.reference is not None:
+        job = replace(job, held=Held(copied(model), what.reference))
+    said = list[str]()
+    with Tracker(folder, job.plan.total_steps, silent=not processes.is_main()) as tracker:
+        tracker.note = said.append  # type: ignore[method-assign]
+        state = fit(model, job, jobs.start(job), tracker)
+    facts = {
+        "evals": state.evals,
+        "num_tokens": state.num_tokens,
+        "first_slope": state.first_slope,
+        "margin_mean": state.margin_mean,
+        "row_tokens": state.row_tokens,
+        "said": [each for each in said if "out of memory" in each],
+    }
+    return jobs.adapter(model), facts
+
+
+def once_out_of_memory() -> None:
+    """Let the second process run out of memory in its first forward pass of a step."""
+    whole, failed = step.score, list[bool]()
+
+    def score(*arguments: Any, **keys: Any) -> Any:
+        if processes.index() == 1 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(*arguments, **keys)
+
+    step.score = score
+
+
+def asked_in_shares(folder: Path) -> dict[str, Any]:
+    """Ask the reference about 23 pairs, two of which are the same, into one store."""
+    model, pairs = jobs.fresh(jobs.recipe()), jobs.pairs(22)
+    store = Store(folder)
+    found_P2 = reference_logps(model, [*pairs, pairs[3]], store, jobs.PACKED, jobs.CPU)
+    processes.wait()
+    return {"logps": found_P2.tolist(), "computed": store.computed, "stored": len(read_store(folder))}
+
+
+def not_finite(folder: Path) -> str:
+    """What a process says when one of the pairs, which one process alone has, has no finite loss."""
+    what = jobs.recipe()
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, folder, 4, 2)
+    job.train.reference_P2[job.plan.indices(1)[0]] = torch.inf
+    with Tracker(folder, 1, silent=True) as tracker:
+        try:
+            fit(model, job, jobs.start(job), tracker)
+        except QloraDpoError as error:
+            return str(error)
+    return ""
+
+
+def stopped(folder: Path, resume: bool = False) -> str:
+    """What a process says when the second is told to end after the second step of "sigmoid"; alone, it goes on."""
+    tables, train, heldout = SCENARIOS["sigmoid"]
+    what = jobs.recipe(**{**tables, "train": {**tables["train"], "micro_batch_tokens": 60}})
+    folder.mkdir(parents=True, exist_ok=True)
+    model = jobs.fresh(what)
+    job = jobs.job(model, what, folder, train, heldout)
+    with Tracker(folder, job.plan.total_steps, silent=not processes.is_main()) as tracker:
+        said = tracker.step
+
+        def step(number: int) -> None:
+            said(number)
+            if (number, processes.index()) == (2, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        tracker.step = step  # type: ignore[method-assign]
+        try:
+            fit(
+                model,
+                replace(job, allowed=("model.name",)),
+                jobs.start(job),
+                tracker,
+                newest_valid(folder)[0] if resume else None,
+            )
+        except QloraDpoError as error:
+            return str(error)
+    save_file(jobs.adapter(model), folder / "adapter.safetensors")
+    return ""
+
+
+def not_the_same() -> str:
+    """What a process says when the others have other pairs."""
+    try:
+        processes.insist_on_same({"base": "ab" * 32, "pairs": f"{processes.index():02x}" * 32})
+    except QloraDpoError as error:
+        return str(error)
+    return ""
+
+
+def work(rank: int, count: int, port: int, folder: Path) -> None:
+    """Do all of it as process `rank` of `count`, and write what it has found."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    jobs.source()  # saved by each for itself; among several, transformers lets the first alone save
+    processes.begin(cpu=True)
+    found = dict[str, Any]()
+    for name in SCENARIOS:
+        adapter, found[name] = scenario(name, folder / name)
+        save_file(adapter, folder / f"{name}.{rank}.safetensors")
+    found["stopped"] = stopped(folder / "stopped")
+    once_out_of_memory()
+    adapter, found[OUT_OF_MEMORY] = scenario(OUT_OF_MEMORY, folder / OUT_OF_MEMORY)
+    save_file(adapter, folder / f"{OUT_OF_MEMORY}.{rank}.safetensors")
+    found["shares"] = asked_in_shares(folder / "shares")
+    found["not finite"], found["not the same"] = not_finite(folder / "wrong"), not_the_same()
+    write_json(folder / f"{rank}.json", found)
+    processes.end()
+
+
+def launched(count: int, folder: Path) -> list[int | None]:
+    """Let `count` processes do it; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["together"])
+    workers = [context.Process(target=work, args=(rank, count, port, folder)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=300)
+    return [worker.exitcode for worker in workers]
