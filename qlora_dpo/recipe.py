@@ -158,7 +158,7 @@ def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> Non
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            guess = f"; did you mean {near[0]}?" if near else f"; write TABLE.KEY, or {' or '.join(also)}"
+            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *also))}"
             raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
 
 
