@@ -165,11 +165,11 @@ def test_the_end_is_the_table_of_runs_and_how_sure_the_best_is(swept: Said) -> N
         "rewards/accuracies is",
         f"  4 pairs do not tell it from the second, {ranked[1]}: the 95 % intervals of their losses overlap "
         f"({ends[0]} and {ends[1]})",
-        "  it was chosen among 4 runs by the pairs that its figure is of, which flatters it; judge it on others: "
+        "  it was chosen among 4 runs on these same pairs, so its figure flatters it; judge it on others: "
         f"qlora-dpo eval adapters/{folder} --data FILE",
         "",
         f"{chat}   # talk to it",
-        f"{'qlora-dpo train adapters/r-sweep/best.toml':<{len(chat) + 3}}# train its recipe again, into adapters/best",
+        f"{'qlora-dpo train adapters/r-sweep/best.toml':<{len(chat) + 3}}# its recipe, trained on its own",
     ]
 
 
@@ -182,6 +182,16 @@ def test_a_finished_sweep_resumes_to_its_table_by_another_figure_too(swept: Said
     assert found["recipe"] == "adapters/r-sweep/best.toml"
     assert tomllib.loads(Path(found["recipe"]).read_text())["train"]["learning_rate"] == 0.01
     assert not [each for each in found["cautions"] if "yardstick" in each]
+
+
+def test_a_figure_that_no_run_has_is_named(swept: Said) -> None:
+    told = said("sweep", "r.toml", *GRID, "--resume", "--metric", "sft_loss")
+    assert (told.code, told.err.splitlines()[-1]) == (
+        1,
+        "qlora-dpo: --metric sft_loss: is not measured with this objective; go on with --resume and one of loss, "
+        "preference_loss, rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, "
+        "logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy, kl",
+    )
 
 
 def test_another_sweep_does_not_go_on_in_its_folder(swept: Said) -> None:
@@ -431,7 +441,7 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
 
     apart = {"a": evaluated(0.84, 0.4), "b": evaluated(0.65, 0.43)}
     flatters = (
-        "it was chosen among 2 runs by the pairs that its figure is of, which flatters it; judge it on others: "
+        "it was chosen among 2 runs on these same pairs, so its figure flatters it; judge it on others: "
         "qlora-dpo eval s/a --data FILE"
     )
     assert list(cautions(apart, "rewards/accuracies", ["objective.beta"], "s/a")) == [flatters]

@@ -88,8 +88,7 @@ def train_each(sweep: Sweep, points: Sequence[Point]) -> None:
             _say(f"{place} failed: {entry.sentence}")
             continue
         sweep.mark(entry, "stopped" if stopped else "finished", stopped)
-        record = evaluation(folder)
-        _say(f"{place}: {figure(sweep.metric, record[f'eval_{sweep.metric}'])} at step {record['step']}")
+        _say(f"{place}: {figure(sweep.metric, sweep.take(entry))} at step {entry.step}")
 
 
 def conclude(sweep: Sweep, points: Sequence[Point], *, as_json: bool) -> None:
@@ -110,6 +109,7 @@ def conclude(sweep: Sweep, points: Sequence[Point], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_facts(sweep, runs, told), ensure_ascii=False))
     else:
+        _say("")
         if runs:
             console = Console()
             console.print(runs_table(runs, console.width))
@@ -168,11 +168,11 @@ def _facts(sweep: Sweep, runs: Sequence[dict[str, Any]], told: Sequence[str]) ->
 
 
 def _next_commands(folder: Path, best: str) -> str:
-    """Two lines to paste: talk to the best adapter, and train its recipe in a folder of its own."""
+    """Two lines to paste: talk to the best adapter, and train its recipe anew."""
     chat = f"qlora-dpo chat {shlex.quote(str(folder / best))}"
     again = f"qlora-dpo train {shlex.quote(str(folder / BEST))}"
     width = max(len(chat), len(again)) + 3
-    return f"{chat:<{width}}# talk to it\n{again:<{width}}# train its recipe again, into adapters/best"
+    return f"{chat:<{width}}# talk to it\n{again:<{width}}# its recipe, trained on its own"
 
 
 def _say(words: str) -> None:

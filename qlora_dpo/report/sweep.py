@@ -49,6 +49,6 @@ def cautions(best_first: Mapping[str, Record], metric: str, swept: Sequence[str]
             f"overlap ({one[1]:.3f}-{one[2]:.3f} and {other[1]:.3f}-{other[2]:.3f})"
         )
     yield (
-        f"it was chosen among {len(best_first)} runs by the pairs that its figure is of, which flatters it; judge it "
-        f"on others: qlora-dpo eval {folder} --data FILE"
+        f"it was chosen among {len(best_first)} runs on these same pairs, so its figure flatters it; judge it on "
+        f"others: qlora-dpo eval {folder} --data FILE"
     )

@@ -60,12 +60,22 @@ class Sweep:
         """Take the figures of all points that have ended from their folders, and note which is the best."""
         for entry in self.points:
             if entry.state in ("finished", "stopped"):
-                record = evaluation(self.folder / entry.name)
-                value(record, self.metric)
-                entry.step, entry.figure = record["step"], record[f"eval_{self.metric}"]
+                self.take(entry)
         ranked = self.ranked()
         self.best = ranked[0].name if ranked and ranked[0].state == "finished" else None
         self.write()
+
+    def take(self, entry: Entry) -> float:
+        """Take the figure of a point that has ended; RunError if its evaluation has none of the metric's name."""
+        found = evaluation(self.folder / entry.name)
+        figure = found.get(f"eval_{self.metric}")
+        if figure is None:
+            known = ", ".join(name for name in get_args(Metric) if f"eval_{name}" in found)
+            raise RunError(
+                f"--metric {self.metric}: is not measured with this objective; go on with --resume and one of {known}"
+            )
+        entry.step, entry.figure = found["step"], figure
+        return float(figure)
 
     def ranked(self) -> list[Entry]:
         """The points, the best first: those that finished, then the others in the order of the grid."""
