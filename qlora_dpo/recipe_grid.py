@@ -119,7 +119,8 @@ def toml(value: Any) -> str:
         case dict():
             return "{ " + ", ".join(f"{json.dumps(key)} = {toml(each)}" for key, each in value.items()) + " }"
         case float():
-            return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+            short = f"{value:g}"
+            return short if float(short) == value and not short.lstrip("-").isdigit() else repr(value)
         case _:
             return str(value)
 

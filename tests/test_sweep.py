@@ -368,6 +368,7 @@ SHARED = "a sweep has one base and one set of pairs for all its runs, and this k
             "--over train.optim=[sgd]: the values are not valid TOML: Invalid value (at line 1, column 10); write a "
             "list, strings in double quotes",
         ),
+        (["lora.r=[8.0]"], "--over lora.r=8.0: lora.r is 8.0; it must be a whole number"),
         (["dpo.beta=[0.1, -1]"], "--over objective.beta=-1: objective.beta is -1; it must be greater than 0.0"),
         (
             ["model.name=['a', 'b']"],
