@@ -362,6 +362,7 @@ SHARED = "a sweep has one base and one set of pairs for all its runs, and this k
         (["lora.r=[8, 8]"], "--over lora.r=[8, 8]: has the value 8 twice; leave one out"),
         (["lora.r=[8]", "lora.r=[4]"], "--over lora.r: is given twice; write all its values in one list"),
         (["lora.rr=[8]"], "--over lora.rr: a recipe has no such key; did you mean lora.r?"),
+        (["beta=[0.1]"], "--over beta: a recipe has no such key; did you mean objective.beta?"),
         (["xyzzy=[8]"], "--over xyzzy: a recipe has no such key; write TABLE.KEY"),
         (
             ["train.optim=[sgd]"],

@@ -41,7 +41,7 @@ def sweep(
     """Train RECIPE with every combination of the values in --over: a run each, with one base and one reference cache.
 
     \b
-    qlora-dpo sweep recipes/hh.toml --over 'objective.beta=[0.05,0.1,0.3]' --over 'train.learning_rate=[5e-6,2e-5]'
+    qlora-dpo sweep recipes/hh.toml --over 'objective.beta=[0.05,0.1]' --over 'lora.r=[8,16]'
     qlora-dpo sweep recipes/quickstart.toml --over 'lora.r=[4,16]' --dry-run
     """
     from qlora_dpo import recipe_grid
