@@ -157,8 +157,8 @@ def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> Non
     known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _keys(table)] + list(also)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            guess = f"; did you mean {near[0]}?" if near else f"; write TABLE.KEY, or {' or '.join(also)}"
+            near = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
+            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *also))}"
             raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
 
 

@@ -22,6 +22,7 @@ from qlora_dpo.cli.quiet import silence
 from qlora_dpo.cli.report import report
 from qlora_dpo.cli.runs import runs
 from qlora_dpo.cli.serve import serve
+from qlora_dpo.cli.sweep import sweep
 from qlora_dpo.cli.train import train
 from qlora_dpo.cli.verify import verify
 from qlora_dpo.errors import DONE
@@ -49,6 +50,7 @@ def commands() -> None:
 commands.add_command(init)
 commands.add_command(check)
 commands.add_command(train)
+commands.add_command(sweep)
 commands.add_command(merge)
 commands.add_command(chat)
 commands.add_command(serve)

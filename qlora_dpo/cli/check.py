@@ -4,12 +4,13 @@ import json
 
 import click
 
+from qlora_dpo.cli.set_option import set_option
 from qlora_dpo.model.cards import CARDS
 
 
 @click.command(short_help="Say what a recipe would do and whether it fits, or what this machine can do.")
 @click.argument("recipe_file", metavar="[RECIPE]", required=False)
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe: lora.r=8")
+@set_option
 @click.option("--gpu", metavar="CARD", help=f"Judge for this card instead of this machine: {', '.join(CARDS)}")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if there is a warning.")

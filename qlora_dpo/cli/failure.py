@@ -32,6 +32,11 @@ def report(error: BaseException) -> int:
     return code
 
 
+def sentence_of(error: BaseException) -> str:
+    """What `report` would write of it, on one line."""
+    return _printable("; ".join(_explained(error)[0].splitlines()))
+
+
 def _explained(error: BaseException) -> tuple[str, int]:
     """The sentences and the exit code for `error`."""
     match error:

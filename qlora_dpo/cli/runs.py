@@ -42,7 +42,8 @@ def runs(words: tuple[str, ...], sort: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"runs": listed}, ensure_ascii=False))
     else:
-        Console().print(runs_table(listed))
+        console = Console()
+        console.print(runs_table(listed, console.width))
 
 
 def _home(words: tuple[str, ...]) -> Path:

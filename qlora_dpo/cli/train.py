@@ -1,20 +1,25 @@
 """`qlora-dpo train`: a recipe becomes an adapter directory."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from qlora_dpo.cli.set_option import set_option
 
 if TYPE_CHECKING:
     from qlora_dpo.model.device import Device
     from qlora_dpo.recipe import LoadedRecipe, Recipe
     from qlora_dpo.recipe_data import DataTable
     from qlora_dpo.recipe_objective import Objective
+    from qlora_dpo.training.run import Outcome
+    from qlora_dpo.training.shared import Shared
 
 
 @click.command(short_help="Tune a model on preference pairs as a recipe says.")
 @click.argument("recipe_file", metavar="RECIPE")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe: lora.r=8")
+@set_option
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the run [adapters/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the folder.")
 @click.option("--allow", metavar="KEY", multiple=True, help="Resume although this key of the recipe has changed.")
@@ -43,7 +48,6 @@ def train(
     qlora-dpo train recipes/hh.toml --processes 2
     accelerate launch -m qlora_dpo train recipes/hh.toml
     """
-    import math
     import time
 
     from qlora_dpo import recipe
@@ -89,38 +93,58 @@ def train(
         rows = ("--dropped-rows",) * dropped_rows
         return launch(["train", recipe_file, *changed, *given, *again, *hours, *rows], count)
     if together.is_main():
-        _train(loaded, folder, here, resume=resume, allow=allow, until=until, dropped_rows=dropped_rows)
+        outcome = run_once(loaded, folder, here, resume=resume, allow=allow, until=until, dropped_rows=dropped_rows)
+        _insist_on_whole(outcome, folder)
     else:
         _help_to_train(loaded, folder, here, resume=resume, allow=allow, until=until)
     together.end()
     return None
 
 
-def _train(
+def _insist_on_whole(outcome: "Outcome", folder: Path) -> None:
+    """Raise GateError for a run that a sign of trouble has stopped, and RunError if checkpoints could not be saved."""
+    from qlora_dpo.errors import GateError, RunError
+
+    if outcome.state.stopped_by_sign:
+        raise GateError(f"{folder}: {outcome.state.stopped}; the adapter is as it was then, and --resume goes on")
+    if outcome.unsaved:
+        raise RunError(
+            f"{folder}: the adapter is whole, but {len(outcome.unsaved)} checkpoints could not be saved: "
+            f"{outcome.unsaved[0]}"
+        )
+
+
+def run_once(
     loaded: "LoadedRecipe",
     folder: Path,
     here: "Device",
     *,
     resume: bool,
-    allow: tuple[str, ...],
-    until: float,
-    dropped_rows: bool,
-) -> None:
-    """Train, and write everything that the folder of a run holds."""
+    allow: tuple[str, ...] = (),
+    until: float = math.inf,
+    dropped_rows: bool = False,
+    shared: "Shared | None" = None,
+) -> "Outcome":
+    """Train into `folder` and write all that a finished run leaves; the result is shown on stdout.
+
+    A run of a sweep takes base and pairs from what is `shared`, and shows nothing there.
+    """
     from qlora_dpo import adapter
-    from qlora_dpo.cli.train_results import answer, asker, publish, record_run
+    from qlora_dpo.cli.train_results import answer, asker, record_run, show, write_results
     from qlora_dpo.data.audit import insist_on_few_bad_rows
-    from qlora_dpo.errors import GateError, RunError
     from qlora_dpo.files import write_json
     from qlora_dpo.model import processes
     from qlora_dpo.training import checkpoint, run
 
     with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
         processes.wait()
-        click.echo("reading base and data; what is not in the cache is downloaded", err=True)
-        prepared = run.prepare(loaded.recipe)
+        known = shared is not None and shared.prepared is not None
+        if not known:
+            click.echo("reading base and data; what is not in the cache is downloaded", err=True)
+        prepared = shared.prepare(loaded.recipe) if shared else run.prepare(loaded.recipe)
         for side in (prepared.train, prepared.heldout):
-            click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
+            if not known:
+                click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
             insist_on_few_bad_rows(side.audit, loaded.recipe.data.max_bad_share)
         write_json(
             folder / adapter.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
@@ -130,20 +154,17 @@ def _train(
             for sentence in skipped:
                 tracker.note(sentence)
             ask = asker(prepared, loaded.recipe, here)
-            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask, until)
+            load = shared.load if shared else run.load_for
+            outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask, until, load)
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)
             answers = answer(outcome, loaded.recipe, here, tracker)
         record_run(folder, outcome, loaded.recipe, here)
-        publish(folder, outcome, answers, loaded)
-    if outcome.state.stopped_by_sign:
-        raise GateError(f"{folder}: {outcome.state.stopped}; the adapter is as it was then, and --resume goes on")
-    if outcome.unsaved:
-        raise RunError(
-            f"{folder}: the adapter is whole, but {len(outcome.unsaved)} checkpoints could not be saved: "
-            f"{outcome.unsaved[0]}"
-        )
+        results = write_results(folder, outcome, answers, loaded.recipe)
+        if shared is None:
+            show(folder, results, answers, loaded.recipe)
+    return outcome
 
 
 def _help_to_train(

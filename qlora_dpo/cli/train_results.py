@@ -15,7 +15,7 @@ from qlora_dpo.files import write_json, write_whole
 from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.recipe import Recipe
 from qlora_dpo.report.answers import count_answers
 from qlora_dpo.report.next_commands import next_commands
 from qlora_dpo.report.samples import side_by_side
@@ -94,19 +94,24 @@ def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -
     return run
 
 
-def publish(folder: Path, outcome: Outcome, samples: Samples, loaded: LoadedRecipe) -> None:
-    """Write results.json, samples.jsonl and the report, and show the result on stdout."""
-    results = summary(outcome, samples, loaded.recipe)
+def write_results(folder: Path, outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+    """Write results.json, samples.jsonl and the report; returns what results.json holds."""
+    results = summary(outcome, samples, recipe)
     write_json(folder / "results.json", results)
     write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
     write_report(folder, outcome.prepared.source.folder)
+    return results
+
+
+def show(folder: Path, results: dict[str, Any], samples: Samples, recipe: Recipe) -> None:
+    """Show the result and what to type next on stdout."""
     console = Console()
     console.print(results_table(results))
     for sign in results["signs"]:
         console.print(f"step {sign['step']}: {sign['sentence']}", style="yellow", markup=False, highlight=False)
-    if loaded.recipe.samples.group_by or loaded.recipe.samples.count_matching:
+    if recipe.samples.group_by or recipe.samples.count_matching:
         console.print(answers_table(results["answers"], samples))
-    console.print(side_by_side(samples, loaded.recipe.samples.show))
+    console.print(side_by_side(samples, recipe.samples.show))
     click.echo(next_commands(folder))
 
 

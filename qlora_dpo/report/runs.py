@@ -1,6 +1,7 @@
 """Lists runs with their figures, and tells two of them apart: recipes, data, results. Needs no torch."""
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,11 @@ COLUMNS = {
     "kl": "{:.3f}",
     "minutes": "{:.1f}",
 }
+HEADINGS = {"learning_rate": "learning\nrate", "minutes": "min"}
+"""Shorter than the names of the columns: every letter is one less for the name and the objective."""
 NOTHING = "-"
+OTHER_COLUMNS, LEAST_NAME = 72, 12
+"""Columns that a table of runs needs beside the name, and what the name gets in a terminal that has not so many."""
 
 
 def find_runs(home: Path) -> list[Path]:
@@ -95,20 +100,21 @@ def in_order(runs: Sequence[Record], key: str) -> list[Record]:
     return [*sorted(having, key=lambda run: run[key], reverse=SORTS[key]), *(r for r in runs if r[key] is None)]
 
 
-def runs_table(runs: Sequence[Record]) -> RenderableType:
-    """A row a run, and a note for each with signs of trouble or without an end."""
+def runs_table(runs: Sequence[Record], width: int) -> RenderableType:
+    """A row a run, and a note for each with signs of trouble or without an end, for a terminal of so many columns."""
     table = _table()
     table.padding = (0, 1, 0, 0)
     for column in COLUMNS:
         table.add_column(
-            column.replace("_", "\n"),
+            HEADINGS.get(column, column),
             justify="left" if column in ("name", "objective") else "right",
             no_wrap=column != "objective",
             max_width=32,
             overflow="fold",
         )
     for run in runs:
-        table.add_row(*(Text(_cell(run[column], form)) for column, form in COLUMNS.items()))
+        shown = {**run, "name": _broken(run["name"], max(LEAST_NAME, width - OTHER_COLUMNS))}
+        table.add_row(*(Text(_cell(shown[column], form)) for column, form in COLUMNS.items()))
     notes = [
         f"{run['name']}: {', '.join([*([run['status']] if run['status'] != 'finished' else []), *run['signs']])}"
         for run in runs
@@ -191,6 +197,16 @@ def _evals(file: Path) -> list[dict[str, Any]]:
     return [
         record for record in (json.loads(line) for line in lines if line.endswith("\n")) if record["kind"] == "eval"
     ]
+
+
+def _broken(name: str, most: int) -> str:
+    """A name in lines of at most so many letters, broken after an underscore, where a sweep's point has them."""
+    lines = [""]
+    for part in re.findall(r"[^_]*_|[^_]+", name):
+        if lines[-1] and len(lines[-1] + part) > most:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _cell(value: Any, form: str) -> str:

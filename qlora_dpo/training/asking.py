@@ -192,14 +192,21 @@ def _guard(what: Question, loaded: Model, answers_P2: Tensor) -> None:
         guard_cached(asked_now(loaded.model, few, loaded.packing, what.device, loaded.held), answers_P2, what.device)
 
 
-def ask_other(what: Question, named: Named, pad_token_id: int, tracker: Tracker) -> Asked | None:
+def ask_other(
+    what: Question, named: Named, pad_token_id: int, tracker: Tracker, proved: set[Path] | None = None
+) -> Asked | None:
     """Load the other model that is the reference, ask it about every pair of the run, and free it; None without one.
 
+    The stores of answers that this process has `proved` need no proof again, so if every pair is known, no model.
     Raises ModelError if the cache holds the answers of another model.
     """
     if named.other is None or not isinstance(what.recipe.reference, ModelReference):
         return None
+    proved = set() if proved is None else proved
     now, device = what.beforehand, what.device
+    if what.store.folder in proved and not bool(what.store.look_up([*now, *what.heldout]).isnan().any()):
+        tracker.note(f"{_counted(what, now)}; {named.other.name} is not loaded again")
+        return Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     model: Any = load_base(named.other, what.recipe.reference.model_table(), device)
     if device.type == "cpu":
         keep_dense_if_it_fits(model, device)
@@ -215,6 +222,7 @@ def ask_other(what: Question, named: Named, pad_token_id: int, tracker: Tracker)
     asked = Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     few = [what.train[i] for i in what.few]
     guard_cached(live_logps(model, few, packing, device), asked.train_P2[what.few], device)
+    proved.add(what.store.folder)
     del model
     gc.collect()
     if device.type == "cuda":  # pragma: cuda

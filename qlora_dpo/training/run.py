@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -33,6 +34,7 @@ from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
+from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.recipe_model import ModelTable
@@ -63,6 +65,24 @@ class Prepared:
     heldout: PairSet
     named: Named = field(default_factory=Named)
     seconds: dict[str, float] = field(default_factory=dict)
+    both_answers: PairSet | None = None
+    """The training pairs as read, of which `train` may have the chosen answers alone."""
+    proved: set[Path] = field(default_factory=set)
+    """Stores whose answers were proved by the other model that gave them, for the next run with the same pairs."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base before an adapter, how pairs are laid out for it, and its logits (L, V) of one pair, to prove it by."""
+
+    model: PreTrainedModel
+    packing: Packing
+    probed: EncodedPair
+    before_LV: Tensor
+
+
+Load = Callable[[Prepared, Recipe, Device, Callable[[str], None]], Base]
+"""How a run comes by its base; the last argument is told what was decided."""
 
 
 @dataclass
@@ -82,16 +102,17 @@ class Outcome:
         return self.prepared.seconds
 
 
-def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Prepared:
+def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch, others: Sequence[Recipe] = ()) -> Prepared:
     """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights.
 
+    Of the rows are kept the columns that the objective reads, and those of the `others`, which train on the same pairs.
     Of several processes on a machine the first does so alone, and the others find it in the cache.
     """
     with processes.main_first():
-        return _prepared(recipe, find)
+        return _prepared(recipe, find, others)
 
 
-def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source]) -> Prepared:
+def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source], others: Sequence[Recipe]) -> Prepared:
     seconds: dict[str, float] = {}
     with timed(seconds, "fetch"):
         source = find(recipe.model)
@@ -99,14 +120,27 @@ def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source]) -> Prepared:
         named = find_named(recipe, source, tokenizer)
     with timed(seconds, "encode"):
         seed = recipe.train.seed
-        numbers = column_keys(recipe.objective)
+        numbers = {name: key for each in (*others, recipe) for name, key in column_keys(each.objective).items()}
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
         train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
         heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
-        if isinstance(recipe.objective, Sft):  # of held-out pairs both answers are asked, for the accuracy
-            everything = train.encoded
-            train = replace(train, encoded=Lazily(len(everything), lambda index: chosen_only(everything[index])))
-    return Prepared(source, tokenizer, train, heldout, named, seconds)
+    return Prepared(source, tokenizer, _trained_on(train, recipe), heldout, named, seconds, train)
+
+
+def prepare_again(before: Prepared, recipe: Recipe) -> Prepared:
+    """The same base and pairs for another recipe; reads nothing but the adapters that it names."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "fetch"):
+        named = find_named(recipe, before.source, before.tokenizer)
+    train = _trained_on(before.both_answers or before.train, recipe)
+    return replace(before, train=train, named=named, seconds=seconds)
+
+
+def _trained_on(train: PairSet, recipe: Recipe) -> PairSet:
+    """The training pairs as the objective takes them; of held-out pairs both answers are asked, for the accuracy."""
+    if not isinstance(recipe.objective, Sft):
+        return train
+    return replace(train, encoded=Lazily(len(train.encoded), lambda index: chosen_only(train.encoded[index])))
 
 
 def run(
@@ -118,20 +152,23 @@ def run(
     allowed: tuple[str, ...] = (),
     ask: Ask | None = None,
     until: float = math.inf,
+    load: Load | None = None,
 ) -> Outcome:
     """Load the base, ask the reference, prove the start, and train with the recipe's engine.
 
     A run that resumes may differ from the one before in the `allowed` keys. At evaluations the model is given to `ask`.
     The last step that ends before `until`, a time of `time.monotonic`, is followed by a checkpoint and Interrupted.
+    `load` gives the base, where not `load_for` does.
     """
     seconds, pairs, heldout = prepared.seconds, prepared.train.encoded, prepared.heldout.encoded
     plan, named = make_plan(len(pairs), recipe.train), prepared.named
     insist_on_moves(recipe, plan)
     what = question(recipe, named, prepared.source, device, plan, pairs, heldout)
     with timed(seconds, "reference"):
-        asked = ask_other(what, named, pad_token_id(prepared.tokenizer), tracker)
+        asked = ask_other(what, named, pad_token_id(prepared.tokenizer), tracker, prepared.proved)
     with timed(seconds, "load"):
-        loaded = _load(prepared, recipe, device, tracker.note)
+        base = (load or load_for)(prepared, recipe, device, tracker.note)
+        loaded = _with_adapter(base, prepared, recipe, device, tracker.note)
     with timed(seconds, "reference"):
         asked = asked or asking.ask(what, loaded, tracker)
     model = loaded.model
@@ -172,8 +209,8 @@ def run(
     return Outcome(model.eval(), state, prepared, what.store.computed_by_all(), peak_bytes(device), job.unsaved)
 
 
-def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Model:
-    """The base with an adapter that is proved to be untrained, or the one that training goes on from."""
+def load_for(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Base:
+    """The base as this machine computes best with it, and the layout that is proved for these pairs."""
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
     pairs, pad = joined([prepared.train.encoded, prepared.heldout.encoded]), pad_token_id(prepared.tokenizer)
     base = load_base(prepared.source, recipe.model, device)
@@ -183,13 +220,20 @@ def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str
     packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
     say(f"layout: {why}")
     probed = pairs[0]
-    before_LV = probe(base, probed, device)
-    model, held = _attached(base, prepared.named, recipe, probed, device)
+    return Base(base, packing, probed, probe(base, probed, device))
+
+
+def _with_adapter(base: Base, prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Model:
+    """The base with an adapter that is proved to be untrained, or the one that training goes on from."""
+    table, own = recipe.train, recipe.train.engine == "qlora_dpo"
+    pairs = joined([prepared.train.encoded, prepared.heldout.encoded])
+    packing = replace(base.packing, token_budget=table.micro_batch_tokens)
+    model, held = _attached(base.model, prepared.named, recipe, base.probed, device)
     if own:
         say(make_lean(model, device.torch_dtype))
     for sentence in prepared.named.notes:
         say(sentence)
-    guard_adapter(model, before_LV, probed, packing, device, fresh=prepared.named.start is None)
+    guard_adapter(model, base.before_LV, base.probed, packing, device, fresh=prepared.named.start is None)
     rows = packing
     if own:
         per_token = measured(model, pairs, packing, device)

@@ -1,0 +1,82 @@
+"""`qlora-dpo sweep`: a recipe and some of its keys with several values become a folder of runs and the best recipe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qlora_dpo.cli.set_option import in_our_words, set_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora_dpo.recipe_grid import Axis, Point
+
+
+@click.command(short_help="Train a recipe with every combination of some values, and say which is best.")
+@click.argument("recipe_file", metavar="RECIPE")
+@click.option(
+    "--over",
+    metavar="KEY=[VALUE,...]",
+    multiple=True,
+    callback=in_our_words,
+    help="A key of the recipe and its values: lora.r=[8,16]. Given several times: every combination.",
+)
+@set_option
+@click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder [adapters/NAME-sweep]")
+@click.option("--metric", metavar="NAME", help="Held-out figure of the best. [train.metric_for_best_model]")
+@click.option("--resume", is_flag=True, help="Go on with the sweep in the folder; finished runs stay.")
+@click.option("--dry-run", is_flag=True, help="Print the grid and stop before anything is loaded.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def sweep(
+    recipe_file: str,
+    over: tuple[str, ...],
+    overrides: tuple[str, ...],
+    output: Path | None,
+    metric: str | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train RECIPE with every combination of the values in --over: a run each, with one base and one reference cache.
+
+    \b
+    qlora-dpo sweep recipes/hh.toml --over 'objective.beta=[0.05,0.1]' --over 'lora.r=[8,16]'
+    qlora-dpo sweep recipes/quickstart.toml --over 'lora.r=[4,16]' --dry-run
+    """
+    from qlora_dpo import recipe_grid
+
+    axes = recipe_grid.axes(over)
+    points = recipe_grid.points(recipe_file, overrides, axes)
+    first = points[0].loaded
+    folder = output or Path("adapters") / f"{first.name}-sweep"
+
+    from qlora_dpo.training.extras import insist_on_extras
+
+    for point in points:
+        insist_on_extras(point.loaded.recipe)
+
+    from qlora_dpo.training.sweep import insist_on_metric
+
+    by = insist_on_metric(metric or first.recipe.train.metric_for_best_model)
+    click.echo("\n".join(_grid(points, axes, folder, by)), err=not dry_run)
+    if dry_run:
+        return
+
+    from qlora_dpo.cli.sweep_points import claimed, conclude, train_each
+
+    with claimed(folder, axes, points, by, resume=resume) as begun:
+        train_each(begun, points)
+        conclude(begun, points, as_json=as_json)
+
+
+def _grid(points: "Sequence[Point]", axes: "Sequence[Axis]", folder: Path, metric: str) -> list[str]:
+    """What the sweep will do: the recipe, and each point with what it sets."""
+    width = max(len(point.name) for point in points)
+    size = " x ".join(str(len(axis.values)) for axis in axes)
+    return [
+        f"recipe      {points[0].loaded.path}",
+        f"grid        {f'{size} = ' if len(axes) > 1 else ''}{len(points)} runs; the best by {metric}",
+        f"output      {folder}",
+        *(f"  {point.name:<{width}}  {point.words}" for point in points),
+    ]

@@ -1,0 +1,54 @@
+"""What a sweep comes to, in words: which point is the best, and how sure that is."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qlora_dpo.intervals import wilson
+
+Record = Mapping[str, Any]
+Interval = tuple[str, float, float]
+"""What is meant (losses, accuracies), and the ends."""
+
+SAME_YARDSTICK = ("rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "kl")
+"""Figures that are measured in the same way whatever the objective is."""
+
+
+def figure(metric: str, value: float) -> str:
+    """A figure with its name: `loss 0.6512`."""
+    return f"accuracy {value:.3f}" if metric == "rewards/accuracies" else f"{metric} {value:z.4f}"
+
+
+def interval(evaluation: Record, metric: str) -> Interval | None:
+    """The 95 % interval of the loss, if that is the metric, and else of the accuracy; None where there is neither."""
+    error, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
+    if metric == "loss" and error is not None:
+        return "losses", evaluation["eval_loss"] - 1.96 * error, evaluation["eval_loss"] + 1.96 * error
+    share = evaluation.get("eval_rewards/accuracies")
+    return None if share is None or not pairs else ("accuracies", *wilson(share * pairs, pairs))
+
+
+def cautions(best_first: Mapping[str, Record], metric: str, swept: Sequence[str], folder: object) -> Iterator[str]:
+    """What to know before believing that the first point is the best, a sentence each.
+
+    `best_first` are the evaluations that figures are of, by the names of the points that finished; `swept` are the keys
+    that differ, and `folder` is that of the best point.
+    """
+    keys = [key for key in swept if key.startswith("objective.")]
+    if keys and metric not in SAME_YARDSTICK:
+        yield (
+            f"{metric} is measured with each point's own {' and '.join(keys)}, so it is not one yardstick for all; "
+            "--metric rewards/accuracies is"
+        )
+    if len(best_first) < 2:
+        return
+    (_, best), (name, second) = list(best_first.items())[:2]
+    one, other = interval(best, metric), interval(second, metric)
+    if one and other and one[1] <= other[2] and other[1] <= one[2]:
+        yield (
+            f"{best['eval_pairs']} pairs do not tell it from the second, {name}: the 95 % intervals of their {one[0]} "
+            f"overlap ({one[1]:.3f}-{one[2]:.3f} and {other[1]:.3f}-{other[2]:.3f})"
+        )
+    yield (
+        f"it was chosen among {len(best_first)} runs on these same pairs, so its figure flatters it; judge it on "
+        f"others: qlora-dpo eval {folder} --data FILE"
+    )

@@ -1,0 +1,173 @@
+"""sweep.json: what a sweep was asked for, how far each of its points has come, and which one is the best."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qlora_dpo.errors import RecipeError, RunError
+from qlora_dpo.files import write_json, write_whole
+from qlora_dpo.lock import LOCK
+from qlora_dpo.recipe import resolved_text
+from qlora_dpo.recipe_grid import Axis, Point, changed
+from qlora_dpo.recipe_train import Metric
+from qlora_dpo.training.best import value
+
+FILE, BEST = "sweep.json", "best.toml"
+
+
+@dataclass
+class Entry:
+    """One point: what it sets, and how far it has come."""
+
+    name: str
+    set: dict[str, Any]
+    state: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
+    """`stopped`: by `watch.stop`, so it has figures but is never the best."""
+    step: int | None = None
+    """The optimizer step that its adapter is of."""
+    figure: float | None = None
+    """What the sweep's metric is at that step."""
+    sentence: str = ""
+    """Why it failed or was stopped."""
+
+
+@dataclass
+class Sweep:
+    """What sweep.json holds, and the folder it lies in."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    """The recipe of all points, without the keys in `over`."""
+    over: dict[str, list[Any]]
+    metric: Metric
+    points: list[Entry]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    best: str | None = None
+
+    def write(self) -> None:
+        """Write sweep.json, whole or not at all."""
+        facts = {name: each for name, each in asdict(self).items() if name != "folder"}
+        write_json(self.folder / FILE, facts)
+
+    def mark(self, entry: Entry, state: str, sentence: str = "") -> None:
+        """Note how far a point has come."""
+        entry.state, entry.sentence = state, sentence  # type: ignore[assignment]
+        self.write()
+
+    def measure(self) -> None:
+        """Take the figures of all points that have ended from their folders, and note which is the best."""
+        for entry in self.points:
+            if entry.state in ("finished", "stopped"):
+                self.take(entry)
+        ranked = self.ranked()
+        self.best = ranked[0].name if ranked and ranked[0].state == "finished" else None
+        self.write()
+
+    def take(self, entry: Entry) -> float:
+        """Take the figure of a point that has ended; RunError if its evaluation has none of the metric's name."""
+        found = evaluation(self.folder / entry.name)
+        figure = found.get(f"eval_{self.metric}")
+        if figure is None:
+            known = ", ".join(name for name in get_args(Metric) if f"eval_{name}" in found)
+            raise RunError(
+                f"--metric {self.metric}: is not measured with this objective; go on with --resume and one of {known}"
+            )
+        entry.step, entry.figure = found["step"], figure
+        return float(figure)
+
+    def ranked(self) -> list[Entry]:
+        """The points, the best first: those that finished, then the others in the order of the grid."""
+
+        def place(entry: Entry) -> tuple[bool, float]:
+            done = entry.state == "finished" and entry.figure is not None
+            return not done, value({f"eval_{self.metric}": entry.figure}, self.metric) if done else 0.0
+
+        return sorted(self.points, key=place)
+
+
+def begin(folder: Path, axes: Sequence[Axis], points: Sequence[Point], metric: Metric, *, resume: bool) -> Sweep:
+    """A new sweep in `folder`, or the one that is there.
+
+    Raises RunError if there is one and it does not `resume`, if there is none and it does, or if it was another one.
+    """
+    keys = {axis.key for axis in axes}
+    asked = Sweep(
+        folder,
+        _without(points[0].loaded.recipe.model_dump(exclude_none=True), keys),
+        {axis.key: list(axis.values) for axis in axes},
+        metric,
+        [Entry(point.name, dict(point.values)) for point in points],
+    )
+    if not resume:
+        return _new(asked)
+    found = _read(folder)
+    differences = [*changed(found.over, asked.over), *changed(found.recipe, asked.recipe)]
+    if differences:
+        raise RunError(
+            f"{folder}: belongs to another sweep; changed since: {'; '.join(differences)}; put it back, or begin "
+            "another one with -o DIR"
+        )
+    found.metric = metric
+    return found
+
+
+def insist_on_metric(name: str) -> Metric:
+    """The metric of that name; raises RecipeError if nothing of that name is measured."""
+    known: tuple[Metric, ...] = get_args(Metric)
+    for each in known:
+        if each == name.removeprefix("eval_"):
+            return each
+    raise RecipeError(f"--metric {name}: is not measured at an evaluation; write one of {', '.join(known)}")
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    """The evaluation of the step that a finished run's adapter is of; RunError if its files are damaged."""
+    try:
+        step = json.loads((folder / "run.json").read_text(encoding="utf-8"))["adapter_step"]
+        evals = json.loads((folder / "results.json").read_text(encoding="utf-8"))["evals"]
+        record: dict[str, Any] = next(each for each in evals if each["step"] == step)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise RunError(
+            f"{folder}: its run.json or results.json is damaged ({type(error).__name__}); remove the folder, and "
+            "--resume trains that point again"
+        ) from error
+    return record
+
+
+def write_best(sweep: Sweep, point: Point, words: str) -> Path:
+    """Write best.toml: the recipe of `point` with every key, under a comment of `words`."""
+    path = sweep.folder / BEST
+    write_whole(path, f"# {words}\n\n{resolved_text(point.loaded.recipe)}")
+    return path
+
+
+def _new(asked: Sweep) -> Sweep:
+    folder = asked.folder
+    if (folder / FILE).is_file():
+        raise RunError(f"{folder}: holds a sweep; go on with --resume, or name another folder with -o DIR")
+    # a killed write leaves its temporary name, .sweep.json.abc
+    if any(each.name != LOCK and not each.name.startswith(f".{FILE}.") for each in folder.iterdir()):
+        raise RunError(f"{folder}: is not empty; name another folder with -o DIR, or remove it")
+    asked.write()
+    return asked
+
+
+def _read(folder: Path) -> Sweep:
+    if not (folder / FILE).is_file():
+        raise RunError(f"{folder}: holds no sweep to go on with; begin it without --resume")
+    try:
+        facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return Sweep(folder, **{**facts, "points": [Entry(**each) for each in facts["points"]]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder / FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another sweep "
+            "with -o DIR"
+        ) from error
+
+
+def _without(tables: Mapping[str, Mapping[str, Any]], keys: set[str]) -> dict[str, Any]:
+    return {
+        table: {key: each for key, each in own.items() if f"{table}.{key}" not in keys} for table, own in tables.items()
+    }
