@@ -71,11 +71,11 @@ def train(
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.errors import GateError, RunError
     from qlora_dpo.files import write_json
-    from qlora_dpo.training import checkpoint, run
+    from qlora_dpo.training import checkpoint, display, run
 
     with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
         click.echo("reading base and data; what is not in the cache is downloaded", err=True)
-        prepared = run.prepare(loaded.recipe)
+        prepared = run.prepare(loaded.recipe, watch=display.reading)
         for side in (prepared.train, prepared.heldout):
             click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
             insist_on_few_bad_rows(side.audit, loaded.recipe.data.max_bad_share)

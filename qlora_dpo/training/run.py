@@ -19,8 +19,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo import __version__
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.encoded import EncodedPair, chosen_only
-from qlora_dpo.data.lazily import Lazily, joined
+from qlora_dpo.data.encoded import EncodedPair, digests, only_chosen
+from qlora_dpo.data.lazily import joined
+from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
@@ -81,8 +82,11 @@ class Outcome:
         return self.prepared.seconds
 
 
-def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Prepared:
-    """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights."""
+def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch, watch: Watch = unwatched) -> Prepared:
+    """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights.
+
+    `watch` is told how far the reading is.
+    """
     seconds: dict[str, float] = {}
     with timed(seconds, "fetch"):
         source = find(recipe.model)
@@ -92,11 +96,10 @@ def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch) -> Pre
         seed = recipe.train.seed
         numbers = column_keys(recipe.objective)
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
-        train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
-        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
+        train = load_pairs(recipe.data, "train", tokenizer, seed, numbers, watch)
+        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups, watch)
         if isinstance(recipe.objective, Sft):  # of held-out pairs both answers are asked, for the accuracy
-            everything = train.encoded
-            train = replace(train, encoded=Lazily(len(everything), lambda index: chosen_only(everything[index])))
+            train = replace(train, encoded=only_chosen(train.encoded))
     return Prepared(source, tokenizer, train, heldout, named, seconds)
 
 
@@ -227,7 +230,7 @@ def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: 
 
 def data_fingerprint(pairs: Sequence[EncodedPair]) -> str:
     """SHA-256 over the token ids of all pairs in their order."""
-    return hashlib.sha256(b"".join(pair.digest for pair in pairs)).hexdigest()
+    return hashlib.sha256(digests(pairs).tobytes()).hexdigest()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
