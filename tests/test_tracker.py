@@ -199,7 +199,7 @@ import pathlib, sys, time
 from qlora_dpo.training.tracker import Tracker
 with Tracker(pathlib.Path(sys.argv[1]), 48) as run:
     with run.phase("reference", 220) as advance:
-        time.sleep(0.1)
+        time.sleep(0.01)
         advance(110)
         time.sleep(0.4)
         advance(110)

@@ -41,6 +41,7 @@ def train(
     """
     import math
     import time
+    from functools import partial
 
     from qlora_dpo import recipe
 
@@ -52,7 +53,7 @@ def train(
     if allow and not resume:
         raise click.UsageError("--allow says what may have changed since a checkpoint; it needs --resume")
     recipe.insist_on_keys(
-        allow, also=("base", "tokenizer", "template", "pairs", "init_from", "reference"), option="--allow"
+        allow, also=("base", "tokenizer", "template", "pairs", "heldout", "init_from", "reference"), option="--allow"
     )
 
     from qlora_dpo.training.extras import insist_on_extras
@@ -71,9 +72,10 @@ def train(
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.errors import GateError, RunError
     from qlora_dpo.files import write_json
-    from qlora_dpo.training import checkpoint, display, run
+    from qlora_dpo.training import checkpoint, display, interrupted, run
 
-    with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
+    say = partial(click.echo, err=True)
+    with adapter.claimed(folder, loaded, resume=resume, say=say), interrupted.told(folder):
         click.echo("reading base and data; what is not in the cache is downloaded", err=True)
         prepared = run.prepare(loaded.recipe, watch=display.reading)
         for side in (prepared.train, prepared.heldout):

@@ -143,6 +143,7 @@ def run(
             "base": prepared.source.fingerprint,
             **tokenizer_fingerprints(prepared.tokenizer),
             "pairs": data_fingerprint(pairs),
+            "heldout": data_fingerprint(heldout),
             **named.fingerprints,
         },
     )
