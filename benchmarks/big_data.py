@@ -134,11 +134,11 @@ def _write(rows: list[dict[str, str]], count: int, draw: random.Random, target: 
 
 def _start(data: Data, names: tuple[str, ...]) -> None:
     """From the command to the first step, once with each name; the first time with an empty cache."""
-    print("| pairs | cache | read, s | step 0 evaluated, s | step 1 logged, s | longest silence, s | peak, MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| pairs | cache | read, s | step 0, s | step 1, s | CPU s by step 1 | longest silence, s | peak, MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in names:
         seconds, silence, peak = _until_the_first_step(data.train(1, "--max-steps", "1"))
-        told = " | ".join(f"{seconds[line]:.1f}" for line in ("read", "step 0", "step 1"))
+        told = " | ".join(f"{seconds[line]:.1f}" for line in ("read", "step 0", "step 1", "CPU"))
         print(f"| {data.pairs:,} | {name} | {told} | {silence:.1f} | {peak / 2**20:,.0f} |", flush=True)
 
 
@@ -154,6 +154,9 @@ def _until_the_first_step(run: "subprocess.Popen[str]") -> tuple[dict[str, float
         for start, name in (("layout:", "read"), ("step 0/", "step 0"), ("step 1/", "step 1")):
             if line.startswith(start):
                 seconds.setdefault(name, now - began)
+        if "step 1" in seconds and "CPU" not in seconds:
+            used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            seconds["CPU"] = sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
     _, status, usage = os.wait4(run.pid, 0)
     run.returncode = os.waitstatus_to_exitcode(status)
     if run.returncode != 0:

@@ -93,6 +93,7 @@ def _write(name: str, columns: Columns, facts: Any, ids: Spool | None) -> None:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
             Path(temporary).rename(_home() / f"{name}.{content.hexdigest()}.safetensors")
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
