@@ -5,7 +5,8 @@
 The rows of `--data` (columns prompt, chosen, rejected) are repeated until there are enough, and in each turn of each
 row one word is another one, so that hardly two turns are the same. `start` runs `qlora-dpo train --max-steps 1` with an
 empty cache and with a full one; `memory` does so with a tenth of the pairs; `killed` runs a recipe of two epochs, whose
-reference is asked about all pairs beforehand, and ends it by SIGKILL at random moments until the pass is through.
+reference is asked about all pairs beforehand, and ends it by SIGKILL at random moments until the pass is through;
+`host` counts what a process does beside the model to lay out rows.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ("start", "memory", "killed")
+PARTS = ("start", "memory", "killed", "host")
 HELD_OUT = 32
 RECIPE = """
 [model]
@@ -59,6 +60,8 @@ def main() -> None:
             _start(tenth, ("cold", "warm"))
         if "killed" in asked.only:
             _killed(whole, asked.seconds, asked.kills)
+        if "host" in asked.only:
+            _host(whole)
 
 
 def _arguments() -> argparse.Namespace:
@@ -200,6 +203,32 @@ def _ends(run: "subprocess.Popen[str]", limit: float) -> str:
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     return f"SIGKILL {limit:.1f} s after loading"
+
+
+def _host(data: Data) -> None:
+    """CPU seconds to take pairs from the cache and lay them out as packed rows, as each step does."""
+    from transformers import AutoTokenizer
+
+    from qlora_dpo.data.encode import load_pairs
+    from qlora_dpo.preference.pack import Packing, collate, micro_batches
+    from qlora_dpo.recipe_data import DataTable
+    from qlora_dpo.recipe_train import TrainTable
+    from qlora_dpo.training.plan import make_plan
+
+    os.environ["QLORA_DPO_CACHE"] = str(data.folder / "cache")
+    table = DataTable(train=str(data.folder / "train.jsonl"), eval="./none.jsonl", max_length=512)
+    pairs = load_pairs(table, "train", AutoTokenizer.from_pretrained(data.model), 42).encoded
+    plan, packing = make_plan(len(pairs), TrainTable()), Packing(2048, 0, "spans")
+    plan.indices(1)
+    began, count, positions = time.process_time(), 0, 0
+    for step in range(1, 201):
+        some = [pairs[index] for index in plan.indices(step)]
+        for group in micro_batches(some, packing):
+            batch = collate([some[place] for place in group], packing)
+            count, positions = count + batch.pairs, positions + batch.input_ids_BL.numel()
+    seconds = time.process_time() - began
+    print("| pairs | positions a pair | CPU ms a pair |\n|---|---|---|")
+    print(f"| {count:,} | {positions / count:.0f} | {1000 * seconds / count:.2f} |", flush=True)
 
 
 def _answers(folder: Path) -> tuple[int, int]:

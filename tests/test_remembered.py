@@ -144,3 +144,20 @@ def test_what_is_told_of_all_pairs_at_once_is_what_each_says() -> None:
         assert lengths(each).tolist() == [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in each]
         longest = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in each]
         assert np.array_equal(sequence_tokens(each), longest)
+
+
+def test_parts_that_were_read_by_themselves_are_not_tokenized_again_as_a_whole(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK", 4)
+    rows = [{"prompt": f"Is {n} odd?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(11)]
+    for number, some in enumerate((rows[:4], rows[4:8], rows[8:])):
+        Path(f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    parts = [read_plain(f"./part-{number}.jsonl") for number in range(3)]
+    monkeypatch.setattr(encode, "encode", lambda *asked: pytest.fail("tokenized again"))
+    whole = read_plain("./part-*.jsonl").encoded
+    assert [pair.digest for pair in whole] == [pair.digest for part in parts for pair in part.encoded]
+
+
+def read_plain(train: str) -> Any:
+    return encode.load_pairs(DataTable(train=train, eval="./q.jsonl"), "train", tiny.tokenizer(), 0)
