@@ -95,6 +95,7 @@ def test_after_a_save_the_journal_starts_anew(tmp_path: Path) -> None:
     assert path.stat().st_size == 0
     store.add(PAIRS[2:3], torch.from_numpy(LOGPS[2:3]))
     assert set(verified(path.read_bytes()).digest_P) == {DIGESTS[2]}
+    assert path.stat().st_size == RECORD.itemsize
     with store:
         pass
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"] * 2
