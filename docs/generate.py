@@ -1,10 +1,11 @@
-"""Writes docs/recipe.md and docs/cli.md from the recipe's fields and the commands' help: `python docs/generate.py`."""
+"""Writes docs/recipe.md, docs/cli.md and the tables of docs/large-scale.md from the code: `python docs/generate.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+import scale_plan
 import tomli_w
 
 from qlora_dpo.cli import commands
@@ -33,7 +34,18 @@ NO_LIMIT = 2**31
 
 def references() -> dict[str, str]:
     """The generated files, by name."""
-    return {"recipe.md": "\n".join(_recipe_lines()), "cli.md": "\n".join(_command_lines())}
+    return {
+        "recipe.md": "\n".join(_recipe_lines()),
+        "cli.md": "\n".join(_command_lines()),
+        "large-scale.md": _with_tables((HERE / "large-scale.md").read_text(encoding="utf-8"), scale_plan.lines()),
+    }
+
+
+def _with_tables(page: str, lines: Iterable[str]) -> str:
+    """The page with `lines` between its two marks."""
+    before, begin, rest = page.partition("<!-- tables: docs/scale_plan.py -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    return before + begin + "\n".join(lines) + "\n" + end + after
 
 
 def _recipe_lines() -> Iterator[str]:

@@ -33,6 +33,7 @@ MERGE = "test_merge.py test_merge_kinds.py test_merge_choice.py"
 WATCH = "test_watch.py"
 BEST = "test_best.py"
 FITTING = "test_fitting.py"
+JOURNAL = "test_journal.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/objective.py": [
@@ -147,6 +148,18 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if hashlib.sha256(content).hexdigest() != file.stem:", "if False:", REFERENCE),
         ("self.unsaved |= new", "pass", REFERENCE),
         ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+    ],
+    "preference/journal.py": [
+        ("_check(body) == content[(n + 1) * size - 8 : (n + 1) * size]", "True", JOURNAL),
+        ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", JOURNAL),
+        ("os.lseek(self._handle, 0, os.SEEK_SET)", "pass", JOURNAL),
+    ],
+    "preference/answers.py": [
+        ("self.digest_P[place_Q] == digest_Q", "place_Q >= 0", JOURNAL),
+        ("kept = np.isnan(newer.find(self.digest_P)[:, 0])", "kept = np.ones(len(self), dtype=bool)", JOURNAL),
+    ],
+    "data/remembered.py": [
+        ('if sha256_of(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
     ],
     "preference/held.py": [
         ("        _point(model, own)", "        pass", KINDS),
@@ -271,6 +284,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("state.num_tokens += batch.tokens", "state.num_tokens += 1", LOOP + " test_trl_oracle.py"),
     ],
     "training/plan.py": [
+        ("if self.total_steps >= self.steps_per_epoch:", "if True:", "test_plan.py"),
         ("math.ceil(self.pairs / self.batch_size)", "self.pairs // self.batch_size", "test_plan.py test_loop.py"),
         ("seed * 1_000_003 + epoch", "seed * 1_000_003", "test_plan.py"),
         ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "test_plan.py"),
@@ -288,6 +302,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (">= MOST_SKIPPED", "> MOST_SKIPPED", LOOP),
     ],
     "training/checkpoint.py": [
+        ('    "heldout": "the held-out pairs",', "", "test_stopped.py"),
+        ("    if key not in PLACES:", "    if True:", "test_stopped.py"),
         ('restore(load_file(folder / "random.safetensors"))', "pass", CHECKPOINT),
         (
             'moments[f"{key}|{name}"] = torch.as_tensor(value)',

@@ -105,7 +105,7 @@ def test_a_signal_ends_the_step_and_saves_a_checkpoint(
     assert str(error.value) == f"stopped after step 3 as asked; {saved} is saved, --resume goes on from there"
     assert error.value.exit_code == 130
     assert verify(saved) == ""
-    assert "finishing the step and saving a checkpoint; once more stops at once\n" in capsys.readouterr().err
+    assert "stopping and saving a checkpoint; once more stops at once\n" in capsys.readouterr().err
     assert signal.getsignal(number) == before
 
 

@@ -31,6 +31,12 @@ def test_a_larger_max_steps_leaves_the_earlier_steps_as_they_are() -> None:
     assert long.order[: len(short.order)] == short.order
 
 
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 7])
+def test_what_a_run_sees_is_each_pair_of_its_steps_once(max_steps: int) -> None:
+    plan = make_plan(10, TrainTable(batch_size=4, num_train_epochs=3, max_steps=max_steps))
+    assert plan.seen.tolist() == sorted(set(plan.order))
+
+
 @pytest.mark.parametrize(("max_steps", "total"), [(None, 9), (5, 5), (100, 9)])
 def test_max_steps_shortens_a_run_and_never_lengthens_it(max_steps: int | None, total: int) -> None:
     assert make_plan(10, TrainTable(batch_size=4, num_train_epochs=3, max_steps=max_steps)).total_steps == total

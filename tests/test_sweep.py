@@ -228,8 +228,8 @@ def test_a_stopped_sweep_goes_on_within_the_run_it_was_in(alone: Path, monkeypat
     told = said(*grid)
     assert (told.code, told.err.splitlines()[-1]) == (
         130,
-        "qlora-dpo: point 2 of 2: stopped after step 1 as asked; stopped/2_beta-0.3/checkpoints/step-000001 is saved, --resume "
-        "goes on from there",
+        "qlora-dpo: point 2 of 2: stopped after step 1 as asked; stopped/2_beta-0.3/checkpoints/step-000001 is saved, "
+        "--resume goes on from there",
     )
     assert (states("stopped"), steps) == (["finished", "running"], [1, 2, 3, 4, 1])
     assert said(*grid, "--resume").code == 0

@@ -154,6 +154,16 @@ def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_pauses_do_not
     assert pace.eta() == 0.0
 
 
+def test_what_was_known_before_says_nothing_of_the_pace() -> None:
+    clock = Clock()
+    pace = Pace(total=1000, clock=clock)
+    pace.gain(900)
+    assert pace.eta() is None
+    clock.now = 5.0
+    pace.gain(20)
+    assert pace.eta() == pytest.approx(5.0 / 20 * 80)
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert display.clock_text(seconds) == text
@@ -189,6 +199,7 @@ import pathlib, sys, time
 from qlora_dpo.training.tracker import Tracker
 with Tracker(pathlib.Path(sys.argv[1]), 48) as run:
     with run.phase("reference", 220) as advance:
+        time.sleep(0.01)
         advance(110)
         time.sleep(0.4)
         advance(110)

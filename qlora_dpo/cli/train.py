@@ -63,7 +63,7 @@ def train(
     if allow and not resume:
         raise click.UsageError("--allow says what may have changed since a checkpoint; it needs --resume")
     recipe.insist_on_keys(
-        allow, also=("base", "tokenizer", "template", "pairs", "init_from", "reference"), option="--allow"
+        allow, also=("base", "tokenizer", "template", "pairs", "heldout", "init_from", "reference"), option="--allow"
     )
 
     from qlora_dpo.training.extras import insist_on_extras
@@ -129,19 +129,23 @@ def run_once(
 
     A run of a sweep takes base and pairs from what is `shared`, and shows nothing there.
     """
+    from functools import partial
+
     from qlora_dpo import adapter
     from qlora_dpo.cli.train_results import answer, asker, record_run, show, write_results
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.files import write_json
     from qlora_dpo.model import processes
-    from qlora_dpo.training import checkpoint, run
+    from qlora_dpo.training import checkpoint, display, interrupted, run
 
-    with adapter.claimed(folder, loaded, resume=resume, say=lambda words: click.echo(words, err=True)):
+    say = partial(click.echo, err=True)
+    with adapter.claimed(folder, loaded, resume=resume, say=say), interrupted.told(folder):
         processes.wait()
         known = shared is not None and shared.prepared is not None
         if not known:
             click.echo("reading base and data; what is not in the cache is downloaded", err=True)
-        prepared = shared.prepare(loaded.recipe) if shared else run.prepare(loaded.recipe)
+        prepare = shared.prepare if shared else run.prepare
+        prepared = prepare(loaded.recipe, watch=display.reading)
         for side in (prepared.train, prepared.heldout):
             if not known:
                 click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)

@@ -4,13 +4,15 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from qlora_dpo.data import remembered
 from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format
 from qlora_dpo.data.chat_template import (
@@ -26,13 +28,14 @@ from qlora_dpo.data.chat_template import (
 )
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, Ids, digest
-from qlora_dpo.data.encoded_cache import keep, key_of, look_up
+from qlora_dpo.data.encoded_cache import FORMAT, keep, key_of, look_up, tokenizer_text
 from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.data.limits import TooMuch, few_collections
 from qlora_dpo.data.mixture import Mixture, find_all
 from qlora_dpo.data.overlong import cut_prompt
 from qlora_dpo.data.pairs import Flags, Found, Numbers, Pair
 from qlora_dpo.data.sources import Part, Rows
+from qlora_dpo.data.watched import Watch, unwatched, watched
 from qlora_dpo.errors import DataError, ModelError, SourceError
 from qlora_dpo.recipe_data import DataTable
 
@@ -57,9 +60,10 @@ def load_pairs(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     keep: Mapping[str, str] = MappingProxyType({}),
+    watch: Watch = unwatched,
 ) -> PairSet:
     """Read, check, draw and encode the pairs of `part`; `keep` names columns that stay with each pair as text,
-    and the keys of the recipe that ask for them.
+    and the keys of the recipe that ask for them; `watch` is told how far it is.
 
     With `max_train_samples` or `max_eval_samples`, every row gets a random number from `random.Random(seed)`, in
     the order of the rows; rows are then taken from the smallest number on until that many usable pairs are found, so
@@ -67,14 +71,20 @@ def load_pairs(
     SourceError, DataError or ModelError, each one sentence.
     """
     form = chat_format(tokenizer)
-    mixture = find_all(table, part, keep)
+    mixture = find_all(table, part, keep, watch)
     rows, (found, mine_P, apart) = mixture.rows, _own(mixture.found, part)
     mixture = replace(mixture, source_P=mixture.source_P[mine_P])
     wanted = table.max_train_samples if part == "train" else table.max_eval_samples
     in_order = wanted is None and not mixture.is_drawn
     order = np.arange(len(found.pairs)) if in_order else _drawn(found.row_P, len(rows.rows), seed)
-    used, looked_at, dropped = _looked_at(mixture, found, order, wanted, tokenizer, form, table)
+    name = _name(mixture.rows, (table, part, seed, keep), tokenizer, form)
+    known = remembered.recall(name)
+    used, looked_at, dropped = _recalled(known) or _looked_at(
+        mixture, found, order, wanted, tokenizer, form, table, watch
+    )
     forget_turns()
+    if known is None:
+        _kept_for_later(name, used, looked_at, dropped)
     if table.overlong == "error" and OVERLONG in dropped:
         raise DataError(_too_long(rows, dropped[OVERLONG], table.max_length))
     places = np.array(used.places, dtype=np.int64)
@@ -108,6 +118,44 @@ def load_pairs(
     return PairSet(used.encoded.pairs().only(by_row), used.texts(found.pairs).only(by_row), audit)
 
 
+Looked = tuple["_Used", Numbers, dict[str, list[int]]]
+Asked = tuple[DataTable, Part, int, Mapping[str, str]]
+"""Table, part, seed and kept columns."""
+
+
+def _name(
+    rows: Rows, asked: tuple[DataTable, Part, int, Mapping[str, str]], tokenizer: Any, form: ChatFormat
+) -> str | None:
+    """The name under which what became of these rows is kept; None if they are few, or not to be told apart."""
+    text = tokenizer_text(tokenizer)
+    if not rows.fingerprint or len(rows.rows) < remembered.MANY or text is None:
+        return None
+    table, part, seed, keep = asked
+    # where the rows came from is in their fingerprint
+    keys = table.model_dump(mode="json", exclude={"train", "eval", "max_bad_share"}) | {"share": table.held_out_share}
+    return remembered.name_of(FORMAT, rows.fingerprint, text, repr(form), keys, part, seed, sorted(keep))
+
+
+def _recalled(known: remembered.Kept | None) -> Looked | None:
+    """What `_looked_at` has returned in an earlier run."""
+    if known is None:
+        return None
+    used = _Used()
+    used.encoded = EncodedPairs.kept(known)
+    used.places = array("q", known.columns["place"].tobytes())
+    used.cut = {int(place): replace(Pair(**pair), prompt=tuple(pair["prompt"])) for place, pair in known.facts["cut"]}
+    used.repaired = known.facts["repaired"]
+    return used, known.columns["looked_at"], known.facts["dropped"]
+
+
+def _kept_for_later(name: str | None, used: "_Used", looked_at: Numbers, dropped: dict[str, list[int]]) -> None:
+    if name is None:
+        return
+    columns = {**used.encoded.columns(), "place": np.array(used.places, dtype=np.int64), "looked_at": looked_at}
+    cut = [(place, asdict(pair)) for place, pair in used.cut.items()]
+    remembered.keep(name, columns, {"cut": cut, "repaired": used.repaired, "dropped": dropped}, used.encoded.ids)
+
+
 def _looked_at(
     mixture: Mixture,
     found: Found,
@@ -116,7 +164,8 @@ def _looked_at(
     tokenizer: PreTrainedTokenizerBase,
     form: ChatFormat,
     table: DataTable,
-) -> tuple["_Used", Numbers, dict[str, list[int]]]:
+    watch: Watch,
+) -> Looked:
     """Take usable pairs in `order` until there are enough: of each source, and in all.
 
     Returns the pairs, the places of all that were looked at, and the rows that gave none by reason.
@@ -125,7 +174,8 @@ def _looked_at(
     dropped = {reason: list(numbers) for reason, numbers in found.dropped.items()}
     left = mixture.limits(wanted)
     asked = _enough_left(order, mixture.source_P, left) if mixture.is_drawn else order.tolist()
-    for place, pair, result in _results(found.pairs, asked, tokenizer, form, table):
+    results = _results(found.pairs, asked, tokenizer, form, table)
+    for place, pair, result in watched(results, "tokenize", len(order), watch):
         source = mixture.source_P[place]
         if left[source] <= 0:
             continue

@@ -1,13 +1,16 @@
 """The token ids of a pair: what the model reads and what of it is scored."""
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlora_dpo.data.lazily import Lazily
+from qlora_dpo.data.remembered import Kept
 from qlora_dpo.data.spool import Spool
 
 Ids = tuple[int, ...]
@@ -36,6 +39,38 @@ def chosen_only(pair: EncodedPair) -> EncodedPair:
     return replace(pair, rejected=())
 
 
+def only_chosen(pairs: Sequence[EncodedPair]) -> Lazily[EncodedPair]:
+    """The pairs without their rejected answers."""
+    columns = {"digest": lambda: digests(pairs), "lengths": lambda: lengths(pairs) * np.array([1, 1, 0], np.int32)}
+    return Lazily(len(pairs), lambda index: chosen_only(pairs[index]), columns)
+
+
+def digests(pairs: Sequence[EncodedPair]) -> NDArray[np.bytes_]:
+    """The digest of each pair (P), 32 bytes each; pairs that are on disk stay there."""
+    known = _column(pairs, "digest")
+    return np.array([pair.digest for pair in pairs], dtype="S32") if known is None else known
+
+
+def lengths(pairs: Sequence[EncodedPair]) -> NDArray[np.int32]:
+    """Tokens of prompt, chosen and rejected of each pair (P, 3); pairs that are on disk stay there."""
+    known = _column(pairs, "lengths")
+    if known is not None:
+        return known
+    counts = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return np.array(counts, dtype=np.int32).reshape(-1, 3)
+
+
+def sequence_tokens(pairs: Sequence[EncodedPair]) -> NDArray[np.int32]:
+    """Tokens of the prompt with the longer of the two answers, of each pair (P)."""
+    lengths_P3 = lengths(pairs)
+    longest_P: NDArray[np.int32] = lengths_P3[:, 0] + lengths_P3[:, 1:].max(axis=1)
+    return longest_P
+
+
+def _column(pairs: Sequence[EncodedPair], name: str) -> NDArray[Any] | None:
+    return pairs.columns[name]() if isinstance(pairs, Lazily) and name in pairs.columns else None
+
+
 def digest(*lists: Ids) -> bytes:
     """SHA-256 of token id lists, each as its length and its ids in 32 bits, little-endian."""
     numbers = array("I")
@@ -54,6 +89,27 @@ class EncodedPairs:
         self._ids, self._digests = Spool(), bytearray()
         self._starts, self._rows = array("q"), array("q")
         self._lengths = array("i")
+
+    @classmethod
+    def kept(cls, known: Kept) -> "EncodedPairs":
+        """The pairs of an earlier run; their ids stay in the file."""
+        own, columns = cls(), known.columns
+        own._ids, own._digests = known.ids, bytearray(columns["digest"].tobytes())
+        own._rows = array("q", columns["row"].tobytes())
+        own._lengths = array("i", columns["lengths"].tobytes())
+        ends_P = known.first + 4 * np.cumsum(columns["lengths"].sum(axis=1, dtype=np.int64))
+        own._starts = array("q", np.concatenate([[known.first], ends_P[:-1]]).astype(np.int64).tobytes())
+        return own
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """What `kept` needs beside the ids."""
+        digest_P32 = np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 32)
+        return {"row": self.rows(), "lengths": self.lengths(), "digest": digest_P32}
+
+    @property
+    def ids(self) -> Spool:
+        """All token ids, pair after pair, in 32 bits each."""
+        return self._ids
 
     def add(self, pair: EncodedPair) -> None:
         """Take in a pair."""
@@ -74,9 +130,13 @@ class EncodedPairs:
         """Tokens of prompt, chosen and rejected of each pair (P, 3)."""
         return np.array(self._lengths, dtype=np.int32).reshape(-1, 3)
 
+    def digests(self) -> NDArray[np.bytes_]:
+        """The digest of each pair (P), 32 bytes each."""
+        return np.frombuffer(bytes(self._digests), dtype="S32")
+
     def pairs(self) -> Lazily[EncodedPair]:
         """The pairs in the order in which they were added."""
-        return Lazily(len(self), self._pair)
+        return Lazily(len(self), self._pair, {"digest": self.digests, "lengths": self.lengths})
 
     def _pair(self, index: int) -> EncodedPair:
         start, lengths = self._starts[index], self._lengths[3 * index : 3 * index + 3]

@@ -26,7 +26,7 @@ Result = EncodedPair | str
 
 
 @lru_cache(maxsize=4)
-def _tokenizer_text(tokenizer: Any) -> str | None:
+def tokenizer_text(tokenizer: Any) -> str | None:
     """All that decides how this tokenizer renders and tokenizes a chat; None if it cannot be told, or changes daily."""
     backend, template = getattr(tokenizer, "backend_tokenizer", None), tokenizer.chat_template
     if backend is None or not isinstance(template, str) or "strftime_now" in template:
@@ -36,10 +36,10 @@ def _tokenizer_text(tokenizer: Any) -> str | None:
 
 def key_of(pairs: Sequence[Pair], tokenizer: Any, form: ChatFormat) -> str | None:
     """The name under which these pairs are kept; None if they are not to be."""
-    tokenizer_text = _tokenizer_text(tokenizer)
-    if tokenizer_text is None:
+    told = tokenizer_text(tokenizer)
+    if told is None:
         return None
-    name = hashlib.sha256(tokenizer_text.encode())
+    name = hashlib.sha256(told.encode())
     name.update(repr(form).encode())
     for pair in pairs:
         texts = [

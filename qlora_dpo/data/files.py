@@ -8,7 +8,7 @@ import json
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.data.spool import IN_MEMORY, Spool
 from qlora_dpo.errors import DataError, RecipeError, SourceError
+from qlora_dpo.files import sha256_of
 from qlora_dpo.recipe_tables import DATA_ENDINGS
 
 Row = dict[str, Any]
@@ -37,6 +38,8 @@ class FileRows:
     name: str
     rows: Sequence[Row]
     lines: Sequence[int] | None
+    fingerprint: str = ""
+    """SHA-256 of the file; empty if it is not known."""
 
     def place(self, row: int) -> str:
         """Where row `row`, counted from 1, stands: `pairs.jsonl:17`, or `pairs.parquet, row 17` without lines."""
@@ -70,7 +73,7 @@ def read_file(path: Path) -> FileRows:
     read = FileRows(name, _parquet(name, content.file), None) if kind == ".parquet" else _text(name, kind, content)
     if not read.rows:
         raise DataError(f"{name}: holds no rows; a preference set has one pair per row")
-    return read
+    return replace(read, fingerprint=sha256_of(path))
 
 
 def _text(name: str, kind: str, content: Spool) -> FileRows:

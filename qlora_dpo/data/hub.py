@@ -35,8 +35,8 @@ ASK_SECONDS = 10.0
 
 def read_hub(
     name: str, split: str, revision: str | None, config: str | None = None, data_dir: str | None = None
-) -> Lazily[Row]:
-    """Return every row of one split of a hub data set; `split` may be a slice (`train[:5000]`).
+) -> tuple[Lazily[Row], str]:
+    """Return every row of one split of a hub data set, and its commit; `split` may be a slice (`train[:5000]`).
 
     The hub is asked once, without retries, which commit `revision` is. If that commit is in the cache, or the hub
     does not answer and the cache knows the commit, nothing is downloaded; a full commit hash is not even asked for.
@@ -59,7 +59,7 @@ def read_hub(
                 kept = Path(table.cache_files[0]["filename"]).parent
                 with suppress(SourceError):  # a note that cannot be written costs the next run a question to the hub
                     write_whole(_note(name, commit, config, data_dir), str(kept))
-        return arrow_rows(table.data.table)
+        return arrow_rows(table.data.table), commit
 
 
 def _ask(name: str, revision: str | None, config: str | None, data_dir: str | None) -> str:

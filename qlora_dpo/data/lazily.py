@@ -1,17 +1,26 @@
 """A sequence whose items are made when they are asked for, so that a large data set stays on disk."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 T = TypeVar("T")
+Columns = Mapping[str, Callable[[], NDArray[Any]]]
+"""What is known of all items without making one: by name, a function that returns an array with a row for each."""
 
 
 class Lazily(Sequence[T]):
-    """`count` items, of which `make(index)` makes one anew each time; equal to a sequence of equal items."""
+    """`count` items, of which `make(index)` makes one anew each time; equal to a sequence of equal items.
 
-    def __init__(self, count: int, make: Callable[[int], T]) -> None:
-        self._count, self._make = count, make
+    `columns` tell something of every item at once.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], T], columns: Columns = MappingProxyType({})) -> None:
+        self._count, self._make, self.columns = count, make, columns
 
     def __len__(self) -> int:
         return self._count
@@ -29,7 +38,9 @@ class Lazily(Sequence[T]):
 
     def only(self, places: Sequence[int] | Any) -> "Lazily[T]":
         """The items at `places`, in that order; they too are made when they are asked for."""
-        return Lazily(len(places), lambda index: self._make(int(places[index])))
+        chosen = np.asarray(places, dtype=np.int64)
+        columns = {name: _chosen(column, chosen) for name, column in self.columns.items()}
+        return Lazily(len(chosen), lambda index: self._make(int(chosen[index])), columns)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -37,6 +48,13 @@ class Lazily(Sequence[T]):
         return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]  # its items may be of any kind
+
+
+def picked(items: Sequence[T], places: Sequence[int] | Any) -> Lazily[T]:
+    """The `items` at `places`, in that order."""
+    if isinstance(items, Lazily):
+        return items.only(places)
+    return Lazily(len(places), lambda index: items[int(places[index])])
 
 
 def joined(parts: Sequence[Sequence[T]]) -> Lazily[T]:
@@ -49,4 +67,14 @@ def joined(parts: Sequence[Sequence[T]]) -> Lazily[T]:
         number = bisect_right(ends, index)
         return parts[number][index - (ends[number - 1] if number else 0)]
 
-    return Lazily(ends[-1] if ends else 0, make)
+    known = [part.columns if isinstance(part, Lazily) else {} for part in parts]
+    names = set.intersection(*(set(columns) for columns in known)) if known else set[str]()
+    return Lazily(ends[-1] if ends else 0, make, {name: _together(known, name) for name in names})
+
+
+def _chosen(column: Callable[[], NDArray[Any]], places: NDArray[np.int64]) -> Callable[[], NDArray[Any]]:
+    return lambda: column()[places]
+
+
+def _together(parts: Sequence[Columns], name: str) -> Callable[[], NDArray[Any]]:
+    return lambda: np.concatenate([columns[name]() for columns in parts])

@@ -9,6 +9,7 @@ from qlora_dpo.data.lazily import Lazily, joined
 from qlora_dpo.data.pairs import Flags, Found, Numbers, Pair, Reading, find_pairs
 from qlora_dpo.data.shapes import Shape
 from qlora_dpo.data.sources import Part, Rows, read_parts, together
+from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe_data import DataTable, MixTable
 
@@ -57,13 +58,13 @@ class Mixture:
         return kept
 
 
-def find_all(table: DataTable, part: Part, keep: Mapping[str, str]) -> Mixture:
+def find_all(table: DataTable, part: Part, keep: Mapping[str, str], watch: Watch = unwatched) -> Mixture:
     """Read the rows of all sources of `part` and find their pairs; raises as `read_rows` and `find_pairs` do."""
     parts = read_parts(table, part)
     tables = _tables(table, part)
     each_pair = table.ranked_pairs == "all"
     founds = [
-        find_pairs(rows, keep, Reading(own.format, own.columns, each_pair), table.held_out_share)
+        find_pairs(rows, keep, Reading(own.format, own.columns, each_pair), table.held_out_share, watch)
         for rows, own in zip(parts, tables, strict=True)
     ]
     _insist_on_one_kind(parts, founds)

@@ -10,16 +10,20 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_dpo.data import remembered
 from qlora_dpo.data.dialogue import Message, Unusable, check_roles
 from qlora_dpo.data.files import Row
 from qlora_dpo.data.lazily import Lazily
 from qlora_dpo.data.shapes import NAMES, Shape, named, recognise, renamed, tools_of, turns_of
 from qlora_dpo.data.sources import Rows
+from qlora_dpo.data.watched import Watch, unwatched, watched
 from qlora_dpo.errors import RecipeError
 
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
+FORMAT = 1
+"""Goes up when the same row would be another pair, so that no reading of an older version is used."""
 MOST_CHARACTERS = 1_000_000
 """Characters of a row's prompt and answers; more is no conversation, and would be tokenized for seconds."""
 
@@ -76,6 +80,7 @@ def find_pairs(
     keep: Mapping[str, str] = MappingProxyType({}),
     reading: Reading | None = None,
     share: float | None = None,
+    watch: Watch = unwatched,
 ) -> Found:
     """Read every row as pairs of the one shape that the source has; `share` of the prompts are marked as held out.
 
@@ -88,10 +93,67 @@ def find_pairs(
     if reading.columns:
         read, columns = rows.rows, reading.columns
         rows = replace(rows, rows=Lazily(len(read), lambda index: renamed(read[index], columns)))
+    large = rows.fingerprint and len(rows.rows) >= remembered.MANY
+    name = remembered.name_of(FORMAT, rows.fingerprint, vars(reading), share, sorted(keep)) if large else None
+    scan = _recalled(name)
+    if scan is None:
+        scan = _scanned(rows, keep, reading, share, watch)
+        _kept_for_later(name, scan)
+    shape, row_P, which_P = scan.shape, scan.row_P, scan.which_P
+
+    def make(index: int) -> Pair:
+        number, which = row_P[index], which_P[index]
+        row = rows.rows[number - 1]
+        prompt, chosen, rejected = turns_of(shape, row, reading.every_pair)[which]
+        extra = {column: _kept(row, column, key, rows) for column, key in keep.items()}
+        label = row["label"] if shape is Shape.UNPAIRED else None
+        return Pair(prompt, chosen, rejected, number, extra, label, tools_of(row))
+
+    held = np.array(scan.held_P, dtype=bool) if share is not None else None
+    found = Found(shape, Lazily(len(row_P), make), scan.dropped, np.array(row_P), held)
+    return _compared(found, scan.answers) if shape is Shape.UNPAIRED else found
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What looking at every row has found: of each pair its row and which of the row's pairs it is, and so on."""
+
+    shape: Shape
+    row_P: "array[int]"
+    which_P: "array[int]"
+    held_P: "array[int]"
+    answers: list[bytes]
+    """A digest of each unpaired answer."""
+    dropped: dict[str, list[int]]
+
+
+def _recalled(name: str | None) -> _Scan | None:
+    """What an earlier run has found in these rows, if it is kept."""
+    known = remembered.recall(name)
+    if known is None:
+        return None
+    row_P, which_P = (array("q", known.columns[each].tobytes()) for each in ("row", "which"))
+    answers = [bytes(each) for each in known.columns["answer"].reshape(-1, 16)]
+    held_P = array("b", known.columns["held"].tobytes())
+    return _Scan(Shape(known.facts["shape"]), row_P, which_P, held_P, answers, known.facts["dropped"])
+
+
+def _kept_for_later(name: str | None, scan: _Scan) -> None:
+    columns: remembered.Columns = {
+        "row": np.array(scan.row_P, dtype=np.int64),
+        "which": np.array(scan.which_P, dtype=np.int64),
+        "held": np.array(scan.held_P, dtype=np.uint8),
+        "answer": np.frombuffer(b"".join(scan.answers), dtype=np.uint8),
+    }
+    remembered.keep(name, columns, {"shape": scan.shape.value, "dropped": scan.dropped})
+
+
+def _scanned(rows: Rows, keep: Mapping[str, str], reading: Reading, share: float | None, watch: Watch) -> _Scan:
+    """Look at every row; raises as `find_pairs` does."""
     shape = recognise(rows) if reading.format == "auto" else NAMES[reading.format]
     dropped = dict[str, list[int]]()
     row_P, which_P, held_P, answers = array("q"), array("q"), array("b"), list[bytes]()
-    for number, row in enumerate(rows.rows, 1):
+    for number, row in enumerate(watched(rows.rows, "read", len(rows.rows), watch), 1):
         try:
             some = turns_of(shape, row, reading.every_pair)
             tools_of(row)
@@ -109,18 +171,7 @@ def find_pairs(
                 held_P.append(in_share(prompt, share))
             if shape is Shape.UNPAIRED:
                 answers.append(sha256(chosen.encode()).digest()[:16])
-
-    def make(index: int) -> Pair:
-        number, which = row_P[index], which_P[index]
-        row = rows.rows[number - 1]
-        prompt, chosen, rejected = turns_of(shape, row, reading.every_pair)[which]
-        extra = {column: _kept(row, column, key, rows) for column, key in keep.items()}
-        label = row["label"] if shape is Shape.UNPAIRED else None
-        return Pair(prompt, chosen, rejected, number, extra, label, tools_of(row))
-
-    held = np.array(held_P, dtype=bool) if share is not None else None
-    found = Found(shape, Lazily(len(row_P), make), dropped, np.array(row_P), held)
-    return _compared(found, answers) if shape is Shape.UNPAIRED else found
+    return _Scan(shape, row_P, which_P, held_P, answers, dropped)
 
 
 def in_share(prompt: tuple[Message, ...], share: float) -> bool:

@@ -1,5 +1,6 @@
 """Finds the rows a recipe names: local files, the files of a folder that serve a split, hub data sets, mixtures."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class Rows:
     rows: Sequence[Row]
     place: Callable[[int], str]
     """Where row number N stands, as messages name it: `pairs.jsonl:17`, or `OWNER/NAME, split train, row 17`."""
+    fingerprint: str = ""
+    """What tells these rows from all others: their files' SHA-256, or the commit on a hub; empty if not known."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def together(parts: Sequence[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
     name = " + ".join(each.name for each in parts)
-    return Rows(name, lazily.joined([each.rows for each in parts]), _place(parts))
+    told = "" if any(not each.fingerprint for each in parts) else json.dumps([each.fingerprint for each in parts])
+    return Rows(name, lazily.joined([each.rows for each in parts]), _place(parts), told)
 
 
 def _read(source: Source) -> Rows:
@@ -91,14 +95,16 @@ def _read(source: Source) -> Rows:
         from qlora_dpo.data.hub import read_hub  # `datasets` takes 2 s to import, which local files need not wait for
 
         title = f"{name}, split {split}"
-        rows = read_hub(name, split, source.revision, source.config, source.data_dir)
+        rows, commit = read_hub(name, split, source.revision, source.config, source.data_dir)
         if not rows:
             raise DataError(f"{title}: holds no rows; a preference set has one pair per row")
-        return Rows(title, rows, lambda row: f"{title}, row {row}")
+        told = json.dumps([name, commit, source.config, source.data_dir, split])
+        return Rows(title, rows, lambda row: f"{title}, row {row}", told)
     read = [read_file(each) for each in _files(source)]
     shown_name = shown(Path(name).expanduser())
     title = read[0].name if len(read) == 1 else shown_name if is_pattern(name) else f"{shown_name}, split {split}"
-    return Rows(title, lazily.joined([each.rows for each in read]), _place(read))
+    told = "" if any(not each.fingerprint for each in read) else json.dumps([each.fingerprint for each in read])
+    return Rows(title, lazily.joined([each.rows for each in read]), _place(read), told)
 
 
 def check(table: DataTable, part: Part) -> None:

@@ -1,19 +1,19 @@
 """Decides how pairs are laid out for a model, packed rows or padded batches, and proves it on a few of them."""
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair, sequence_tokens
 from qlora_dpo.model import attention, budget
 from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import hidden_states, language_model, score
-from qlora_dpo.preference.pack import Packing, collate, longest
+from qlora_dpo.preference.pack import Packing, collate
 
 PROVED_ON = 8
 
@@ -26,9 +26,9 @@ def choose_packing(
     The shortest pairs are tried with each backend, the device's own first.
     """
     padded = Packing(token_budget, pad_token_id, backend=None)
-    if reason := attention.why_not(language_model(model), max(longest(pair) for pair in pairs)):
+    if reason := attention.why_not(language_model(model), int(sequence_tokens(pairs).max())):
         return padded, f"padded batches, since {reason}"
-    few = heapq.nsmallest(PROVED_ON, pairs, key=longest)
+    few = _shortest(pairs)
     expected_P2 = _logps(model, few, padded, device)
     before = attention.use(language_model(model))
     failed = ""
@@ -51,7 +51,7 @@ def choose_packing(
 
 def measured(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Kept:
     """What a token keeps for the backward pass, measured on a few short pairs."""
-    batch = collate(heapq.nsmallest(PROVED_ON, pairs, key=longest), packing).to(device.torch_device)
+    batch = collate(_shortest(pairs), packing).to(device.torch_device)
     training = model.training
     try:
         return budget.kept(
@@ -71,7 +71,7 @@ def checkpoint_as_needed(
 ) -> str:
     """Recompute the activations of all layers, of none, or of as few as `free` bytes ask for; says what was decided."""
     layers = len(budget.checkpointable(model))
-    tokens = max(row, *map(longest, pairs))
+    tokens = max(row, int(sequence_tokens(pairs).max()))
     need = per_token.bytes(tokens, layers, 0)
     match asked:
         case "auto":
@@ -95,6 +95,11 @@ def reference_packing(packing: Packing, per_token: Kept, free: int, device: Devi
     # without gradients one layer's activations exist at a time
     fitting = int(free * budget.USABLE / per_token.layer)
     return replace(packing, token_budget=max(packing.token_budget, min(8 * packing.token_budget, fitting)))
+
+
+def _shortest(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
+    places = np.argsort(sequence_tokens(pairs), kind="stable")[:PROVED_ON]
+    return [pairs[place] for place in places.tolist()]
 
 
 @torch.no_grad()

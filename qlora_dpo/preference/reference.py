@@ -7,31 +7,38 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.errors import ModelError
+from qlora_dpo.data.encoded import EncodedPair, digests
+from qlora_dpo.errors import ModelError, SourceError
 from qlora_dpo.files import cache_home, write_whole
 from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference import shares
+from qlora_dpo.preference.answers import NONE, Answers, Digests, answers
 from qlora_dpo.preference.counted import Counted
 from qlora_dpo.preference.held import OFF, Held, as_reference
+from qlora_dpo.preference.journal import Journal, left_behind
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import dpo
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
 from qlora_dpo.recipe_model import ModelTable
 
 SECONDS_BETWEEN_SAVES = 60.0
+GROUPED_TOGETHER = 4096
+"""Pairs that are sorted into rows together: as Python numbers those of HH take 40 MB."""
 
 
 def store_folder(
@@ -63,14 +70,15 @@ def store_folder(
 
 
 class Store:
-    """The log-probabilities in one folder, for as long as a run lasts; what it adds is written about once a minute,
-    and when it leaves a `with`.
+    """The log-probabilities in one folder, for as long as a run lasts. What it adds outlives a kill at once; about once
+    a minute, and when it leaves a `with`, it is written as a file with a checksum of its own.
 
     `computed` counts the pairs that were added.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.known = folder, read_store(folder)
+        _adopt(folder)
+        self.folder, self.known, self.journal = folder, read_store(folder), Journal(folder)
         self.unsaved: dict[bytes, tuple[float, float]] = {}
         self.computed, self.saved_at = 0, time.monotonic()
 
@@ -79,37 +87,51 @@ class Store:
 
     def __exit__(self, *error: object) -> None:
         self.save()
+        self.journal.close()
 
     def look_up(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """Log-probabilities (P, 2) of `pairs`, NaN where they are not known, in float32 on the CPU."""
-        unknown = (math.nan, math.nan)
-        return torch.tensor([self.known.get(pair.digest, unknown) for pair in pairs]).reshape(-1, 2)
+        self.save()
+        return torch.from_numpy(self.known.find(digests(pairs)))
+
+    def missing(self, pairs: Sequence[EncodedPair], among: NDArray[np.int64]) -> list[int]:
+        """Those of some pairs, given as indices, that are not known."""
+        self.save()
+        unknown = np.isnan(self.known.find(digests(pairs)[among])[:, 0])
+        indices: list[int] = among[unknown].tolist()
+        return indices
 
     def add(self, pairs: Sequence[EncodedPair], logps_P2: Tensor) -> None:
         """Keep the log-probabilities (P, 2) of `pairs`, and write them if the last time was a minute ago."""
+        self.journal.add(digests(pairs), logps_P2.numpy(force=True))
         new = dict(zip((pair.digest for pair in pairs), map(tuple, logps_P2.tolist()), strict=True))
-        self.known |= new
         self.unsaved |= new
         self.computed += len(new)
         if time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES:
             self.save()
 
-    def learn_from_others(self, pairs: Sequence[EncodedPair]) -> None:
-        """Give the log-probabilities of `pairs` to the other processes, and take theirs, which they keep themselves."""
+    def learn_from_others(self, digest_P: Digests) -> None:
+        """Give what is known of some pairs to the other processes, and take theirs, which they keep themselves."""
         if processes.count() == 1:
             return
-        digests = torch.tensor([list(pair.digest) for pair in pairs], dtype=torch.uint8).reshape(-1, 32)
-        found = processes.of_all({"digest": digests, "logp": self.look_up(pairs)})
-        self.known |= dict(zip(map(bytes, found["digest"].tolist()), map(tuple, found["logp"].tolist()), strict=True))
+        self.save()
+        bytes_P32 = torch.from_numpy(np.frombuffer(digest_P.tobytes(), dtype=np.uint8).reshape(-1, 32).copy())
+        found = processes.of_all({"digest": bytes_P32, "logp": torch.from_numpy(self.known.find(digest_P))})
+        theirs = np.frombuffer(found["digest"].numpy().tobytes(), dtype="S32")
+        self.known = self.known.beside(answers(theirs, found["logp"].numpy()))
 
     def computed_by_all(self) -> int:
         """How many pairs all processes have added."""
         return int(processes.total([self.computed])[0])
 
     def save(self) -> None:
-        """Write what was added since the last time."""
-        add_to_store(self.folder, self.unsaved)
-        self.unsaved, self.saved_at = {}, time.monotonic()
+        """Write what was added since the last time as a file, and know it."""
+        if self.unsaved:
+            new = answers(list(self.unsaved), list(self.unsaved.values()))
+            add_to_store(self.folder, new)
+            self.known, self.unsaved = self.known.beside(new), {}
+            self.journal.clear()
+        self.saved_at = time.monotonic()
 
 
 def reference_logps(
@@ -127,18 +149,24 @@ def reference_logps(
     told how many pairs are known, and then how many each batch finished. Of several processes each computes its own
     part, and learns the others'.
     """
-    distinct = list({pair.digest: pair for pair in pairs}.values())
-    own = [distinct[index] for index in shares.own(distinct)]
-    missing = [pair for pair in own if pair.digest not in store.known]
+    own = shares.own_of_many(pairs)
+    missing = store.missing(pairs, own)
     advance(len(pairs) - len(missing) * processes.count())
     with store:
-        for group in micro_batches(missing, packing):
-            some = [missing[index] for index in group]
+        for group in _groups(pairs, missing, packing):
+            some = [pairs[index] for index in group]
             with as_reference(model, held):
                 store.add(some, live_logps(model, some, packing, device))
             advance(len(some) * processes.count())
-    store.learn_from_others(own)
+    store.learn_from_others(digests(pairs)[own])
     return store.look_up(pairs)
+
+
+def _groups(pairs: Sequence[EncodedPair], indices: Sequence[int], packing: Packing) -> Iterator[list[int]]:
+    """Some of the pairs in micro-batches, as indices; a few thousand pairs are in memory at a time."""
+    for start in range(0, len(indices), GROUPED_TOGETHER):
+        block = indices[start : start + GROUPED_TOGETHER]
+        yield from ([block[place] for place in group] for group in micro_batches([pairs[i] for i in block], packing))
 
 
 def ride_along(model: nn.Module, batch: MicroBatch, device: Device, held: Held = OFF) -> Tensor:
@@ -172,9 +200,9 @@ def live_logps(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing,
     return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
 
 
-def read_store(folder: Path) -> dict[bytes, tuple[float, float]]:
+def read_store(folder: Path) -> Answers:
     """All entries in `folder`. A file whose content is not what its name's SHA-256 says is left out, never used."""
-    entries: dict[bytes, tuple[float, float]] = {}
+    parts = []
     for file in sorted(folder.glob("*.safetensors")):
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != file.stem:
@@ -183,18 +211,26 @@ def read_store(folder: Path) -> dict[bytes, tuple[float, float]]:
             tensors = load(content)
         except SafetensorError:
             continue
-        digests = [bytes(row) for row in tensors["digest"].tolist()]
-        entries |= zip(digests, map(tuple, tensors["logp"].tolist()), strict=True)
-    return entries
+        parts.append(answers(tensors["digest"].numpy().view("S32").ravel(), tensors["logp"].numpy()))
+    whole = [each for each in parts if len(each)] or [NONE]
+    return answers(np.concatenate([each.digest_P for each in whole]), np.concatenate([each.logp_P2 for each in whole]))
 
 
-def add_to_store(folder: Path, entries: dict[bytes, tuple[float, float]]) -> None:
+def add_to_store(folder: Path, entries: Answers) -> None:
     """Write `entries` as one new file, named by the SHA-256 of its content; nothing is written for no entries."""
-    if not entries:
+    if not len(entries):
         return
-    digests = torch.tensor([list(digest) for digest in entries], dtype=torch.uint8)
-    content = save({"digest": digests, "logp": torch.tensor(list(entries.values()), dtype=torch.float32)})
+    digest_P32 = np.frombuffer(entries.digest_P.tobytes(), dtype=np.uint8).reshape(-1, 32)
+    content = save({"digest": torch.from_numpy(digest_P32.copy()), "logp": torch.from_numpy(entries.logp_P2)})
     write_whole(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
+
+
+def _adopt(folder: Path) -> None:
+    """Write what killed runs have left in their journals as files of their own."""
+    with left_behind(folder) as journals, suppress(SourceError):  # without room they are left for the next run
+        for path, entries in journals.items():
+            add_to_store(folder, entries)
+            path.unlink(missing_ok=True)
 
 
 def probe(model: nn.Module, pair: EncodedPair, device: Device) -> Tensor:

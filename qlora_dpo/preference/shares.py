@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from qlora_dpo.data.encoded import EncodedPair
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_dpo.data.encoded import EncodedPair, digests, lengths
 from qlora_dpo.model import processes
 from qlora_dpo.preference.objective import Columns, Logps
 
@@ -17,6 +20,14 @@ def own(pairs: Sequence[EncodedPair]) -> list[int]:
     order = sorted(range(len(pairs)), key=lambda i: (pairs[i].prompt, i))
     tokens = [len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected) for i in order]
     return [order[place] for place in processes.share(tokens)]
+
+
+def own_of_many(pairs: Sequence[EncodedPair]) -> NDArray[np.int64]:
+    """The same of pairs that may be too many to look at, of equal ones the first, as ascending indices."""
+    _, first = np.unique(digests(pairs), return_index=True)
+    distinct = np.sort(first)
+    stretch = processes.share(lengths(pairs)[distinct].sum(axis=1).tolist())
+    return distinct[stretch.start : stretch.stop]
 
 
 def of_all(logps: Logps) -> Logps:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.data.lazily import joined, picked
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints, vocabulary_fingerprint
 from qlora_dpo.model.budget import keep_dense_if_it_fits, keep_freed_memory
@@ -93,9 +94,9 @@ class Question:
         return self.plan.indices(1)[:GUARDED]
 
     @property
-    def beforehand(self) -> list[EncodedPair]:
+    def beforehand(self) -> Sequence[EncodedPair]:
         """The training pairs that the run will see."""
-        return [self.train[index] for index in sorted(set(self.plan.order))]
+        return picked(self.train, self.plan.seen)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def ask(what: Question, loaded: Model, tracker: Tracker) -> Asked:
     # step need not wait for the last pair; TRL asks in every step by itself
     own = recipe.train.engine == "qlora_dpo"
     rides_along = recipe.train.num_train_epochs == 1 or not own
-    now = [pairs[i] for i in what.plan.indices(1)] if rides_along else what.beforehand
+    now = picked(pairs, what.plan.indices(1)) if rides_along else what.beforehand
     with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
         for some in (now, what.heldout):
             reference_logps(loaded.model, some, store, loaded.rows, what.device, advance, loaded.held)
@@ -212,7 +213,7 @@ def ask_other(
         keep_dense_if_it_fits(model, device)
         keep_freed_memory()
     packing, _ = choose_packing(
-        model, [*now, *what.heldout], what.recipe.train.micro_batch_tokens, pad_token_id, device
+        model, joined([now, what.heldout]), what.recipe.train.micro_batch_tokens, pad_token_id, device
     )
     packing = replace(packing, counted=counted(what.recipe.objective))
     with tracker.phase("reference", len(now) + len(what.heldout)) as advance:

@@ -15,6 +15,7 @@ from qlora_dpo.errors import RunError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json
 from qlora_dpo.manifest import damage, write_manifest
 from qlora_dpo.model.lora import names_not_finite, trainable
+from qlora_dpo.recipe_tables import is_local
 from qlora_dpo.training.best import prune_best, verify_best
 from qlora_dpo.training.random_states import random_states, restore
 
@@ -33,9 +34,15 @@ FINGERPRINTS = {
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "pairs": "the training pairs",
+    "heldout": "the held-out pairs",
     "init_from": "the adapter that training starts from",
     "reference": "the reference's weights",
 }
+PLACES = (
+    *("model.name", "data.train", "data.eval", "data.mix"),
+    *("lora.init_from", "reference.path", "reference.name"),
+)
+"""Keys that may name a file or folder: what lies there has a fingerprint, so it may lie elsewhere the next time."""
 REFERENCE = "reference.safetensors"
 """Where a checkpoint keeps the weights of a reference that moves."""
 
@@ -61,8 +68,8 @@ class State:
     step: int
     recipe: dict[str, Any]
     fingerprints: dict[str, str]
-    """SHA-256 of base, tokenizer, template, pairs, and of the adapters or the model that lora.init_from and
-    [reference] name, under the names that --allow knows."""
+    """SHA-256 of base, tokenizer, template, both sets of pairs, and of the adapters or the model that lora.init_from
+    and [reference] name, under the names that --allow knows."""
     evals: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     num_tokens: int = 0
@@ -229,7 +236,7 @@ def _differences(state: State, asked: State) -> dict[str, str]:
     changed = {
         key: f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
+        if _placeless(key, was.get(key)) != _placeless(key, now.get(key)) and not key.startswith(FREE_KEYS)
     }
     return changed | {
         name: what
@@ -240,6 +247,15 @@ def _differences(state: State, asked: State) -> dict[str, str]:
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{table}.{key}": value for table, keys in recipe.items() for key, value in keys.items()}
+
+
+def _placeless(key: str, value: Any) -> Any:
+    """The value of a key, without where on this machine it lies."""
+    if key not in PLACES:
+        return value
+    if isinstance(value, list):
+        return [{**each, "source": _placeless(key, each.get("source"))} for each in value]
+    return "a local path" if isinstance(value, str) and (is_local(value) or Path(value).is_absolute()) else value
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

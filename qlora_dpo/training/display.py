@@ -18,8 +18,13 @@ from rich.text import Text
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.redact import redacted
 
-UNITS = {"reference": "pairs", "evaluate": "pairs"}
+UNITS = {"read": "rows", "tokenize": "pairs", "reference": "pairs", "evaluate": "pairs"}
+LEAVE_NOTHING = ("read", "tokenize", "evaluate")
+"""Phases whose end is told by what they found."""
 PLAIN_PHASE_SECONDS = 30.0  # without a terminal a long phase says where it is this often
+FIRST_SECONDS = 10.0  # and the first time so soon
+MANY_ROWS = 1000
+AT_ONCE = 1e5  # a count that grows by so many a second is no work: it was known before
 LABEL_COLUMNS = 11
 
 Record = Mapping[str, Any]
@@ -45,6 +50,13 @@ class Pace:
         self.pause()
         self.resume()
         self.done = done
+
+    def gain(self, count: int) -> None:
+        """Move the count on by `count`; what comes at once was known before, and says nothing of the pace."""
+        worked = self.seconds
+        self.reach(self.done + count)
+        if count > AT_ONCE * (self.seconds - worked):
+            self._start += count
 
     def pause(self) -> None:
         """Stop the clock."""
@@ -114,6 +126,21 @@ def phase_line(name: str, pace: Pace) -> str:
     return "  ".join(part for part in (name, _count(pace, name), clock) if part)
 
 
+@contextmanager
+def reading(name: str, total: int) -> Iterator[Advance]:
+    """A phase before the run has a tracker; few rows are read too soon to be shown."""
+    if total < MANY_ROWS:
+        yield lambda count: None
+        return
+    display = (Bars if on_terminal() else Lines)(0, 0)
+    display.open()
+    try:
+        with display.phase(name, total) as advance:
+            yield advance
+    finally:
+        display.close()
+
+
 def on_terminal() -> bool:
     """True if stderr is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
@@ -149,18 +176,18 @@ class Lines:
     def phase(self, name: str, total: int) -> Iterator[Advance]:
         """Say now and then how far the phase is, and once when it ends; an evaluation ends with its own line."""
         self.pace.pause()
-        pace, said = Pace(total), time.monotonic()
+        pace, said = Pace(total), time.monotonic() - max(0.0, PLAIN_PHASE_SECONDS - FIRST_SECONDS)
 
         def advance(count: int) -> None:
             nonlocal said
-            pace.reach(pace.done + count)
+            pace.gain(count)
             if pace.done < total and time.monotonic() - said >= PLAIN_PHASE_SECONDS:
                 said = time.monotonic()
                 self.note(phase_line(name, pace))
 
         try:
             yield advance
-            if name != "evaluate":
+            if name not in LEAVE_NOTHING:
                 self.note(phase_line(name, pace))
         finally:
             self.pace.resume()
@@ -240,8 +267,8 @@ class Bars:
         pace = Pace(total)
         self.phases.append((name, pace))
         try:
-            yield lambda count: pace.reach(pace.done + count)
-            if name != "evaluate":
+            yield pace.gain
+            if name not in LEAVE_NOTHING:
                 self.note(phase_line(name, pace))
         finally:
             self.phases.pop()

@@ -15,6 +15,7 @@ from qlora_dpo.errors import LESS_MEMORY, DoesNotFitError, is_out_of_memory
 from qlora_dpo.model import processes
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.random_states import random_states, restore
+from qlora_dpo.training.step import Left
 
 if TYPE_CHECKING:
     from qlora_dpo.training.loop import Job
@@ -45,24 +46,29 @@ def as_it_fits(
     Of several processes all do so again if memory runs out in one.
 
     `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators. Raises
-    DoesNotFitError after `TRIES` times in a row.
+    DoesNotFitError after `TRIES` times in a row, and Left, with all put back, if `work` does in one of the processes.
     """
     before, counted = random_states(), _counted(state)
     for _ in range(TRIES):
-        here, failed = fitted(job, state), False
+        here, failed, left = fitted(job, state), False, False
         tokens = here.packing.token_budget
         try:
             result = work(here)
+        except Left:
+            left = True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = True
         # out of the handler, since the error holds the frames, and with them all tensors
-        if not processes.any_of(failed):
+        failures, leaves = processes.total([failed, left])
+        if not failures + leaves:
             return result
         undo()
         restore(before)
         vars(state).update(_copied(counted))
+        if leaves:
+            raise Left
         _free()
         state.row_tokens = max(1, tokens // 2)
         say(f"{what}: out of memory with rows of {tokens:,} tokens; rows of {state.row_tokens:,} from here on")

@@ -3,7 +3,6 @@
 import copy
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,16 +37,10 @@ from qlora_dpo.training.fitting import as_it_fits
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.random_states import random_states, restore
-from qlora_dpo.training.step import gradient, joined
+from qlora_dpo.training.step import Left, gradient, joined
+from qlora_dpo.training.stopping import ENDED, Stop, stop_when_asked, why_stop
 from qlora_dpo.training.tracker import Tracker
 from qlora_dpo.training.watch import Course, signs
-
-ASKED, OVER, ENDED = (
-    " as asked",
-    ", since the next step would end after --max-hours",
-    ", since another process of this run has ended",
-)
-"""Why a run stops between two steps."""
 
 Ask = Callable[[PeftModel], Sequence[Mapping[str, Any]]]
 """Lets the model as it is answer some held-out prompts; a record of each, as evaluation_samples.jsonl holds it."""
@@ -92,10 +85,17 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
 
     model.train()
     window = _Window(job)
-    with _stop_after_the_step(tracker.note) as stop, job.store:
+    with stop_when_asked(tracker.note) as stop, job.store:
         while state.step < plan.total_steps:
             began = time.monotonic()
-            rate, norm = _step(model, job, state, tools, window, tracker.note)
+            try:
+                rate, norm = _step(model, job, state, tools, window, tracker.note, stop)
+            except Left as left:
+                saved = _save(job, state, model, tools)
+                raise Interrupted(
+                    f"stopped within step {state.step + 1}, which begins anew; {saved} is saved, --resume goes on from "
+                    "there"
+                ) from left
             tracker.step(state.step)
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
             logged = last or state.step == 1 or state.step % table.logging_steps == 0
@@ -106,7 +106,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
                 with window.paused(), schedule_free.averaged(tools.optimizer):
                     evaluate_now(model, job, state, tracker)
             now = time.monotonic()
-            if why := _why_stop(stop.asked, not last and now + (now - began) > job.until):
+            if why := why_stop(stop.asked, not last and now + (now - began) > job.until):
                 saved, kind = _save(job, state, model, tools), ProcessEndedError if why is ENDED else Interrupted
                 raise kind(f"stopped after step {state.step}{why}; {saved} is saved, --resume goes on from there")
             if not last and (state.stopped or due(state.step, table.save_steps, epoch_ends)):
@@ -141,12 +141,18 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
 
 
 def _step(
-    model: PeftModel, job: Job, state: State, tools: _Tools, window: "_Window", say: Callable[[str], None]
+    model: PeftModel,
+    job: Job,
+    state: State,
+    tools: _Tools,
+    window: "_Window",
+    say: Callable[[str], None],
+    stop: Stop,
 ) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
     table, pairs = job.recipe.train, job.train.pairs
     rows = [pairs[i].row for i in job.plan.indices(state.step + 1)]
-    wrong = [pairs[i].row for i in _gradient_as_it_fits(model, job, state, tools, window, say)]
+    wrong = [pairs[i].row for i in _gradient_as_it_fits(model, job, state, tools, window, say, stop)]
     parameters = trainable(model)
     norm = float(tools.accelerator.clip_grad_norm_(parameters.values(), table.max_grad_norm))
     scaled = tools.accelerator.scaler is not None
@@ -165,12 +171,18 @@ def _step(
 
 
 def _gradient_as_it_fits(
-    model: PeftModel, job: Job, state: State, tools: _Tools, window: "_Window", say: Callable[[str], None]
+    model: PeftModel,
+    job: Job,
+    state: State,
+    tools: _Tools,
+    window: "_Window",
+    say: Callable[[str], None],
+    stop: Stop,
 ) -> list[int]:
     """Add up the step's gradient, in smaller rows if memory runs out; returns the pairs whose loss is not finite.
 
     Raises DoesNotFitError, with a checkpoint of the step before saved, if smaller rows do not help, and so
-    ProcessEndedError if another process has ended.
+    ProcessEndedError if another process has ended; Left where a stop is asked for in the middle.
     """
     before, counts = copy.deepcopy(window.sums), state.counts()
     draws, mean = random_states(), state.margin_mean
@@ -180,7 +192,7 @@ def _gradient_as_it_fits(
         window.sums = copy.deepcopy(before)
 
     def work(job: Job) -> list[int]:
-        return gradient(model, job, state, tools.accelerator.backward, window.sums)
+        return gradient(model, job, state, tools.accelerator.backward, window.sums, lambda: stop.asked)
 
     try:
         wrong = as_it_fits(f"step {state.step + 1}", work, job, state, say, undo)
@@ -196,15 +208,6 @@ def _gradient_as_it_fits(
         raise ProcessEndedError(
             f"stopped after step {state.step}{ENDED}; {saved} is saved, --resume goes on from there"
         ) from error
-
-
-def _why_stop(asked: bool, over: bool) -> str:
-    """Why all processes stop after this step, in words; empty if none was asked to and none has run out of time."""
-    try:
-        asked, over = processes.any_of(asked), processes.any_of(over)
-    except ProcessEndedError:
-        return ENDED
-    return ASKED if asked else OVER if over else ""
 
 
 def _restored(checkpoint: Path, asked: State, model: PeftModel, tools: _Tools, job: Job) -> State:
@@ -351,30 +354,3 @@ def peak_bytes(device: Device) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@dataclass
-class _Stop:
-    asked: bool = False
-
-
-@contextmanager
-def _stop_after_the_step(say: Callable[[str], None]) -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM lets the step end and asks for a checkpoint; the second stops at once."""
-    stop = _Stop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.asked = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        say("finishing the step and saving a checkpoint; once more stops at once")
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) != signal.SIG_IGN:  # by now the end is certain, and no news
-                signal.signal(number, handler)

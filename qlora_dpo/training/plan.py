@@ -2,8 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from qlora_dpo.recipe_train import TrainTable
 
@@ -25,8 +29,9 @@ class Plan:
     def indices(self, step: int) -> list[int]:
         """The pairs of optimizer step `step`, as indices into the training pairs."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order = epoch_order(self.pairs, self.seed, epoch)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        order_P = _shuffled(self.pairs, self.seed, epoch)
+        indices: list[int] = order_P[position * self.batch_size : (position + 1) * self.batch_size].tolist()
+        return indices
 
     def epoch(self, step: int) -> float:
         """How many epochs are done after `step`."""
@@ -41,6 +46,13 @@ class Plan:
         """The pairs of all steps, one after another."""
         return [index for step in range(1, self.total_steps + 1) for index in self.indices(step)]
 
+    @property
+    def seen(self) -> NDArray[np.int64]:
+        """The pairs of all steps, each once, in ascending order."""
+        if self.total_steps >= self.steps_per_epoch:
+            return np.arange(self.pairs)
+        return np.unique(np.array(self.order, dtype=np.int64))
+
 
 def make_plan(pairs: int, table: TrainTable) -> Plan:
     """The plan for `pairs` training pairs."""
@@ -51,6 +63,11 @@ def make_plan(pairs: int, table: TrainTable) -> Plan:
 
 def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
     """A shuffle of `pairs` indices that is the same on every machine for one seed and epoch."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order: list[int] = torch.randperm(pairs, generator=generator).tolist()
+    order: list[int] = _shuffled(pairs, seed, epoch).tolist()
     return order
+
+
+@lru_cache(maxsize=1)  # 10 million pairs take half a second to shuffle, and every step of an epoch asks
+def _shuffled(pairs: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(pairs, generator=generator)

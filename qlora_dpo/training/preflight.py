@@ -9,12 +9,13 @@ import numpy as np
 from qlora_dpo.data import lint
 from qlora_dpo.data.audit import OVERLONG, Audit, insist_on_few_bad_rows, quantiles
 from qlora_dpo.data.encode import CUT, PairSet
+from qlora_dpo.data.encoded import lengths, sequence_tokens
+from qlora_dpo.data.lazily import joined
 from qlora_dpo.data.lint import Finding, Lengths
 from qlora_dpo.data.pairs import Found
 from qlora_dpo.data.shapes import Shape
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import without_weights
-from qlora_dpo.preference.pack import longest
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.columns import columns_of
 from qlora_dpo.training.estimate import Load, Memory, estimate
@@ -81,7 +82,7 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
     found = tuple(_findings(train, heldout, recipe))
     tokens = _tokens(train)
     steps = make_plan(len(train.encoded), recipe.train).total_steps
-    most = max(map(longest, [*train.encoded, *heldout.encoded]))
+    most = int(sequence_tokens(joined([train.encoded, heldout.encoded])).max())
     load = Load(sequence=most, step=recipe.train.batch_size * tokens.pair[2])
     memory = estimate(prepared.source, recipe, device, load, free)
     bias = lint.lengths(train.pairs)
@@ -100,11 +101,11 @@ def _findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[Find
 
 
 def _tokens(train: PairSet) -> Tokens:
-    pairs = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in train.encoded]
+    pairs = lengths(train.encoded).sum(axis=1)
     overlong = len(train.audit.dropped.get(OVERLONG, ())) + len(train.audit.repaired.get(CUT, ()))
     looked_at = train.audit.used + len(train.audit.dropped.get(OVERLONG, ()))
-    sequences = quantiles(list(map(longest, train.encoded)))
-    return Tokens(quantiles(pairs), sequences, sum(pairs), overlong, overlong / max(1, looked_at))
+    sequences = quantiles(sequence_tokens(train.encoded))
+    return Tokens(quantiles(pairs), sequences, int(pairs.sum()), overlong, overlong / max(1, looked_at))
 
 
 def _warnings(

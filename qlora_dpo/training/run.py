@@ -20,8 +20,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo import __version__
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.encoded import EncodedPair, chosen_only
-from qlora_dpo.data.lazily import Lazily, joined
+from qlora_dpo.data.encoded import EncodedPair, digests, only_chosen
+from qlora_dpo.data.lazily import joined
+from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model import processes
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
@@ -102,17 +103,23 @@ class Outcome:
         return self.prepared.seconds
 
 
-def prepare(recipe: Recipe, find: Callable[[ModelTable], Source] = fetch, others: Sequence[Recipe] = ()) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    find: Callable[[ModelTable], Source] = fetch,
+    others: Sequence[Recipe] = (),
+    watch: Watch = unwatched,
+) -> Prepared:
     """Fetch the base's files as `find` does, read and encode both sets of pairs; loads no weights.
 
     Of the rows are kept the columns that the objective reads, and those of the `others`, which train on the same pairs.
-    Of several processes on a machine the first does so alone, and the others find it in the cache.
+    `watch` is told how far the reading is. Of several processes on a machine the first reads alone, and the others find
+    it in the cache.
     """
     with processes.main_first():
-        return _prepared(recipe, find, others)
+        return _prepared(recipe, find, others, watch)
 
 
-def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source], others: Sequence[Recipe]) -> Prepared:
+def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source], others: Sequence[Recipe], watch: Watch) -> Prepared:
     seconds: dict[str, float] = {}
     with timed(seconds, "fetch"):
         source = find(recipe.model)
@@ -122,8 +129,8 @@ def _prepared(recipe: Recipe, find: Callable[[ModelTable], Source], others: Sequ
         seed = recipe.train.seed
         numbers = {name: key for each in (*others, recipe) for name, key in column_keys(each.objective).items()}
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
-        train = load_pairs(recipe.data, "train", tokenizer, seed, numbers)
-        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups)
+        train = load_pairs(recipe.data, "train", tokenizer, seed, numbers, watch)
+        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, numbers | groups, watch)
     return Prepared(source, tokenizer, _trained_on(train, recipe), heldout, named, seconds, train)
 
 
@@ -138,9 +145,7 @@ def prepare_again(before: Prepared, recipe: Recipe) -> Prepared:
 
 def _trained_on(train: PairSet, recipe: Recipe) -> PairSet:
     """The training pairs as the objective takes them; of held-out pairs both answers are asked, for the accuracy."""
-    if not isinstance(recipe.objective, Sft):
-        return train
-    return replace(train, encoded=Lazily(len(train.encoded), lambda index: chosen_only(train.encoded[index])))
+    return replace(train, encoded=only_chosen(train.encoded)) if isinstance(recipe.objective, Sft) else train
 
 
 def run(
@@ -186,6 +191,7 @@ def run(
             "base": prepared.source.fingerprint,
             **tokenizer_fingerprints(prepared.tokenizer),
             "pairs": data_fingerprint(pairs),
+            "heldout": data_fingerprint(heldout),
             **named.fingerprints,
         },
     )
@@ -286,7 +292,7 @@ def follow(prepared: Prepared, loaded: LoadedRecipe, folder: Path, resume_from: 
 
 def data_fingerprint(pairs: Sequence[EncodedPair]) -> str:
     """SHA-256 over the token ids of all pairs in their order."""
-    return hashlib.sha256(b"".join(pair.digest for pair in pairs)).hexdigest()
+    return hashlib.sha256(digests(pairs).tobytes()).hexdigest()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RunError
 from qlora_dpo.model.as_loaded import remember
 from qlora_dpo.model.device import Device
@@ -33,11 +34,11 @@ class Shared:
         self.base: Base | None = None
         self.put_back: Callable[[], None] = lambda: None
 
-    def prepare(self, recipe: Recipe) -> Prepared:
+    def prepare(self, recipe: Recipe, watch: Watch = unwatched) -> Prepared:
         """What `run.prepare` gives; RunError if base or pairs are others than those of the runs before."""
         if self.prepared is not None:
             return prepare_again(self.prepared, recipe)
-        prepared = prepare(recipe, others=self.recipes)
+        prepared = prepare(recipe, others=self.recipes, watch=watch)
         found = {
             "base": prepared.source.fingerprint,
             "train": data_fingerprint((prepared.both_answers or prepared.train).encoded),

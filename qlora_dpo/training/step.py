@@ -1,7 +1,7 @@
 """The gradient of one optimizer step: the mean loss over its pairs, however they are split into micro-batches."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,22 @@ VANISHING = 0.05
 Backward = Callable[[Tensor], Any]
 
 
-def gradient(model: PeftModel, job: "Job", state: State, backward: Backward, sums: Sums) -> list[int]:
+class Left(Exception):
+    """A step was left between two of its micro-batches, since the run shall stop; nothing of it counts."""
+
+
+def gradient(
+    model: PeftModel,
+    job: "Job",
+    state: State,
+    backward: Backward,
+    sums: Sums,
+    leave: Callable[[], bool] = lambda: False,
+) -> list[int]:
     """Add up the gradient of the step after `state.step`; return the pairs whose loss is not finite, as indices.
 
-    Of several processes each does so for its own pairs.
+    Raises Left where `leave` says so and more than one micro-batch is still to come. Of several processes each does its
+    own pairs.
     """
     indices = job.plan.indices(state.step + 1)
     pairs = [job.train.pairs[i] for i in indices]
@@ -52,9 +64,9 @@ def gradient(model: PeftModel, job: "Job", state: State, backward: Backward, sum
     groups = [[indices[own[i]] for i in group] for group in micro_batches([pairs[i] for i in own], job.packing)]
     processes.seed(job.recipe.train.seed, state.step)
     if needs_whole_step(job.recipe.objective) and (len(groups) > 1 or processes.count() > 1):
-        return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums)
+        return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums, leave)
     wrong = list[int]()
-    for group in groups:
+    for group in _until_left(groups, leave, 0):
         logps = _logps(model, job, state, group, sums)
         losses = _losses(logps, job, state, sums)
         backward(losses.total_P.sum() / len(indices))
@@ -75,14 +87,22 @@ def joined(model: PeftModel, state: State, before: Sequence[float], wrong: list[
 
 
 def _of_pairs_that_depend_on_each_other(
-    model: PeftModel, job: "Job", state: State, groups: Sequence[list[int]], backward: Backward, sums: Sums
+    model: PeftModel,
+    job: "Job",
+    state: State,
+    groups: Sequence[list[int]],
+    backward: Backward,
+    sums: Sums,
+    leave: Callable[[], bool],
 ) -> list[int]:
     """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
     draws = list[dict[str, Tensor]]()
 
     def ask() -> Logps:
         parts = list[Logps]()
-        for group in groups:
+        # with others a process may not leave before they have heard from it
+        alone = processes.count() == 1
+        for group in _until_left(groups, leave if alone else lambda: False, len(groups)):
             draws.append(random_states())
             with torch.no_grad():
                 parts.append(_logps(model, job, state, group, sums))
@@ -103,7 +123,7 @@ def _of_pairs_that_depend_on_each_other(
     losses = _losses(replace(everything, **leaves), job, *counts)
     state.margin_mean = counts[0].margin_mean
     found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
-    for group, draw in zip(groups, draws, strict=True):
+    for group, draw in zip(_until_left(groups, leave, 0), draws, strict=True):
         restore(draw)  # the same dropout as when it was asked
         batch = collate([job.train.pairs[i] for i in group], job.packing).to(job.device.torch_device)
         scores, here = score(model, batch, job.device, metrics=False), slice(start, start + len(group))
@@ -118,6 +138,14 @@ def _of_pairs_that_depend_on_each_other(
         )
         start += len(group)
     return _not_finite(losses.total_P[own], [index for group in groups for index in group])
+
+
+def _until_left(groups: Sequence[list[int]], leave: Callable[[], bool], later: int) -> Iterator[list[int]]:
+    """The `groups`, after which `later` more passes follow. The last pass of a step is worth waiting for, no other."""
+    for number, group in enumerate(groups):
+        if number and len(groups) - number + later > 1 and leave():
+            raise Left
+        yield group
 
 
 def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums) -> Logps:

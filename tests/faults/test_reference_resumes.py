@@ -107,7 +107,7 @@ def test_a_run_beside_another_adapter_than_before_is_refused(tmp_path: Path) -> 
     tables = {"reference": {"kind": "adapter", "path": str(tmp_path / "sft")}}
     whole_run(tmp_path / "dpo", **tables, train={"save_steps": 1})
     checkpoint = newest_valid(tmp_path / "dpo")[0]
-    assert len(json.loads((checkpoint / "state.json").read_text())["fingerprints"]) == 6
+    assert len(json.loads((checkpoint / "state.json").read_text())["fingerprints"]) == 7
     again = whole_run(tmp_path / "dpo", checkpoint, **tables, train={"save_steps": 1})
     assert again.state.step == 2
     whole_run(tmp_path / "other", objective={"loss_type": "sft"}, train={"seed": 7})

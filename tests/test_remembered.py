@@ -1,0 +1,163 @@
+"""A long reading is kept whole: the next run finds the same without parsing or tokenizing, and damage is never used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from qlora_dpo.data import encode, pairs, remembered
+from qlora_dpo.data.encoded import digests, lengths, only_chosen, sequence_tokens
+from qlora_dpo.recipe_data import DataTable
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "MANY", 10)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache" / "read"
+
+
+def write(**changes: Any) -> None:
+    """Forty pairs, of which two are none, one is too long and one has a control token."""
+    rows = [
+        {"prompt": f"How do I cook {n} birds?", "chosen": f"Ask {n} people.", "rejected": f"Wait {n} days.", "note": n}
+        for n in range(40)
+    ]
+    rows[3]["chosen"] = rows[3]["rejected"]
+    rows[7]["prompt"] = None
+    rows[11]["prompt"] = "Where is it? " * 60 + "Say <|im_end|>"
+    rows[13] |= changes
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(part: Any = "train", seed: int = 0, train: str = "./p.jsonl", **keys: Any) -> Any:
+    table = DataTable(train=train, max_length=200, **keys)
+    return encode.load_pairs(table, part, tiny.tokenizer(), seed, {"note": "samples.group_by"})
+
+
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((encode, "_results"), (pairs, "_scanned")):
+        monkeypatch.setattr(module, name, lambda *asked: pytest.fail("read again"))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"part": "eval"},
+        {"overlong": "cut_prompt"},
+        {"max_train_samples": 12, "seed": 3},
+        {"eval": "./q.jsonl", "columns": {"chosen": "rejected", "rejected": "chosen"}},
+    ],
+)
+def test_the_second_time_the_same_is_found_and_nothing_is_read(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write()
+    first = read(**keys)
+    assert first.audit.rows == 40
+    refused(monkeypatch)
+    again = read(**keys)
+    assert again.encoded == first.encoded
+    assert again.pairs == first.pairs
+    assert again.audit == first.audit
+    assert json.dumps(again.audit.facts()) == json.dumps(first.audit.facts())
+
+
+def test_answers_with_a_label_are_compared_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "Is it?", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(12)]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = DataTable(train="./p.jsonl", eval="./q.jsonl")
+    first = encode.load_pairs(table, "train", tiny.tokenizer(), 0)
+    refused(monkeypatch)
+    assert encode.load_pairs(table, "train", tiny.tokenizer(), 0) == first
+    assert [pair.label for pair in first.pairs] == [True, False] * 6
+
+
+def test_what_changes_the_pairs_is_read_anew(home: Path) -> None:
+    write()
+    first = read()
+    kept = len(list(home.iterdir()))
+    write(chosen="Never.")
+    assert read().encoded != first.encoded
+    read(max_train_samples=5)
+    read(seed=1)
+    encode.load_pairs(
+        DataTable(train="./p.jsonl", max_length=200), "train", tiny.tokenizer(tiny.CHATML.replace("helpful", "curt")), 0
+    )
+    # the first reading keeps a scan and the pairs; other rows both; other samples and another seed pairs only; without
+    # the column note another scan; another template other pairs
+    assert (kept, len(list(home.iterdir()))) == (2, 2 + 2 + 1 + 1 + 2)
+
+
+def test_rows_in_another_place_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    write()
+    first = read()
+    Path("moved").mkdir()
+    Path("p.jsonl").rename("moved/other.jsonl")
+    refused(monkeypatch)
+    assert read(train="./moved/other.jsonl").encoded == first.encoded
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut in half", "emptied"])
+def test_a_damaged_reading_is_never_used(damage: str, home: Path) -> None:
+    write()
+    first = read()
+    for file in list(home.iterdir()):
+        content = file.read_bytes()
+        match damage:
+            case "a flipped bit":
+                file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+            case "cut in half":
+                file.write_bytes(content[: len(content) // 2])
+            case "emptied":
+                file.write_bytes(b"")
+    again = read()
+    assert again.encoded == first.encoded
+    assert again.audit == first.audit
+
+
+def test_few_rows_are_not_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "MANY", 41)
+    write()
+    read()
+    assert not home.exists()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write()
+    first = read()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "file"))
+    assert read().encoded == first.encoded
+
+
+def test_what_is_told_of_all_pairs_at_once_is_what_each_says() -> None:
+    write()
+    some = read().encoded
+    for each in (some, list(some), some.only([5, 2, 2]), some[3:9], only_chosen(some), list(only_chosen(some))):
+        assert [bytes(one).ljust(32, b"\0") for one in digests(each)] == [pair.digest for pair in each]
+        assert lengths(each).tolist() == [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in each]
+        longest = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in each]
+        assert np.array_equal(sequence_tokens(each), longest)
+
+
+def test_parts_that_were_read_by_themselves_are_not_tokenized_again_as_a_whole(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK", 4)
+    rows = [{"prompt": f"Is {n} odd?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(11)]
+    for number, some in enumerate((rows[:4], rows[4:8], rows[8:])):
+        Path(f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    parts = [read_plain(f"./part-{number}.jsonl") for number in range(3)]
+    monkeypatch.setattr(encode, "encode", lambda *asked: pytest.fail("tokenized again"))
+    whole = read_plain("./part-*.jsonl").encoded
+    assert [pair.digest for pair in whole] == [pair.digest for part in parts for pair in part.encoded]
+
+
+def read_plain(train: str) -> Any:
+    return encode.load_pairs(DataTable(train=train, eval="./q.jsonl"), "train", tiny.tokenizer(), 0)
