@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qlora_dpo.recipe import LoadedRecipe, Recipe
     from qlora_dpo.recipe_data import DataTable
     from qlora_dpo.recipe_objective import Objective
+    from qlora_dpo.training.run import Prepared
 
 
 @click.command(short_help="Tune a model on preference pairs as a recipe says.")
@@ -79,6 +80,8 @@ def train(
         for side in (prepared.train, prepared.heldout):
             click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
             insist_on_few_bad_rows(side.audit, loaded.recipe.data.max_bad_share)
+        if loaded.recipe.train.engine == "qlora_dpo":  # what TRL takes is not known
+            _insist_on_memory(prepared, loaded, here)
         write_json(
             folder / adapter.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
         )
@@ -101,6 +104,18 @@ def train(
             f"{folder}: the adapter is whole, but {len(outcome.unsaved)} checkpoints could not be saved: "
             f"{outcome.unsaved[0]}"
         )
+
+
+def _insist_on_memory(prepared: "Prepared", loaded: "LoadedRecipe", here: "Device") -> None:
+    """Say what the run takes of memory, by part; raises DoesNotFitError if that is more than there is."""
+    from qlora_dpo.cli import memory_lines
+    from qlora_dpo.errors import DoesNotFitError
+    from qlora_dpo.training.room import judged
+
+    memory, ways = judged(prepared, loaded.recipe, here)
+    if not memory.fits:
+        raise DoesNotFitError(memory_lines.does_not_fit(loaded.path, memory, ways, here))
+    click.echo(memory_lines.in_a_line(memory), err=True)
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device") -> list[str]:

@@ -13,9 +13,12 @@ from qlora_dpo.model import attention, budget
 from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import hidden_states, language_model, score
-from qlora_dpo.preference.pack import Packing, collate, longest
+from qlora_dpo.preference.pack import Packing, collate, longest, row_tokens
 
 PROVED_ON = 8
+"""Pairs on which a layout is proved."""
+MEASURED_ON = 2
+"""Pairs on which it is measured what is kept of a token: few, since nothing is recomputed yet."""
 
 
 def choose_packing(
@@ -51,7 +54,7 @@ def choose_packing(
 
 def measured(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Kept:
     """What a token keeps for the backward pass, measured on a few short pairs."""
-    batch = collate(heapq.nsmallest(PROVED_ON, pairs, key=longest), packing).to(device.torch_device)
+    batch = collate(heapq.nsmallest(MEASURED_ON, pairs, key=longest), packing).to(device.torch_device)
     training = model.training
     try:
         return budget.kept(
@@ -71,7 +74,7 @@ def checkpoint_as_needed(
 ) -> str:
     """Recompute the activations of all layers, of none, or of as few as `free` bytes ask for; says what was decided."""
     layers = len(budget.checkpointable(model))
-    tokens = max(row, *map(longest, pairs))
+    tokens = max(row, *map(row_tokens, pairs))
     need = per_token.bytes(tokens, layers, 0)
     match asked:
         case "auto":

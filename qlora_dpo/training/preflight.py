@@ -17,9 +17,10 @@ from qlora_dpo.model.sources import without_weights
 from qlora_dpo.preference.pack import longest
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.columns import columns_of
-from qlora_dpo.training.estimate import Load, Memory, estimate
+from qlora_dpo.training.estimate import Memory, estimate
 from qlora_dpo.training.optim import insist_on_optimizer
 from qlora_dpo.training.plan import make_plan
+from qlora_dpo.training.room import load_of
 from qlora_dpo.training.run import prepare
 from qlora_dpo.training.ways import Way, ways_to_fit
 
@@ -81,8 +82,7 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
     found = tuple(_findings(train, heldout, recipe))
     tokens = _tokens(train)
     steps = make_plan(len(train.encoded), recipe.train).total_steps
-    most = max(map(longest, [*train.encoded, *heldout.encoded]))
-    load = Load(sequence=most, step=recipe.train.batch_size * tokens.pair[2])
+    load = load_of(train, heldout, recipe)
     memory = estimate(prepared.source, recipe, device, load, free)
     bias = lint.lengths(train.pairs)
     warnings = tuple(_warnings(recipe, found, bias, tokens, steps, memory, heldout))

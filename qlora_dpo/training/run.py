@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +23,14 @@ from qlora_dpo.data.encoded import EncodedPair, chosen_only
 from qlora_dpo.data.lazily import Lazily, joined
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
-from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
+from qlora_dpo.model.budget import (
+    free_bytes,
+    freed_at_once,
+    give_back_freed_memory,
+    keep_dense_if_it_fits,
+    keep_freed_memory,
+    training_bytes,
+)
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
@@ -32,6 +39,7 @@ from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
+from qlora_dpo.preference.pack import longest
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.recipe_model import ModelTable
@@ -166,13 +174,14 @@ def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str
     """The base with an adapter that is proved to be untrained, or the one that training goes on from."""
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
     pairs, pad = joined([prepared.train.encoded, prepared.heldout.encoded]), pad_token_id(prepared.tokenizer)
-    base = load_base(prepared.source, recipe.model, device)
+    with freed_at_once() if device.type == "cpu" else nullcontext():
+        base = load_base(prepared.source, recipe.model, device)
     if own and device.type == "cpu":
         say(keep_dense_if_it_fits(base, device))
         keep_freed_memory()
     packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
     say(f"layout: {why}")
-    probed = pairs[0]
+    probed = min(pairs, key=longest)  # its logits exist whole: 1.2 GiB for 2,048 tokens and 152k words
     before_LV = probe(base, probed, device)
     model, held = _attached(base, prepared.named, recipe, probed, device)
     if own:
@@ -186,6 +195,8 @@ def _load(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str
         free = max(0, free_bytes(device) - training_bytes(trainable(model).values(), table.optim))
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
+    if device.type == "cpu":
+        give_back_freed_memory()  # what the proofs took: blocks of other lengths than a step's
     weighed = counted(recipe.objective)
     return Model(model, replace(packing, counted=weighed), replace(rows, counted=weighed), held)
 
