@@ -15,6 +15,7 @@ import workplace
 from transformers import Qwen2Config
 
 from qlora_dpo.cli import main
+from qlora_dpo.model import budget
 from qlora_dpo.model.cards import CARDS
 from qlora_dpo.report import machine as machines
 from qlora_dpo.report.machine import machine
@@ -130,6 +131,29 @@ def test_another_card_is_judged_by_its_capability_and_memory(place: Path, capsys
     assert t4["memory"]["free_bytes"] == CARDS["t4"].total_bytes
     l4 = checked(capsys, "r.toml", "--gpu", "l4", "--set", "model.dtype=auto")
     assert (l4["device"]["compute_dtype"], l4["device"]["triton"]) == ("bf16", True)
+
+
+@pytest.mark.parametrize("name", ["t4", "l4", "a10", "3090", "4090", "a100", "h100", "h200"])
+def test_cards_go_by_the_names_that_people_say(name: str) -> None:
+    assert CARDS[name].total_bytes > 14 * 2**30
+
+
+def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.tiny.qwen2().save_pretrained("base")
+    free = 82 * 2**20
+    monkeypatch.setattr(budget, "free_bytes", lambda device: free)
+    assert main(["train", "r.toml", "--set", "train.gradient_checkpointing=false", "--set", "samples.prompts=0"]) == 4
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"qlora-dpo: r\.toml: needs 0\.1 GiB and CPU, \d+ threads has 0\.1 GiB free; "
+        r"(set train\.\w+ = .*|no line of .*)"
+        r"take a smaller model or a larger card",
+        refused,
+    ), refused
+    assert not Path("adapters/r").exists()
+    assert main(["train", "r.toml", "--set", "train.engine=trl", "--dry-run"]) == 0
 
 
 def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

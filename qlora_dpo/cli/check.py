@@ -44,7 +44,7 @@ def check(recipe_file: str | None, overrides: tuple[str, ...], gpu: str | None, 
 def _recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> tuple[str, ...]:
     """Show what the recipe would do; raises DoesNotFitError if it does not fit."""
     from qlora_dpo import recipe
-    from qlora_dpo.cli import check_lines
+    from qlora_dpo.cli import check_lines, memory_lines
     from qlora_dpo.errors import DoesNotFitError
 
     loaded = recipe.load(recipe_file, overrides)
@@ -63,7 +63,7 @@ def _recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None, as_js
     else:
         check_lines.show(loaded, found)
     if not found.memory.fits:
-        raise DoesNotFitError(check_lines.does_not_fit(loaded, found))
+        raise DoesNotFitError(memory_lines.does_not_fit(loaded.path, found.memory, found.ways, here))
     if not as_json:
         click.echo(check_lines.next_command(loaded))
     return found.warnings

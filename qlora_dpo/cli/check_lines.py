@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_dpo.cli import memory_lines
 from qlora_dpo.data.audit import OVERLONG, Audit
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe import LoadedRecipe
@@ -18,11 +19,6 @@ from qlora_dpo.training.preflight import Preflight, counted_rows
 SHOWN_ROWS = 5
 OK, WARNING, NO = "ok", "warning", "no"
 COLOURS = {OK: "green", WARNING: "yellow", NO: "red", "": ""}
-GIB = 2**30
-# the quickstart's process grew from 1.5 GiB in its first step to 3.5 GiB in its last
-KEPT_BY_THE_PROCESS = (
-    "on top: Python and its libraries, 0.7 GiB, and freed memory that the process keeps, about as much"
-)
 
 Row = tuple[str, str, str]
 """Which part, its verdict, and what is said; a verdict is empty where a line goes on with the one before."""
@@ -105,13 +101,8 @@ def _token_rows(loaded: LoadedRecipe, found: Preflight) -> Iterator[Row]:
 
 
 def _memory_rows(found: Preflight) -> Iterator[Row]:
-    memory = found.memory
-    verdict = _verdict(found, "memory") if memory.fits else NO
-    fits = "fits" if memory.fits else "does not fit"
-    total = f"{fits}: {memory.needed / GIB:.2f} GiB of {memory.free / GIB:.2f} GiB that are free"
-    parts = [f"{size / GIB:6.2f} GiB  {part}" for part, size in memory.parts.items()]
-    on_top = [KEPT_BY_THE_PROCESS] if found.device.type == "cpu" else []
-    yield from _grouped("memory", verdict, [total, *parts, *on_top])
+    verdict = _verdict(found, "memory") if found.memory.fits else NO
+    yield from _grouped("memory", verdict, memory_lines.by_part(found.memory))
 
 
 def _grouped(part: str, verdict: str, told: Sequence[str]) -> Iterator[Row]:
@@ -127,17 +118,6 @@ def _verdict(found: Preflight, part: str) -> str:
 def first(warnings: Sequence[str]) -> str:
     """The first warning, and how many more there are."""
     return warnings[0] + (f"; and {len(warnings) - 1} more" if len(warnings) > 1 else "")
-
-
-def does_not_fit(loaded: LoadedRecipe, found: Preflight) -> str:
-    """What is missing, and what to change about it, each with what the run needs then."""
-    memory = found.memory
-    ways = [f"{' with '.join(way.lines)} ({way.needed / GIB:.1f} GiB)" for way in found.ways]
-    change = f"set {', or '.join(ways)}, or" if ways else "no line of the recipe makes it fit;"
-    return (
-        f"{loaded.path}: needs {memory.needed / GIB:.1f} GiB and {found.device.name} has {memory.free / GIB:.1f} GiB "
-        f"free; {change} take a smaller model or a larger card"
-    )
 
 
 def next_command(loaded: LoadedRecipe) -> str:
@@ -181,6 +161,10 @@ def as_json(loaded: LoadedRecipe, found: Preflight) -> dict[str, Any]:
         "memory": {
             "parts": dict(memory.parts),
             "needed_bytes": memory.needed,
+            "process_bytes": memory.own,
+            "loading_bytes": memory.loading,
+            "peak_bytes": memory.peak,
+            "row_tokens": memory.row,
             "free_bytes": memory.free,
             "recomputed_layers": memory.recomputed,
             "layers": memory.layers,

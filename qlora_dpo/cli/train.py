@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qlora_dpo.recipe import LoadedRecipe, Recipe
     from qlora_dpo.recipe_data import DataTable
     from qlora_dpo.recipe_objective import Objective
-    from qlora_dpo.training.run import Outcome
+    from qlora_dpo.training.run import Outcome, Prepared
     from qlora_dpo.training.shared import Shared
 
 
@@ -150,6 +150,8 @@ def run_once(
             if not known:
                 click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
             insist_on_few_bad_rows(side.audit, loaded.recipe.data.max_bad_share)
+        if loaded.recipe.train.engine == "qlora_dpo" and not known:  # what TRL takes is not known
+            _insist_on_memory(prepared, loaded, here)
         write_json(
             folder / adapter.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
         )
@@ -183,6 +185,18 @@ def _help_to_train(
     resume_from, _ = checkpoint.newest_valid(folder) if resume else (None, [])
     with run.follow(prepared, loaded, folder, resume_from) as tracker:
         run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, until=until)
+
+
+def _insist_on_memory(prepared: "Prepared", loaded: "LoadedRecipe", here: "Device") -> None:
+    """Say what the run takes of memory, by part; raises DoesNotFitError if that is more than there is."""
+    from qlora_dpo.cli import memory_lines
+    from qlora_dpo.errors import DoesNotFitError
+    from qlora_dpo.training.room import judged
+
+    memory, ways = judged(prepared, loaded.recipe, here)
+    if not memory.fits:
+        raise DoesNotFitError(memory_lines.does_not_fit(loaded.path, memory, ways, here))
+    click.echo(memory_lines.in_a_line(memory), err=True)
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device", processes: int) -> list[str]:

@@ -22,6 +22,7 @@ CARDS = {
     "rtx4060": Card("GeForce RTX 4060", (8, 9), 8_188 * MIB),
     "rtx4090": Card("GeForce RTX 4090", (8, 9), 24_564 * MIB),
     "rtx5090": Card("GeForce RTX 5090", (12, 0), 32_607 * MIB),
+    "a10": Card("A10", (8, 6), 23_028 * MIB),
     "a10g": Card("A10G", (8, 6), 23_028 * MIB),
     "l4": Card("L4", (8, 9), 23_034 * MIB),
     "l40s": Card("L40S", (8, 9), 46_068 * MIB),
@@ -30,3 +31,4 @@ CARDS = {
     "h100": Card("H100 80GB", (9, 0), 81_559 * MIB),
     "h200": Card("H200", (9, 0), 143_771 * MIB),
 }
+CARDS |= {"3090": CARDS["rtx3090"], "4090": CARDS["rtx4090"]}  # as people say it

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_dpo.data.encoded import EncodedPair, sequence_tokens
+from qlora_dpo.data.encoded import EncodedPair, lengths, sequence_tokens
 from qlora_dpo.model import attention, budget
 from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
@@ -16,6 +16,9 @@ from qlora_dpo.preference.logps import hidden_states, language_model, score
 from qlora_dpo.preference.pack import Packing, collate
 
 PROVED_ON = 8
+"""Pairs on which a layout is proved."""
+MEASURED_ON = 2
+"""Pairs on which it is measured what is kept of a token: few, since nothing is recomputed yet."""
 
 
 def choose_packing(
@@ -28,7 +31,7 @@ def choose_packing(
     padded = Packing(token_budget, pad_token_id, backend=None)
     if reason := attention.why_not(language_model(model), int(sequence_tokens(pairs).max())):
         return padded, f"padded batches, since {reason}"
-    few = _shortest(pairs)
+    few = shortest(pairs, PROVED_ON)
     expected_P2 = _logps(model, few, padded, device)
     before = attention.use(language_model(model))
     failed = ""
@@ -51,7 +54,7 @@ def choose_packing(
 
 def measured(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Kept:
     """What a token keeps for the backward pass, measured on a few short pairs."""
-    batch = collate(_shortest(pairs), packing).to(device.torch_device)
+    batch = collate(shortest(pairs, MEASURED_ON), packing).to(device.torch_device)
     training = model.training
     try:
         return budget.kept(
@@ -71,7 +74,7 @@ def checkpoint_as_needed(
 ) -> str:
     """Recompute the activations of all layers, of none, or of as few as `free` bytes ask for; says what was decided."""
     layers = len(budget.checkpointable(model))
-    tokens = max(row, int(sequence_tokens(pairs).max()))
+    tokens = max(row, int(lengths(pairs).sum(axis=1).max()))
     need = per_token.bytes(tokens, layers, 0)
     match asked:
         case "auto":
@@ -97,8 +100,9 @@ def reference_packing(packing: Packing, per_token: Kept, free: int, device: Devi
     return replace(packing, token_budget=max(packing.token_budget, min(8 * packing.token_budget, fitting)))
 
 
-def _shortest(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
-    places = np.argsort(sequence_tokens(pairs), kind="stable")[:PROVED_ON]
+def shortest(pairs: Sequence[EncodedPair], count: int) -> list[EncodedPair]:
+    """So many of the pairs with the shortest sequences, the shortest first."""
+    places = np.argsort(sequence_tokens(pairs), kind="stable")[:count]
     return [pairs[place] for place in places.tolist()]
 
 

@@ -68,7 +68,7 @@ def _rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
     room = 0
     for index in sorted(range(len(pairs)), key=lambda i: (pairs[i].prompt, i)):
         pair = pairs[index]
-        own = len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - _common(pair.chosen, pair.rejected)
+        own = row_tokens(pair)
         shared = _common(pairs[groups[-1][-1]].prompt, pair.prompt) if groups else 0
         if groups and own - shared <= room:
             groups[-1].append(index)
@@ -95,6 +95,11 @@ def _padded_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list
 def longest(pair: EncodedPair) -> int:
     """Tokens of the prompt with the longer of the two answers."""
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+
+def row_tokens(pair: EncodedPair) -> int:
+    """Tokens that `pair` alone takes in a packed row: its prompt once, and once what both answers begin with."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - _common(pair.chosen, pair.rejected)
 
 
 def padded(pair: EncodedPair) -> int:

@@ -4,10 +4,12 @@ V vocabulary, D width.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, assert_never
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import nn
@@ -20,19 +22,25 @@ from qlora_dpo.model import attention, budget
 from qlora_dpo.model.budget import USABLE, Kept
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.live import Live
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.logps import STATES_AT_ONCE, WORDS_AT_ONCE, hidden_states, language_model
-from qlora_dpo.preference.pack import Packing, collate
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_reference import AdapterReference, EmaReference
 from qlora_dpo.recipe_train import TrainTable
 
-CUDA_LIBRARIES = 512 * 2**20
-"""Bytes that CUDA's context and cuBLAS take on a GPU before the first tensor."""
+RESERVE = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
+"""Bytes that the libraries take before the first step: on a GPU CUDA's context and cuBLAS; on a CPU what grows beside
+all tensors from a process that has read its data to one that has taken a step (benchmarks/README.md)."""
+FRAGMENTATION = 0.05
+"""Share of what a step makes and frees that lies in holes between blocks of other lengths (benchmarks/README.md)."""
+FEW = 2
+"""Layers that are looked at where all are alike, and twice as many: what one more layer adds is the same for all."""
 PROBE = [EncodedPair(tuple(range(2, 50)), tuple(range(2, 34)), tuple(range(34, 2, -1)), row, b"") for row in range(4)]
-"""Pairs of which only the lengths matter; short, as what is kept grows with the tokens."""
+"""Pairs of which only the lengths matter."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,19 @@ class Memory:
     """Parameters of the adapter."""
     weights: int
     """Parameters of the base."""
+    row: int
+    """Tokens that go through the model at once, at most."""
+    own: int = 0
+    """Bytes that the process held before: Python, its libraries and the data, all of it no longer free. 0 on a GPU."""
+    loading: int = 0
+    """Bytes on top of `own` while the weights are read, the mapped file included; it is given back when asked for."""
     padded: str = ""
     """Why pairs would go through the model in padded batches; empty if in packed rows."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the system counts for the process at most, or that lie on the GPU."""
+        return self.own + max(self.loading, self.needed)
 
     @property
     def needed(self) -> int:
@@ -71,6 +90,8 @@ class Load:
     """The longest prompt with its longer answer."""
     step: int
     """All pairs of an optimizer step."""
+    pair: int = 0
+    """The longest pair in a packed row, its prompt once; 0: as long as `sequence`."""
 
 
 def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: int) -> Memory:
@@ -78,66 +99,167 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
 
     Raises ModelError for a config that transformers does not know, and RecipeError for an adapter that does not fit.
     """
+    shapes, table = shapes_of(source, recipe, device, load), recipe.train
+    # a padded batch holds both sequences of a pair, as long as the longest
+    least = 2 * load.sequence if shapes.padded else max(load.sequence, load.pair)
+    row = max(least, min(table.micro_batch_tokens, load.step))
+    parts = {
+        **shapes.weights,
+        "LoRA, float32": shapes.trained * 4,
+        "its gradients, float32": shapes.trained * 4,
+        f"optimizer state ({table.optim})": shapes.optimizer,
+    }
+    if isinstance(recipe.reference, AdapterReference | EmaReference):
+        parts["the reference's adapter, float32"] = shapes.trained * 4
+    other_form = recipe.model.quantization != "none" or device.weight_dtype != device.torch_dtype
+    if device.type == "cuda" and other_form:
+        parts["one layer's weights in the compute dtype"] = 2 * shapes.largest
+    # as `keep_dense_if_it_fits` decides, when the weights are there
+    elif other_form and shapes.dense + shapes.head_copy <= (free - sum(shapes.weights.values())) * USABLE / 2:
+        parts[f"linear layers in {device.compute_dtype}, converted once"] = shapes.dense
+    reserve = {"framework's reserve" + (", CUDA's context" if device.type == "cuda" else ""): RESERVE[device.type]}
+    room = max(0, free - sum(parts.values()) - sum(reserve.values()))
+    # decided for a full row, also where a step has less
+    count = _recomputed(table, shapes, max(least, table.micro_batch_tokens), room)
+    parts |= step_bytes(shapes, row, count) | reserve
+    own, loading = 0, 0
+    if device.type == "cpu":
+        # what is read counts as the process's own as long as the file is mapped
+        own, loading = budget.own_bytes(), sum(shapes.weights.values()) + shapes.file
+    return Memory(
+        parts, free, count, shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded
+    )
+
+
+def step_bytes(shapes: "Shapes", row: int, count: int) -> dict[str, int]:
+    """What a forward and backward pass over `row` tokens takes, with `count` layers recomputed."""
+    layers = shapes.layers
+    share = (layers - count + bool(count)) / max(1, layers)
+    recomputed = f"{count} of {layers} layers" if count else "nothing"
+    step = {
+        f"activations of {row:,} tokens, {recomputed} recomputed": math.ceil(
+            shapes.per_token.bytes(row, layers, count) + shapes.dora_copies * share
+        ),
+        "backward pass of one layer, while it works": math.ceil(shapes.per_token.working * row),
+        f"output head in chunks of {STATES_AT_ONCE} tokens, {shapes.vocabulary:,} words": (
+            shapes.head_copy + shapes.head_tiles + row * shapes.head_token
+        ),
+        "reference pass, beyond what a step takes": 0,  # it keeps nothing: one layer at a time, before the step
+    }
+    return step | {f"fragmentation, {FRAGMENTATION:.0%} of a step": math.ceil(sum(step.values()) * FRAGMENTATION)}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All that is told from the shapes of base and adapter; bytes, unless said otherwise."""
+
+    weights: Mapping[str, int]
+    parameters: int
+    """Numbers of the base."""
+    trained: int
+    """Numbers of the adapter."""
+    optimizer: int
+    dense: int
+    """The linear layers but the head in the compute dtype."""
+    largest: int
+    """The largest linear layer in the compute dtype."""
+    dora_copies: int
+    layers: int
+    per_token: Kept
+    vocabulary: int
+    """Words."""
+    head_copy: int
+    """The output head in the compute dtype, if it is stored in another."""
+    head_tiles: int
+    head_token: int
+    """What the head reads of a token."""
+    file: int
+    """The weights as they lie on disk."""
+    padded: str
+    """Why pairs would be padded; empty if they are packed."""
+
+
+_shapes: dict[tuple[str, ...], Shapes] = {}
+
+
+def shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Shapes:
+    """What shapes tell of a recipe's base and adapter; kept, since trying other rows changes none of it."""
+    config = (source.folder / "config.json").read_text(encoding="utf-8")
+    tables = recipe.model.model_dump_json(), recipe.lora.model_dump_json(), recipe.train.optim
+    key = (config, *tables, str(device), str(_like(load)))
+    if key not in _shapes:
+        _shapes[key] = _shapes_of(source, recipe, device, load)
+    return _shapes[key]
+
+
+def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Shapes:
+    stored: torch.dtype | None = _config(source).dtype
     base = on_meta(source, device)
-    weights, dense = base_bytes(base, recipe.model, device), dense_bytes(base, device)
-    parameters = sum(each.numel() for each in base.parameters())
+    linear, itemsize = _linear(base), device.torch_dtype.itemsize
+    weights, parameters = base_bytes(base, recipe.model, device), sum(each.numel() for each in base.parameters())
+    elements = [layer.weight.numel() for layer in linear]
     padded = attention.why_not(base, load.sequence)
     if not padded:
         attention.use(base)
+    head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
     model = attach(base, recipe.lora, recipe.train.seed)
-    words = make_lean(model, device.torch_dtype)
-    per_token, moved = kept_per_token(model, device, packed=not padded), trainable(model)
-    trained = sum(each.numel() for each in moved.values())
-    # a padded batch holds both sequences of a pair, as long as the longest
-    row = max(2 * load.sequence if padded else load.sequence, min(recipe.train.micro_batch_tokens, load.step))
-    parts = {
-        **({"CUDA's context and libraries": CUDA_LIBRARIES} if device.type == "cuda" else {}),
-        **weights,
-        "adapter, float32": trained * 4,
-        "its gradients, float32": trained * 4,
-        f"optimizer state ({recipe.train.optim})": optimizer_bytes(moved, recipe.train),
-        "output head, a tile of logits, and what it reads": head_bytes(base, device, row),
-    }
-    if isinstance(recipe.reference, AdapterReference | EmaReference):
-        parts["the reference's adapter, float32"] = trained * 4
-    other_form = recipe.model.quantization != "none" or device.weight_dtype != device.torch_dtype
-    if device.type == "cuda" and other_form:
-        parts["one layer's weights in the compute dtype"] = 2 * max(_elements(base)) * device.torch_dtype.itemsize
-    elif other_form and dense <= (free - sum(parts.values())) * USABLE / 2:  # as `keep_dense_if_it_fits` decides
-        parts[f"linear layers in {device.compute_dtype}, converted once"] = dense
-    layers = len(budget.checkpointable(base))
-    room = max(0, free - sum(parts.values()))
-    # decided for a full row, also where a step has less
-    count = _recomputed(recipe.train, per_token, layers, max(load.sequence, recipe.train.micro_batch_tokens), room)
+    stand_in(linear, recipe.model, device)
+    words, moved = make_lean(model, device.torch_dtype), trainable(model)
     # DoRA's norms keep about two copies of a dequantized weight each for the backward pass
-    copies = 2 * dense if recipe.model.quantization != "none" and "DoraLinearVariant" in words else 0
-    told = f"activations of {row:,} tokens, {f'{count} of {layers} layers' if count else 'nothing'} recomputed"
-    share = (layers - count + bool(count)) / max(1, layers)
-    parts[told] = math.ceil(per_token.bytes(row, layers, count) + copies * share)
-    return Memory(parts, free, count, layers, trained, parameters, padded)
+    dora = recipe.model.quantization != "none" and "DoraLinearVariant" in words
+    return Shapes(
+        weights=weights,
+        parameters=parameters,
+        trained=sum(each.numel() for each in moved.values()),
+        optimizer=optimizer_bytes(moved, recipe.train),
+        dense=sum(elements) * itemsize,
+        largest=max(elements, default=0) * itemsize,
+        dora_copies=2 * sum(elements) * itemsize if dora else 0,
+        layers=len(budget.checkpointable(base)),
+        per_token=kept_per_token(model, device, packed=not padded, pairs=_like(load)),
+        vocabulary=len(head),
+        head_copy=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
+        head_tiles=3 * STATES_AT_ONCE * min(WORDS_AT_ONCE[device.type], len(head)) * 4,
+        head_token=width * (4 + itemsize),
+        file=parameters * (stored or torch.float32).itemsize,
+        padded=padded,
+    )
 
 
-def _recomputed(table: TrainTable, per_token: Kept, layers: int, tokens: int, room: int) -> int:
-    """How many layers the run would recompute with so many free bytes."""
+def _recomputed(table: TrainTable, shapes: Shapes, tokens: int, room: int) -> int:
+    """How many layers the run would recompute with so many free bytes; more if a step has no room otherwise."""
     match table.gradient_checkpointing:
         case "auto":
-            return budget.layers_to_checkpoint(per_token, layers, tokens, room)
+            least = budget.layers_to_checkpoint(shapes.per_token, shapes.layers, tokens, room)
+            counts = range(least, shapes.layers)
+            return next((n for n in counts if sum(step_bytes(shapes, tokens, n).values()) <= room), shapes.layers)
         case True:
-            return layers
+            return shapes.layers
         case False:
             return 0
 
 
 def on_meta(source: Source, device: Device) -> Any:
     """The base as its config describes it, with shapes and dtypes and no weights."""
+    config = _config(source)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=device.weight_dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source.name}: its config is none of a causal language model that is known") from error
+        raise _unknown(source) from error
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def _config(source: Source) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unknown(source) from error
+
+
+def _unknown(source: Source) -> ModelError:
+    return ModelError(f"{source.name}: its config is none of a causal language model that is known")
 
 
 def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
@@ -188,52 +310,115 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -
             assert_never(never)
 
 
-def kept_per_token(model: PeftModel, device: Device, *, packed: bool = True) -> Kept:
+def _like(load: Load) -> list[EncodedPair]:
+    """One pair as long as the longest: each tile of its attention keeps all that it sees, so long ones keep more."""
+    answer = min(max(load.pair - load.sequence, load.sequence // 8, 1), load.sequence - 1)
+    ids = range(2, 2 + load.sequence - answer), range(2, 2 + answer), range(2 + answer, 2, -1)
+    prompt, chosen, rejected = map(tuple, ids)
+    return [EncodedPair(prompt, chosen, rejected, 1, b"")]
+
+
+def stand_in(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> None:
+    """Let linear layers on meta give what quantized ones would: an output in the dtype of their input.
+
+    Each has its weight in the compute dtype beside it: what is converted on the way is another part of the plan.
+    """
+    for layer in linear:
+        if layer.weight.dtype != device.torch_dtype or table.quantization != "none":
+            layer.dense_weight = layer.weight.data.to(device.torch_dtype)
+        if table.quantization != "none":
+            layer.__class__ = bnb.nn.Linear4bit  # what the code asks for; a real one has its weight packed
+            layer.forward = partial(_as_quantized, layer)  # type: ignore[method-assign]
+
+
+def _as_quantized(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = nn.functional.linear(
+        input_TI.to(layer.dense_weight.dtype),
+        layer.dense_weight,
+        None if layer.bias is None else layer.bias.to(layer.dense_weight.dtype),
+    )
+    return output.to(input_TI.dtype)
+
+
+def kept_per_token(
+    model: PeftModel, device: Device, *, packed: bool = True, pairs: Sequence[EncodedPair] = PROBE
+) -> Kept:
     """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter.
 
     The variable-length kernels exist on a GPU only; a layer keeps for them what it keeps for spans.
     """
     backend: attention.Backend = "batched" if device.attention == "batched" else "spans"
-    batch = collate(PROBE, Packing(10**6, 0, backend if packed else None))
+    batch = collate(pairs, Packing(10**6, 0, backend if packed else None))
     if backend == "batched" and batch.layout is not None:
         batch.layout.unbucketed.numel()  # which tokens these are is decided on numbers, so before there are only shapes
-    mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
-    for module in model.modules():
-        for name, each in module.named_parameters(recurse=False):
-            faked = FakeTensor(mode, each.data, cpu)
-            module.register_parameter(name, nn.Parameter(faked, requires_grad=each.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, FakeTensor(mode, buffer.to("meta"), cpu))
-    where = replace(device, type="cpu")
-    training = model.training
-    model.train()
+    mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
+    where, many = replace(device, type="cpu"), len(budget.checkpointable(model))
+    measure = partial(_kept, model.train(), batch, where, mode)
     try:
-        with mode:
-            tokens = batch.input_ids_BL.numel()
-            return budget.kept(language_model(model), lambda: hidden_states(model, batch, where), tokens)
+        if not _alike(model) or many <= 2 * FEW:
+            return measure(many)
+        more, few = measure(2 * FEW), measure(FEW)
+        # the first layer, whose input needs no gradient, keeps less than the others
+        total = few.layer * FEW + (more.layer * 2 * FEW - few.layer * FEW) / FEW * (many - FEW)
+        return replace(more, layer=total / many)
     finally:
         model.train(training)
 
 
-def head_bytes(base: Any, device: Device, tokens: int) -> int:
-    """Bytes of the output head's copy in the compute dtype, of its tiles of logits, and of the states of a row."""
-    head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
-    copy = head.numel() * device.torch_dtype.itemsize if head.dtype != device.torch_dtype else 0
-    tiles = 3 * STATES_AT_ONCE * min(WORDS_AT_ONCE[device.type], len(head)) * 4
-    states = tokens * width * (4 + device.torch_dtype.itemsize)
-    return int(copy + tiles + states)
+def _alike(model: PeftModel) -> bool:
+    """True if all layers have the same class, shapes and adapter."""
+    kinds = {
+        (type(layer), *((name, each.shape, each.requires_grad) for name, each in layer.named_parameters()))
+        for layer in budget.checkpointable(model)
+    }
+    return len(kinds) == 1 and _stack(model) is not None
 
 
-def dense_bytes(base: Any, device: Device) -> int:
-    """Bytes of the linear layers but the head in the compute dtype."""
-    return sum(_elements(base)) * device.torch_dtype.itemsize
+def _stack(model: PeftModel) -> Any:
+    """The module whose `layers` are all that the model has, one after another; None if there is none."""
+    layers = budget.checkpointable(model)
+    return next((each for each in model.modules() if list(getattr(each, "layers", ())) == layers), None)
+
+
+def _kept(model: Any, batch: MicroBatch, where: Device, mode: FakeTensorMode, layers: int) -> Kept:
+    """`kept_per_token` of the model as it would be with its first `layers` layers."""
+    stack, cpu = _stack(model), torch.device("cpu")
+    whole = stack.layers if stack is not None else []
+    if stack is not None:
+        stack.layers = nn.ModuleList(list(whole)[:layers])
+    try:
+        for module in model.modules():
+            _fake(module, mode, cpu)
+        with mode:
+            tokens = batch.input_ids_BL.numel()
+            kept = budget.kept(language_model(model), lambda: hidden_states(model, batch, where), tokens)
+            with Live() as live:
+                end_TD = hidden_states(model, batch, where)
+                before, live.most = live.now, live.now
+                end_TD.sum().backward()
+            return replace(kept, working=(live.most - before) / tokens)
+    finally:
+        model.zero_grad()
+        if stack is not None:
+            stack.layers = whole
+
+
+def _fake(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:
+    """Let what `module` holds on meta pass for tensors of a CPU: only shapes, but attention and autocast work."""
+
+    def faked(each: torch.Tensor) -> torch.Tensor:
+        return each if isinstance(each, FakeTensor) else FakeTensor(mode, each.to("meta"), cpu)
+
+    for name, each in module.named_parameters(recurse=False):
+        if not isinstance(each.data, FakeTensor):
+            module.register_parameter(name, nn.Parameter(faked(each.data), requires_grad=each.requires_grad))
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, faked(buffer))
+    if isinstance(getattr(module, "dense_weight", None), torch.Tensor):
+        module.dense_weight = faked(module.dense_weight)
 
 
 def _linear(base: Any) -> list[nn.Linear]:
     """The linear layers but the output head: those that are quantized."""
     head = base.get_output_embeddings()
     return [each for each in base.modules() if isinstance(each, nn.Linear) and each is not head]
-
-
-def _elements(base: Any) -> list[int]:
-    return [layer.weight.numel() for layer in _linear(base)]

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_dpo.data.audit import baselines
 from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
 from qlora_dpo.model import processes
+from qlora_dpo.model.budget import give_back_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.preference.held import OFF, Held, follow
@@ -264,6 +265,8 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
     record = as_it_fits(
         f"evaluation after step {state.step}", work, job, state, tracker.note, lambda: model.train(training)
     )
+    if job.device.type == "cpu":
+        give_back_freed_memory()  # blocks of other lengths than a step's
     seen, state.since_eval = state.since_eval, SinceEval()
     if seen.pairs:
         record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}

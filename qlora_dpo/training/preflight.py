@@ -10,7 +10,6 @@ from qlora_dpo.data import lint
 from qlora_dpo.data.audit import OVERLONG, Audit, insist_on_few_bad_rows, quantiles
 from qlora_dpo.data.encode import CUT, PairSet
 from qlora_dpo.data.encoded import lengths, sequence_tokens
-from qlora_dpo.data.lazily import joined
 from qlora_dpo.data.lint import Finding, Lengths
 from qlora_dpo.data.pairs import Found
 from qlora_dpo.data.shapes import Shape
@@ -18,9 +17,10 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import without_weights
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.columns import columns_of
-from qlora_dpo.training.estimate import Load, Memory, estimate
+from qlora_dpo.training.estimate import Memory, estimate
 from qlora_dpo.training.optim import insist_on_optimizer
 from qlora_dpo.training.plan import make_plan
+from qlora_dpo.training.room import load_of
 from qlora_dpo.training.run import prepare
 from qlora_dpo.training.ways import Way, ways_to_fit
 
@@ -82,8 +82,7 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
     found = tuple(_findings(train, heldout, recipe))
     tokens = _tokens(train)
     steps = make_plan(len(train.encoded), recipe.train).total_steps
-    most = int(sequence_tokens(joined([train.encoded, heldout.encoded])).max())
-    load = Load(sequence=most, step=recipe.train.batch_size * tokens.pair[2])
+    load = load_of(train, heldout, recipe)
     memory = estimate(prepared.source, recipe, device, load, free)
     bias = lint.lengths(train.pairs)
     warnings = tuple(_warnings(recipe, found, bias, tokens, steps, memory, heldout))

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,7 +26,14 @@ from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model import processes
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
-from qlora_dpo.model.budget import free_bytes, keep_dense_if_it_fits, keep_freed_memory, training_bytes
+from qlora_dpo.model.budget import (
+    free_bytes,
+    freed_at_once,
+    give_back_freed_memory,
+    keep_dense_if_it_fits,
+    keep_freed_memory,
+    training_bytes,
+)
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
@@ -34,7 +41,7 @@ from qlora_dpo.model.saved_adapter import opened_by_peft, put
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import Held, copied
-from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing
+from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing, shortest
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
@@ -219,13 +226,14 @@ def load_for(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[
     """The base as this machine computes best with it, and the layout that is proved for these pairs."""
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
     pairs, pad = joined([prepared.train.encoded, prepared.heldout.encoded]), pad_token_id(prepared.tokenizer)
-    base = load_base(prepared.source, recipe.model, device)
+    with freed_at_once() if device.type == "cpu" else nullcontext():
+        base = load_base(prepared.source, recipe.model, device)
     if own and device.type == "cpu":
         say(keep_dense_if_it_fits(base, device))
         keep_freed_memory()
     packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
     say(f"layout: {why}")
-    probed = pairs[0]
+    (probed,) = shortest(pairs, 1)  # its logits exist whole: 1.2 GiB for 2,048 tokens and 152k words
     return Base(base, packing, probed, probe(base, probed, device))
 
 
@@ -246,6 +254,8 @@ def _with_adapter(base: Base, prepared: Prepared, recipe: Recipe, device: Device
         free = max(0, free_bytes(device) - training_bytes(trainable(model).values(), table.optim))
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
+    if device.type == "cpu":
+        give_back_freed_memory()  # what the proofs took: blocks of other lengths than a step's
     weighed = counted(recipe.objective)
     return Model(model, replace(packing, counted=weighed), replace(rows, counted=weighed), held)
 
