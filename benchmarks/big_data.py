@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,7 +193,8 @@ def _ends(run: "subprocess.Popen[str]", limit: float) -> str:
     os.set_blocking(run.stderr.fileno(), False)  # type: ignore[union-attr]
     text = ""
     while time.monotonic() < end:
-        text += run.stderr.read() or ""  # type: ignore[union-attr]
+        with suppress(BlockingIOError):
+            text += os.read(run.stderr.fileno(), 2**16).decode(errors="replace")  # type: ignore[union-attr]
         if "memory:" in text and end == float("inf"):
             end = time.monotonic() + limit
         if "\nstep 1/" in text:
