@@ -148,8 +148,7 @@ def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
     refused = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         r"qlora-dpo: r\.toml: needs 0\.1 GiB and CPU, \d+ threads has 0\.1 GiB free; "
-        r"(set train\.\w+ = .*|no line of .*)"
-        r"take a smaller model or a larger card",
+        r"(set train\.\w+ = .*|no line of .*)take a smaller model or a larger card",
         refused,
     ), refused
     assert not Path("adapters/r").exists()
