@@ -42,7 +42,7 @@ def as_it_fits(
 ) -> Result:
     """Do `work`, and again in smaller rows, and say so, each time that memory runs out; returns its result.
 
-    Of several processes all do so again if memory runs out in one.
+    Of several processes all do so again if memory runs out in one, but where weights are sharded the run ends.
 
     `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators. Raises
     DoesNotFitError after `TRIES` times in a row.
@@ -54,6 +54,8 @@ def as_it_fits(
         try:
             result = work(here)
         except (RuntimeError, MemoryError) as error:
+            if processes.sharded():
+                raise _named(what, processes.why_sharded_work_ends(error)) from error
             if not is_out_of_memory(error):
                 raise
             failed = True
@@ -67,6 +69,10 @@ def as_it_fits(
         state.row_tokens = max(1, tokens // 2)
         say(f"{what}: out of memory with rows of {tokens:,} tokens; rows of {state.row_tokens:,} from here on")
     raise DoesNotFitError(f"{what}: out of memory {TRIES} times in a row; {LESS_MEMORY}")
+
+
+def _named(what: str, error: Exception) -> Exception:
+    return DoesNotFitError(f"{what}: {error}") if isinstance(error, DoesNotFitError) else error
 
 
 def _counted(state: State) -> dict[str, object]:

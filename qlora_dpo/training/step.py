@@ -49,12 +49,16 @@ def gradient(model: PeftModel, job: "Job", state: State, backward: Backward, sum
     indices = job.plan.indices(state.step + 1)
     pairs = [job.train.pairs[i] for i in indices]
     own = shares.own(pairs)
-    groups = [[indices[own[i]] for i in group] for group in micro_batches([pairs[i] for i in own], job.packing)]
+    batches = micro_batches([pairs[i] for i in own], job.packing)
+    groups = shares.in_step([[indices[own[i]] for i in group] for group in batches])
     processes.seed(job.recipe.train.seed, state.step)
     if needs_whole_step(job.recipe.objective) and (len(groups) > 1 or processes.count() > 1):
         return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums)
     wrong = list[int]()
     for group in groups:
+        if group is None:
+            backward(0 * _uncounted(model, job, state, sums).chosen_logp_P.sum())
+            continue
         logps = _logps(model, job, state, group, sums)
         losses = _losses(logps, job, state, sums)
         backward(losses.total_P.sum() / len(indices))
@@ -75,22 +79,23 @@ def joined(model: PeftModel, state: State, before: Sequence[float], wrong: list[
 
 
 def _of_pairs_that_depend_on_each_other(
-    model: PeftModel, job: "Job", state: State, groups: Sequence[list[int]], backward: Backward, sums: Sums
+    model: PeftModel, job: "Job", state: State, groups: Sequence[list[int] | None], backward: Backward, sums: Sums
 ) -> list[int]:
     """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
     draws = list[dict[str, Tensor]]()
 
     def ask() -> Logps:
         parts = list[Logps]()
-        for group in groups:
+        # a process without pairs says so in the form that the others expect
+        for group in groups or [None]:
             draws.append(random_states())
             with torch.no_grad():
-                parts.append(_logps(model, job, state, group, sums))
-        if parts:
-            return together(parts)
-        # a process without pairs says so in the form that the others expect
-        with torch.no_grad():
-            return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums)).none()
+                parts.append(
+                    _uncounted(model, job, state, sums).none()
+                    if group is None
+                    else _logps(model, job, state, group, sums)
+                )
+        return together(parts)
 
     mine = processes.all_or_none(ask)
     pairs, everything = len(mine.chosen_logp_P), shares.of_all(mine)
@@ -103,10 +108,14 @@ def _of_pairs_that_depend_on_each_other(
     losses = _losses(replace(everything, **leaves), job, *counts)
     state.margin_mean = counts[0].margin_mean
     found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
-    for group, draw in zip(groups, draws, strict=True):
+    for group, draw in zip(groups, draws, strict=bool(groups)):
         restore(draw)  # the same dropout as when it was asked
-        batch = collate([job.train.pairs[i] for i in group], job.packing).to(job.device.torch_device)
-        scores, here = score(model, batch, job.device, metrics=False), slice(start, start + len(group))
+        some = [job.train.pairs[i] for i in group or job.plan.indices(1)[:1]]
+        scores = score(model, collate(some, job.packing).to(job.device.torch_device), job.device, metrics=False)
+        if group is None:
+            backward(0 * scores.chosen_logp_P.sum())
+            continue
+        here = slice(start, start + len(group))
         backward(
             torch.stack(
                 [
@@ -117,7 +126,7 @@ def _of_pairs_that_depend_on_each_other(
             ).sum()
         )
         start += len(group)
-    return _not_finite(losses.total_P[own], [index for group in groups for index in group])
+    return _not_finite(losses.total_P[own], [index for group in groups for index in group or ()])
 
 
 def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums) -> Logps:
@@ -129,6 +138,11 @@ def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], s
     sums.add_scores(scores, batch.tokens)
     state.num_tokens += batch.tokens
     return scores.beside(reference_P2, side.columns.of(list(indices)).to(place))
+
+
+def _uncounted(model: PeftModel, job: "Job", state: State, sums: Sums) -> Logps:
+    """What policy and reference say of one pair, by a process that has none or has done its own; uncounted."""
+    return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums))
 
 
 def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
@@ -156,11 +170,15 @@ def _reference(model: PeftModel, job: "Job", indices: Sequence[int], batch: Micr
     if job.held.follows is not None:
         return ride_along(model, batch, job.device, job.held)
     known_P2 = job.train.reference_P2[list(indices)]
-    if not needs_reference(job.recipe.objective) or not known_P2.isnan().any():
+    unknown = [i for i, nan in zip(indices, known_P2.isnan().any(1).tolist(), strict=True) if nan]
+    if not needs_reference(job.recipe.objective):
+        return known_P2
+    if not (processes.any_of(bool(unknown)) if processes.sharded() else unknown):
         return known_P2
     asked_P2 = ride_along(model, batch, job.device, job.held)
-    job.train.reference_P2[list(indices)] = asked_P2.cpu()
-    job.store.add([job.train.pairs[i] for i in indices], asked_P2)
+    new_P2 = asked_P2[[n for n, i in enumerate(indices) if i in unknown]].cpu()
+    job.train.reference_P2[unknown] = new_P2
+    job.store.add([job.train.pairs[i] for i in unknown], new_P2)
     return asked_P2
 
 
