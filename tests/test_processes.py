@@ -14,6 +14,8 @@ import jobs
 import pytest
 import together
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.model import processes
+from qlora_dpo.shipped import accelerate_configs
 from qlora_dpo.training.fitting import as_it_fits
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -253,6 +256,28 @@ def test_what_cannot_be_done_by_several_is_refused_before_they_start(
         "qlora-dpo: --processes starts the processes, and this is one of them; leave it out; "
         "see qlora-dpo train --help\n"
     )
+
+
+@pytest.mark.parametrize("file", accelerate_configs(), ids=lambda file: file.stem)
+def test_a_shipped_config_file_starts_processes_that_shard_if_it_is_for_that(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = file.read_text().splitlines()[1].removeprefix("# accelerate launch ").replace("RECIPE", "r.toml")
+    asked = launch_command_parser().parse_args(line.replace("recipes/accelerate", str(file.parent)).split())
+    asked, *_ = _validate_launch_command(asked)
+    assert (asked.num_processes, asked.training_script) == (2, "qlora_dpo")
+    for name, value in prepare_multi_gpu_env(asked).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.sharded.cache_clear()
+    try:
+        assert processes.sharded() == (file.stem == "fsdp2-qlora")
+    finally:
+        processes.sharded.cache_clear()
+
+
+def test_both_config_files_are_shipped() -> None:
+    assert [file.name for file in accelerate_configs()] == ["ddp.yaml", "fsdp2-qlora.yaml"]
 
 
 @pytest.mark.parametrize(
