@@ -17,6 +17,11 @@ def shipped() -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
+def accelerate_configs() -> list[Path]:
+    """The config files for `accelerate launch`, as docs/many-gpus.md shows them."""
+    return sorted(file for home in recipe_homes() for file in home.glob("accelerate/*.yaml"))
+
+
 def purpose(file: Path) -> str:
     """What a shipped recipe is for: its first line."""
     with file.open(encoding="utf-8") as lines:

@@ -13,12 +13,18 @@ from typing import Any
 import jobs
 import pytest
 import together
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qlora_dpo.cli import main
+from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.model import processes
+from qlora_dpo.shipped import accelerate_configs
+from qlora_dpo.training.fitting import as_it_fits
 
 pytestmark = jobs.LIBRARIES_WARN
 HERE = Path(__file__).parent
@@ -78,6 +84,17 @@ def test_several_processes_have_the_adapter_and_the_figures_of_one(
         same(found[name], facts)
 
 
+@pytest.mark.parametrize("name", together.SHARDED)
+def test_sharded_each_keeps_a_part_of_the_layers_and_the_first_can_use_the_whole_model_alone(
+    name: str, several: Together, alone: dict[str, Any]
+) -> None:
+    parts, whole = [found[name]["layer_bytes"] for found in several.found], alone[name][1]["layer_bytes"]
+    assert sum(parts) == whole
+    assert max(parts) <= 1.1 * whole / several.count
+    for found, expected in zip(several.found[0][name]["asked"], alone[name][1]["asked"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_all_do_a_step_again_if_memory_runs_out_in_one(several: Together, alone: dict[str, Any]) -> None:
     adapter, facts = alone["sigmoid"]
     for found, theirs in zip(several.found, several.adapters(together.OUT_OF_MEMORY), strict=True):
@@ -121,6 +138,32 @@ def test_processes_that_have_other_data_refuse_to_train(several: Together) -> No
     assert {found["not the same"] for found in several.found} == {
         "the processes of this run do not have the same pairs; give all machines the same files"
     }
+
+
+def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "sharded", lambda: True)
+    monkeypatch.setattr(processes.signal, "signal", lambda *ignored: None)
+    what = jobs.recipe()
+    job = jobs.job(jobs.fresh(what), what, tmp_path, 4, 1)
+
+    def ended(error: Exception) -> str:
+        def work(job: Any) -> None:
+            raise error
+
+        with pytest.raises(QloraDpoError) as caught:
+            as_it_fits("step 3", work, job, jobs.start(job), print)
+        return str(caught.value)
+
+    assert ended(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == (
+        "step 3: out of memory, and with sharded weights nothing can be done again in smaller rows; lower "
+        "train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing = true, and close other "
+        "programs that hold memory"
+    )
+    assert ended(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4")) == (
+        "another process of this run has ended; --resume goes on from the newest checkpoint, if there is one"
+    )
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 6))
@@ -213,3 +256,77 @@ def test_what_cannot_be_done_by_several_is_refused_before_they_start(
         "qlora-dpo: --processes starts the processes, and this is one of them; leave it out; "
         "see qlora-dpo train --help\n"
     )
+
+
+@pytest.mark.parametrize("file", accelerate_configs(), ids=lambda file: file.stem)
+def test_a_shipped_config_file_starts_processes_that_shard_if_it_is_for_that(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = file.read_text().splitlines()[1].removeprefix("# accelerate launch ").replace("RECIPE", "r.toml")
+    asked = launch_command_parser().parse_args(line.replace("recipes/accelerate", str(file.parent)).split())
+    asked, *_ = _validate_launch_command(asked)
+    assert (asked.num_processes, asked.training_script) == (2, "qlora_dpo")
+    for name, value in prepare_multi_gpu_env(asked).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.sharded.cache_clear()
+    try:
+        assert processes.sharded() == (file.stem == "fsdp2-qlora")
+    finally:
+        processes.sharded.cache_clear()
+
+
+def test_both_config_files_are_shipped() -> None:
+    assert [file.name for file in accelerate_configs()] == ["ddp.yaml", "fsdp2-qlora.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "changed", "sentence"),
+    [
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            (),
+            "accelerate's config file asks for DeepSpeed, which takes its steps inside of the backward pass, and so "
+            "cannot train here; recipes/accelerate/fsdp2-qlora.yaml shares out the same frozen weights as ZeRO-3",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            (),
+            "accelerate's config file asks for FSDP 1, which cannot shard beside a float32 adapter; write "
+            "fsdp_version: 2, as recipes/accelerate/fsdp2-qlora.yaml does",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            (),
+            "accelerate's config file has fsdp_offload_params: true, which is not supported; write false",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            ("model.quantization=int8",),
+            'model.quantization = "int8" cannot be sharded, since FSDP2 shards no integers; take "nf4", or '
+            "recipes/accelerate/ddp.yaml",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            ("model.quantization=nf4", "lora.use_dora=true"),
+            "lora.use_dora reads whole 4-bit weights, which sharded layers do not have; leave it out, or take "
+            "recipes/accelerate/ddp.yaml",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    asked: dict[str, str],
+    changed: tuple[str, ...],
+    sentence: str,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **asked}.items():
+        monkeypatch.setenv(name, value)
+    processes.sharded.cache_clear()
+    try:
+        assert main(["train", "r.toml", *(word for each in changed for word in ("--set", each))]) == 2
+    finally:
+        processes.sharded.cache_clear()
+    assert capsys.readouterr().err == f"qlora-dpo: {sentence}\n"

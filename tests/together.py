@@ -3,6 +3,7 @@
 `launched` starts them from a server that has imported everything once; alone, `scenario` says what to expect.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,17 +14,25 @@ from typing import Any
 
 import jobs
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.files import write_json
-from qlora_dpo.model import processes
+from qlora_dpo.model import attention, processes, shard
+from qlora_dpo.model.base import load_base
+from qlora_dpo.model.budget import checkpointable
+from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.lora import attach
 from qlora_dpo.preference.held import Held, copied
-from qlora_dpo.preference.reference import Store, read_store, reference_logps
+from qlora_dpo.preference.reference import Store, live_logps, read_store, reference_logps
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.training import step
 from qlora_dpo.training.checkpoint import newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.training.tracker import SAMPLES, Tracker
 
 # name: tables of the recipe, training pairs, held-out pairs
 SCENARIOS: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
@@ -33,23 +42,43 @@ SCENARIOS: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
     "beta_dpo": ({"objective": {"loss_type": "beta_dpo"}}, 9, 3),
     "ema": ({"reference": {"kind": "ema", "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1}}, 10, 3),
 }
+LAST_LAYER = {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}
+SHARDED: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
+    "sharded nf4": ({"model": {"quantization": "nf4"}, "train": {"num_train_epochs": 2}}, 10, 3),
+    "sharded aot": ({"objective": {"loss_type": "aot"}, "lora": LAST_LAYER}, 9, 6),
+    "sharded ema": ({**SCENARIOS["ema"][0], "lora": {"modules_to_save": ["norm"]}}, 5, 1),
+}
+"""These with the base's layers shared out among the processes, asked along with each step but the first."""
+SCENARIOS |= SHARDED
 OUT_OF_MEMORY = "out of memory in one"
 
 
 def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train as `name` says: the adapter, and the facts of the run."""
     tables, train, heldout = SCENARIOS["sigmoid" if name == OUT_OF_MEMORY else name]
+    if name in SHARDED:
+        tables = {**tables, "samples": {"at_evaluations": 1}}
     train_table = {"micro_batch_tokens": 60, **tables.get("train", {})}
     what = jobs.recipe(**{**tables, "train": train_table})
     folder.mkdir(parents=True, exist_ok=True)
-    model = jobs.fresh(what)
+    if together := name in SHARDED and processes.count() > 1:
+        ask_for_fsdp()
+    model = sharded(what) if together else jobs.fresh(what)
     job = jobs.job(model, what, folder, train, heldout)
     if what.reference is not None:
         job = replace(job, held=Held(copied(model), what.reference))
+    if name in SHARDED:
+        job.train.reference_P2[sorted(set(range(train)) - set(job.plan.indices(1)))] = torch.nan
+        job = replace(job, ask=asked_alone)
     said = list[str]()
     with Tracker(folder, job.plan.total_steps, silent=not processes.is_main()) as tracker:
         tracker.note = said.append  # type: ignore[method-assign]
         state = fit(model, job, jobs.start(job), tracker)
+    kept = layer_bytes(model)
+    shard.gather(model)
+    if processes.is_main():  # from here on the first goes on alone
+        live_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
+    processes.sharded.cache_clear()
     facts = {
         "evals": state.evals,
         "num_tokens": state.num_tokens,
@@ -57,8 +86,42 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         "margin_mean": state.margin_mean,
         "row_tokens": state.row_tokens,
         "said": [each for each in said if "out of memory" in each],
+        "layer_bytes": kept,
     }
+    if name in SHARDED and processes.is_main():
+        facts["asked"] = [json.loads(line)["logp"][0] for line in (folder / SAMPLES).read_text().splitlines()]
     return jobs.adapter(model), facts
+
+
+def layer_bytes(model: PeftModel) -> int:
+    """Bytes of the frozen weights of decoder layers that this process holds."""
+    frozen = [each for layer in checkpointable(model) for each in layer.parameters() if not each.requires_grad]
+    held = [each.to_local() if isinstance(each, DTensor) else each for each in frozen]
+    return sum(each.numel() * each.element_size() for each in held)
+
+
+def asked_alone(model: PeftModel) -> list[dict[str, Any]]:
+    """What the first process, and no other, asks the model at an evaluation."""
+    logp_P2 = live_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
+    return [{"prompt": [{"role": "user", "content": "?"}], "answer": "", "logp": logp_P2.tolist()}]
+
+
+def ask_for_fsdp() -> None:
+    """What `accelerate launch` sets when its config file asks for FSDP2."""
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    processes.sharded.cache_clear()
+    assert processes.sharded()
+
+
+def sharded(what: Recipe) -> PeftModel:
+    """`jobs.fresh`, with the base's layers shared out."""
+    table = ModelTable(name=what.model.name, quantization=what.model.quantization)
+    base = load_base(jobs.source(), table, jobs.CPU)
+    attention.use(base)
+    model = attach(base, what.lora, what.train.seed)
+    make_lean(model, torch.float32)
+    shard.share_out(model, jobs.CPU)
+    return model
 
 
 def once_out_of_memory() -> None:

@@ -70,7 +70,7 @@ def train(
 
     insist_on_extras(loaded.recipe)
 
-    from qlora_dpo.model import device
+    from qlora_dpo.model import device, shard
     from qlora_dpo.model import processes as together
 
     if processes is not None and together.launched() > 1:
@@ -78,6 +78,8 @@ def train(
     device.insist_on_gpus(processes or 1)
     if max(processes or 1, together.launched()) > 1 and loaded.recipe.train.engine == "trl":
         raise RecipeError('several processes need train.engine = "qlora_dpo"; run TRL in one')
+    if together.sharded():
+        shard.insist_on_shardable(loaded.recipe.model, loaded.recipe.lora)
     together.begin(cpu=not device.has_gpu())
     here = device.choose(loaded.recipe.model.dtype)
     count = max(processes or 1, together.count())
@@ -135,7 +137,7 @@ def run_once(
     from qlora_dpo.cli.train_results import answer, asker, record_run, show, write_results
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.files import write_json
-    from qlora_dpo.model import processes
+    from qlora_dpo.model import processes, shard
     from qlora_dpo.training import checkpoint, display, interrupted, run
 
     say = partial(click.echo, err=True)
@@ -165,6 +167,7 @@ def run_once(
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)
+            shard.gather(outcome.model)
             answers = answer(outcome, loaded.recipe, here, tracker)
         record_run(folder, outcome, loaded.recipe, here)
         results = write_results(folder, outcome, answers, loaded.recipe)
@@ -177,14 +180,15 @@ def _help_to_train(
     loaded: "LoadedRecipe", folder: Path, here: "Device", *, resume: bool, allow: tuple[str, ...], until: float
 ) -> None:
     """Take a part of every step beside the first process, which writes and speaks for all."""
-    from qlora_dpo.model import processes
+    from qlora_dpo.model import processes, shard
     from qlora_dpo.training import checkpoint, run
 
     processes.wait()
     prepared = run.prepare(loaded.recipe)
     resume_from, _ = checkpoint.newest_valid(folder) if resume else (None, [])
     with run.follow(prepared, loaded, folder, resume_from) as tracker:
-        run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, until=until)
+        outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, until=until)
+    shard.gather(outcome.model)  # the first process answers prompts alone
 
 
 def _insist_on_memory(prepared: "Prepared", loaded: "LoadedRecipe", here: "Device") -> None:
@@ -201,19 +205,21 @@ def _insist_on_memory(prepared: "Prepared", loaded: "LoadedRecipe", here: "Devic
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device", processes: int) -> list[str]:
     """What the run will do, one decision a line."""
+    from qlora_dpo.model.processes import sharded
     from qlora_dpo.recipe_model import QUANTIZED
     from qlora_dpo.recipe_tables import is_local
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
     heldout = data.eval or data.train_name
     share = data.held_out_share
+    holds = "a part of each layer of the base (FSDP2)" if sharded() else "the whole base"
     return [
         f"recipe      {loaded.path}",
         f"base        {model.name}: "
         + QUANTIZED.get(model.quantization, "not quantized")
         + (" with double quantization" if model.quantization in ("nf4", "fp4") and model.double_quant else ""),
         *here.lines(),
-        *([f"processes   {processes}, each with the whole base; they share a step's pairs"] if processes > 1 else []),
+        *([f"processes   {processes}, each with {holds}; they share a step's pairs"] if processes > 1 else []),
         f"lora        r {lora.r}, lora_alpha {lora.lora_alpha}, lora_dropout {lora.lora_dropout:g}, target_modules "
         + (lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules))
         + (f"; whole copies of {', '.join(lora.modules_to_save)}" if lora.modules_to_save else "")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model import int8
+from qlora_dpo.model import int8, processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
 from qlora_dpo.recipe_model import ModelTable, Quantization
@@ -73,6 +73,8 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
                 bnb_4bit_quant_type=table.quantization,
                 bnb_4bit_use_double_quant=table.double_quant,
                 bnb_4bit_compute_dtype=device.torch_dtype,
+                # FSDP2 shards floats only; the bytes are the same
+                bnb_4bit_quant_storage=device.weight_dtype if processes.sharded() else torch.uint8,
             )
         case "int8":
             config = BitsAndBytesConfig(load_in_8bit=True)
@@ -131,7 +133,9 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         return kept
     weight: Any = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
-        weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        # a weight that was gathered from its shards has no state of its own
+        state = getattr(weight, "quant_state", None) or layer.quant_state
+        weight = bnb.functional.dequantize_4bit(weight.data, state)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         weight = int8.dense(layer)
     dense: Tensor = weight.to(dtype)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import accumulate
 from typing import TypeVar
 
@@ -15,8 +16,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
+from torch.distributed import DistError
 
-from qlora_dpo.errors import ProcessEndedError, RunError, is_out_of_memory
+from qlora_dpo.errors import (
+    LESS_MEMORY,
+    DoesNotFitError,
+    ProcessEndedError,
+    RecipeError,
+    RunError,
+    is_out_of_memory,
+)
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: as long as the first of them may need to read the data."""
@@ -27,6 +36,35 @@ Result = TypeVar("Result")
 def launched() -> int:
     """How many processes the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@cache
+def sharded() -> bool:
+    """True if accelerate's config file asks for FSDP2 (model/shard.py): then each forward and each backward pass is one
+    that all processes make together.
+
+    Raises RecipeError for what the file asks for and cannot be had.
+    """
+    fsdp, deepspeed = (_says_true(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    if deepspeed:
+        raise RecipeError(
+            "accelerate's config file asks for DeepSpeed, which takes its steps inside of the backward pass, and so "
+            "cannot train here; recipes/accelerate/fsdp2-qlora.yaml shares out the same frozen weights as ZeRO-3"
+        )
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
+        raise RecipeError(
+            "accelerate's config file asks for FSDP 1, which cannot shard beside a float32 adapter; write "
+            "fsdp_version: 2, as recipes/accelerate/fsdp2-qlora.yaml does"
+        )
+    if fsdp and _says_true("FSDP_OFFLOAD_PARAMS"):
+        raise RecipeError("accelerate's config file has fsdp_offload_params: true, which is not supported; write false")
+    # accelerate and transformers would shard by themselves, and what is sharded here is the frozen weights alone
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    return fsdp and launched() > 1
+
+
+def _says_true(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def begin(*, cpu: bool) -> None:
@@ -76,10 +114,25 @@ def _with_the_others() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the launcher says to all now, and this one knows
-        raise ProcessEndedError(
-            "another process of this run has ended; --resume goes on from the newest checkpoint, if there is one"
-        ) from error
+        raise _ended() from error
+
+
+def _ended() -> ProcessEndedError:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the launcher says to all now, and this one knows
+    return ProcessEndedError(
+        "another process of this run has ended; --resume goes on from the newest checkpoint, if there is one"
+    )
+
+
+def why_sharded_work_ends(error: Exception) -> Exception:
+    """What to raise after `error` in a model that is sharded, where the others wait in the midst of a layer, so that
+    nothing can be agreed on and done again.
+    """
+    if is_out_of_memory(error):
+        return DoesNotFitError(
+            f"out of memory, and with sharded weights nothing can be done again in smaller rows; {LESS_MEMORY}"
+        )
+    return _ended() if isinstance(error, DistError) or "gloo" in str(error) else error
 
 
 @contextmanager
@@ -113,6 +166,8 @@ def all_or_none(work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except (RuntimeError, MemoryError) as error:
+        if sharded():
+            raise why_sharded_work_ends(error) from error
         if count() == 1 or not is_out_of_memory(error):
             raise
         failed = True
@@ -143,6 +198,11 @@ def _of_all(rows: Tensor, lengths: Sequence[int]) -> Tensor:
 def rows_before(rows: int) -> int:
     """How many rows the processes before this one have, which has `rows`."""
     return sum(_lengths(rows)[: index()])
+
+
+def most(rows: int) -> int:
+    """How many rows the process has that has the most."""
+    return max(_lengths(rows))
 
 
 def _lengths(rows: int) -> list[int]:

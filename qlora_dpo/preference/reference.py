@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -152,12 +152,15 @@ def reference_logps(
     own = shares.own_of_many(pairs)
     missing = store.missing(pairs, own)
     advance(len(pairs) - len(missing) * processes.count())
+    groups: Iterable[list[int] | None] = _groups(pairs, missing, packing)
     with store:
-        for group in _groups(pairs, missing, packing):
-            some = [pairs[index] for index in group]
+        for group in shares.in_step(list(groups)) if processes.sharded() else groups:
+            some = [pairs[index] for index in group or [0]]
             with as_reference(model, held):
-                store.add(some, live_logps(model, some, packing, device))
-            advance(len(some) * processes.count())
+                answers_P2 = live_logps(model, some, packing, device)
+            if group is not None:
+                store.add(some, answers_P2)
+                advance(len(some) * processes.count())
     store.learn_from_others(digests(pairs)[own])
     return store.look_up(pairs)
 
@@ -187,9 +190,11 @@ def ride_along(model: nn.Module, batch: MicroBatch, device: Device, held: Held =
 def asked_now(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device, held: Held) -> Tensor:
     """Log-probabilities (P, 2) of `pairs` by the reference as it is now, on the CPU; nothing is kept."""
     answers_P2 = torch.zeros(len(pairs), 2)
-    for group in micro_batches(pairs, packing):
-        batch = collate([pairs[index] for index in group], packing).to(device.torch_device)
-        answers_P2[group] = ride_along(model, batch, device, held).cpu()
+    for group in shares.in_step(micro_batches(pairs, packing)):
+        batch = collate([pairs[index] for index in group or [0]], packing).to(device.torch_device)
+        asked_P2 = ride_along(model, batch, device, held).cpu()
+        if group is not None:
+            answers_P2[group] = asked_P2
     return answers_P2
 
 

@@ -1,6 +1,7 @@
 """Which pairs of a step, an evaluation or a reference pass this process takes, and what all of them have found."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,17 @@ from numpy.typing import NDArray
 from qlora_dpo.data.encoded import EncodedPair, digests, lengths
 from qlora_dpo.model import processes
 from qlora_dpo.preference.objective import Columns, Logps
+
+Group = TypeVar("Group")
+
+
+def in_step(groups: Sequence[Group]) -> list[Group | None]:
+    """`groups`, and None for each one that another process has more, if all must go through the model together: then
+    something is computed that does not count.
+    """
+    if not processes.sharded():
+        return list(groups)
+    return [*groups, *[None] * (processes.most(len(groups)) - len(groups))]
 
 
 def own(pairs: Sequence[EncodedPair]) -> list[int]:

@@ -30,24 +30,30 @@ def kl_to_base(
     token's true predecessors given. Of several processes each asks about its own part of them.
     """
     was_training, few = model.training, pairs[:most]
-    own = [few[index] for index in shares.own(few)]
+    own = shares.own(few)
     model.eval()
-    total, tokens = processes.total(processes.all_or_none(lambda: _summed(model, own, packing, device)))
+    total, tokens = processes.total(processes.all_or_none(lambda: _summed(model, few, own, packing, device)))
     model.train(was_training)
     return total / tokens
 
 
-def _summed(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> tuple[float, int]:
-    """KL in nats, summed over the tokens of the chosen answers, and how many tokens that are."""
+def _summed(
+    model: nn.Module, pairs: Sequence[EncodedPair], own: Sequence[int], packing: Packing, device: Device
+) -> tuple[float, int]:
+    """KL in nats, summed over the tokens of the chosen answers of the `own` ones, and how many tokens that are."""
     head = language_model(model).get_output_embeddings()
     weight_VD, total, tokens = dense_weight(head, device.torch_dtype), 0.0, 0
-    for group in micro_batches(pairs, packing):
-        batch = collate([pairs[index] for index in group], packing).to(device.torch_device)
-        chosen_M = torch.arange(len(batch.scored_M), device=device.torch_device) < batch.tokens_S[: len(group)].sum()
+    mine = [pairs[index] for index in own]
+    for group in shares.in_step(micro_batches(mine, packing)):
+        some = [mine[index] for index in group] if group is not None else pairs[:1]
+        batch = collate(some, packing).to(device.torch_device)
+        chosen_M = torch.arange(len(batch.scored_M), device=device.torch_device) < batch.tokens_S[: len(some)].sum()
         states_R = batch.state_R[batch.row_N[batch.scored_M[chosen_M]]]
         policy_RD = hidden_states(model, batch, device)[states_R].to(weight_VD.dtype)
         with adapter_off(model):
             base_RD = hidden_states(model, batch, device)[states_R].to(weight_VD.dtype)
+        if group is None:
+            continue
         at_once = max(1, LOGITS_AT_ONCE // len(weight_VD))
         for policy_cD, base_cD in zip(policy_RD.split(at_once), base_RD.split(at_once), strict=True):
             policy_cV, base_cV = (

@@ -85,8 +85,11 @@ def _looked_at(
     advance: Callable[[int], None],
 ) -> Logps:
     parts = list[Logps]()
-    for group in micro_batches(side.pairs, packing):
-        batch = collate([side.pairs[index] for index in group], packing).to(device.torch_device)
+    for group in shares.in_step(micro_batches(side.pairs, packing)):
+        batch = collate([side.pairs[index] for index in group or [0]], packing).to(device.torch_device)
+        if group is None:
+            score(model, batch, device, metrics=False)
+            continue
         reference_P2 = side.reference_P2[group].to(device.torch_device)
         scores = score(model, batch, device, likely=weighs_pairs(table))
         parts.append(scores.beside(reference_P2, side.columns.of(group).to(device.torch_device)))

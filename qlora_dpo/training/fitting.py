@@ -43,7 +43,7 @@ def as_it_fits(
 ) -> Result:
     """Do `work`, and again in smaller rows, and say so, each time that memory runs out; returns its result.
 
-    Of several processes all do so again if memory runs out in one.
+    Of several processes all do so again if memory runs out in one, but where weights are sharded the run ends.
 
     `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators. Raises
     DoesNotFitError after `TRIES` times in a row, and Left, with all put back, if `work` does in one of the processes.
@@ -57,6 +57,8 @@ def as_it_fits(
         except Left:
             left = True
         except (RuntimeError, MemoryError) as error:
+            if processes.sharded():
+                raise _named(what, processes.why_sharded_work_ends(error)) from error
             if not is_out_of_memory(error):
                 raise
             failed = True
@@ -73,6 +75,10 @@ def as_it_fits(
         state.row_tokens = max(1, tokens // 2)
         say(f"{what}: out of memory with rows of {tokens:,} tokens; rows of {state.row_tokens:,} from here on")
     raise DoesNotFitError(f"{what}: out of memory {TRIES} times in a row; {LESS_MEMORY}")
+
+
+def _named(what: str, error: Exception) -> Exception:
+    return DoesNotFitError(f"{what}: {error}") if isinstance(error, DoesNotFitError) else error
 
 
 def _counted(state: State) -> dict[str, object]:

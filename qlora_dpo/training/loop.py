@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.data.audit import baselines
 from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
-from qlora_dpo.model import processes
+from qlora_dpo.model import processes, shard
 from qlora_dpo.model.budget import give_back_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import trainable
@@ -199,6 +199,8 @@ def _gradient_as_it_fits(
         wrong = as_it_fits(f"step {state.step + 1}", work, job, state, say, undo)
         return joined(model, state, counts, wrong)
     except DoesNotFitError as error:
+        if processes.sharded() and not processes.is_main():
+            raise  # the first process saves when it finds this one gone
         saved = _save(job, state, model, tools)
         raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
     except ProcessEndedError as error:
@@ -272,8 +274,10 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
         record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
-    if job.ask is not None and processes.is_main():
-        tracker.samples(state.step, job.ask(model))
+    if job.recipe.samples.at_evaluations is not None:
+        with shard.gathered(model):
+            if job.ask is not None and processes.is_main():
+                tracker.samples(state.step, job.ask(model))
     _keep_the_best(model, job, state, tracker)
     _look_for_signs(job, state, tracker)
 

@@ -24,7 +24,7 @@ from qlora_dpo.data.encoded import EncodedPair, digests, only_chosen
 from qlora_dpo.data.lazily import joined
 from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model import processes
+from qlora_dpo.model import processes, shard
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import (
     free_bytes,
@@ -229,7 +229,8 @@ def load_for(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[
     with freed_at_once() if device.type == "cpu" else nullcontext():
         base = load_base(prepared.source, recipe.model, device)
     if own and device.type == "cpu":
-        say(keep_dense_if_it_fits(base, device))
+        if not processes.sharded():
+            say(keep_dense_if_it_fits(base, device))
         keep_freed_memory()
     packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
     say(f"layout: {why}")
@@ -245,12 +246,14 @@ def _with_adapter(base: Base, prepared: Prepared, recipe: Recipe, device: Device
     model, held = _attached(base.model, prepared.named, recipe, base.probed, device)
     if own:
         say(make_lean(model, device.torch_dtype))
+        per_token = measured(model, pairs, packing, device)  # before sharding, which keeps weights of its own
+    if processes.sharded():
+        say(shard.share_out(model, device))
     for sentence in prepared.named.notes:
         say(sentence)
     guard_adapter(model, base.before_LV, base.probed, packing, device, fresh=prepared.named.start is None)
     rows = packing
     if own:
-        per_token = measured(model, pairs, packing, device)
         free = max(0, free_bytes(device) - training_bytes(trainable(model).values(), table.optim))
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
@@ -329,6 +332,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         "seed": recipe.train.seed,
         "engine": recipe.train.engine,
         "processes": processes.count(),
+        **({"sharded": "fsdp2"} if processes.sharded() else {}),
         "device": {
             "type": device.type,
             "name": device.name,

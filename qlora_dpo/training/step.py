@@ -61,12 +61,16 @@ def gradient(
     indices = job.plan.indices(state.step + 1)
     pairs = [job.train.pairs[i] for i in indices]
     own = shares.own(pairs)
-    groups = [[indices[own[i]] for i in group] for group in micro_batches([pairs[i] for i in own], job.packing)]
+    batches = micro_batches([pairs[i] for i in own], job.packing)
+    groups = shares.in_step([[indices[own[i]] for i in group] for group in batches])
     processes.seed(job.recipe.train.seed, state.step)
     if needs_whole_step(job.recipe.objective) and (len(groups) > 1 or processes.count() > 1):
         return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums, leave)
     wrong = list[int]()
     for group in _until_left(groups, leave, 0):
+        if group is None:
+            backward(0 * _uncounted(model, job, state, sums).chosen_logp_P.sum())
+            continue
         logps = _logps(model, job, state, group, sums)
         losses = _losses(logps, job, state, sums)
         backward(losses.total_P.sum() / len(indices))
@@ -90,7 +94,7 @@ def _of_pairs_that_depend_on_each_other(
     model: PeftModel,
     job: "Job",
     state: State,
-    groups: Sequence[list[int]],
+    groups: Sequence[list[int] | None],
     backward: Backward,
     sums: Sums,
     leave: Callable[[], bool],
@@ -100,17 +104,17 @@ def _of_pairs_that_depend_on_each_other(
 
     def ask() -> Logps:
         parts = list[Logps]()
-        # with others a process may not leave before they have heard from it
+        # a process without pairs says so in the form that the others expect; none leaves before they have heard from it
         alone = processes.count() == 1
-        for group in _until_left(groups, leave if alone else lambda: False, len(groups)):
+        for group in _until_left(groups or [None], leave if alone else lambda: False, len(groups)):
             draws.append(random_states())
             with torch.no_grad():
-                parts.append(_logps(model, job, state, group, sums))
-        if parts:
-            return together(parts)
-        # a process without pairs says so in the form that the others expect
-        with torch.no_grad():
-            return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums)).none()
+                parts.append(
+                    _uncounted(model, job, state, sums).none()
+                    if group is None
+                    else _logps(model, job, state, group, sums)
+                )
+        return together(parts)
 
     mine = processes.all_or_none(ask)
     pairs, everything = len(mine.chosen_logp_P), shares.of_all(mine)
@@ -123,10 +127,14 @@ def _of_pairs_that_depend_on_each_other(
     losses = _losses(replace(everything, **leaves), job, *counts)
     state.margin_mean = counts[0].margin_mean
     found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
-    for group, draw in zip(_until_left(groups, leave, 0), draws, strict=True):
+    for group, draw in zip(_until_left(groups, leave, 0), draws, strict=bool(groups)):
         restore(draw)  # the same dropout as when it was asked
-        batch = collate([job.train.pairs[i] for i in group], job.packing).to(job.device.torch_device)
-        scores, here = score(model, batch, job.device, metrics=False), slice(start, start + len(group))
+        some = [job.train.pairs[i] for i in group or job.plan.indices(1)[:1]]
+        scores = score(model, collate(some, job.packing).to(job.device.torch_device), job.device, metrics=False)
+        if group is None:
+            backward(0 * scores.chosen_logp_P.sum())
+            continue
+        here = slice(start, start + len(group))
         backward(
             torch.stack(
                 [
@@ -137,13 +145,17 @@ def _of_pairs_that_depend_on_each_other(
             ).sum()
         )
         start += len(group)
-    return _not_finite(losses.total_P[own], [index for group in groups for index in group])
+    return _not_finite(losses.total_P[own], [index for group in groups for index in group or ()])
 
 
-def _until_left(groups: Sequence[list[int]], leave: Callable[[], bool], later: int) -> Iterator[list[int]]:
-    """The `groups`, after which `later` more passes follow. The last pass of a step is worth waiting for, no other."""
+def _until_left(
+    groups: Sequence[list[int] | None], leave: Callable[[], bool], later: int
+) -> Iterator[list[int] | None]:
+    """The `groups`, after which `later` more passes follow. The last pass of a step is worth waiting for, no other, and
+    where weights are sharded none can be left, since the others are in it too.
+    """
     for number, group in enumerate(groups):
-        if number and len(groups) - number + later > 1 and leave():
+        if number and len(groups) - number + later > 1 and leave() and not processes.sharded():
             raise Left
         yield group
 
@@ -157,6 +169,11 @@ def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], s
     sums.add_scores(scores, batch.tokens)
     state.num_tokens += batch.tokens
     return scores.beside(reference_P2, side.columns.of(list(indices)).to(place))
+
+
+def _uncounted(model: PeftModel, job: "Job", state: State, sums: Sums) -> Logps:
+    """What policy and reference say of one pair, by a process that has none or has done its own; uncounted."""
+    return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums))
 
 
 def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
@@ -184,11 +201,15 @@ def _reference(model: PeftModel, job: "Job", indices: Sequence[int], batch: Micr
     if job.held.follows is not None:
         return ride_along(model, batch, job.device, job.held)
     known_P2 = job.train.reference_P2[list(indices)]
-    if not needs_reference(job.recipe.objective) or not known_P2.isnan().any():
+    unknown = [i for i, nan in zip(indices, known_P2.isnan().any(1).tolist(), strict=True) if nan]
+    if not needs_reference(job.recipe.objective):
+        return known_P2
+    if not (processes.any_of(bool(unknown)) if processes.sharded() else unknown):
         return known_P2
     asked_P2 = ride_along(model, batch, job.device, job.held)
-    job.train.reference_P2[list(indices)] = asked_P2.cpu()
-    job.store.add([job.train.pairs[i] for i in indices], asked_P2)
+    new_P2 = asked_P2[[n for n, i in enumerate(indices) if i in unknown]].cpu()
+    job.train.reference_P2[unknown] = new_P2
+    job.store.add([job.train.pairs[i] for i in unknown], new_P2)
     return asked_P2
 
 
