@@ -56,8 +56,6 @@ OUT_OF_MEMORY = "out of memory in one"
 def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train as `name` says: the adapter, and the facts of the run."""
     tables, train, heldout = SCENARIOS["sigmoid" if name == OUT_OF_MEMORY else name]
-    if name in SHARDED:
-        tables = {**tables, "samples": {"at_evaluations": 1}}
     train_table = {"micro_batch_tokens": 60, **tables.get("train", {})}
     what = jobs.recipe(**{**tables, "train": train_table})
     folder.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,7 @@ def _help_to_train(
     loaded: "LoadedRecipe", folder: Path, here: "Device", *, resume: bool, allow: tuple[str, ...], until: float
 ) -> None:
     """Take a part of every step beside the first process, which writes and speaks for all."""
+    from qlora_dpo.cli.train_results import asker
     from qlora_dpo.model import processes, shard
     from qlora_dpo.training import checkpoint, run
 
@@ -187,7 +188,8 @@ def _help_to_train(
     prepared = run.prepare(loaded.recipe)
     resume_from, _ = checkpoint.newest_valid(folder) if resume else (None, [])
     with run.follow(prepared, loaded, folder, resume_from) as tracker:
-        outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, until=until)
+        ask = asker(prepared, loaded.recipe, here)
+        outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask, until)
     shard.gather(outcome.model)  # the first process answers prompts alone
 
 

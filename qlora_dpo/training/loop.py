@@ -274,9 +274,9 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
         record |= {"eval_train_loss": seen.loss / seen.pairs, "eval_vanishing": seen.vanished / seen.pairs}
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
-    if job.recipe.samples.at_evaluations is not None:
+    if job.ask is not None:
         with shard.gathered(model):
-            if job.ask is not None and processes.is_main():
+            if processes.is_main():
                 tracker.samples(state.step, job.ask(model))
     _keep_the_best(model, job, state, tracker)
     _look_for_signs(job, state, tracker)
