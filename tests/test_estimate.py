@@ -168,8 +168,9 @@ def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int
 
 
 def test_live_bytes_are_those_of_tensors_that_exist() -> None:
+    before = torch.ones(5000)
     with Live() as live:
-        kept = torch.ones(1000)
+        kept, _ = torch.ones(1000), before.view(50, 100).T
         assert (torch.ones(3000) + 1).sum() == 6000
     assert live.now == kept.nbytes == 4000
     assert live.most >= 4000 + 2 * 12_000

@@ -22,8 +22,11 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it gives back."""
         out = func(*args, **(kwargs or {}))
+        given = {
+            each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
+        }
         for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in given:  # a view makes nothing
                 self._note(each.untyped_storage())
         return out
 
@@ -38,3 +41,7 @@ class Live(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
