@@ -78,7 +78,7 @@ def _compare(source: Source, dtype: Any, capped: bool, asked: argparse.Namespace
 
 def _memory(source: Source, asked: argparse.Namespace) -> None:
     """Peak memory of a step whose pairs are as long as may be."""
-    print(f"\n4-bit NF4, {asked.batch} pairs a step, rows of {TrainTable().micro_batch_tokens} tokens or one pair")
+    print(f"\n4-bit NF4, {asked.batch} pairs a step, rows of {TrainTable().row_tokens} tokens or one pair")
     print("| longest sequence, tokens | peak, GiB |\n|---|---|")
     if asked.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(0).total_memory))
@@ -98,7 +98,7 @@ def _bench(source: Source, dtype: Any, capped: bool, pairs: Sequence[EncodedPair
     here = replace(here, attention="batched", triton=False) if capped else here
     tokenizer: Any = load_tokenizer(source)
     table = ModelTable(name=str(source.folder))
-    return step.Bench(source, table, here, tokenizer, pairs, best=4, budget=TrainTable().micro_batch_tokens, pad=0)
+    return step.Bench(source, table, here, tokenizer, pairs, best=4, budget=TrainTable().row_tokens, pad=0)
 
 
 @contextmanager

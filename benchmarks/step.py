@@ -123,7 +123,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="count the first round too, where a step takes minutes")
     parser.add_argument("--best", type=int, default=1, help="micro-batch of trl-best and trl-compact")
-    parser.add_argument("--row", type=int, default=recipe.TrainTable().micro_batch_tokens, help="tokens of a row")
+    parser.add_argument("--row", type=int, default=recipe.TrainTable().row_tokens, help="tokens of a row")
     parser.add_argument("--only", help="variants, separated by commas")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead of time")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)

@@ -28,6 +28,9 @@ LOWER_IS_BETTER: set[Metric] = {
     *("loss", "preference_loss", "sft_loss", "rewards/rejected", "logps/rejected", "logits/rejected", "entropy", "kl")
 }
 
+ROW_TOKENS = 2048
+"""Tokens of a row where memory allows and the recipe says no others."""
+
 
 class TrainTable(Table):
     """The optimization."""
@@ -59,8 +62,9 @@ class TrainTable(Table):
     """Gradients are scaled down to this L2 norm."""
     batch_size: Positive = 16
     """Pairs per optimizer step."""
-    micro_batch_tokens: Positive = 2048
-    """Tokens that go through the model at once, a shared prompt counted once; changes memory and speed, no result."""
+    micro_batch_tokens: Positive | Literal["auto"] = "auto"
+    """Tokens that go through the model at once, a shared prompt counted once; changes memory and speed, no result.
+    `auto` takes 2048, or half of them, a quarter and so on where memory asks for it, before a layer is recomputed."""
     num_train_epochs: Positive = 1
     """Passes over the training pairs."""
     max_steps: Positive | None = None
@@ -85,6 +89,11 @@ class TrainTable(Table):
     """Stop when this many evaluations in a row are no better than the best one; absent: never."""
     early_stopping_threshold: AtLeast0 = 0.0
     """By how much an evaluation must be better to count."""
+
+    @property
+    def row_tokens(self) -> int:
+        """`micro_batch_tokens` before anyone has looked at the memory."""
+        return ROW_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     @field_validator("metric_for_best_model", mode="before")
     @classmethod

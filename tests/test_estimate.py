@@ -1,5 +1,6 @@
 """What a run needs is told from shapes alone, and agrees with what the weights themselves take."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from qlora_dpo.cli.memory_lines import by_part
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model import budget
 from qlora_dpo.model.base import load_base
@@ -184,6 +186,26 @@ def test_less_memory_recomputes_more_layers_until_it_does_not_fit(tmp_path: Path
     none, some, every, still = (each.recomputed for each in found)
     assert none == 0 < some < every == still == 6
     assert found[0].needed > found[1].needed > found[2].needed == found[3].needed
+
+
+def test_less_memory_makes_rows_smaller_before_it_recomputes_a_layer(tmp_path: Path) -> None:
+    source, load = folder(tmp_path, half_billion(layers=6)), Load(512, 10**6)
+    what = jobs.recipe("nf4", train={"micro_batch_tokens": "auto"}, model={"dtype": "auto"})
+    found = [estimate(source, what, T4, load, size * 2**20) for size in (2400, 2200, 1800, 1700, 1600)]
+    assert [(each.row, bool(each.recomputed), each.fits) for each in found] == [
+        (2048, False, True), (1024, False, True), (512, False, True), (512, True, True), (512, True, False)
+    ]  # fmt: skip
+    assert found[0].smaller == ""
+    assert re.fullmatch(
+        r"rows of 1,024 tokens, since 2,048 would need \d\.\d GiB, "
+        r"and of \d\.\d GiB left for a step \d\.\d are planned with",
+        found[1].smaller,
+    )
+    assert found[1].smaller in by_part(found[1])
+    # where the recipe has all layers recomputed, larger rows fit
+    table = {"micro_batch_tokens": "auto", "gradient_checkpointing": True}
+    every = jobs.recipe("nf4", model={"dtype": "auto"}, train=table)
+    assert estimate(source, every, T4, load, 2200 * 2**20).row == 2048
 
 
 def test_what_would_make_a_plan_fit_is_tried_and_told_with_its_need(tmp_path: Path) -> None:

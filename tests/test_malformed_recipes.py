@@ -119,6 +119,14 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
         BOTH + "[train]\ngradient_checkpointing = 1\n",
         [':6: train.gradient_checkpointing is 1; it must be true or false or "auto"'],
     ),
+    "a word that is not auto": (
+        BOTH + '[train]\nmicro_batch_tokens = "often"\n',
+        [':6: train.micro_batch_tokens is the string "often"; it must be a whole number or "auto"'],
+    ),
+    "no tokens": (
+        BOTH + "[train]\nmicro_batch_tokens = 0\n",
+        [':6: train.micro_batch_tokens is 0; it must be greater than 0 or "auto"'],
+    ),
     "true for a number": (
         BOTH + "[train]\nbatch_size = true\n",
         [":6: train.batch_size is true; it must be a whole number"],

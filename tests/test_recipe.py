@@ -54,6 +54,8 @@ def test_a_recipe_keeps_its_own_text_and_what_was_set(tmp_path: Path) -> None:
         ("objective.beta=1", "objective", "beta", 1.0),
         ("train.learning_rate=2e-4", "train", "learning_rate", 2e-4),
         ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
+        ("train.micro_batch_tokens=auto", "train", "micro_batch_tokens", "auto"),
+        ("train.micro_batch_tokens=512", "train", "micro_batch_tokens", 512),
         ("data.train_split=train[:100]", "data", "train_split", "train[:100]"),
         ("data.train_split=plain word", "data", "train_split", "plain word"),
         ('data.train_split="quoted"', "data", "train_split", "quoted"),

@@ -262,7 +262,7 @@ def _figures(opened: "Opened", side: "PairSet", contents: dict[str, str]) -> dic
     model, device, objective = opened.model, opened.device, _objective(opened)
     assert opened.folder is not None  # noqa: S101 - an adapter has one
     table = described(opened.folder)[0]
-    budget = (opened.recipe.train if opened.recipe is not None else TrainTable()).micro_batch_tokens
+    budget = (opened.recipe.train if opened.recipe is not None else TrainTable()).row_tokens
     window = min(WINDOW, context_tokens(model) or WINDOW)
     windows: dict[str, list[EncodedPair]] = {}
     for name, text in contents.items():

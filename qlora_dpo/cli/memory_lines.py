@@ -18,6 +18,7 @@ def by_part(memory: Memory) -> list[str]:
     return [
         f"{fits}: {memory.needed / GIB:.2f} GiB of {memory.free / GIB:.2f} GiB that are free",
         *(f"{size / GIB:6.2f} GiB  {part}" for part, size in memory.parts.items()),
+        *([memory.smaller] if memory.smaller else []),
         *_process(memory),
     ]
 

@@ -205,6 +205,11 @@ def most(rows: int) -> int:
     return max(_lengths(rows))
 
 
+def least(number: int) -> int:
+    """The least number that one of the processes has."""
+    return min(_lengths(number))
+
+
 def _lengths(rows: int) -> list[int]:
     if count() == 1:
         return [rows]

@@ -212,9 +212,7 @@ def ask_other(
     if device.type == "cpu":
         keep_dense_if_it_fits(model, device)
         keep_freed_memory()
-    packing, _ = choose_packing(
-        model, joined([now, what.heldout]), what.recipe.train.micro_batch_tokens, pad_token_id, device
-    )
+    packing, _ = choose_packing(model, joined([now, what.heldout]), what.recipe.train.row_tokens, pad_token_id, device)
     packing = replace(packing, counted=counted(what.recipe.objective))
     with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
         for some in (now, what.heldout):

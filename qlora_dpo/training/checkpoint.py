@@ -43,6 +43,7 @@ PLACES = (
     *("lora.init_from", "reference.path", "reference.name"),
 )
 """Keys that may name a file or folder: what lies there has a fingerprint, so it may lie elsewhere the next time."""
+ROWS = "train.micro_batch_tokens"
 REFERENCE = "reference.safetensors"
 """Where a checkpoint keeps the weights of a reference that moves."""
 
@@ -76,7 +77,8 @@ class State:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     row_tokens: int | None = None
-    """Tokens of a packed row that were found to fit after memory ran out; None while what the recipe says does."""
+    """Tokens of a row that were chosen for `train.micro_batch_tokens = "auto"`, or found to fit after memory ran out;
+    None while a number in the recipe does."""
     margin_mean: float = 0.0
     """The running mean of margins, in nats, that beta-DPO compares a step's margins with."""
     first_slope: float = 0.0
@@ -183,6 +185,13 @@ def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     )
 
 
+def rows_before(folder: Path) -> int | None:
+    """Tokens of a row in which the run of a verified checkpoint goes on to the same bytes; None if it does not say."""
+    values = json.loads((folder / "state.json").read_text())
+    rows = values.get("row_tokens") or values.get("recipe", {}).get("train", {}).get("micro_batch_tokens")
+    return rows if isinstance(rows, int) else None
+
+
 def load_checkpoint(
     folder: Path, asked: State, model: nn.Module, optimizer: torch.optim.Optimizer, allowed: Collection[str] = ()
 ) -> State:
@@ -217,6 +226,10 @@ def load_checkpoint(
                 key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
             }
     restore(load_file(folder / "random.safetensors"))
+    if asked.row_tokens is not None:
+        state.row_tokens = asked.row_tokens
+    elif _flat(state.recipe).get(ROWS) == "auto" != _flat(asked.recipe).get(ROWS):
+        state.row_tokens = None  # a number that is allowed to take the place of "auto"
     state.recipe, state.fingerprints = asked.recipe, asked.fingerprints
     return state
 
@@ -233,6 +246,8 @@ def load_moving(folder: Path, moving: Mapping[str, Tensor]) -> None:
 def _differences(state: State, asked: State) -> dict[str, str]:
     """How what is asked differs from what the checkpoint was made by, by the name under which --allow knows it."""
     was, now = _flat(state.recipe), _flat(asked.recipe)
+    if now.get(ROWS) == "auto":
+        was[ROWS] = "auto"  # it goes on in the rows that there were
     changed = {
         key: f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in sorted(was.keys() | now.keys())

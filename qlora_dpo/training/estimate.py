@@ -25,12 +25,13 @@ from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.live import Live
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.sources import Source
+from qlora_dpo.preference.layout import row_sizes, rows_that_fit, why_smaller
 from qlora_dpo.preference.logps import STATES_AT_ONCE, WORDS_AT_ONCE, hidden_states, language_model
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_reference import AdapterReference, EmaReference
-from qlora_dpo.recipe_train import TrainTable
+from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable
 
 RESERVE = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
 """Bytes that the libraries take before the first step: on a GPU CUDA's context and cuBLAS; on a CPU what grows beside
@@ -65,6 +66,8 @@ class Memory:
     """Bytes on top of `own` while the weights are read, the mapped file included; it is given back when asked for."""
     padded: str = ""
     """Why pairs would go through the model in padded batches; empty if in packed rows."""
+    smaller: str = ""
+    """Why rows would be smaller than where memory allows; empty if they are not, or if the recipe says how large."""
 
     @property
     def peak(self) -> int:
@@ -102,7 +105,6 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     shapes, table = shapes_of(source, recipe, device, load), recipe.train
     # a padded batch holds both sequences of a pair, as long as the longest
     least = 2 * load.sequence if shapes.padded else max(load.sequence, load.pair)
-    row = max(least, min(table.micro_batch_tokens, load.step))
     parts = {
         **shapes.weights,
         "LoRA, float32": shapes.trained * 4,
@@ -120,14 +122,15 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     reserve = {"framework's reserve" + (", CUDA's context" if device.type == "cuda" else ""): RESERVE[device.type]}
     room = max(0, free - sum(parts.values()) - sum(reserve.values()))
     # decided for a full row, also where a step has less
-    count = _recomputed(table, shapes, max(least, table.micro_batch_tokens), room)
+    full, smaller = _rows(table, shapes, least, room)
+    count, row = _recomputed(table, shapes, max(least, full), room), max(least, min(full, load.step))
     parts |= step_bytes(shapes, row, count) | reserve
     own, loading = 0, 0
     if device.type == "cpu":
         # what is read counts as the process's own as long as the file is mapped
         own, loading = budget.own_bytes(), sum(shapes.weights.values()) + shapes.file
     return Memory(
-        parts, free, count, shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded
+        parts, free, count, shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded, smaller
     )
 
 
@@ -224,6 +227,20 @@ def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sh
         file=parameters * (stored or torch.float32).itemsize,
         padded=padded,
     )
+
+
+def _rows(table: TrainTable, shapes: Shapes, least: int, room: int) -> tuple[int, str]:
+    """Tokens of the rows that the run would take with so many free bytes, and why they are smaller than where memory
+    allows; a pair alone has `least`.
+    """
+    if table.micro_batch_tokens != "auto":
+        return table.micro_batch_tokens, ""
+    count = shapes.layers if table.gradient_checkpointing is True else 0
+    *sizes, smallest = row_sizes(least)
+    needs = {size: sum(step_bytes(shapes, size, count).values()) for size in sizes}
+    fitting = rows_that_fit(shapes.per_token, shapes.layers, count, least, room)
+    tokens = next((size for size, need in needs.items() if size <= fitting and need <= room), smallest)
+    return tokens, why_smaller(tokens, needs[ROW_TOKENS], room) if tokens < ROW_TOKENS else ""
 
 
 def _recomputed(table: TrainTable, shapes: Shapes, tokens: int, room: int) -> int:

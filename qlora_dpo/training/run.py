@@ -41,7 +41,14 @@ from qlora_dpo.model.saved_adapter import opened_by_peft, put
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import Held, copied
-from qlora_dpo.preference.layout import checkpoint_as_needed, choose_packing, measured, reference_packing, shortest
+from qlora_dpo.preference.layout import (
+    checkpoint_as_needed,
+    choose_packing,
+    choose_rows,
+    measured,
+    reference_packing,
+    shortest,
+)
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
@@ -53,7 +60,7 @@ from qlora_dpo.training import asking
 from qlora_dpo.training import tracker as tracking
 from qlora_dpo.training.asking import Model, Named, ask_other, find_named, insist_on_moves, question
 from qlora_dpo.training.best import load_best
-from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.checkpoint import State, rows_before
 from qlora_dpo.training.columns import column_keys, columns_of
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Ask, Job, fit, peak_bytes
@@ -180,7 +187,9 @@ def run(
         asked = ask_other(what, named, pad_token_id(prepared.tokenizer), tracker, prepared.proved)
     with timed(seconds, "load"):
         base = (load or load_for)(prepared, recipe, device, tracker.note)
-        loaded = _with_adapter(base, prepared, recipe, device, tracker.note)
+        chosen = recipe.train.micro_batch_tokens == "auto"
+        before = rows_before(resume_from) if chosen and resume_from is not None else None
+        loaded = _with_adapter(base, prepared, recipe, device, tracker.note, before)
     with timed(seconds, "reference"):
         asked = asked or asking.ask(what, loaded, tracker)
     model = loaded.model
@@ -201,6 +210,7 @@ def run(
             "heldout": data_fingerprint(heldout),
             **named.fingerprints,
         },
+        row_tokens=loaded.packing.token_budget if chosen else None,
     )
     processes.insist_on_same(state.fingerprints)
     with timed(seconds, "train"):
@@ -232,17 +242,22 @@ def load_for(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[
         if not processes.sharded():
             say(keep_dense_if_it_fits(base, device))
         keep_freed_memory()
-    packing, why = choose_packing(base, pairs, table.micro_batch_tokens, pad, device)
+    packing, why = choose_packing(base, pairs, table.row_tokens, pad, device)
     say(f"layout: {why}")
     (probed,) = shortest(pairs, 1)  # its logits exist whole: 1.2 GiB for 2,048 tokens and 152k words
     return Base(base, packing, probed, probe(base, probed, device))
 
 
-def _with_adapter(base: Base, prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None]) -> Model:
-    """The base with an adapter that is proved to be untrained, or the one that training goes on from."""
+def _with_adapter(
+    base: Base, prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[str], None], before: int | None
+) -> Model:
+    """The base with an adapter that is proved to be untrained, or the one that training goes on from.
+
+    A part of the run before this one has had rows of so many tokens, where the recipe does not say it: "auto".
+    """
     table, own = recipe.train, recipe.train.engine == "qlora_dpo"
     pairs = joined([prepared.train.encoded, prepared.heldout.encoded])
-    packing = replace(base.packing, token_budget=table.micro_batch_tokens)
+    packing = replace(base.packing, token_budget=before or table.row_tokens)
     model, held = _attached(base.model, prepared.named, recipe, base.probed, device)
     if own:
         say(make_lean(model, device.torch_dtype))
@@ -255,6 +270,13 @@ def _with_adapter(base: Base, prepared: Prepared, recipe: Recipe, device: Device
     rows = packing
     if own:
         free = max(0, free_bytes(device) - training_bytes(trainable(model).values(), table.optim))
+        if before is not None:
+            say(f"memory: rows of {before:,} tokens, as before")
+        elif table.micro_batch_tokens == "auto":
+            recompute = table.gradient_checkpointing is True
+            packing, why = choose_rows(model, packing, per_token, pairs, recompute, free)
+            if why:
+                say(why)
         say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
         rows = reference_packing(packing, per_token, free, device)
     if device.type == "cpu":
@@ -331,6 +353,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         "git_commit": _git_commit(),
         "seed": recipe.train.seed,
         "engine": recipe.train.engine,
+        "row_tokens": outcome.state.row_tokens or recipe.train.row_tokens,
         "processes": processes.count(),
         **({"sharded": "fsdp2"} if processes.sharded() else {}),
         "device": {

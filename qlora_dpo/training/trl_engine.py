@@ -145,7 +145,7 @@ def _objective(table: Any) -> dict[str, Any]:
 
 def pairs_at_once(recipe: Recipe) -> int:
     """Pairs per micro-batch: the largest divisor of the batch that fits the token budget at full length, at least 1."""
-    fitting = max(1, recipe.train.micro_batch_tokens // (2 * recipe.data.max_length))
+    fitting = max(1, recipe.train.row_tokens // (2 * recipe.data.max_length))
     return max(n for n in range(1, min(fitting, recipe.train.batch_size) + 1) if recipe.train.batch_size % n == 0)
 
 

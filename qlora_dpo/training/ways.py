@@ -64,8 +64,8 @@ def _changes(recipe: Recipe, load: Load) -> Iterator[list[_Change]]:
     """For each key that can help, its values from the smallest change to the largest; first what changes no result."""
     if recipe.train.gradient_checkpointing is False:
         yield [_Change("train", "gradient_checkpointing", "auto")]
-    rows = list(_halves(min(recipe.train.micro_batch_tokens, load.step), load.sequence))
-    if rows:
+    asked = recipe.train.micro_batch_tokens  # "auto" is as small as it helps
+    if asked != "auto" and (rows := list(_halves(min(asked, load.step), load.sequence))):
         yield [_Change("train", "micro_batch_tokens", tokens) for tokens in rows]
     if recipe.model.quantization == "none":
         yield [_Change("model", "quantization", "nf4")]
