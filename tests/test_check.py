@@ -61,7 +61,7 @@ def test_a_recipe_is_told_in_one_table_without_any_weights(place: Path, capsys: 
     assert told.err == READING
     lines = told.out.splitlines()
     verdicts = {line.split()[0]: line.split()[1] for line in lines[:-1] if not line.startswith(" ")}
-    assert verdicts == dict.fromkeys(("recipe", "data", "tokens", "device", "memory"), "ok")
+    assert verdicts == dict.fromkeys(("recipe", "data", "tokens", "device", "memory", "time"), "ok")
     assert lines[0] == "recipe    ok       r.toml: sigmoid, 15 steps of 4 pairs, learning rate 5e-06"
     assert "data      ok       train.jsonl: 60 rows read, 60 pairs used; strings (prompt, chosen and rejected)" in lines
     assert lines[-1] == "next: qlora-dpo train r.toml"
@@ -153,6 +153,12 @@ def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
     ), refused
     assert not Path("adapters/r").exists()
     assert main(["train", "r.toml", "--set", "train.engine=trl", "--dry-run"]) == 0
+
+
+def test_of_trls_engine_no_seconds_are_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "r.toml", "--set", "train.engine=trl", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["time"]  # what TRL imports may print before it
+    assert (found["seconds"], found["why_not"]) == (None, 'train.engine = "trl" computes in another way')
 
 
 def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

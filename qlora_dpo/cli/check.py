@@ -57,7 +57,7 @@ def _recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None, as_js
     click.echo("reading data and tokenizer; what is not in the cache is downloaded, but no weights", err=True)
     from qlora_dpo.training.preflight import examine
 
-    found = examine(loaded.recipe, here, free)
+    found = examine(loaded.recipe, here, free, here=gpu is None)
     if as_json:
         click.echo(json.dumps(check_lines.as_json(loaded, found)))
     else:

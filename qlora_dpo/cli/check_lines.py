@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dpo.cli import memory_lines
+from qlora_dpo.cli import memory_lines, time_lines
 from qlora_dpo.data.audit import OVERLONG, Audit
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.recipe import LoadedRecipe
@@ -47,6 +47,7 @@ def _rows(loaded: LoadedRecipe, found: Preflight) -> Iterator[Row]:
     padded = [f"padded batches, since {found.memory.padded}"] if found.memory.padded else []
     yield from _grouped("device", OK, [line.partition(" ")[2].strip() for line in found.device.lines()] + padded)
     yield from _memory_rows(found)
+    yield "time", "" if found.time.why_not else OK, time_lines.in_a_line(found.time)
 
 
 def _recipe_rows(loaded: LoadedRecipe, found: Preflight) -> Iterator[Row]:
@@ -172,6 +173,7 @@ def as_json(loaded: LoadedRecipe, found: Preflight) -> dict[str, Any]:
             "fits": memory.fits,
             "ways_to_fit": [{"lines": list(way.lines), "needed_bytes": way.needed} for way in found.ways],
         },
+        "time": time_lines.as_json(found.time),
         "warnings": list(found.warnings),
     }
 

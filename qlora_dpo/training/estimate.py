@@ -68,6 +68,8 @@ class Memory:
     """Why pairs would go through the model in padded batches; empty if in packed rows."""
     smaller: str = ""
     """Why rows would be smaller than where memory allows; empty if they are not, or if the recipe says how large."""
+    dense: bool = False
+    """True if a CPU has room for the linear layers in the compute dtype, so that they are converted once."""
 
     @property
     def peak(self) -> int:
@@ -114,10 +116,12 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     if isinstance(recipe.reference, AdapterReference | EmaReference):
         parts["the reference's adapter, float32"] = shapes.trained * 4
     other_form = recipe.model.quantization != "none" or device.weight_dtype != device.torch_dtype
+    # as `keep_dense_if_it_fits` decides, when the weights are there
+    half = (free - sum(shapes.weights.values())) * USABLE / 2
+    dense = device.type == "cpu" and other_form and shapes.dense + shapes.head_copy <= half
     if device.type == "cuda" and other_form:
         parts["one layer's weights in the compute dtype"] = 2 * shapes.largest
-    # as `keep_dense_if_it_fits` decides, when the weights are there
-    elif other_form and shapes.dense + shapes.head_copy <= (free - sum(shapes.weights.values())) * USABLE / 2:
+    elif dense:
         parts[f"linear layers in {device.compute_dtype}, converted once"] = shapes.dense
     reserve = {"framework's reserve" + (", CUDA's context" if device.type == "cuda" else ""): RESERVE[device.type]}
     room = max(0, free - sum(parts.values()) - sum(reserve.values()))
@@ -129,9 +133,8 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     if device.type == "cpu":
         # what is read counts as the process's own as long as the file is mapped
         own, loading = budget.own_bytes(), sum(shapes.weights.values()) + shapes.file
-    return Memory(
-        parts, free, count, shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded, smaller
-    )
+    told = (shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded, smaller, dense)
+    return Memory(parts, free, count, *told)
 
 
 def step_bytes(shapes: "Shapes", row: int, count: int) -> dict[str, int]:
@@ -388,10 +391,10 @@ def _alike(model: PeftModel) -> bool:
         (type(layer), *((name, each.shape, each.requires_grad) for name, each in layer.named_parameters()))
         for layer in budget.checkpointable(model)
     }
-    return len(kinds) == 1 and _stack(model) is not None
+    return len(kinds) == 1 and stack(model) is not None
 
 
-def _stack(model: PeftModel) -> Any:
+def stack(model: PeftModel) -> Any:
     """The module whose `layers` are all that the model has, one after another; None if there is none."""
     layers = budget.checkpointable(model)
     return next((each for each in model.modules() if list(getattr(each, "layers", ())) == layers), None)
@@ -399,10 +402,10 @@ def _stack(model: PeftModel) -> Any:
 
 def _kept(model: Any, batch: MicroBatch, where: Device, mode: FakeTensorMode, layers: int) -> Kept:
     """`kept_per_token` of the model as it would be with its first `layers` layers."""
-    stack, cpu = _stack(model), torch.device("cpu")
-    whole = stack.layers if stack is not None else []
-    if stack is not None:
-        stack.layers = nn.ModuleList(list(whole)[:layers])
+    holder, cpu = stack(model), torch.device("cpu")
+    whole = holder.layers if holder is not None else []
+    if holder is not None:
+        holder.layers = nn.ModuleList(list(whole)[:layers])
     try:
         for module in model.modules():
             _fake(module, mode, cpu)
@@ -416,8 +419,8 @@ def _kept(model: Any, batch: MicroBatch, where: Device, mode: FakeTensorMode, la
             return replace(kept, working=(live.most - before) / tokens)
     finally:
         model.zero_grad()
-        if stack is not None:
-            stack.layers = whole
+        if holder is not None:
+            holder.layers = whole
 
 
 def _fake(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:

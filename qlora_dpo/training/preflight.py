@@ -10,20 +10,27 @@ from qlora_dpo.data import lint
 from qlora_dpo.data.audit import OVERLONG, Audit, insist_on_few_bad_rows, quantiles
 from qlora_dpo.data.encode import CUT, PairSet
 from qlora_dpo.data.encoded import lengths, sequence_tokens
+from qlora_dpo.data.lazily import picked
 from qlora_dpo.data.lint import Finding, Lengths
 from qlora_dpo.data.pairs import Found
 from qlora_dpo.data.shapes import Shape
+from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import without_weights
+from qlora_dpo.preference.pack import Packing, micro_batches
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.columns import columns_of
 from qlora_dpo.training.estimate import Memory, estimate
 from qlora_dpo.training.optim import insist_on_optimizer
+from qlora_dpo.training.pace import measure
 from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.room import load_of
-from qlora_dpo.training.run import prepare
+from qlora_dpo.training.run import Prepared, prepare
+from qlora_dpo.training.timetable import Layers, Timetable, amount, passes, seconds
 from qlora_dpo.training.ways import Way, ways_to_fit
 
+LAID_OUT = 256
+"""Pairs that are laid out in rows to see what they share; the others are taken to share as much."""
 MANY_OVERLONG = 0.05
 """Share of pairs over `max_length` from which on it is worth a warning."""
 FEW_HELD_OUT = 50
@@ -60,12 +67,15 @@ class Preflight:
     steps: int
     memory: Memory
     warnings: tuple[str, ...]
+    time: Timetable
     ways: tuple[Way, ...] = ()
     """What would make it fit, if it does not."""
 
 
-def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
+def examine(recipe: Recipe, device: Device, free: int, *, here: bool = True) -> Preflight:
     """Look at the recipe's rows, tokens and memory, as a run on `device` with `free` bytes would meet them.
+
+    How long it takes is found out by a short probe, if `device` is `here`.
 
     Raises what the run itself would raise before it loads weights.
     """
@@ -87,7 +97,30 @@ def examine(recipe: Recipe, device: Device, free: int) -> Preflight:
     bias = lint.lengths(train.pairs)
     warnings = tuple(_warnings(recipe, found, bias, tokens, steps, memory, heldout))
     ways = () if memory.fits else ways_to_fit(prepared.source, recipe, device, load, free)
-    return Preflight(device, train.audit, heldout.audit, found, bias, tokens, steps, memory, warnings, ways)
+    time = _time(prepared, recipe, device, memory, here=here)
+    return Preflight(device, train.audit, heldout.audit, found, bias, tokens, steps, memory, warnings, time, ways)
+
+
+def _time(prepared: Prepared, recipe: Recipe, device: Device, memory: Memory, *, here: bool) -> Timetable:
+    """Seconds by part, after a short probe of this machine; or why they are not known."""
+    train, heldout = prepared.train.encoded, prepared.heldout.encoded
+    packing = Packing(recipe.train.micro_batch_tokens, 0, None if memory.padded else device.attention)
+    step = picked(train, make_plan(len(train), recipe.train).indices(1)[:LAID_OUT])
+    done = passes(recipe, len(train), len(heldout), several_rows=len(micro_batches(step, packing)) > 1)
+    if recipe.train.engine == "trl":
+        return Timetable(done, why_not='train.engine = "trl" computes in another way')
+    if not here:
+        return Timetable(done, why_not="a probe needs the card")
+    if not memory.fits:
+        return Timetable(done, why_not="the run has no room")
+    amounts = amount(train, step, packing), amount(heldout, heldout[:LAID_OUT], packing)
+    layers = Layers(memory.layers, memory.recomputed, min(recipe.lora.layers or [0]))
+    try:
+        pace = measure(prepared.source, recipe, device, step, packing, dense=memory.dense)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, QloraDpoError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Timetable(done, why_not=f"one layer alone cannot be timed: {reason}")
+    return Timetable(done, seconds(done, pace, layers, *amounts), pace.probe)
 
 
 def _findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[Finding]:
