@@ -104,7 +104,7 @@ def examine(recipe: Recipe, device: Device, free: int, *, here: bool = True) -> 
 def _time(prepared: Prepared, recipe: Recipe, device: Device, memory: Memory, *, here: bool) -> Timetable:
     """Seconds by part, after a short probe of this machine; or why they are not known."""
     train, heldout = prepared.train.encoded, prepared.heldout.encoded
-    packing = Packing(recipe.train.micro_batch_tokens, 0, None if memory.padded else device.attention)
+    packing = Packing(memory.row, 0, None if memory.padded else device.attention)
     step = picked(train, make_plan(len(train), recipe.train).indices(1)[:LAID_OUT])
     done = passes(recipe, len(train), len(heldout), several_rows=len(micro_batches(step, packing)) > 1)
     if recipe.train.engine == "trl":
