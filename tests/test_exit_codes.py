@@ -234,7 +234,7 @@ def test_a_full_or_locked_disk_is_named_with_what_would_help(place: Workplace) -
     assert sentences == [
         f"qlora-dpo: {DATA}: the disk is full; free space in given/sets, or set HF_HOME to a folder on a larger disk",
         f"qlora-dpo: {MODEL}: the disk is full; free space in given/hub, or set HF_HOME to a folder on a larger disk",
-        f"qlora-dpo: given/refs/reference/HASH/HASH.safetensors: {full}",
+        f"qlora-dpo: given/refs/reference/HASH: {full}",
         "qlora-dpo: given/out/x/recipe.toml: the disk is full; free some space",
         "qlora-dpo: given/out/x/recipe.toml: the disk is full; free some space",
         "qlora-dpo: given/locked/x: cannot be written (Read-only file system); choose a folder that you may write to",

@@ -98,7 +98,7 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     card = Card(
         torch.cuda.get_device_name(),
         torch.cuda.get_device_capability(),
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+        torch.cuda.get_device_properties(None).total_memory,
     )
     return on_card(card, dtype)
 

@@ -5,16 +5,15 @@ Every function that brings something together is called by all of them, in the s
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 from torch.distributed import DistError
 
@@ -69,24 +68,36 @@ def _says_true(variable: str) -> bool:
 
 def begin(*, cpu: bool) -> None:
     """Find the others; alone, nothing is done."""
-    if launched() > 1 and not PartialState._shared_state:
-        PartialState(cpu=cpu, timeout=PATIENCE)
+    if launched() > 1 and not _begun():
+        _state(cpu=cpu, timeout=PATIENCE)
+
+
+def _state(**arguments: Any) -> Any:
+    """Accelerate's own; imported where there are several processes, since a plan is printed without it."""
+    from accelerate import PartialState
+
+    return PartialState(**arguments)
+
+
+def _begun() -> bool:
+    """True if accelerate knows what this process runs on."""
+    return "accelerate.state" in sys.modules and bool(sys.modules["accelerate.state"].PartialState._shared_state)
 
 
 def end() -> None:
     """Take leave of the others."""
     if count() > 1:
-        PartialState().destroy_process_group()
+        _state().destroy_process_group()
 
 
 def count() -> int:
     """How many processes there are."""
-    return int(PartialState().num_processes) if PartialState._shared_state else 1
+    return int(_state().num_processes) if _begun() else 1
 
 
 def index() -> int:
     """Which of them this one is, from 0."""
-    return int(PartialState().process_index) if PartialState._shared_state else 0
+    return int(_state().process_index) if _begun() else 0
 
 
 def on_this_machine() -> int:
@@ -103,7 +114,7 @@ def wait() -> None:
     """Wait until all processes are here."""
     if count() > 1:
         with _with_the_others():
-            PartialState().wait_for_everyone()
+            _state().wait_for_everyone()
 
 
 @contextmanager
@@ -138,7 +149,7 @@ def why_sharded_work_ends(error: Exception) -> Exception:
 @contextmanager
 def main_first() -> Iterator[None]:
     """Let the first process of each machine go first, so that the others find in the cache what it has made."""
-    first = count() == 1 or PartialState().is_local_main_process
+    first = count() == 1 or _state().is_local_main_process
     if not first:
         wait()
     yield
@@ -151,7 +162,7 @@ def total(numbers: Sequence[float]) -> list[float]:
     if count() == 1:
         return list(numbers)
     with _with_the_others():
-        summed: list[float] = reduce(_sent(torch.tensor(numbers, dtype=torch.float64)), "sum").tolist()
+        summed: list[float] = _reduce(_sent(torch.tensor(numbers, dtype=torch.float64)), "sum").tolist()
     return summed
 
 
@@ -190,7 +201,7 @@ def _of_all(rows: Tensor, lengths: Sequence[int]) -> Tensor:
     """The rows of all processes, of which each has as many as `lengths` says; parts of one length can be sent."""
     most, sent = max(lengths), rows.detach().to(torch.uint8 if rows.dtype == torch.bool else rows.dtype)
     filled = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
-    parts = gather(_sent(filled)).split(most)
+    parts = _gather(_sent(filled)).split(most)
     found = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
     return found.to(rows.device, rows.dtype)
 
@@ -214,12 +225,26 @@ def _lengths(rows: int) -> list[int]:
     if count() == 1:
         return [rows]
     with _with_the_others():
-        lengths: list[int] = gather(_sent(torch.tensor([rows]))).tolist()
+        lengths: list[int] = _gather(_sent(torch.tensor([rows]))).tolist()
     return lengths
 
 
+def _gather(tensor: Tensor) -> Tensor:
+    from accelerate.utils import gather
+
+    parts: Tensor = gather(tensor)
+    return parts
+
+
+def _reduce(tensor: Tensor, how: str) -> Tensor:
+    from accelerate.utils import reduce
+
+    whole: Tensor = reduce(tensor, how)
+    return whole
+
+
 def _sent(tensor: Tensor) -> Tensor:
-    return tensor.to(PartialState().device).contiguous()
+    return tensor.to(_state().device).contiguous()
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -228,7 +253,7 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
         return
     flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in parameters])
     with _with_the_others():
-        summed = reduce(flat, "sum").split([each.numel() for each in parameters])
+        summed = _reduce(flat, "sum").split([each.numel() for each in parameters])
     for parameter, gradient in zip(parameters, summed, strict=True):
         parameter.grad = gradient.view_as(parameter)
 
