@@ -125,8 +125,10 @@ def test_the_probe_stores_its_layer_as_a_run_does(quantization: str) -> None:
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (0.4, "under 1 s"),
-        (1.6, "2 s"),
+        (0.04, "0.1 s"),
+        (1.64, "1.6 s"),
+        (9.5, "10 s"),
+        (42.3, "42 s"),
         (119, "119 s"),
         (121, "2 min"),
         (3540, "59 min"),
@@ -144,13 +146,13 @@ def test_the_line_tells_the_whole_and_its_parts() -> None:
     done = Passes(steps=250, evaluations=5, trained=1, before=0, reference_train=1, reference_heldout=1, evaluated=5)
     parts = {"reference": 180.0, "steps": 3600.0, "evaluations": 420.0}
     assert time_lines.in_a_line(Timetable(done, parts, 2.0)) == (
-        "about 1 h 10 min: reference 3 min where it is not cached, 250 steps 1 h, 5 evaluations 7 min (probe of 2 s on "
-        "this machine)"
+        "about 1 h 10 min: reference 3 min where it is not cached, 250 steps 1 h, 5 evaluations 7 min (probe of 2.0 s "
+        "on this machine)"
     )
     del parts["reference"]
     assert time_lines.in_a_line(Timetable(replace(done, steps=1, other=True), parts, 2.0)) == (
-        "about 1 h 7 min: 1 step 1 h, 5 evaluations 7 min, and the reference, which is another model (probe of 2 s on "
-        "this machine)"
+        "about 1 h 7 min: 1 step 1 h, 5 evaluations 7 min, and the reference, which is another model (probe of 2.0 s "
+        "on this machine)"
     )
 
 

@@ -15,7 +15,7 @@ from qlora_dpo.model.cards import CARDS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if there is a warning.")
 def check(recipe_file: str | None, overrides: tuple[str, ...], gpu: str | None, as_json: bool, strict: bool) -> None:
-    """Read RECIPE, its data and its model's config, and say what a run would do; no weights are loaded or downloaded.
+    """Read RECIPE, its data and its model's config, and say what a run would do and how long; no weights are read.
 
     Exit code 4 if it does not fit in memory. Without RECIPE: this machine, to paste into a bug report.
 

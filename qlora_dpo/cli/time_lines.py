@@ -5,6 +5,7 @@ from typing import Any
 from qlora_dpo.training.timetable import Timetable
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
+TENTHS_BELOW = 10
 
 
 def in_a_line(time: Timetable) -> str:
@@ -25,12 +26,11 @@ def in_a_line(time: Timetable) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two largest units that there are, from a minute on."""
-    whole = round(seconds)
-    if whole < 1:
-        return "under 1 s"
-    if whole < 2 * MINUTE:
-        return f"{whole} s"
+    """Seconds as they are told: to tenths where there are few, and in the two largest units from two minutes on."""
+    if round(seconds) < TENTHS_BELOW:
+        return f"{max(0.1, seconds):.1f} s"
+    if round(seconds) < 2 * MINUTE:
+        return f"{round(seconds)} s"
     minutes = round(seconds / MINUTE)
     if minutes < HOUR // MINUTE:
         return f"{minutes} min"

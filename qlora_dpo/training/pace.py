@@ -113,7 +113,7 @@ def _one_layer(source: Source, recipe: Recipe, device: Device, packing: Packing,
             setattr(text, name, value[:1])
     text.num_hidden_layers, text.vocab_size = 1, min(words, WORDS[device.type])
     text.pad_token_id = None  # it may be none of the words that are left
-    with torch.device(device.torch_device):
+    with device.torch_device:
         base: Any = AutoModelForCausalLM.from_config(config, dtype=device.weight_dtype, trust_remote_code=False)
     base.config.use_cache = False
     base.requires_grad_(False).eval()
