@@ -34,8 +34,14 @@ WATCH = "test_watch.py"
 BEST = "test_best.py"
 FITTING = "test_fitting.py"
 JOURNAL = "test_journal.py"
+PROCESSES = "test_processes.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "model/processes.py": [
+        ('_reduce(flat, "sum")', '_reduce(flat, "mean")', PROCESSES),
+        ("if any_of(failed):", "if failed:", PROCESSES),
+        ("(2 * end - cost) * count()", "2 * end * count()", PROCESSES),
+    ],
     "preference/objective.py": [
         (
             "agree_P = -F.logsigmoid(beta * margin_P)",
@@ -135,8 +141,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("with as_reference(model, held), torch.no_grad():", "with torch.no_grad():", REFERENCE),
         ("with as_reference(model, held), torch.no_grad():", "with as_reference(model), torch.no_grad():", KINDS),
         (
-            "            with as_reference(model, held):\n                store.add",
-            "            if True:\n                store.add",
+            "            with as_reference(model, held):\n                answers_P2",
+            "            if True:\n                answers_P2",
             REFERENCE,
         ),
         ("            with as_reference(model, held):\n", "            with as_reference(model):\n", KINDS),
@@ -260,7 +266,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "training/drift.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
-        ("batch.tokens_S[: len(group)].sum()", "batch.tokens_S.sum()", WATCH),
+        ("batch.tokens_S[: len(some)].sum()", "batch.tokens_S.sum()", WATCH),
         ("return total / tokens", "return total / len(few)", WATCH),
     ],
     "training/step.py": [
@@ -280,7 +286,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.sum())", LOOP),
         ("restore(draw)", "pass", "test_losses.py"),
         ("        start += len(group)", "        pass", "test_losses.py"),
-        ("needs_whole_step(job.recipe.objective) and len(groups) > 1", "False", "test_losses.py"),
+        (
+            "needs_whole_step(job.recipe.objective) and (len(groups) > 1 or processes.count() > 1)",
+            "False",
+            "test_losses.py",
+        ),
         ("state.num_tokens += batch.tokens", "state.num_tokens += 1", LOOP + " test_trl_oracle.py"),
     ],
     "training/plan.py": [
