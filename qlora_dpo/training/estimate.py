@@ -152,7 +152,10 @@ def step_bytes(shapes: "Shapes", row: int, count: int) -> dict[str, int]:
         ),
         "reference pass, beyond what a step takes": 0,  # it keeps nothing: one layer at a time, before the step
     }
-    return step | {f"fragmentation, {FRAGMENTATION:.0%} of a step": math.ceil(sum(step.values()) * FRAGMENTATION)}
+    holes = count * row * shapes.hole_token
+    between = " and holes between the inputs of recomputed layers" if holes else ""
+    lost = math.ceil(sum(step.values()) * FRAGMENTATION) + holes
+    return step | {f"fragmentation, {FRAGMENTATION:.0%} of a step{between}": lost}
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,9 @@ class Shapes:
     head_tiles: int
     head_token: int
     """What the head reads of a token."""
+    hole_token: int
+    """What a process on a CPU grows by for each token and recomputed layer beside all tensors: about its widest
+    activation in float32, as measured for two models (benchmarks/README.md). On a GPU nobody has measured it."""
     file: int
     """The weights as they lie on disk."""
     padded: str
@@ -204,6 +210,7 @@ def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sh
     linear, itemsize = _linear(base), device.torch_dtype.itemsize
     weights, parameters = base_bytes(base, recipe.model, device), sum(each.numel() for each in base.parameters())
     elements = [layer.weight.numel() for layer in linear]
+    widest = max((features for layer in linear for features in layer.weight.shape), default=0)
     padded = attention.why_not(base, load.sequence)
     if not padded:
         attention.use(base)
@@ -227,6 +234,7 @@ def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sh
         head_copy=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
         head_tiles=3 * STATES_AT_ONCE * min(WORDS_AT_ONCE[device.type], len(head)) * 4,
         head_token=width * (4 + itemsize),
+        hole_token=4 * widest if device.type == "cpu" else 0,
         file=parameters * (stored or torch.float32).itemsize,
         padded=padded,
     )
