@@ -70,7 +70,7 @@ def train(
 
     insist_on_extras(loaded.recipe)
 
-    from qlora_dpo.model import device, shard
+    from qlora_dpo.model import device
     from qlora_dpo.model import processes as together
 
     if processes is not None and together.launched() > 1:
@@ -79,6 +79,8 @@ def train(
     if max(processes or 1, together.launched()) > 1 and loaded.recipe.train.engine == "trl":
         raise RecipeError('several processes need train.engine = "qlora_dpo"; run TRL in one')
     if together.sharded():
+        from qlora_dpo.model import shard
+
         shard.insist_on_shardable(loaded.recipe.model, loaded.recipe.lora)
     together.begin(cpu=not device.has_gpu())
     here = device.choose(loaded.recipe.model.dtype)
