@@ -26,7 +26,7 @@ max_length = 200
 
 [train]
 batch_size = 2
-num_train_epochs = 100
+num_train_epochs = 10000
 max_steps = {steps}
 save_steps = 100000
 eval_steps = 100000
@@ -73,7 +73,7 @@ def test_the_batch_script_saves_at_sigterm_requeues_and_resumes(tmp_path: Path) 
         )
 
     told = list[str]()
-    with start(steps=800) as job:
+    with start(steps=50_000) as job:
         for line in job.stderr or ():
             told.append(line)
             if line.startswith("step 3/"):
