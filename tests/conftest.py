@@ -1,8 +1,10 @@
 """What every test starts from: no network, no telemetry, caches of its own, and no wandb account."""
 
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,15 @@ def own_accelerator() -> None:
     """Accelerate keeps what a process runs on; each test starts as a process of its own would."""
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A command that fails leaves SIGTERM ignored, as its process ends then; what later tests start would inherit it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
