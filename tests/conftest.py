@@ -36,7 +36,7 @@ def own_accelerator() -> None:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """A command that fails leaves SIGTERM ignored, as its process ends then; what later tests start would inherit it."""
+    """A command that fails leaves SIGTERM ignored, since it ends; what later tests start would inherit that."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import pytest
 import together
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.model import processes
+from qlora_dpo.model import processes, zero
 from qlora_dpo.shipped import accelerate_configs
 from qlora_dpo.training.fitting import as_it_fits
 
@@ -39,9 +40,9 @@ def environment(**changed: str) -> dict[str, str]:
 class Together:
     """What `count` processes have found, and what one alone finds."""
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path, zero: bool = False) -> None:
         self.count, self.folder = count, folder
-        assert together.launched(count, folder) == [0] * count
+        assert together.launched(count, folder, zero) == [0] * count
         self.found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
     def adapters(self, name: str) -> list[dict[str, Any]]:
@@ -258,36 +259,87 @@ def test_what_cannot_be_done_by_several_is_refused_before_they_start(
     )
 
 
+ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+SHIPPED = {"ddp": "", "fsdp2-qlora": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+"""What the processes share out by each config file."""
+
+
 @pytest.mark.parametrize("file", accelerate_configs(), ids=lambda file: file.stem)
-def test_a_shipped_config_file_starts_processes_that_shard_if_it_is_for_that(
+def test_a_shipped_config_file_starts_processes_that_share_out_what_it_is_for(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = file.read_text().splitlines()[1].removeprefix("# accelerate launch ").replace("RECIPE", "r.toml")
     asked = launch_command_parser().parse_args(line.replace("recipes/accelerate", str(file.parent)).split())
     asked, *_ = _validate_launch_command(asked)
     assert (asked.num_processes, asked.training_script) == (2, "qlora_dpo")
-    for name, value in prepare_multi_gpu_env(asked).items():
+    asked.deepspeed_fields_from_accelerate_config = ""  # what launch_command adds
+    starts = prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
+    for name, value in starts.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    processes.sharded.cache_clear()
+    processes.sharing.cache_clear()
     try:
-        assert processes.sharded() == (file.stem == "fsdp2-qlora")
+        assert processes.sharing() == SHIPPED[file.stem]
     finally:
-        processes.sharded.cache_clear()
+        processes.sharing.cache_clear()
 
 
-def test_both_config_files_are_shipped() -> None:
-    assert [file.name for file in accelerate_configs()] == ["ddp.yaml", "fsdp2-qlora.yaml"]
+def test_all_config_files_are_shipped() -> None:
+    assert [file.stem for file in accelerate_configs()] == list(SHIPPED)
+
+
+@pytest.mark.parametrize(("found", "which"), [(None, "not installed"), ("0.18.9", "0.18.9")])
+def test_without_a_deepspeed_that_was_tried_its_config_files_are_refused(
+    found: str | None,
+    which: str,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(package: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(zero, "version", version)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **ZERO_3}.items():
+        monkeypatch.setenv(name, value)
+    processes.sharing.cache_clear()
+    try:
+        assert main(["train", "r.toml"]) == 2
+    finally:
+        processes.sharing.cache_clear()
+    assert capsys.readouterr().err == (
+        f"qlora-dpo: accelerate's config file asks for DeepSpeed, which is {which}; install 0.19 or newer with: "
+        "pip install 'qlora_dpo[deepspeed]'\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("asked", "changed", "sentence"),
     [
         (
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
             (),
-            "accelerate's config file asks for DeepSpeed, which takes its steps inside of the backward pass, and so "
-            "cannot train here; recipes/accelerate/fsdp2-qlora.yaml shares out the same frozen weights as ZeRO-3",
+            "accelerate's config file asks for DeepSpeed with zero_stage: 1; write zero_stage: 2 or 3 beside no "
+            "deepspeed_config_file, as recipes/accelerate/zero2.yaml and zero3.yaml do",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+            (),
+            "accelerate's config file asks for DeepSpeed with zero_stage: not said; write zero_stage: 2 or 3 beside no "
+            "deepspeed_config_file, as recipes/accelerate/zero2.yaml and zero3.yaml do",
+        ),
+        (
+            {**ZERO_3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            (),
+            "accelerate's config file has offload_param_device: cpu, which is not supported; write none",
+        ),
+        (
+            ZERO_3,
+            ("model.quantization=int8",),
+            'model.quantization = "int8" cannot be sharded, since its weights are integers with scales of their own; '
+            'take "nf4", or recipes/accelerate/ddp.yaml',
         ),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
@@ -303,8 +355,8 @@ def test_both_config_files_are_shipped() -> None:
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
             ("model.quantization=int8",),
-            'model.quantization = "int8" cannot be sharded, since FSDP2 shards no integers; take "nf4", or '
-            "recipes/accelerate/ddp.yaml",
+            'model.quantization = "int8" cannot be sharded, since its weights are integers with scales of their own; '
+            'take "nf4", or recipes/accelerate/ddp.yaml',
         ),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
@@ -324,9 +376,9 @@ def test_what_cannot_be_sharded_is_refused(
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", **asked}.items():
         monkeypatch.setenv(name, value)
-    processes.sharded.cache_clear()
+    processes.sharing.cache_clear()
     try:
         assert main(["train", "r.toml", *(word for each in changed for word in ("--set", each))]) == 2
     finally:
-        processes.sharded.cache_clear()
+        processes.sharing.cache_clear()
     assert capsys.readouterr().err == f"qlora-dpo: {sentence}\n"

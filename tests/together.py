@@ -16,7 +16,6 @@ import jobs
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.files import write_json
@@ -49,23 +48,30 @@ SHARDED: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
     "sharded ema": ({**SCENARIOS["ema"][0], "lora": {"modules_to_save": ["norm"]}}, 5, 1),
 }
 """These with the base's layers shared out among the processes, asked along with each step but the first."""
+ZERO: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
+    **{name.replace("sharded", "zero3"): what for name, what in SHARDED.items()},
+    "zero2": ({"train": {"num_train_epochs": 2, "weight_decay": 0.1}, "lora": {"loraplus_lr_ratio": 4.0}}, 10, 6),
+    "zero2 ema": (SCENARIOS["ema"][0], 5, 1),
+}
+"""These with DeepSpeed, which not everyone has."""
 SCENARIOS |= SHARDED
 OUT_OF_MEMORY = "out of memory in one"
 
 
 def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train as `name` says: the adapter, and the facts of the run."""
-    tables, train, heldout = SCENARIOS["sigmoid" if name == OUT_OF_MEMORY else name]
+    tables, train, heldout = (SCENARIOS | ZERO)["sigmoid" if name == OUT_OF_MEMORY else name]
     train_table = {"micro_batch_tokens": 60, **tables.get("train", {})}
     what = jobs.recipe(**{**tables, "train": train_table})
     folder.mkdir(parents=True, exist_ok=True)
-    if together := name in SHARDED and processes.count() > 1:
-        ask_for_fsdp()
-    model = sharded(what) if together else jobs.fresh(what)
+    in_layers = name.startswith(("sharded", "zero3"))
+    if processes.count() > 1:
+        ask_for(sharing(name))
+    model = sharded(what) if processes.sharded() else jobs.fresh(what)
     job = jobs.job(model, what, folder, train, heldout)
     if what.reference is not None:
         job = replace(job, held=Held(copied(model), what.reference))
-    if name in SHARDED:
+    if in_layers:
         job.train.reference_P2[sorted(set(range(train)) - set(job.plan.indices(1)))] = torch.nan
         job = replace(job, ask=asked_alone)
     said = list[str]()
@@ -76,7 +82,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
     shard.gather(model)
     if processes.is_main():  # from here on the first goes on alone
         live_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
-    processes.sharded.cache_clear()
+    processes.sharing.cache_clear()
     facts = {
         "evals": state.evals,
         "num_tokens": state.num_tokens,
@@ -86,7 +92,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         "said": [each for each in said if "out of memory" in each],
         "layer_bytes": kept,
     }
-    if name in SHARDED and processes.is_main():
+    if in_layers and processes.is_main():
         facts["asked"] = [json.loads(line)["logp"][0] for line in (folder / SAMPLES).read_text().splitlines()]
     return jobs.adapter(model), facts
 
@@ -94,8 +100,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
 def layer_bytes(model: PeftModel) -> int:
     """Bytes of the frozen weights of decoder layers that this process holds."""
     frozen = [each for layer in checkpointable(model) for each in layer.parameters() if not each.requires_grad]
-    held = [each.to_local() if isinstance(each, DTensor) else each for each in frozen]
-    return sum(each.numel() * each.element_size() for each in held)
+    return sum(shard.held(each).numel() * each.element_size() for each in frozen)
 
 
 def asked_alone(model: PeftModel) -> list[dict[str, Any]]:
@@ -104,11 +109,18 @@ def asked_alone(model: PeftModel) -> list[dict[str, Any]]:
     return [{"prompt": [{"role": "user", "content": "?"}], "answer": "", "logp": logp_P2.tolist()}]
 
 
-def ask_for_fsdp() -> None:
-    """What `accelerate launch` sets when its config file asks for FSDP2."""
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    processes.sharded.cache_clear()
-    assert processes.sharded()
+def sharing(name: str) -> str:
+    """What the processes of a scenario share out, as `processes.sharing` has it."""
+    return "fsdp2" if name in SHARDED else name.split()[0] if name in ZERO else ""
+
+
+def ask_for(what: str) -> None:
+    """Set what `accelerate launch` sets where its config file asks for `what`."""
+    asks = {"": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": what[-1:]}
+    os.environ.update(asks.get(what, zero))
+    processes.sharing.cache_clear()
+    assert processes.sharing() == what
 
 
 def sharded(what: Recipe) -> PeftModel:
@@ -158,11 +170,13 @@ def not_finite(folder: Path) -> str:
     return ""
 
 
-def stopped(folder: Path, resume: bool = False) -> str:
-    """What a process says when the second is told to end after the second step of "sigmoid"; alone, it goes on."""
-    tables, train, heldout = SCENARIOS["sigmoid"]
+def stopped(folder: Path, name: str = "sigmoid", resume: bool = False) -> str:
+    """What a process says when the second is told to end after the second step of a scenario; `resume` goes on."""
+    tables, train, heldout = (SCENARIOS | ZERO)[name]
     what = jobs.recipe(**{**tables, "train": {**tables["train"], "micro_batch_tokens": 60}})
     folder.mkdir(parents=True, exist_ok=True)
+    if processes.count() > 1:
+        ask_for(sharing(name))
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder, train, heldout)
     with Tracker(folder, job.plan.total_steps, silent=not processes.is_main()) as tracker:
@@ -170,7 +184,7 @@ def stopped(folder: Path, resume: bool = False) -> str:
 
         def step(number: int) -> None:
             said(number)
-            if (number, processes.index()) == (2, 1):
+            if (number, processes.index(), resume) == (2, 1, False):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         tracker.step = step  # type: ignore[method-assign]
@@ -184,7 +198,8 @@ def stopped(folder: Path, resume: bool = False) -> str:
             )
         except QloraDpoError as error:
             return str(error)
-    save_file(jobs.adapter(model), folder / "adapter.safetensors")
+    if processes.is_main():
+        save_file(jobs.adapter(model), folder / "adapter.safetensors")
     return ""
 
 
@@ -197,34 +212,38 @@ def not_the_same() -> str:
     return ""
 
 
-def work(rank: int, count: int, port: int, folder: Path) -> None:
-    """Do all of it as process `rank` of `count`, and write what it has found."""
+def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
+    """Do all of it as process `rank` of `count`, and write what it has found; `zero`: what needs DeepSpeed."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     jobs.source()  # saved by each for itself; among several, transformers lets the first alone save
     processes.begin(cpu=True)
     found = dict[str, Any]()
-    for name in SCENARIOS:
+    for name in ZERO if zero else SCENARIOS:
         adapter, found[name] = scenario(name, folder / name)
         save_file(adapter, folder / f"{name}.{rank}.safetensors")
-    found["stopped"] = stopped(folder / "stopped")
-    once_out_of_memory()
-    adapter, found[OUT_OF_MEMORY] = scenario(OUT_OF_MEMORY, folder / OUT_OF_MEMORY)
-    save_file(adapter, folder / f"{OUT_OF_MEMORY}.{rank}.safetensors")
-    found["shares"] = asked_in_shares(folder / "shares")
-    found["not finite"], found["not the same"] = not_finite(folder / "wrong"), not_the_same()
+    if zero:
+        found["stopped"] = stopped(folder / "stopped", "zero2")
+        found["resumed"] = stopped(folder / "stopped", "zero2", resume=True)
+    else:
+        found["stopped"] = stopped(folder / "stopped")
+        once_out_of_memory()
+        adapter, found[OUT_OF_MEMORY] = scenario(OUT_OF_MEMORY, folder / OUT_OF_MEMORY)
+        save_file(adapter, folder / f"{OUT_OF_MEMORY}.{rank}.safetensors")
+        found["shares"] = asked_in_shares(folder / "shares")
+        found["not finite"], found["not the same"] = not_finite(folder / "wrong"), not_the_same()
     write_json(folder / f"{rank}.json", found)
     processes.end()
 
 
-def launched(count: int, folder: Path) -> list[int | None]:
+def launched(count: int, folder: Path, zero: bool = False) -> list[int | None]:
     """Let `count` processes do it; their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["together"])
-    workers = [context.Process(target=work, args=(rank, count, port, folder)) for rank in range(count)]
+    workers = [context.Process(target=work, args=(rank, count, port, folder, zero)) for rank in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:

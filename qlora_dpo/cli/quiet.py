@@ -27,5 +27,7 @@ def silence() -> None:
         os.environ.setdefault(name, value)
     for logger in LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level when it is imported, which other libraries do where it is installed
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     if not sys.warnoptions and os.environ.get("QLORA_DPO_TRACEBACK") != "1":
         warnings.simplefilter("ignore")

@@ -78,10 +78,7 @@ def train(
     device.insist_on_gpus(processes or 1)
     if max(processes or 1, together.launched()) > 1 and loaded.recipe.train.engine == "trl":
         raise RecipeError('several processes need train.engine = "qlora_dpo"; run TRL in one')
-    if together.sharded():
-        from qlora_dpo.model import shard
-
-        shard.insist_on_shardable(loaded.recipe.model, loaded.recipe.lora)
+    _insist_on_sharing(loaded.recipe)
     together.begin(cpu=not device.has_gpu())
     here = device.choose(loaded.recipe.model.dtype)
     count = max(processes or 1, together.count())
@@ -103,6 +100,24 @@ def train(
         _help_to_train(loaded, folder, here, resume=resume, allow=allow, until=until)
     together.end()
     return None
+
+
+def _insist_on_sharing(recipe: "Recipe") -> None:
+    """Raise RecipeError for what cannot be shared out among processes as accelerate's config file asks."""
+    from qlora_dpo.model import processes
+
+    if processes.sharded():
+        from qlora_dpo.model import shard
+
+        shard.insist_on_shardable(recipe.model, recipe.lora)
+    if processes.sharing() in ("zero2", "zero3"):
+        from qlora_dpo.model import zero
+
+        zero.insist_on_deepspeed()
+    if processes.sharing() == "zero2":
+        from qlora_dpo.training import zero2
+
+        zero2.insist_on_elementwise(recipe.train)
 
 
 def _insist_on_whole(outcome: "Outcome", folder: Path) -> None:
@@ -209,14 +224,19 @@ def _insist_on_memory(prepared: "Prepared", loaded: "LoadedRecipe", here: "Devic
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device", processes: int) -> list[str]:
     """What the run will do, one decision a line."""
-    from qlora_dpo.model.processes import sharded
+    from qlora_dpo.model.processes import sharing
     from qlora_dpo.recipe_model import QUANTIZED
     from qlora_dpo.recipe_tables import is_local
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
     heldout = data.eval or data.train_name
     share = data.held_out_share
-    holds = "a part of each layer of the base (FSDP2)" if sharded() else "the whole base"
+    holds = {
+        "": "the whole base",
+        "fsdp2": "a part of each layer of the base (FSDP2)",
+        "zero2": "the whole base and a part of the optimizer's state (DeepSpeed's ZeRO-2)",
+        "zero3": "a part of each layer of the base (DeepSpeed's ZeRO-3)",
+    }[sharing()]
     return [
         f"recipe      {loaded.path}",
         f"base        {model.name}: "

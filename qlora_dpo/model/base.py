@@ -74,7 +74,7 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
                 bnb_4bit_use_double_quant=table.double_quant,
                 bnb_4bit_compute_dtype=device.torch_dtype,
                 # FSDP2 shards floats only; the bytes are the same
-                bnb_4bit_quant_storage=device.weight_dtype if processes.sharded() else torch.uint8,
+                bnb_4bit_quant_storage=device.weight_dtype if processes.sharing() == "fsdp2" else torch.uint8,
             )
         case "int8":
             config = BitsAndBytesConfig(load_in_8bit=True)

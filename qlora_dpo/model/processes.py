@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +38,14 @@ def launched() -> int:
 
 
 @cache
-def sharded() -> bool:
-    """True if accelerate's config file asks for FSDP2 (model/shard.py): then each forward and each backward pass is one
-    that all processes make together.
+def sharing() -> Literal["", "fsdp2", "zero2", "zero3"]:
+    """What accelerate's config file asks the processes to share out: the base's layers by FSDP2 or ZeRO-3
+    (model/shard.py), or the optimizer's state by ZeRO-2 (training/zero2.py); empty if each has all.
 
     Raises RecipeError for what the file asks for and cannot be had.
     """
     fsdp, deepspeed = (_says_true(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
-    if deepspeed:
-        raise RecipeError(
-            "accelerate's config file asks for DeepSpeed, which takes its steps inside of the backward pass, and so "
-            "cannot train here; recipes/accelerate/fsdp2-qlora.yaml shares out the same frozen weights as ZeRO-3"
-        )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if fsdp and os.environ.get("FSDP_VERSION") != "2":
         raise RecipeError(
             "accelerate's config file asks for FSDP 1, which cannot shard beside a float32 adapter; write "
@@ -57,9 +53,30 @@ def sharded() -> bool:
         )
     if fsdp and _says_true("FSDP_OFFLOAD_PARAMS"):
         raise RecipeError("accelerate's config file has fsdp_offload_params: true, which is not supported; write false")
-    # accelerate and transformers would shard by themselves, and what is sharded here is the frozen weights alone
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-    return fsdp and launched() > 1
+    if deepspeed and stage not in ("2", "3"):
+        raise RecipeError(
+            f"accelerate's config file asks for DeepSpeed with zero_stage: {stage or 'not said'}; write zero_stage: 2 "
+            "or 3 beside no deepspeed_config_file, as recipes/accelerate/zero2.yaml and zero3.yaml do"
+        )
+    for what in ("optimizer", "param"):
+        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        if deepspeed and device != "none":
+            raise RecipeError(
+                f"accelerate's config file has offload_{what}_device: {device}, which is not supported; write none"
+            )
+    # accelerate and transformers would do it by themselves, and what is shared out here is less: an adapter stays whole
+    for kind in ("FSDP", "DEEPSPEED"):
+        os.environ.pop(f"ACCELERATE_USE_{kind}", None)
+    if launched() == 1 or not (fsdp or deepspeed):
+        return ""
+    return "fsdp2" if fsdp else "zero2" if stage == "2" else "zero3"
+
+
+def sharded() -> bool:
+    """True if the base's layers are shared out: then each forward and each backward pass is one that all processes make
+    together.
+    """
+    return sharing() in ("fsdp2", "zero3")
 
 
 def _says_true(variable: str) -> bool:
@@ -113,12 +130,12 @@ def is_main() -> bool:
 def wait() -> None:
     """Wait until all processes are here."""
     if count() > 1:
-        with _with_the_others():
+        with with_the_others():
             _state().wait_for_everyone()
 
 
 @contextmanager
-def _with_the_others() -> Iterator[None]:
+def with_the_others() -> Iterator[None]:
     """Say it in a sentence if one of them has ended."""
     try:
         yield
@@ -161,7 +178,7 @@ def total(numbers: Sequence[float]) -> list[float]:
     """The sum of each number over all processes, in float64."""
     if count() == 1:
         return list(numbers)
-    with _with_the_others():
+    with with_the_others():
         summed: list[float] = _reduce(_sent(torch.tensor(numbers, dtype=torch.float64)), "sum").tolist()
     return summed
 
@@ -193,7 +210,7 @@ def of_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if count() == 1:
         return dict(tensors)
     lengths = _lengths(len(next(iter(tensors.values()))))
-    with _with_the_others():
+    with with_the_others():
         return {name: _of_all(each, lengths) for name, each in tensors.items()} if any(lengths) else dict(tensors)
 
 
@@ -224,7 +241,7 @@ def least(number: int) -> int:
 def _lengths(rows: int) -> list[int]:
     if count() == 1:
         return [rows]
-    with _with_the_others():
+    with with_the_others():
         lengths: list[int] = _gather(_sent(torch.tensor([rows]))).tolist()
     return lengths
 
@@ -252,7 +269,7 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if count() == 1:
         return
     flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in parameters])
-    with _with_the_others():
+    with with_the_others():
         summed = _reduce(flat, "sum").split([each.numel() for each in parameters])
     for parameter, gradient in zip(parameters, summed, strict=True):
         parameter.grad = gradient.view_as(parameter)

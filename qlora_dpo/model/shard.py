@@ -1,18 +1,16 @@
-"""Shares the base's decoder layers out among the processes, where accelerate's config file asks for FSDP2.
+"""Shares the base's decoder layers out among the processes, where accelerate's config file asks for it.
 
 Each process keeps its part of every frozen layer, and gathers a layer when its turn comes. Adapter, embeddings, last
 norm and head stay whole in each: gradients, optimizer and checkpoints are those of processes that share nothing.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch import Tensor, nn
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model import processes
@@ -20,13 +18,15 @@ from qlora_dpo.model.budget import checkpointable
 from qlora_dpo.model.device import Device
 from qlora_dpo.recipe_model import LoraTable, ModelTable
 
+NAMES = {"fsdp2": "FSDP2", "zero3": "DeepSpeed's ZeRO-3"}
+
 
 def insist_on_shardable(model: ModelTable, lora: LoraTable) -> None:
     """Raise RecipeError for what cannot be sharded."""
     if model.quantization == "int8":
         raise RecipeError(
-            'model.quantization = "int8" cannot be sharded, since FSDP2 shards no integers; take "nf4", or '
-            "recipes/accelerate/ddp.yaml"
+            'model.quantization = "int8" cannot be sharded, since its weights are integers with scales of their own; '
+            'take "nf4", or recipes/accelerate/ddp.yaml'
         )
     if lora.use_dora and model.quantization != "none":
         raise RecipeError(
@@ -38,57 +38,63 @@ def insist_on_shardable(model: ModelTable, lora: LoraTable) -> None:
 def share_out(model: Any, device: Device) -> str:
     """Leave this process its part of each frozen layer of a PEFT model; says what it keeps.
 
-    All frozen weights must be floats, as 4-bit ones are if they were loaded so (model/base.py).
+    For FSDP2 all frozen weights must be floats, as 4-bit ones are if they were loaded so (model/base.py).
     """
-    whole = model.get_base_model()
-    body = getattr(whole, whole.base_model_prefix)
+    body, way, name = _body(model), _way(), NAMES[processes.sharing()]
     layers = checkpointable(body)
     if not layers:
-        raise RecipeError(f"{type(whole).__name__} has no decoder layers that could be sharded; train without FSDP2")
-    before = _bytes(body)
-    mesh = init_device_mesh(device.type, (processes.count(),))
-    reshard = _reshards()
-    shared = {parameter for layer in layers for parameter in layer.parameters() if not parameter.requires_grad}
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, ignored_params=set(layer.parameters()) - shared)
-    # the root, which holds nothing itself: what calls the body must not meet sharded layers without it
-    fully_shard(body, mesh=mesh, reshard_after_forward=reshard, ignored_params=set(body.parameters()) - shared)
+        whole = type(model.get_base_model()).__name__
+        raise RecipeError(f"{whole} has no decoder layers that could be sharded; train without {name}")
+    before = held_bytes(body)
+    frozen = {each for layer in layers for each in layer.parameters() if not each.requires_grad}
+    way.split(body, layers, frozen, device)
     if device.type == "cuda":  # pragma: cuda
         torch.cuda.empty_cache()
     return (
-        f"weights: {len(layers)} layers are shared out among {processes.count()} processes (FSDP2): "
-        f"{_bytes(body) / 2**20:,.1f} MiB of {before / 2**20:,.1f} are kept here"
+        f"weights: {len(layers)} layers are shared out among {processes.count()} processes ({name}): "
+        f"{held_bytes(body) / 2**20:,.1f} MiB of {before / 2**20:,.1f} are kept here"
     )
 
 
-def _bytes(model: nn.Module) -> int:
+def held_bytes(model: nn.Module) -> int:
     """Bytes of the weights that this process holds."""
-    held = (each.to_local() if hasattr(each, "to_local") else each for each in model.parameters())
-    return sum(each.numel() * each.element_size() for each in held)
+    return sum(held(each).numel() * each.element_size() for each in model.parameters())
 
 
-def gather(model: nn.Module) -> None:
+def held(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter that this process holds."""
+    part: Tensor = _way().held(parameter)
+    return part
+
+
+def gather(model: Any) -> None:
     """Make every layer whole again in each process, which need not go on together from here."""
-    for each in _sharded(model):
-        each.set_reshard_after_forward(False, recurse=False)
-        each.unshard()
+    if processes.sharded():
+        _way().gather(_body(model))
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: Any) -> Iterator[None]:
     """Make every layer whole for a while, so that a process can use the model alone."""
-    kept = _sharded(model)
     gather(model)
     yield
-    for each in kept:
-        each.set_reshard_after_forward(_reshards(), recurse=False)
-        each.reshard()
+    if processes.sharded():
+        _way().split_again(_body(model))
 
 
-def _sharded(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _body(model: Any) -> nn.Module:
+    """What holds the decoder layers of a PEFT model, and is called with token ids."""
+    whole = model.get_base_model()
+    body: nn.Module = getattr(whole, whole.base_model_prefix)
+    return body
 
 
-def _reshards() -> bool:
-    """Whether a layer is gathered anew for its backward pass; `fsdp_reshard_after_forward` in accelerate's file."""
-    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
+def _way() -> ModuleType:
+    """What shards here; imported only where it is asked for."""
+    if processes.sharing() == "zero3":
+        from qlora_dpo.model import shard_zero3
+
+        return shard_zero3
+    from qlora_dpo.model import shard_fsdp2
+
+    return shard_fsdp2

@@ -121,17 +121,17 @@ def save_checkpoint(
     run_dir: Path,
     state: State,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimized: Mapping[nn.Parameter, Mapping[str, Any]],
     moving: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments and random states, and with the weights of a
-    `moving` reference; keep the newest two.
+    """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments (`optimized`: its state by parameter) and random
+    states, and with the weights of a `moving` reference; keep the newest two.
 
     Raises SourceError if the disk has no room for it, RunError if a tensor is not finite; then nothing has changed.
     """
     folder = folder_of(run_dir, state.step)
     parameters = trainable(model)
-    adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimizer))
+    adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimized))
     reference = _on_cpu(moving or {})
     if bad := names_not_finite(adapter | moments):
         raise RunError(f"{folder}: not written, since {bad[0]} is not finite; lower train.learning_rate")
@@ -277,9 +277,11 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(
+    parameters: Mapping[str, nn.Parameter], optimized: Mapping[nn.Parameter, Mapping[str, Any]]
+) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimized.get(parameter, {}).items():
             moments[f"{key}|{name}"] = torch.as_tensor(value)
     return moments

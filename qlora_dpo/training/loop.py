@@ -81,6 +81,11 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     tools = _tools(model, job)
     if resume is not None:
         state = _restored(resume, state, model, tools, job)
+    if processes.sharing() == "zero2":
+        from qlora_dpo.training.zero2 import SharedOptimizer
+
+        parameters = list(trainable(model).values())
+        tools = replace(tools, accelerated=SharedOptimizer(tools.optimizer, parameters, job.device))
     if not state.evals:
         evaluate_now(model, job, state, tracker)
 
@@ -127,7 +132,9 @@ class _Tools:
 
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
-    accelerated: Any  # the same optimizer, which skips a step whose scaled gradients overflow
+    accelerated: Any
+    """The same optimizer, as it is among processes: accelerate's skips a step whose scaled gradients overflow, ZeRO-2's
+    has a part of the state."""
     schedule: LambdaLR
 
 
@@ -165,7 +172,7 @@ def _step(
     insist_on_some_steps(state.step + 1, state.skipped_in_a_row, parameters, wrong, rows)
     if not skipped:
         tools.schedule.step()
-    tools.optimizer.zero_grad()
+    tools.accelerated.zero_grad()
     state.step += 1
     follow(model, job.held, state.step)
     return rate, norm
@@ -189,7 +196,7 @@ def _gradient_as_it_fits(
     draws, mean = random_states(), state.margin_mean
 
     def undo() -> None:
-        tools.optimizer.zero_grad()
+        tools.accelerated.zero_grad()
         window.sums = copy.deepcopy(before)
 
     def work(job: Job) -> list[int]:
@@ -233,11 +240,12 @@ def _moving(job: Job) -> Mapping[str, Tensor] | None:
 
 def _save(job: Job, state: State, model: PeftModel, tools: _Tools) -> Path:
     """Write a checkpoint of everything that `_restored` puts back; of several processes the first does."""
+    optimized = tools.accelerated.state  # of ZeRO-2 a part from each process
     if not processes.is_main():
         return folder_of(job.folder, state.step)
     state.scheduler, state.counters = tools.schedule.state_dict(), schedule_free.counters(tools.optimizer)
     state.scaler = tools.accelerator.scaler.state_dict() if tools.accelerator.scaler is not None else {}
-    return save_checkpoint(job.folder, state, model, tools.optimizer, _moving(job))
+    return save_checkpoint(job.folder, state, model, optimized, _moving(job))
 
 
 def _save_if_there_is_room(job: Job, state: State, model: PeftModel, tools: _Tools, say: Callable[[str], None]) -> None:

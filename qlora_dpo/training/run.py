@@ -355,7 +355,7 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         "engine": recipe.train.engine,
         "row_tokens": outcome.state.row_tokens or recipe.train.row_tokens,
         "processes": processes.count(),
-        **({"sharded": "fsdp2"} if processes.sharded() else {}),
+        **({"sharing": processes.sharing()} if processes.sharing() else {}),
         "device": {
             "type": device.type,
             "name": device.name,

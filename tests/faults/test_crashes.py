@@ -56,7 +56,7 @@ def save(run_dir: Path, step: int) -> None:
     """Save the checkpoint of `step`."""
     model, optimizer = trained(step)
     set_seed(step)
-    save_checkpoint(run_dir, replace(copy.deepcopy(START), step=step), model, optimizer)
+    save_checkpoint(run_dir, replace(copy.deepcopy(START), step=step), model, optimizer.state)
 
 
 def every_point(act_on: Path, before: Path, fault: Fault, step: int) -> Iterator[int]:
@@ -205,7 +205,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     name, parameter = next(iter(trainable(model).items()))
     parameter.data[0, 0] = float("inf")
     with pytest.raises(RunError) as error:
-        save_checkpoint(tmp_path, copy.deepcopy(START), model, optimizer)
+        save_checkpoint(tmp_path, copy.deepcopy(START), model, optimizer.state)
     folder = tmp_path / "checkpoints" / "step-000000"
     assert str(error.value) == f"{folder}: not written, since {name} is not finite; lower train.learning_rate"
     with pytest.raises(RunError, match=r"no adapter was written, since .* is not finite; lower train\.learning_rate"):
