@@ -43,17 +43,17 @@ class Measured:
     """Of a row of HH as JSON lines, per row."""
     kept_bytes: float = 169.3e6 / 160_000
     """Of token ids, lengths and digests in the cache, per row."""
-    read_seconds: float = (200.0 - 30.8) / 144_000
+    read_seconds: float = (178.4 - 24.0) / 144_000
     """CPU seconds of a cold reading, per row."""
-    warm_seconds: float = (13.1 - 11.1) / 144_000
+    warm_seconds: float = (12.7 - 10.1) / 144_000
     """CPU seconds of a warm start beyond one of few rows, per row."""
-    start_seconds: float = 11.1
+    start_seconds: float = 10.1
     """CPU seconds from the command to the first step with few rows, of a tiny model."""
-    resident_bytes: float = (1133 - 1110) * 2**20 / 144_000
+    resident_bytes: float = (1176 - 1148) * 2**20 / 144_000
     """Memory that grows with the rows, per row."""
     tokens: float = 271.0
     """Of a pair in packed rows, with what is shared counted once."""
-    host_seconds: float = 0.39e-3
+    host_seconds: float = 0.27e-3
     """CPU seconds to read a pair's ids and lay them out as a row."""
 
 
