@@ -26,9 +26,10 @@ from qlora_dpo.preference.logps import hidden_states
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import load as load_recipe
 from qlora_dpo.recipe_model import LoraTable, ModelTable
-from qlora_dpo.training import estimate as estimating
-from qlora_dpo.training.estimate import Load, estimate
+from qlora_dpo.training import shapes as from_shapes
+from qlora_dpo.training.estimate import estimate
 from qlora_dpo.training.optim import make_optimizer
+from qlora_dpo.training.shapes import Load
 from qlora_dpo.training.ways import ways_to_fit
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -76,7 +77,7 @@ def bytes_of(model: torch.nn.Module) -> int:
 def test_the_bases_bytes_are_those_of_the_loaded_base(quantization: Any, double: bool, dtype: Any) -> None:
     place = replace(jobs.CPU, compute_dtype=dtype)
     table = ModelTable(name=jobs.source().name, quantization=quantization, double_quant=double)
-    told = estimating.base_bytes(estimating.on_meta(jobs.source(), place), table, place)
+    told = from_shapes.base_bytes(from_shapes.on_meta(jobs.source(), place), table, place)
     assert sum(told.values()) == bytes_of(load_base(jobs.source(), table, place))
 
 
@@ -86,13 +87,13 @@ def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, 
     place = replace(jobs.CPU, compute_dtype=dtype, attention=backend)
     what = jobs.recipe(quantization)
     model = jobs.fresh(what, place).train()
-    batch = collate(estimating.PROBE, Packing(10**6, 0, backend))
+    batch = collate(from_shapes.PROBE, Packing(10**6, 0, backend))
     found = budget.kept(model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel())
-    base = estimating.on_meta(jobs.source(), place)
-    estimating.attention.use(base)
-    shapes = estimating.attach(base, what.lora, 0)
-    estimating.make_lean(shapes, place.torch_dtype)
-    told = estimating.kept_per_token(shapes, place)
+    base = from_shapes.on_meta(jobs.source(), place)
+    from_shapes.attention.use(base)
+    alone = from_shapes.attach(base, what.lora, 0)
+    from_shapes.make_lean(alone, place.torch_dtype)
+    told = from_shapes.kept_per_token(alone, place)
     # a 4-bit layer gives back the dtype that it is given; the dense one that stands for it here, that of its product
     assert told.layer == pytest.approx(found.layer, rel=0.1 if (quantization, dtype) == ("nf4", "bf16") else 0.001)
     assert told.layer_input == found.layer_input
@@ -112,7 +113,7 @@ def test_the_optimizers_state_is_as_large_as_told(optim: Any) -> None:
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name != "step"
     ]
-    assert estimating.optimizer_bytes(moved, what.train) == sum(each.numel() * 4 for each in held)
+    assert from_shapes.optimizer_bytes(moved, what.train) == sum(each.numel() * 4 for each in held)
 
 
 def test_the_half_billion_on_a_t4_is_a_worked_number(tmp_path: Path) -> None:
@@ -153,18 +154,18 @@ def test_every_part_that_a_reader_looks_for_is_told() -> None:
 @pytest.mark.parametrize("count", [5, 7])
 def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int) -> None:
     def told(few: int) -> budget.Kept:
-        estimating.FEW = few
-        base = estimating.on_meta(folder(tmp_path, half_billion(layers=count)), T4)
-        estimating.attention.use(base)
-        model = estimating.attach(base, what.lora, 0)
-        estimating.make_lean(model, T4.torch_dtype)
-        return estimating.kept_per_token(model, T4)
+        from_shapes.FEW = few
+        base = from_shapes.on_meta(folder(tmp_path, half_billion(layers=count)), T4)
+        from_shapes.attention.use(base)
+        model = from_shapes.attach(base, what.lora, 0)
+        from_shapes.make_lean(model, T4.torch_dtype)
+        return from_shapes.kept_per_token(model, T4)
 
-    what, before = jobs.recipe("nf4"), estimating.FEW
+    what, before = jobs.recipe("nf4"), from_shapes.FEW
     try:
         few, every = told(2), told(100)
     finally:
-        estimating.FEW = before
+        from_shapes.FEW = before
     assert few.layer == pytest.approx(every.layer, rel=1e-9)
     assert few.working == pytest.approx(every.working, rel=0.01)
 
@@ -284,7 +285,7 @@ def test_modules_that_are_not_there_are_refused() -> None:
 def test_a_config_that_is_unknown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
     with pytest.raises(ModelError) as refused:
-        estimating.on_meta(Source("org/model", tmp_path, ""), jobs.CPU)
+        from_shapes.on_meta(Source("org/model", tmp_path, ""), jobs.CPU)
     assert str(refused.value) == "org/model: its config is none of a causal language model that is known"
 
 

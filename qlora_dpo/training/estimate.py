@@ -1,47 +1,25 @@
-"""What a run needs of memory, by part, found out without its weights: shapes alone go through the real code.
-
-V vocabulary, D width.
-"""
+"""What a run needs of memory, by part, at the moment most is needed; no weight is loaded."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, assert_never
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import bitsandbytes as bnb
-import torch
-from peft import PeftModel
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.errors import ModelError
-from qlora_dpo.model import attention, budget
-from qlora_dpo.model.budget import USABLE, Kept
+from qlora_dpo.model import budget
+from qlora_dpo.model.budget import USABLE
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lean import make_lean
-from qlora_dpo.model.live import Live
-from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.layout import row_sizes, rows_that_fit, why_smaller
-from qlora_dpo.preference.logps import STATES_AT_ONCE, WORDS_AT_ONCE, hidden_states, language_model
-from qlora_dpo.preference.pack import MicroBatch, Packing, collate
+from qlora_dpo.preference.logps import STATES_AT_ONCE
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_reference import AdapterReference, EmaReference
 from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable
+from qlora_dpo.training.shapes import Load, Shapes, shapes_of
 
 RESERVE = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
 """Bytes that the libraries take before the first step: on a GPU CUDA's context and cuBLAS; on a CPU what grows beside
 all tensors from a process that has read its data to one that has taken a step (benchmarks/README.md)."""
 FRAGMENTATION = 0.05
 """Share of what a step makes and frees that lies in holes between blocks of other lengths (benchmarks/README.md)."""
-FEW = 2
-"""Layers that are looked at where all are alike, and twice as many: what one more layer adds is the same for all."""
-PROBE = [EncodedPair(tuple(range(2, 50)), tuple(range(2, 34)), tuple(range(34, 2, -1)), row, b"") for row in range(4)]
-"""Pairs of which only the lengths matter."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +65,6 @@ class Memory:
         return self.needed <= self.free
 
 
-@dataclass(frozen=True)
-class Load:
-    """What goes through the model at most, in tokens."""
-
-    sequence: int
-    """The longest prompt with its longer answer."""
-    step: int
-    """All pairs of an optimizer step."""
-    pair: int = 0
-    """The longest pair in a packed row, its prompt once; 0: as long as `sequence`."""
-
-
 def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: int) -> Memory:
     """What the recipe needs on `device`, of which `free` bytes are free.
 
@@ -137,7 +103,7 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     return Memory(parts, free, count, *told)
 
 
-def step_bytes(shapes: "Shapes", row: int, count: int) -> dict[str, int]:
+def step_bytes(shapes: Shapes, row: int, count: int) -> dict[str, int]:
     """What a forward and backward pass over `row` tokens takes, with `count` layers recomputed."""
     layers = shapes.layers
     share = (layers - count + bool(count)) / max(1, layers)
@@ -156,88 +122,6 @@ def step_bytes(shapes: "Shapes", row: int, count: int) -> dict[str, int]:
     between = " and holes between the inputs of recomputed layers" if holes else ""
     lost = math.ceil(sum(step.values()) * FRAGMENTATION) + holes
     return step | {f"fragmentation, {FRAGMENTATION:.0%} of a step{between}": lost}
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """All that is told from the shapes of base and adapter; bytes, unless said otherwise."""
-
-    weights: Mapping[str, int]
-    parameters: int
-    """Numbers of the base."""
-    trained: int
-    """Numbers of the adapter."""
-    optimizer: int
-    dense: int
-    """The linear layers but the head in the compute dtype."""
-    largest: int
-    """The largest linear layer in the compute dtype."""
-    dora_copies: int
-    layers: int
-    per_token: Kept
-    vocabulary: int
-    """Words."""
-    head_copy: int
-    """The output head in the compute dtype, if it is stored in another."""
-    head_tiles: int
-    head_token: int
-    """What the head reads of a token."""
-    hole_token: int
-    """What a process on a CPU grows by for each token and recomputed layer beside all tensors: about its widest
-    activation in float32, as measured for two models (benchmarks/README.md). On a GPU nobody has measured it."""
-    file: int
-    """The weights as they lie on disk."""
-    padded: str
-    """Why pairs would be padded; empty if they are packed."""
-
-
-_shapes: dict[tuple[str, ...], Shapes] = {}
-
-
-def shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Shapes:
-    """What shapes tell of a recipe's base and adapter; kept, since trying other rows changes none of it."""
-    config = (source.folder / "config.json").read_text(encoding="utf-8")
-    tables = recipe.model.model_dump_json(), recipe.lora.model_dump_json(), recipe.train.optim
-    key = (config, *tables, str(device), str(_like(load)))
-    if key not in _shapes:
-        _shapes[key] = _shapes_of(source, recipe, device, load)
-    return _shapes[key]
-
-
-def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Shapes:
-    stored: torch.dtype | None = _config(source).dtype
-    base = on_meta(source, device)
-    linear, itemsize = _linear(base), device.torch_dtype.itemsize
-    weights, parameters = base_bytes(base, recipe.model, device), sum(each.numel() for each in base.parameters())
-    elements = [layer.weight.numel() for layer in linear]
-    widest = max((features for layer in linear for features in layer.weight.shape), default=0)
-    padded = attention.why_not(base, load.sequence)
-    if not padded:
-        attention.use(base)
-    head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
-    model = attach(base, recipe.lora, recipe.train.seed)
-    stand_in(linear, recipe.model, device)
-    words, moved = make_lean(model, device.torch_dtype), trainable(model)
-    # DoRA's norms keep about two copies of a dequantized weight each for the backward pass
-    dora = recipe.model.quantization != "none" and "DoraLinearVariant" in words
-    return Shapes(
-        weights=weights,
-        parameters=parameters,
-        trained=sum(each.numel() for each in moved.values()),
-        optimizer=optimizer_bytes(moved, recipe.train),
-        dense=sum(elements) * itemsize,
-        largest=max(elements, default=0) * itemsize,
-        dora_copies=2 * sum(elements) * itemsize if dora else 0,
-        layers=len(budget.checkpointable(base)),
-        per_token=kept_per_token(model, device, packed=not padded, pairs=_like(load)),
-        vocabulary=len(head),
-        head_copy=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
-        head_tiles=3 * STATES_AT_ONCE * min(WORDS_AT_ONCE[device.type], len(head)) * 4,
-        head_token=width * (4 + itemsize),
-        hole_token=4 * widest if device.type == "cpu" else 0,
-        file=parameters * (stored or torch.float32).itemsize,
-        padded=padded,
-    )
 
 
 def _rows(table: TrainTable, shapes: Shapes, least: int, room: int) -> tuple[int, str]:
@@ -265,188 +149,3 @@ def _recomputed(table: TrainTable, shapes: Shapes, tokens: int, room: int) -> in
             return shapes.layers
         case False:
             return 0
-
-
-def on_meta(source: Source, device: Device) -> Any:
-    """The base as its config describes it, with shapes and dtypes and no weights."""
-    config = _config(source)
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=device.weight_dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unknown(source) from error
-    model.config.use_cache = False
-    return model.requires_grad_(False).eval()
-
-
-def _config(source: Source) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unknown(source) from error
-
-
-def _unknown(source: Source) -> ModelError:
-    return ModelError(f"{source.name}: its config is none of a causal language model that is known")
-
-
-def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
-    """Bytes of the base's weights as they are loaded: quantized layers, and the rest."""
-    everything = sum(each.numel() * each.dtype.itemsize for each in base.parameters())
-    stored = {torch.float32: "float32", torch.bfloat16: "bf16"}[device.weight_dtype]
-    if table.quantization == "none":
-        return {f"weights, {stored}": everything}
-    linear = _linear(base)
-    dense = sum(layer.weight.numel() for layer in linear) * device.weight_dtype.itemsize
-    biases = sum(layer.bias.numel() for layer in linear if layer.bias is not None)
-    # a 4-bit layer keeps its bias in the compute dtype, an 8-bit one as it was
-    saved = 0 if table.quantization == "int8" else device.weight_dtype.itemsize - device.torch_dtype.itemsize
-    if table.quantization == "int8":
-        bits, quantized = 8, sum(layer.weight.numel() + 4 * layer.out_features for layer in linear)
-    else:
-        bits, quantized = 4, sum(four_bit_bytes(layer.weight.numel(), table.double_quant) for layer in linear)
-    return {
-        f"{bits}-bit weights of {len(linear):,} layers": quantized,
-        f"embeddings and what else is not quantized, {stored}": everything - dense - biases * saved,
-    }
-
-
-def four_bit_bytes(elements: int, double_quant: bool) -> int:
-    """Bytes of a weight in NF4 or FP4: half a byte an element, and a scale for each 64 of them (Dettmers et al. 2023).
-
-    A scale is a float32, or a byte and a float32 for each 256 scales beside an offset. Each layer has tables of 16 and
-    256 float32 values that the codes stand for.
-    """
-    scales = math.ceil(elements / 64)
-    codes = math.ceil(elements / 2) + 16 * 4
-    return codes + (scales + math.ceil(scales / 256) * 4 + 256 * 4 + 4 if double_quant else scales * 4)
-
-
-def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -> int:
-    """Bytes of the optimizer's state beside `parameters`."""
-    elements = sum(each.numel() for each in parameters.values())
-    match table.optim:
-        case "adamw_torch" | "schedule_free_adamw" | "paged_adamw_32bit":
-            return elements * 8
-        case "adamw_8bit" | "paged_adamw_8bit":
-            return elements * 2
-        case "adafactor":
-            return sum(4 * (sum(each.shape[:2]) if each.dim() > 1 else each.numel()) for each in parameters.values())
-        case "sgd":
-            return 0
-        case never:
-            assert_never(never)
-
-
-def _like(load: Load) -> list[EncodedPair]:
-    """One pair as long as the longest: each tile of its attention keeps all that it sees, so long ones keep more."""
-    answer = min(max(load.pair - load.sequence, load.sequence // 8, 1), load.sequence - 1)
-    ids = range(2, 2 + load.sequence - answer), range(2, 2 + answer), range(2 + answer, 2, -1)
-    prompt, chosen, rejected = map(tuple, ids)
-    return [EncodedPair(prompt, chosen, rejected, 1, b"")]
-
-
-def stand_in(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> None:
-    """Let linear layers on meta give what quantized ones would: an output in the dtype of their input.
-
-    Each has its weight in the compute dtype beside it: what is converted on the way is another part of the plan.
-    """
-    for layer in linear:
-        if layer.weight.dtype != device.torch_dtype or table.quantization != "none":
-            layer.dense_weight = layer.weight.data.to(device.torch_dtype)
-        if table.quantization != "none":
-            layer.__class__ = bnb.nn.Linear4bit  # what the code asks for; a real one has its weight packed
-            layer.forward = partial(_as_quantized, layer)  # type: ignore[method-assign]
-
-
-def _as_quantized(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = nn.functional.linear(
-        input_TI.to(layer.dense_weight.dtype),
-        layer.dense_weight,
-        None if layer.bias is None else layer.bias.to(layer.dense_weight.dtype),
-    )
-    return output.to(input_TI.dtype)
-
-
-def kept_per_token(
-    model: PeftModel, device: Device, *, packed: bool = True, pairs: Sequence[EncodedPair] = PROBE
-) -> Kept:
-    """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter.
-
-    The variable-length kernels exist on a GPU only; a layer keeps for them what it keeps for spans.
-    """
-    backend: attention.Backend = "batched" if device.attention == "batched" else "spans"
-    batch = collate(pairs, Packing(10**6, 0, backend if packed else None))
-    if backend == "batched" and batch.layout is not None:
-        batch.layout.unbucketed.numel()  # which tokens these are is decided on numbers, so before there are only shapes
-    mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
-    where, many = replace(device, type="cpu"), len(budget.checkpointable(model))
-    measure = partial(_kept, model.train(), batch, where, mode)
-    try:
-        if not _alike(model) or many <= 2 * FEW:
-            return measure(many)
-        more, few = measure(2 * FEW), measure(FEW)
-        # the first layer, whose input needs no gradient, keeps less than the others
-        total = few.layer * FEW + (more.layer * 2 * FEW - few.layer * FEW) / FEW * (many - FEW)
-        return replace(more, layer=total / many)
-    finally:
-        model.train(training)
-
-
-def _alike(model: PeftModel) -> bool:
-    """True if all layers have the same class, shapes and adapter."""
-    kinds = {
-        (type(layer), *((name, each.shape, each.requires_grad) for name, each in layer.named_parameters()))
-        for layer in budget.checkpointable(model)
-    }
-    return len(kinds) == 1 and stack(model) is not None
-
-
-def stack(model: PeftModel) -> Any:
-    """The module whose `layers` are all that the model has, one after another; None if there is none."""
-    layers = budget.checkpointable(model)
-    return next((each for each in model.modules() if list(getattr(each, "layers", ())) == layers), None)
-
-
-def _kept(model: Any, batch: MicroBatch, where: Device, mode: FakeTensorMode, layers: int) -> Kept:
-    """`kept_per_token` of the model as it would be with its first `layers` layers."""
-    holder, cpu = stack(model), torch.device("cpu")
-    whole = holder.layers if holder is not None else []
-    if holder is not None:
-        holder.layers = nn.ModuleList(list(whole)[:layers])
-    try:
-        for module in model.modules():
-            _fake(module, mode, cpu)
-        with mode:
-            tokens = batch.input_ids_BL.numel()
-            kept = budget.kept(language_model(model), lambda: hidden_states(model, batch, where), tokens)
-            with Live() as live:
-                end_TD = hidden_states(model, batch, where)
-                before, live.most = live.now, live.now
-                end_TD.sum().backward()
-            return replace(kept, working=(live.most - before) / tokens)
-    finally:
-        model.zero_grad()
-        if holder is not None:
-            holder.layers = whole
-
-
-def _fake(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:
-    """Let what `module` holds on meta pass for tensors of a CPU: only shapes, but attention and autocast work."""
-
-    def faked(each: torch.Tensor) -> torch.Tensor:
-        return each if isinstance(each, FakeTensor) else FakeTensor(mode, each.to("meta"), cpu)
-
-    for name, each in module.named_parameters(recurse=False):
-        if not isinstance(each.data, FakeTensor):
-            module.register_parameter(name, nn.Parameter(faked(each.data), requires_grad=each.requires_grad))
-    for name, buffer in module.named_buffers(recurse=False):
-        setattr(module, name, faked(buffer))
-    if isinstance(getattr(module, "dense_weight", None), torch.Tensor):
-        module.dense_weight = faked(module.dense_weight)
-
-
-def _linear(base: Any) -> list[nn.Linear]:
-    """The linear layers but the output head: those that are quantized."""
-    head = base.get_output_embeddings()
-    return [each for each in base.modules() if isinstance(each, nn.Linear) and each is not head]

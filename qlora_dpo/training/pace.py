@@ -30,7 +30,7 @@ from qlora_dpo.preference.logps import STATES_AT_ONCE, hidden_states, score
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.training.estimate import stack
+from qlora_dpo.training.shapes import stack
 
 WORDS = {"cpu": 2**14, "cuda": 2**17}
 """Words of the probe's vocabulary at most. The head works in tiles of fewer, so its time grows with their number."""

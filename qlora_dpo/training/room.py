@@ -6,8 +6,9 @@ from qlora_dpo.data.lazily import joined
 from qlora_dpo.model import budget
 from qlora_dpo.model.device import Device
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.training.estimate import Load, Memory, estimate
+from qlora_dpo.training.estimate import Memory, estimate
 from qlora_dpo.training.run import Prepared
+from qlora_dpo.training.shapes import Load
 from qlora_dpo.training.ways import Way, ways_to_fit
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.training.estimate import Load, estimate
+from qlora_dpo.training.estimate import estimate
+from qlora_dpo.training.shapes import Load
 
 SHORTEST = 128
 """Tokens of `data.max_length` below which hardly a pair is left."""
