@@ -233,7 +233,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "training/loop.py": [
         ("        tools.schedule.step()", "        pass", LOOP),
-        ("    tools.optimizer.zero_grad()\n", "", LOOP),
+        ("    tools.accelerated.zero_grad()\n", "", LOOP),
         ("job.plan.indices(state.step + 1)", "job.plan.indices(state.step or 1)", LOOP),
         ("restore_schedule(tools.schedule, tools.optimizer, state.scheduler)", "pass", CHECKPOINT),
         (
@@ -241,9 +241,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "if due(state.step, table.eval_steps, epoch_ends):",
             LOOP,
         ),
-        ("    follow(model, job.held, state.step)\n", "", KINDS),
+        ("    follow(at.model, job.held, state.step)\n", "", KINDS),
         ("        load_moving(checkpoint, moving)", "        pass", MOVING),
-        ("    model.train()\n    window", "    window", LOOP + " test_lean.py faults/test_resumes.py"),
+        ("    model.train()\n    with stop", "    with stop", LOOP + " test_lean.py faults/test_resumes.py"),
     ],
     "training/watch.py": [
         ("lost > table.displacement_nats and", "lost > table.displacement_nats or", WATCH),

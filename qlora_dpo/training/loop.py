@@ -82,22 +82,19 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
     if resume is not None:
         state = _restored(resume, state, model, tools, job)
     if processes.sharing() == "zero2":
-        from qlora_dpo.training.zero2 import SharedOptimizer
-
-        parameters = list(trainable(model).values())
-        tools = replace(tools, accelerated=SharedOptimizer(tools.optimizer, parameters, job.device))
+        tools = _shared(tools, model, job)
     if not state.evals:
         evaluate_now(model, job, state, tracker)
 
     model.train()
-    window = _Window(job)
     with stop_when_asked(tracker.note) as stop, job.store:
+        at = _Course(model, job, state, tools, tracker, stop, _Window(job))
         while state.step < plan.total_steps:
             began = time.monotonic()
             try:
-                rate, norm = _step(model, job, state, tools, window, tracker.note, stop)
+                rate, norm = _step(at)
             except Left as left:
-                saved = _save(job, state, model, tools)
+                saved = _save(at)
                 raise Interrupted(
                     f"stopped within step {state.step + 1}, which begins anew; {saved} is saved, --resume goes on from "
                     "there"
@@ -106,21 +103,21 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
             logged = last or state.step == 1 or state.step % table.logging_steps == 0
             if logged:
-                tracker.train(window.record(state, norm, rate))
-                window = _Window(job)
+                tracker.train(at.window.record(state, norm, rate))
+                at.window = _Window(job)
             if last or due(state.step, table.eval_steps, epoch_ends):
-                with window.paused(), schedule_free.averaged(tools.optimizer):
+                with at.window.paused(), schedule_free.averaged(tools.optimizer):
                     evaluate_now(model, job, state, tracker)
             now = time.monotonic()
             if why := why_stop(stop.asked, not last and now + (now - began) > job.until):
-                saved, kind = _save(job, state, model, tools), ProcessEndedError if why is ENDED else Interrupted
+                saved, kind = _save(at), ProcessEndedError if why is ENDED else Interrupted
                 raise kind(f"stopped after step {state.step}{why}; {saved} is saved, --resume goes on from there")
             if not last and (state.stopped or due(state.step, table.save_steps, epoch_ends)):
-                with window.paused():
-                    _save_if_there_is_room(job, state, model, tools, tracker.note)
+                with at.window.paused():
+                    _save_if_there_is_room(at)
             if state.stopped:
                 if not logged:
-                    tracker.train(window.record(state, norm, rate))
+                    tracker.train(at.window.record(state, norm, rate))
                 break
     schedule_free.settle(tools.optimizer)
     return state
@@ -148,20 +145,34 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
     return _Tools(accelerator, optimizer, accelerator.prepare_optimizer(optimizer), schedule)
 
 
-def _step(
-    model: PeftModel,
-    job: Job,
-    state: State,
-    tools: _Tools,
-    window: "_Window",
-    say: Callable[[str], None],
-    stop: Stop,
-) -> tuple[float, float]:
+def _shared(tools: _Tools, model: PeftModel, job: Job) -> _Tools:
+    """`tools` with the optimizer's state shared out among the processes."""
+    from qlora_dpo.training.zero2 import SharedOptimizer
+
+    parameters = list(trainable(model).values())
+    return replace(tools, accelerated=SharedOptimizer(tools.optimizer, parameters, job.device))
+
+
+@dataclass
+class _Course:
+    """A run between two of its steps."""
+
+    model: PeftModel
+    job: Job
+    state: State
+    tools: _Tools
+    tracker: Tracker
+    stop: Stop
+    window: "_Window"
+
+
+def _step(at: _Course) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
+    job, state, tools = at.job, at.state, at.tools
     table, pairs = job.recipe.train, job.train.pairs
     rows = [pairs[i].row for i in job.plan.indices(state.step + 1)]
-    wrong = [pairs[i].row for i in _gradient_as_it_fits(model, job, state, tools, window, say, stop)]
-    parameters = trainable(model)
+    wrong = [pairs[i].row for i in _gradient_as_it_fits(at)]
+    parameters = trainable(at.model)
     norm = float(tools.accelerator.clip_grad_norm_(parameters.values(), table.max_grad_norm))
     scaled = tools.accelerator.scaler is not None
     insist_on_finite(state.step + 1, norm, parameters, wrong, rows, scaled=scaled)
@@ -174,47 +185,40 @@ def _step(
         tools.schedule.step()
     tools.accelerated.zero_grad()
     state.step += 1
-    follow(model, job.held, state.step)
+    follow(at.model, job.held, state.step)
     return rate, norm
 
 
-def _gradient_as_it_fits(
-    model: PeftModel,
-    job: Job,
-    state: State,
-    tools: _Tools,
-    window: "_Window",
-    say: Callable[[str], None],
-    stop: Stop,
-) -> list[int]:
+def _gradient_as_it_fits(at: _Course) -> list[int]:
     """Add up the step's gradient, in smaller rows if memory runs out; returns the pairs whose loss is not finite.
 
     Raises DoesNotFitError, with a checkpoint of the step before saved, if smaller rows do not help, and so
     ProcessEndedError if another process has ended; Left where a stop is asked for in the middle.
     """
-    before, counts = copy.deepcopy(window.sums), state.counts()
+    model, state = at.model, at.state
+    before, counts = copy.deepcopy(at.window.sums), state.counts()
     draws, mean = random_states(), state.margin_mean
 
     def undo() -> None:
-        tools.accelerated.zero_grad()
-        window.sums = copy.deepcopy(before)
+        at.tools.accelerated.zero_grad()
+        at.window.sums = copy.deepcopy(before)
 
     def work(job: Job) -> list[int]:
-        return gradient(model, job, state, tools.accelerator.backward, window.sums, lambda: stop.asked)
+        return gradient(model, job, state, at.tools.accelerator.backward, at.window.sums, lambda: at.stop.asked)
 
     try:
-        wrong = as_it_fits(f"step {state.step + 1}", work, job, state, say, undo)
+        wrong = as_it_fits(f"step {state.step + 1}", work, at.job, state, at.tracker.note, undo)
         return joined(model, state, counts, wrong)
     except DoesNotFitError as error:
         if processes.sharded() and not processes.is_main():
             raise  # the first process saves when it finds this one gone
-        saved = _save(job, state, model, tools)
+        saved = _save(at)
         raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
     except ProcessEndedError as error:
         restore(draws)
         state.set_counts(counts)
         state.margin_mean = mean
-        saved = _save(job, state, model, tools)
+        saved = _save(at)
         raise ProcessEndedError(
             f"stopped after step {state.step}{ENDED}; {saved} is saved, --resume goes on from there"
         ) from error
@@ -238,23 +242,24 @@ def _moving(job: Job) -> Mapping[str, Tensor] | None:
     return job.held.weights if job.held.follows is not None else None
 
 
-def _save(job: Job, state: State, model: PeftModel, tools: _Tools) -> Path:
+def _save(at: _Course) -> Path:
     """Write a checkpoint of everything that `_restored` puts back; of several processes the first does."""
+    job, state, tools = at.job, at.state, at.tools
     optimized = tools.accelerated.state  # of ZeRO-2 a part from each process
     if not processes.is_main():
         return folder_of(job.folder, state.step)
     state.scheduler, state.counters = tools.schedule.state_dict(), schedule_free.counters(tools.optimizer)
     state.scaler = tools.accelerator.scaler.state_dict() if tools.accelerator.scaler is not None else {}
-    return save_checkpoint(job.folder, state, model, optimized, _moving(job))
+    return save_checkpoint(job.folder, state, at.model, optimized, _moving(job))
 
 
-def _save_if_there_is_room(job: Job, state: State, model: PeftModel, tools: _Tools, say: Callable[[str], None]) -> None:
+def _save_if_there_is_room(at: _Course) -> None:
     """Save, or note why not: what was saved before is still there, and the end of the run will tell."""
     try:
-        _save(job, state, model, tools)
+        _save(at)
     except SourceError as error:
-        job.unsaved.append(str(error))
-        say(f"step {state.step} is not saved: {error}; the run goes on, and older checkpoints stay")
+        at.job.unsaved.append(str(error))
+        at.tracker.note(f"step {at.state.step} is not saved: {error}; the run goes on, and older checkpoints stay")
 
 
 def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
