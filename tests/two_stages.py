@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 from qlora_dpo import adapter
 from qlora_dpo.files import write_json
 from qlora_dpo.recipe import LoadedRecipe, Recipe
-from qlora_dpo.training.run import Outcome, facts, prepare, run
+from qlora_dpo.training.facts import facts
+from qlora_dpo.training.run import Outcome, prepare, run
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 LN_2 = 0.6931471805599453

@@ -23,8 +23,9 @@ from qlora_dpo.report.tables import answers_table, results_table
 from qlora_dpo.report.write import write_report
 from qlora_dpo.talk.generate import answers
 from qlora_dpo.training.best import best
+from qlora_dpo.training.facts import facts, rounded
 from qlora_dpo.training.loop import Ask
-from qlora_dpo.training.run import Outcome, Prepared, facts, rounded, timed
+from qlora_dpo.training.run import Outcome, Prepared, timed
 from qlora_dpo.training.tracker import Tracker
 
 Samples = list[dict[str, Any]]
