@@ -1,13 +1,11 @@
 """The notebook runs as a whole on a machine that is not Colab, and goes on where it was stopped."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
-from workplace import rows
+from workplace import furnish
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -77,10 +75,7 @@ def test_it_trains_goes_on_where_it_was_stopped_compares_talks_and_merges(
     stopped: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shutil.copytree(jobs.source().folder, folder / "base")
-    for name, some in (("train", rows(8)), ("eval", rows(2, 16))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    (folder / "tiny.toml").write_text(RECIPE)
+    furnish(folder, RECIPE)
     tiny = {"RECIPE": "tiny.toml", "RUN": "adapters/tiny", "MERGED": "merged/tiny"}
     if stopped:
         with pytest.raises(nbclient.exceptions.CellExecutionError, match="stopped; run the cell again"):

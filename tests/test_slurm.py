@@ -1,17 +1,14 @@
 """The batch script of docs/slurm.md, run by bash without Slurm: stopped by SIGTERM it saves, and again it resumes."""
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import jobs
 from test_docs import ROOT, blocks
-from workplace import rows
+from workplace import furnish
 
 RECIPE = """
 [model]
@@ -26,8 +23,8 @@ max_length = 200
 
 [train]
 batch_size = 2
-num_train_epochs = 10000
-max_steps = {steps}
+num_train_epochs = 1000
+max_steps = 2000
 save_steps = 100000
 eval_steps = 100000
 logging_steps = 1
@@ -41,9 +38,7 @@ max_new_tokens = 2
 def test_the_batch_script_saves_at_sigterm_requeues_and_resumes(tmp_path: Path) -> None:
     (script,) = [each for each in blocks(ROOT / "docs/slurm.md") if "trap " in each]
     (tmp_path / "train.sbatch").write_text(script)
-    shutil.copytree(jobs.source().folder, tmp_path / "base")
-    for name, some in (("train", rows(16)), ("eval", rows(2, 16))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    furnish(tmp_path, RECIPE)
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, does in (
@@ -62,7 +57,7 @@ def test_the_batch_script_saves_at_sigterm_requeues_and_resumes(tmp_path: Path) 
     environment.pop("QLORA_DPO_CACHE", None)
 
     def start(steps: int) -> "subprocess.Popen[str]":
-        (tmp_path / "tiny.toml").write_text(RECIPE.format(steps=steps))
+        (tmp_path / "tiny.toml").write_text(RECIPE.replace("max_steps = 2000", f"max_steps = {steps}"))
         return subprocess.Popen(
             ["bash", "train.sbatch", "tiny.toml", "adapters/tiny"],
             cwd=tmp_path,
@@ -73,7 +68,7 @@ def test_the_batch_script_saves_at_sigterm_requeues_and_resumes(tmp_path: Path) 
         )
 
     told = list[str]()
-    with start(steps=50_000) as job:
+    with start(steps=2000) as job:
         for line in job.stderr or ():
             told.append(line)
             if line.startswith("step 3/"):

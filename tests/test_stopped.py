@@ -11,7 +11,7 @@ from typing import Any
 import jobs
 import pytest
 from accelerate.state import AcceleratorState
-from workplace import rows
+from workplace import furnish, rows
 
 from qlora_dpo.cli import main
 from qlora_dpo.data import encode
@@ -58,12 +58,7 @@ def own_signals() -> Iterator[None]:
 
 def made(home: Path, epochs: int = 2) -> Path:
     """Recipe, data and base in `home`."""
-    home.mkdir()
-    shutil.copytree(jobs.source().folder, home / "base")
-    for name, some in (("train", rows(16)), ("eval", rows(4, 16))):
-        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    (home / "tiny.toml").write_text(RECIPE.format(epochs=epochs))
-    return home
+    return furnish(home, RECIPE.format(epochs=epochs), heldout=4)
 
 
 def train(home: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:

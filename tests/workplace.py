@@ -1,5 +1,6 @@
 """A place to run whole commands in: a hub with hh.toml's model and data set, small, and processes that use it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -50,6 +51,16 @@ def rows(count: int, start: int = 0) -> list[dict[str, str]]:
         chosen, rejected = f" {KIND[number % len(KIND)]}", f" {CURT[number // 2 % len(CURT)]}"
         made.append({"prompt": prompt, "response": chosen, "chosen": chosen, "rejected": rejected})
     return made
+
+
+def furnish(home: Path, recipe: str, heldout: int = 2) -> Path:
+    """Make `home` a folder with a random small Qwen2 in base/, 16 and `heldout` rows beside it, and tiny.toml."""
+    tiny.qwen2().save_pretrained(home / "base")
+    tiny.tokenizer().save_pretrained(home / "base")
+    for name, some in (("train", rows(16)), ("eval", rows(heldout, 16))):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (home / "tiny.toml").write_text(recipe)
+    return home
 
 
 def fill(root: Path) -> None:
