@@ -26,6 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, threads 
 for name in ("QLORA_DPO_TRACEBACK", "HF_TOKEN", "WANDB_API_KEY", "PYTHONWARNINGS"):
     os.environ.pop(name, None)
 
+# A shell without job control has Ctrl+C ignored by what it puts in the background, and by all that this starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def own_accelerator() -> None:
