@@ -7,7 +7,7 @@ from typing import Any
 import tiny
 import torch
 
-from qlora_dpo import adapter
+from qlora_dpo import adapter, run_folder
 from qlora_dpo.model import base, device, lora, sources
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.recipe_model import Quantization
@@ -65,7 +65,7 @@ def save_adapter(
         "data": {"train": str(train), "eval": str(heldout)},
     }
     loaded = LoadedRecipe(Recipe.model_validate(values), folder.with_suffix(".toml"), "# the recipe\n")
-    adapter.claim(folder, loaded, resume=False)
+    run_folder.claim(folder, loaded, resume=False)
     source = sources.fetch(loaded.recipe.model)
     model = lora.attach(base.load_base(source, loaded.recipe.model, device.choose("fp32")), loaded.recipe.lora, seed=1)
     generator = torch.Generator().manual_seed(2)

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_dpo import adapter
+from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model.base import load_tokenizer
@@ -89,7 +89,7 @@ def test_each_kind_trains_reopens_and_merges(kind: str, quantization: str, tmp_p
     expected = model(input_ids=ids, use_cache=False).logits
     folder = tmp_path / "saved"
     loaded = LoadedRecipe(what, tmp_path / "saved.toml", "# the recipe\n")
-    adapter.claim(folder, loaded, resume=False)
+    run_folder.claim(folder, loaded, resume=False)
     adapter.save_adapter(folder, model, load_tokenizer(jobs.source()), jobs.source())
     (folder / "run.json").write_text(json.dumps({"name": "saved", "base": {"fingerprint": jobs.source().fingerprint}}))
     opened = merging.open_for_merge(folder)

@@ -17,10 +17,11 @@ from workplace import HH, Workplace
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.recipe_train import TrainTable
-from qlora_dpo.training.best import best, folder_of, load_best, out_of_patience
+from qlora_dpo.training.best import best, load_best, out_of_patience
 from qlora_dpo.training.checkpoint import State, newest_valid
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.tracker import METRICS, Tracker, read
+from qlora_dpo.training.verify import folder_of_best
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -125,7 +126,7 @@ def test_a_resumed_run_has_the_same_best(stop_at: int, tmp_path: Path) -> None:
     _, state = train(tmp_path / "parts", resume=newest)
     assert state.best is not None
     assert state.best == whole.best
-    files = [folder_of(tmp_path / part, state.best) / "adapter.safetensors" for part in ("whole", "parts")]
+    files = [folder_of_best(tmp_path / part, state.best) / "adapter.safetensors" for part in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_whose_best_adapter_is_damaged_is_not_resumed_from(tmp_path
     with pytest.raises(Interrupted):
         train(tmp_path, stop_at=4)
     saved = json.loads((tmp_path / "checkpoints/step-000004/state.json").read_text())["best"]
-    file = folder_of(tmp_path, saved) / "adapter.safetensors"
+    file = folder_of_best(tmp_path, saved) / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(RunError, match=rf"step-000004: skipped, since the best adapter so far, best-{saved:06d}, is d"):
         newest_valid(tmp_path)
@@ -166,7 +167,7 @@ def test_trls_engine_stops_early_too_and_keeps_the_best(tmp_path: Path) -> None:
     losses = [record["eval_loss"] for record in state.evals]
     assert len(losses) == losses.index(min(losses)) + 3 < 7
     assert state.best is not None
-    assert folder_of(tmp_path, state.best).is_dir()
+    assert folder_of_best(tmp_path, state.best).is_dir()
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ from peft import PeftModel
 
 from qlora_dpo.errors import Interrupted, RunError, SourceError
 from qlora_dpo.training import checkpoint
-from qlora_dpo.training.checkpoint import State, newest_valid, verify
+from qlora_dpo.training.checkpoint import State, newest_valid
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.random_states import random_states, restore
 from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.training.verify import verify
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -14,7 +14,7 @@ from stopped import FIGURES, tracker_that_stops
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_dpo import adapter
+from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, ModelError, RecipeError
 from qlora_dpo.model import attention, copies, sources
@@ -102,7 +102,7 @@ def test_copies_train_in_float32_reopen_and_merge_exactly_and_the_base_stays(
     assert float((expected - before).abs().max()) > 1e-3
 
     folder = tmp_path / "saved"
-    adapter.claim(folder, LoadedRecipe(what, tmp_path / "saved.toml", "# the recipe\n"), resume=False)
+    run_folder.claim(folder, LoadedRecipe(what, tmp_path / "saved.toml", "# the recipe\n"), resume=False)
     adapter.save_adapter(folder, model, load_tokenizer(untied), untied)
     (folder / "run.json").write_text(json.dumps({"name": "saved", "base": {"fingerprint": untied.fingerprint}}))
     opened = merging.open_for_merge(folder)

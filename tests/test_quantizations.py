@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_dpo import adapter
+from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy.card import sum_in_words
 from qlora_dpo.errors import ModelError
@@ -180,7 +180,7 @@ def test_it_trains_reopens_and_merges_onto_what_was_trained(kind: str, quantizat
 
 
 def saved(folder: Path, what: Recipe, model: Any) -> Path:
-    adapter.claim(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
+    run_folder.claim(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
     adapter.save_adapter(folder, model, load_tokenizer(jobs.source()), jobs.source())
     base = {"fingerprint": jobs.source().fingerprint, "quantization": what.model.quantization}
     (folder / "run.json").write_text(json.dumps({"name": folder.name, "base": base}))

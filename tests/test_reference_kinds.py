@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from two_stages import LN_2, recipe, train, trained_lines
 
-from qlora_dpo import adapter
+from qlora_dpo import adapter, run_folder
 from qlora_dpo.cli import main
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import cache_home
@@ -110,8 +110,8 @@ def test_answers_of_an_adapter_are_found_again_by_its_content(
     assert train(home / "twice", reference=frozen(moved), objective={"beta": 0.3}).reference_computed == 0
     assert train(home / "the-base").reference_computed == 12
     # the same shape with other numbers is another reference
-    weights = load_file(moved / adapter.WEIGHTS)
-    save_file({name: 2 * value for name, value in weights.items()}, moved / adapter.WEIGHTS, {"format": "pt"})
+    weights = load_file(moved / run_folder.WEIGHTS)
+    save_file({name: 2 * value for name, value in weights.items()}, moved / run_folder.WEIGHTS, {"format": "pt"})
     (moved / "manifest.json").unlink()
     assert train(home / "changed", reference=frozen(moved)).reference_computed == 12
 

@@ -7,7 +7,7 @@ from typing import Any
 import jobs
 from accelerate.state import AcceleratorState
 
-from qlora_dpo import adapter
+from qlora_dpo import adapter, run_folder
 from qlora_dpo.files import write_json
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.training.facts import facts
@@ -38,7 +38,7 @@ def train(folder: Path, resume_from: Path | None = None, **tables: dict[str, Any
     AcceleratorState._reset_state(True)
     what = recipe(folder.parent, **tables)
     if resume_from is None:
-        adapter.claim(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
+        run_folder.claim(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
     prepared = prepare(what)
     with Tracker(folder, 2) as tracker:
         outcome = run(prepared, what, jobs.CPU, tracker, resume_from)

@@ -93,8 +93,8 @@ def compare(
 
 
 def _insist_on_adapters(folders: list[Path]) -> None:
-    from qlora_dpo.adapter import CONFIG
     from qlora_dpo.errors import RecipeError
+    from qlora_dpo.run_folder import CONFIG
 
     for folder in folders:
         if not (folder / CONFIG).is_file():

@@ -98,8 +98,9 @@ def eval_(
     qlora-dpo eval adapters/hh --judge http://127.0.0.1:8000/v1 --judge-model NAME
     qlora-dpo eval adapters/hh --data pairs.jsonl --text novel.txt --min-accuracy 0.6 --json
     """
-    from qlora_dpo.adapter import described, newest, open_adapter
+    from qlora_dpo.adapter import open_adapter
     from qlora_dpo.errors import GateError
+    from qlora_dpo.run_folder import described, newest
     from qlora_dpo.talk.judge import judge_at
     from qlora_dpo.training.tasks import measure_tasks, task_manager
 
@@ -142,8 +143,8 @@ def _say(words: str) -> None:
 
 
 def _insist_on_an_adapter(folder: Path) -> None:
-    from qlora_dpo.adapter import CONFIG
     from qlora_dpo.errors import RecipeError
+    from qlora_dpo.run_folder import CONFIG
 
     if not (folder / CONFIG).is_file():
         what = "is no adapter" if folder.is_dir() else "there is no such folder"
@@ -249,11 +250,11 @@ def _objective(opened: "Opened") -> "Objective":
 
 def _figures(opened: "Opened", side: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
     """Every figure, with what it was measured on and how."""
-    from qlora_dpo.adapter import described
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.preference.layout import choose_packing
     from qlora_dpo.preference.reference import Store, store_folder
     from qlora_dpo.recipe_train import TrainTable
+    from qlora_dpo.run_folder import described
     from qlora_dpo.talk.generate import context_tokens
     from qlora_dpo.training.columns import columns_of
     from qlora_dpo.training.examine import WINDOW, examine, read_text, windows_of

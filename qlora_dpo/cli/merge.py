@@ -58,12 +58,12 @@ def merge(
     qlora-dpo merge adapters/hh -o merged/hh-best --onto auto --max-kl 0.3
     qlora-dpo merge adapters/hh adapters/tone --weights 0.7,0.3
     """
-    from qlora_dpo.adapter import newest
     from qlora_dpo.deploy import merge as merging
     from qlora_dpo.deploy.choice import Bars
     from qlora_dpo.deploy.room import insist_on_room, room_for
     from qlora_dpo.deploy.several import name_of, weights_for
     from qlora_dpo.model.device import TORCH_DTYPES
+    from qlora_dpo.run_folder import newest
 
     first, *others = [each.expanduser() for each in adapters] or [newest()]
     each_weight = weights_for([first, *others], weights)

@@ -15,9 +15,9 @@ def report(adapter: Path | None) -> None:
     \b
     qlora-dpo report adapters/hh
     """
-    from qlora_dpo.adapter import newest
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.report.write import write_report
+    from qlora_dpo.run_folder import newest
 
     folder = newest() if adapter is None else adapter.expanduser()
     if not folder.is_dir():
@@ -28,9 +28,9 @@ def report(adapter: Path | None) -> None:
 
 def _base(folder: Path) -> Path | None:
     """The folder of the base, which may name a licence; None if it is not at hand."""
-    from qlora_dpo.adapter import described
     from qlora_dpo.errors import QloraDpoError
     from qlora_dpo.model.sources import fetch
+    from qlora_dpo.run_folder import described
 
     try:
         return fetch(described(folder)[0]).folder

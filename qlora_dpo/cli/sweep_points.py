@@ -11,7 +11,6 @@ from typing import Any
 import click
 from rich.console import Console
 
-from qlora_dpo.adapter import WEIGHTS
 from qlora_dpo.cli.failure import sentence_of
 from qlora_dpo.cli.train import run_once
 from qlora_dpo.errors import Interrupted, RunError
@@ -22,6 +21,7 @@ from qlora_dpo.recipe_grid import Axis, Point
 from qlora_dpo.recipe_train import Metric
 from qlora_dpo.report.runs import runs_table, summary
 from qlora_dpo.report.sweep import cautions, figure
+from qlora_dpo.run_folder import WEIGHTS
 from qlora_dpo.training.checkpoint import newest_valid
 from qlora_dpo.training.shared import Shared
 from qlora_dpo.training.sweep import BEST, Entry, Sweep, begin, evaluation, write_best

@@ -150,7 +150,7 @@ def run_once(
     """
     from functools import partial
 
-    from qlora_dpo import adapter
+    from qlora_dpo import adapter, run_folder
     from qlora_dpo.cli.train_results import answer, asker, record_run, show, write_results
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.files import write_json
@@ -158,7 +158,7 @@ def run_once(
     from qlora_dpo.training import checkpoint, display, interrupted, run
 
     say = partial(click.echo, err=True)
-    with adapter.claimed(folder, loaded, resume=resume, say=say), interrupted.told(folder):
+    with run_folder.claimed(folder, loaded, resume=resume, say=say), interrupted.told(folder):
         processes.wait()
         known = shared is not None and shared.prepared is not None
         if not known:
@@ -172,7 +172,7 @@ def run_once(
         if loaded.recipe.train.engine == "qlora_dpo" and not known:  # what TRL takes is not known
             _insist_on_memory(prepared, loaded, here)
         write_json(
-            folder / adapter.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
+            folder / run_folder.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
         )
         resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
         with run.follow(prepared, loaded, folder, resume_from) as tracker:

@@ -32,9 +32,9 @@ def verify(folder: Path) -> None:
 
 def _checked(folder: Path) -> Iterator[tuple[str, str]]:
     """Each part of `folder`, and what is wrong with it; empty if nothing is."""
-    from qlora_dpo.adapter import CONFIG, WEIGHTS
     from qlora_dpo.manifest import damage
-    from qlora_dpo.training import checkpoint
+    from qlora_dpo.run_folder import CONFIG, WEIGHTS
+    from qlora_dpo.training import verify as training
 
     if (folder / CONFIG).is_file():
         yield "adapter", damage(folder, needed=WEIGHTS)
@@ -44,15 +44,15 @@ def _checked(folder: Path) -> Iterator[tuple[str, str]]:
     elif (folder / "export.json").is_file():
         yield "export", damage(folder, needed="export.json")
     for each in sorted((folder / "checkpoints").glob("step-*")):
-        yield f"checkpoints/{each.name}", checkpoint.verify(each)
+        yield f"checkpoints/{each.name}", training.verify(each)
 
 
 def _base_damage(folder: Path) -> str:
     """Why the base that is there now is not the one the adapter was trained on; it is fetched if it is not cached."""
-    from qlora_dpo.adapter import described
     from qlora_dpo.data.dialogue import printable
     from qlora_dpo.errors import QloraDpoError
     from qlora_dpo.model.sources import fetch
+    from qlora_dpo.run_folder import described
 
     try:
         table, run, _ = described(folder)

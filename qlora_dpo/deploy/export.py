@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from transformers import AutoConfig
 
-from qlora_dpo.adapter import CONFIG
 from qlora_dpo.deploy.gguf_file import insist_on_architecture, read_back, write_gguf
 from qlora_dpo.deploy.gguf_tensors import Quant
 from qlora_dpo.deploy.gguf_words import words_of
@@ -18,6 +17,7 @@ from qlora_dpo.model import sources
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.sources import Source
 from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.run_folder import CONFIG
 
 To = Literal["gguf", "ollama"]
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear4bit, Linear8bitLt, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from qlora_dpo.adapter import CONFIG, Opened, open_adapter
+from qlora_dpo.adapter import Opened, open_adapter
 from qlora_dpo.deploy.card import Onto, merged_card, public_name
 from qlora_dpo.deploy.choice import RULE, Bars, choose
 from qlora_dpo.deploy.several import add_adapters
@@ -25,6 +25,7 @@ from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import device
 from qlora_dpo.model.base import quantization_of, quantized_layers
 from qlora_dpo.recipe_model import Quantization
+from qlora_dpo.run_folder import CONFIG
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Figures = Mapping[str, Any]

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import tomli_w
 
-from qlora_dpo.adapter import CONFIG, WEIGHTS
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.manifest import MANIFEST, damage
 from qlora_dpo.recipe_tables import is_local
 from qlora_dpo.redact import line_of_secret, redacted
+from qlora_dpo.run_folder import CONFIG, WEIGHTS
 
 What = Literal["model", "card", "run", "samples"]
 

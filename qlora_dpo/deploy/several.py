@@ -10,12 +10,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
-from qlora_dpo.adapter import CONFIG, WEIGHTS, Opened, described
+from qlora_dpo.adapter import Opened
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.deploy.sums import changed_layers, is_dora, trained_copies
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.manifest import MANIFEST, damage
 from qlora_dpo.model import sources
+from qlora_dpo.run_folder import CONFIG, WEIGHTS, described
 
 
 def weights_for(folders: Sequence[Path], text: str | None) -> list[float]:

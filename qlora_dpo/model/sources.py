@@ -115,11 +115,9 @@ def _insist_on_no_surprises(folder: Path, name: str) -> None:
 
 
 def _insist_on_no_code(folder: Path, name: str) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        foreign = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES
+        foreign = "auto_map" in config and not _known(config.get("model_type"))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
     if foreign:
@@ -127,6 +125,13 @@ def _insist_on_no_code(folder: Path, name: str) -> None:
             f"{name}: needs code from its own repository to run, and such code is never run; name a model that "
             "transformers itself knows"
         )
+
+
+def _known(model_type: str | None) -> bool:
+    """True if transformers has code for it; asked for few models, since the import takes seconds."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _sha256_cheaply(file: Path) -> str:

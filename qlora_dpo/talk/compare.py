@@ -13,13 +13,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
-from qlora_dpo.adapter import WEIGHTS, Opened, described, open_adapter
+from qlora_dpo.adapter import Opened, open_adapter
 from qlora_dpo.data.dialogue import Message, printable
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.manifest import MANIFEST, damage
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import fetch
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.run_folder import WEIGHTS, described
 from qlora_dpo.talk.generate import Answer, answers, prompt_ids
 
 BETA = 0.1

@@ -12,11 +12,12 @@ from torch import nn
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json
-from qlora_dpo.manifest import damage, write_manifest
+from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.recipe_train import LOWER_IS_BETTER, Metric, TrainTable
+from qlora_dpo.training.verify import FACTS, folder_of_best, verify_best
 
-ADAPTER, FACTS = "adapter.safetensors", "state.json"
+ADAPTER = "adapter.safetensors"
 
 
 def value(record: dict[str, Any], metric: Metric) -> float:
@@ -49,14 +50,9 @@ def out_of_patience(evals: Sequence[dict[str, Any]], table: TrainTable) -> bool:
     return waited >= table.early_stopping_patience
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
-    """Where the adapter of the best evaluation lies, which was after `step`."""
-    return run_dir / "checkpoints" / f"best-{step:06d}"
-
-
 def save_best(run_dir: Path, step: int, model: nn.Module) -> None:
     """Keep the adapter as it is after `step`. Raises SourceError if the disk has no room for it."""
-    folder = folder_of(run_dir, step)
+    folder = folder_of_best(run_dir, step)
     tensors = {name: each.detach().cpu().contiguous() for name, each in trainable(model).items()}
     insist_on_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
     if folder.exists():  # a resumed run comes by here again
@@ -67,14 +63,9 @@ def save_best(run_dir: Path, step: int, model: nn.Module) -> None:
         write_manifest(temporary, temporary.iterdir())
 
 
-def verify_best(run_dir: Path, step: int) -> str:
-    """What is wrong with the best adapter, in a few words; empty if nothing."""
-    return damage(folder_of(run_dir, step), needed=FACTS)
-
-
 def load_best(run_dir: Path, step: int, model: nn.Module) -> None:
     """Put the adapter of the best evaluation into `model`; RunError if it is damaged."""
-    folder, parameters = folder_of(run_dir, step), trainable(model)
+    folder, parameters = folder_of_best(run_dir, step), trainable(model)
     if damaged := verify_best(run_dir, step):
         raise RunError(f"{folder}: is damaged: {damaged}; go on from the newest checkpoint with --resume")
     with torch.no_grad():

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json
-from qlora_dpo.manifest import damage, write_manifest
+from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model.lora import names_not_finite, trainable
 from qlora_dpo.recipe_tables import is_local
-from qlora_dpo.training.best import prune_best, verify_best
+from qlora_dpo.training.best import prune_best
 from qlora_dpo.training.random_states import random_states, restore
+from qlora_dpo.training.verify import verify
 
 KEPT = 2
 SMALL_FILES = 2**20
@@ -160,16 +161,6 @@ def _prune(home: Path) -> list[Path]:
     for old in {*home.glob("step-*"), *home.glob(".step-*")} - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return kept
-
-
-def verify(folder: Path) -> str:
-    """What is wrong with a checkpoint folder, in a few words; empty if every file is as its manifest says."""
-    if damaged := damage(folder, needed="state.json"):
-        return damaged
-    best = json.loads((folder / "state.json").read_text()).get("best")
-    if best is not None and (damaged := verify_best(folder.parents[1], best)):
-        return f"the best adapter so far, best-{best:06d}, is damaged: {damaged}"
-    return ""
 
 
 def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:

@@ -16,12 +16,14 @@ from crash import Fault, struck
 from peft import PeftModel
 from transformers import set_seed
 
-from qlora_dpo.adapter import CONFIG, WEIGHTS, save_adapter
+from qlora_dpo.adapter import save_adapter
 from qlora_dpo.errors import QloraDpoError, RunError
 from qlora_dpo.files import whole_folder
 from qlora_dpo.manifest import MANIFEST, damage
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.training.checkpoint import State, newest_valid, save_checkpoint, verify
+from qlora_dpo.run_folder import CONFIG, WEIGHTS
+from qlora_dpo.training.checkpoint import State, newest_valid, save_checkpoint
+from qlora_dpo.training.verify import verify
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 

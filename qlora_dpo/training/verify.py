@@ -1,0 +1,28 @@
+"""Whether a checkpoint, and the best adapter that it counts on, are still what was written; without torch."""
+
+import json
+from pathlib import Path
+
+from qlora_dpo.manifest import damage
+
+FACTS = "state.json"
+
+
+def verify(folder: Path) -> str:
+    """What is wrong with a checkpoint folder, in a few words; empty if every file is as its manifest says."""
+    if damaged := damage(folder, needed="state.json"):
+        return damaged
+    best = json.loads((folder / "state.json").read_text()).get("best")
+    if best is not None and (damaged := verify_best(folder.parents[1], best)):
+        return f"the best adapter so far, best-{best:06d}, is damaged: {damaged}"
+    return ""
+
+
+def folder_of_best(run_dir: Path, step: int) -> Path:
+    """Where the adapter of the best evaluation lies, which was after `step`."""
+    return run_dir / "checkpoints" / f"best-{step:06d}"
+
+
+def verify_best(run_dir: Path, step: int) -> str:
+    """What is wrong with the best adapter, in a few words; empty if nothing."""
+    return damage(folder_of_best(run_dir, step), needed=FACTS)
