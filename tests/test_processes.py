@@ -49,6 +49,12 @@ class Together:
         """The adapter of each process."""
         return [load_file(self.folder / f"{name}.{rank}.safetensors") for rank in range(self.count)]
 
+    def insist_on_same(self, name: str, adapter: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Each process has the adapter and the figures that one alone has of the scenario `name`."""
+        for found, theirs in zip(self.found, self.adapters(name), strict=True):
+            assert jobs.all_apart(theirs, adapter) < 1e-5
+            same(found[name], facts)
+
 
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Together:
@@ -79,10 +85,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_several_processes_have_the_adapter_and_the_figures_of_one(
     name: str, several: Together, alone: dict[str, Any]
 ) -> None:
-    adapter, facts = alone[name]
-    for found, theirs in zip(several.found, several.adapters(name), strict=True):
-        assert jobs.all_apart(theirs, adapter) < 1e-5
-        same(found[name], facts)
+    several.insist_on_same(name, *alone[name])
 
 
 @pytest.mark.parametrize("name", together.SHARDED)

@@ -9,7 +9,7 @@ import pytest
 import together
 import torch
 from safetensors.torch import load_file
-from test_processes import Together, same
+from test_processes import Together
 
 from qlora_dpo.errors import RecipeError
 
@@ -34,10 +34,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_with_deepspeed_processes_have_the_adapter_and_the_figures_of_one(
     name: str, several: Together, alone: dict[str, Any]
 ) -> None:
-    adapter, facts = alone[name]
-    for found, theirs in zip(several.found, several.adapters(name), strict=True):
-        assert jobs.all_apart(theirs, adapter) < 1e-5
-        same(found[name], facts)
+    several.insist_on_same(name, *alone[name])
 
 
 @pytest.mark.parametrize("name", [name for name in together.ZERO if name.startswith("zero3")])
