@@ -34,7 +34,7 @@ from qlora_dpo.training.checkpoint import SinceEval, State, folder_of, load_chec
 from qlora_dpo.training.drift import kl_to_base
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.finite import half_of_scale, insist_on_finite, insist_on_some_steps
-from qlora_dpo.training.fitting import as_it_fits
+from qlora_dpo.training.fitting import as_it_fits, recompute_all
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.random_states import random_states, restore
@@ -237,8 +237,11 @@ def _gradient_as_it_fits(at: _Course) -> tuple[list[int], Callable[[], None]]:
     def work(job: Job) -> list[int]:
         return gradient(model, job, state, at.tools.accelerator.backward, at.window.sums, lambda: at.stop.asked)
 
+    def resort() -> str:
+        return recompute_all(model, at.job.recipe.train)
+
     try:
-        wrong = as_it_fits(f"step {state.step + 1}", work, at.job, state, at.tracker.note, undo)
+        wrong = as_it_fits(f"step {state.step + 1}", work, at.job, state, at.tracker.note, undo, resort)
         return joined(model, state, counts, wrong), undo_whole_step
     except DoesNotFitError as error:
         if processes.sharded() and not processes.is_main():
