@@ -107,6 +107,11 @@ class State:
         tokens, self.first_slope, pairs, loss, vanished = counts
         self.num_tokens, self.since_eval = int(tokens), SinceEval(int(pairs), loss, int(vanished))
 
+    @property
+    def moved(self) -> bool:
+        """True once a step has changed the adapter: not all steps so far were skipped."""
+        return self.step > self.skipped_steps
+
     def count_skipped(self, skipped: bool) -> None:
         """Count the step just taken: was it skipped, since its scaled gradient overflowed?"""
         self.skipped_steps += skipped
