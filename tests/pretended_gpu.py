@@ -138,6 +138,11 @@ class Memory:
         block = self.blocks.get(tensor.untyped_storage()._cdata)
         return block is not None and block.pinned
 
+    def insist_on_arrival(self, keys: Iterable[int]) -> None:
+        """Raise for storages that a copy without a wait may not have reached."""
+        if self.arriving and not self.arriving.isdisjoint(keys):
+            raise RuntimeError("a tensor is read to which a copy without a wait may not have come yet")
+
     def reset_peak(self) -> None:
         """Let the peak be what is taken now."""
         self.peak = self.now
@@ -227,39 +232,36 @@ class PretendedGPU:
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One operation as the GPU, the CPU or both together carry it out."""
-        memory = self.memory
-        inputs = [*_tensors(args), *_tensors(kwargs.values())]
-        places = [memory.place_of(each) for each in inputs]
-        destination = self.destination or ("cuda" if "cuda" in places else "cpu" if "cpu" in places else None)
-        if memory.arriving and any(each.untyped_storage()._cdata in memory.arriving for each in inputs):
-            raise RuntimeError(f"{func} reads what a copy without a wait may not have brought to the CPU yet")
-        if "cuda" in places:
+        blocks, put, inputs = self.memory.blocks, self.memory.put, _tensors((*args, *kwargs.values()))
+        keys = [each.untyped_storage()._cdata for each in inputs]
+        places = [blocks[key].place if key in blocks else None for key in keys]
+        on_gpu, on_cpu = "cuda" in places, "cpu" in places
+        self.memory.insist_on_arrival(keys)
+        if on_gpu and on_cpu:
             _insist_on_one_device(func, args, inputs, places)
-            for why in _waits(func, args, kwargs, memory):
+        if on_gpu and func._overloadpacket in MAY_WAIT:
+            for why in _waits(func, args, kwargs, self.memory):
                 self.wait(why)
+        destination: Place | None = self.destination or ("cuda" if on_gpu else "cpu" if on_cpu else None)
         found = self._computed(func, args, kwargs) if destination == "cuda" else func(*args, **kwargs)
         if destination is not None:
-            known = {each.untyped_storage()._cdata for each in inputs}
             for each in _tensors((found,)):
-                if each.untyped_storage()._cdata not in known or memory.place_of(each) is None:
-                    memory.put(each, destination)
-        if func._overloadpacket is aten.copy_ and len({place or "cpu" for place in places}) == 2:
+                key = each.untyped_storage()._cdata
+                if key not in keys or key not in blocks:
+                    put(each, destination)
+        if func is aten.copy_.default and on_gpu and places[0] != places[1]:
             self.copy_between(args[1], args[0], non_blocking=len(args) > 2 and args[2])
         return found
 
     def _computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if func is torch.ops.bitsandbytes.gemm_4bit.default and self._takes_fused(args):
-            return _fused_product(*args, **kwargs)
-        if func is torch.ops.torch_attn._varlen_attn.default:
-            return _varlen(self.card.capability, *args)
-        if func is torch.ops.torch_attn._varlen_attn_backward.default:
-            return _varlen_backward(*args)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            if kwargs.get("generator") is not None:
-                raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-            with self.generator.drawn_from():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        if (kernel := KERNELS.get(func)) is not None and (func is not PRODUCT or self._takes_fused(args)):
+            return kernel(*args, **kwargs) if func is PRODUCT else kernel(self.card.capability, *args)
+        if not _draws(func):
+            return func(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        with self.generator.drawn_from():
+            return func(*args, **kwargs)
 
     def _takes_fused(self, args: Sequence[Any]) -> bool:
         """True if bitsandbytes would not dequantize the weight as a whole first, as where tokens are few."""
@@ -293,12 +295,21 @@ def _line() -> str:
     return "elsewhere"
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among `values`, and in lists among them."""
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
+
+
+@functools.cache
+def _draws(func: Any) -> bool:
+    """True for an operation that draws from a random generator."""
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
@@ -310,13 +321,13 @@ def _insist_on_one_device(func: Any, args: Sequence[Any], inputs: Sequence[Tenso
     if packet in (aten.copy_, aten._to_copy, aten.lift_fresh):
         return
     if packet in INDEXING:
-        if places[0] != "cuda":
+        if places[0] == "cpu":
             raise MixedDevicesError(
                 f"indices should be either on cpu or on the same device as the indexed tensor (cpu), in {func}"
             )
-        inputs, places = inputs[-1:], places[-1:]  # what is put, or an index, which is looked at elsewhere
         if packet is aten.index:
             return
+        inputs, places = inputs[-1:], places[-1:]  # what is put there
     if any(place == "cpu" and each.dim() > 0 for each, place in zip(inputs, places, strict=True)):
         raise MixedDevicesError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
@@ -329,6 +340,7 @@ ALWAYS_WAIT = (
     *(aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive),
 )
 """What gives a number to the host, or a tensor whose shape the host must know first."""
+MAY_WAIT = {*ALWAYS_WAIT, *INDEXING, aten.repeat_interleave, aten.segment_reduce}
 
 
 def _waits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], memory: Memory) -> Iterator[str]:
@@ -444,6 +456,7 @@ def _varlen(
 
 
 def _varlen_backward(
+    capability: tuple[int, int],
     slope_QHD: Tensor,
     query_QHD: Tensor,
     key_KGD: Tensor,
@@ -497,8 +510,21 @@ def _scores(
     return score_Hqk, key_HkD, value_HkD
 
 
+PRODUCT = torch.ops.bitsandbytes.gemm_4bit.default
+KERNELS: dict[Any, Callable[..., Any]] = {
+    PRODUCT: _fused_product,
+    torch.ops.torch_attn._varlen_attn.default: _varlen,
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
+}
+"""What is computed otherwise than on a CPU."""
+
+
 class _Operations(TorchDispatchMode):
     """Below autograd: every operation, of the forward and of the backward pass."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it takes as long as a small operation
 
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -528,6 +554,19 @@ IN_32_BITS = {
     *(Tensor.softmax, Tensor.log_softmax),
 }
 """What CUDA's autocast computes in float32."""
+
+
+class _Copy(torch.autograd.Function):
+    """A copy on the other device, whose gradient goes back to the tensor's own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, own: torch.device, dtype: torch.dtype, layout: dict[str, Any]) -> Tensor:
+        ctx.own = own, tensor.dtype
+        return tensor.to(HERE, dtype, copy=True, **layout)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient.to(*ctx.own), None, None, None
 
 
 class _Functions(TorchFunctionMode):
@@ -562,7 +601,7 @@ class _Functions(TorchFunctionMode):
             args, kwargs = self._autocast(func, args, kwargs)
         found = func(*args, **kwargs)
         # what is made of numbers, by `torch.zeros` and its like, is on the CPU
-        if isinstance(found, Tensor) and found.device == HERE and next(_tensors(args), None) is None:
+        if isinstance(found, Tensor) and found.device == HERE and not _tensors(args):
             self.gpu.memory.put(found, self.gpu.memory.place_of(found) or "cpu")
         return found
 
@@ -598,7 +637,7 @@ class _Functions(TorchFunctionMode):
         if device.type == here.type or {device.type, here.type} != {"cpu", "cuda"}:
             return tensor.to(device if device.type != "cuda" else HERE, dtype, copy=copy, **layout)
         with self.gpu.making("cuda" if device.type == "cuda" else "cpu"):
-            found = tensor.to(HERE, dtype, copy=True, **layout)
+            found: Tensor = _Copy.apply(tensor, here, dtype, layout)  # type: ignore[no-untyped-call]
         self.gpu.copy_between(tensor, found, non_blocking)
         return found
 
@@ -624,6 +663,7 @@ class _Functions(TorchFunctionMode):
 
     def _on_the_host(self, tensor: Tensor) -> Tensor:
         """A tensor whose numbers are about to be read: a copy, if it is on the GPU."""
+        self.gpu.memory.insist_on_arrival([tensor.untyped_storage()._cdata])
         return self._moved(tensor.detach() if self._is_cuda(tensor) else tensor, HERE, None)
 
     def _new_tensor(self, tensor: Tensor, data: Any, **kwargs: Any) -> Tensor:
