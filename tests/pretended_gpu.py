@@ -177,8 +177,10 @@ class Generator:
         """Inside, what draws from the CPU's generator draws from this one."""
         before = torch.get_rng_state()
         torch.default_generator.manual_seed((self.seed * 1_000_003 + self.offset) % 2**63)
-        self.offset += 4
+        begun = torch.get_rng_state()
         yield
+        if not torch.equal(torch.get_rng_state(), begun):  # attention without dropout might draw, and does not
+            self.offset += 4
         torch.set_rng_state(before)
 
 
