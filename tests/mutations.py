@@ -212,6 +212,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "torch.ones(span.tokens, span.sees)",
             PACK,
         ),
+        ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
     "model/int8.py": [
