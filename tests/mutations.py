@@ -33,6 +33,7 @@ MERGE = "test_merge.py test_merge_kinds.py test_merge_choice.py"
 WATCH = "test_watch.py"
 BEST = "test_best.py"
 FITTING = "test_fitting.py"
+DEVICE = "test_device.py"
 JOURNAL = "test_journal.py"
 PROCESSES = "test_processes.py"
 
@@ -314,6 +315,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("    model.eval()\n", "", "test_loop.py faults/test_resumes.py test_checkpoint.py"),
         ("side.reference_P2[group]", "side.reference_P2[: len(group)]", LOOP),
         ("model.train(was_training)", "pass", LOOP),
+    ],
+    "model/device.py": [
+        ("allow_fp16_reduced_precision_reduction = False", "allow_fp16_reduced_precision_reduction = True", DEVICE),
+        ('case "bf16" if not ampere:', 'case "bf16" if False:', DEVICE),
     ],
     "errors.py": [
         ('any(f"{kind.__module__}.{kind.__name__}" ==', 'any(f"{kind.__module__}" ==', "test_out_of_memory.py"),

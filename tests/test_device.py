@@ -59,6 +59,16 @@ def test_the_recipe_may_ask_for_another_dtype_on_a_gpu(gpu: None, dtype: str, sc
     assert (chosen.grad_scaler, chosen.torch_dtype) == (scaler, device.TORCH_DTYPES[chosen.compute_dtype])
 
 
+@pytest.mark.parametrize(("gpu", "reduced"), [(T4, False), (A10, True)], indirect=["gpu"])
+def test_in_fp16_no_product_is_summed_in_fp16(gpu: None, reduced: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = True  # torch's own choice
+    device.choose()
+    found = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = True
+    assert found == reduced
+
+
 @pytest.mark.parametrize("gpu", [T4], indirect=True)
 def test_bf16_is_refused_on_a_gpu_that_would_only_emulate_it(gpu: None) -> None:
     with pytest.raises(RecipeError) as error:

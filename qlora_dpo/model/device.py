@@ -89,6 +89,7 @@ def insist_on_gpus(processes: int) -> None:
 def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
     """Decide device, compute dtype and the backend of attention in packed rows.
 
+    In fp16 on a GPU, products are summed in float32 from here on.
     Raises RecipeError for a dtype this device cannot train in.
     """
     return _cuda(dtype) if has_gpu() else _cpu(dtype)
@@ -100,7 +101,11 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
         torch.cuda.get_device_capability(),
         torch.cuda.get_device_properties(None).total_memory,
     )
-    return on_card(card, dtype)
+    chosen = on_card(card, dtype)
+    if chosen.compute_dtype == "fp16":
+        # cuBLAS may cut the 2,048 tokens over which lora_B's gradient is summed into parts, and add these up in fp16
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    return chosen
 
 
 def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
