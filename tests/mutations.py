@@ -202,6 +202,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "preference/layout.py": [
         ("if not _close(found_P2, expected_P2, device):", "if False:", PACK),
+        ("    _insist_on_finite(expected_P2, device)\n", "", PACK),
         ("elif _mixes(model, few, packed, device):", "elif False:", PACK),
         ("language_model(model).set_attn_implementation(before)", "pass", PACK),
     ],

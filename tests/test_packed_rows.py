@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention
 from qlora_dpo.model.attention import Backend, Layout, Span
 from qlora_dpo.model.budget import checkpoint
@@ -313,6 +314,36 @@ def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: A
     assert why.startswith("padded batches, since in packed rows ")
     assert says in why
     assert base.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["llama", "learned positions"])
+@pytest.mark.parametrize(
+    ("dtype", "sentence"),
+    [
+        (
+            "fp16",
+            "this model overflows fp16: it gives the shortest pairs log-probabilities that are not finite; set "
+            'model.dtype = "fp32", or take a card with bf16 (compute capability 8.0 or newer)',
+        ),
+        (
+            "bf16",
+            "this model gives the shortest pairs log-probabilities that are not finite, in bf16: its weights are "
+            "damaged or do not belong to its config.json; fetch them again, or take another model",
+        ),
+    ],
+)
+def test_a_model_that_gives_nan_is_told_why_before_anything_is_compared(kind: str, dtype: Any, sentence: str) -> None:
+    base = architectures.made({**architectures.CONFIGS, **architectures.NOT_SERVED}[kind])
+    place = replace(jobs.CPU, compute_dtype=dtype)
+    choose_packing(base, jobs.pairs(9), 300, jobs.PAD, place)
+    with torch.no_grad():
+        # in fp16 a product beyond 65,504, which the other dtypes hold
+        base.get_output_embeddings().weight.mul_(1e7 if dtype == "fp16" else torch.nan)
+    with pytest.raises(ModelError) as error:
+        choose_packing(base, jobs.pairs(9), 300, jobs.PAD, place)
+    assert str(error.value) == sentence
+    if dtype == "fp16":
+        choose_packing(base, jobs.pairs(9), 300, jobs.PAD, jobs.CPU)
 
 
 def test_without_a_layout_a_model_for_rows_computes_as_before() -> None:
