@@ -33,6 +33,7 @@ MERGE = "test_merge.py test_merge_kinds.py test_merge_choice.py"
 WATCH = "test_watch.py"
 BEST = "test_best.py"
 FITTING = "test_fitting.py"
+DEVICE = "test_device.py"
 JOURNAL = "test_journal.py"
 PROCESSES = "test_processes.py"
 
@@ -201,6 +202,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "preference/layout.py": [
         ("if not _close(found_P2, expected_P2, device):", "if False:", PACK),
+        ("    _insist_on_finite(expected_P2, device)\n", "", PACK),
         ("elif _mixes(model, few, packed, device):", "elif False:", PACK),
         ("language_model(model).set_attn_implementation(before)", "pass", PACK),
     ],
@@ -212,6 +214,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "torch.ones(span.tokens, span.sees)",
             PACK,
         ),
+        ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
     "model/quantized.py": [
@@ -323,6 +326,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("    model.eval()\n", "", "test_loop.py faults/test_resumes.py test_checkpoint.py"),
         ("side.reference_P2[group]", "side.reference_P2[: len(group)]", LOOP),
         ("model.train(was_training)", "pass", LOOP),
+    ],
+    "model/device.py": [
+        ("allow_fp16_reduced_precision_reduction = False", "allow_fp16_reduced_precision_reduction = True", DEVICE),
+        ('case "bf16" if not ampere:', 'case "bf16" if False:', DEVICE),
     ],
     "errors.py": [
         ('any(f"{kind.__module__}.{kind.__name__}" ==', 'any(f"{kind.__module__}" ==', "test_out_of_memory.py"),

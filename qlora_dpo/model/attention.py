@@ -6,7 +6,8 @@ tokens of a span and of what it sees.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any, Literal, assert_never
 
@@ -294,17 +295,29 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
     from torch.nn.attention.varlen import varlen_attn
 
     query_S, key_S, key_K = layout.varlen
+    keys, values = (part[0].transpose(0, 1)[key_K] for part in (key, value))
+    group, grouped = query.shape[1] // key.shape[1], dict[str, Any]()
+    if group > 1 and _takes_groups(varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif group > 1:
+        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
     answer: Any = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1)[key_K],
-        value[0].transpose(0, 1)[key_K],
+        keys,
+        values,
         query_S,
         key_S,
         max(span.tokens for span in layout.spans),
         layout.longest,
         window_size=(-1, 0),  # causal, with a span's last query at its last key
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     seen: Tensor = answer[None]
     return seen
+
+
+@cache
+def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """True if it takes fewer key heads than query heads, as torch 2.12 and later do; 2.11 has no word for it."""
+    return "enable_gqa" in signature(varlen_attn).parameters
