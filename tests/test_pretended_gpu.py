@@ -184,13 +184,13 @@ def test_merge_writes_a_model_that_agrees_with_the_adapter(on_the_card: Trained)
 
 # quantizations, kinds of adapters, and recomputation
 
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "DoRA": {"lora": {"use_dora": True}},
     "dropout, recomputed": {"lora": {"lora_dropout": 0.2}, "train": {"gradient_checkpointing": True}},
 }
-ON_AMPERE = (("nf4", "plain"), ("fp4", "DoRA"), ("int8", "dropout, recomputed"), ("none", "DoRA"))
+ON_TURING = [*itertools.product(("nf4", "int8"), KINDS), ("fp4", "plain"), ("none", "DoRA")]
+ON_AMPERE = [("nf4", "DoRA"), ("fp4", "dropout, recomputed"), ("int8", "plain"), ("none", "plain")]
 
 
 def trained_here(folder: Path, **tables: dict[str, Any]) -> Outcome:
@@ -217,7 +217,7 @@ def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
 @pytest.mark.parametrize(
     ("card", "quantization", "kind"),
-    [*(("t4", *each) for each in itertools.product(QUANTIZATIONS, KINDS)), *(("a10", *each) for each in ON_AMPERE)],
+    [*(("t4", *each) for each in ON_TURING), *(("a10", *each) for each in ON_AMPERE)],
 )
 def test_every_kind_of_adapter_learns_on_every_kind_of_base_what_it_learns_in_float32(
     card: str, quantization: str, kind: str, tmp_path: Path, in_float32: Callable[[str, str], float]
@@ -258,8 +258,11 @@ class Steps:
 
 
 def two_steps(place: Device, folder: Path) -> dict[str, Steps]:
-    """Two steps with every objective, each from the same pairs, base and untrained adapter."""
-    model = jobs.fresh(jobs.recipe(), place)
+    """Two steps with every objective, each from the same pairs, untrained adapter and base, of which a layer is enough."""
+    base = jobs.base_model(place=place)
+    del base.model.layers[1:]
+    model = attach(base, LoraTable(r=4), 0)
+    make_lean(model, place.torch_dtype)
     start, found = jobs.adapter(model), {}
     for name, objective in OBJECTIVES.items():
         for parameter, value in zip(trainable(model).values(), start.values(), strict=True):
@@ -301,7 +304,8 @@ def test_every_objective_takes_in_fp16_the_steps_that_it_takes_in_float32(
 ) -> None:
     in_fp16, in_float32 = (each[name] for each in by_objective)
     assert in_fp16.losses == pytest.approx(in_float32.losses, rel=1e-3)
-    assert in_fp16.skipped == 0
+    # where a slope is that steep, the scale found in the first step may be one halving too large for the second
+    assert in_fp16.skipped <= ("at beta" in name)
 
 
 # exactness
@@ -361,4 +365,4 @@ def test_16_bits_give_the_log_probabilities_and_the_gradient_of_float32(
         found_P2, found = figures(source, quantization)
     assert jobs.apart(found_P2, logps_P2) < apart
     assert torch.cosine_similarity(found, slope, 0) > cosine
-    assert found.norm() / slope.norm() == pytest.approx(1, abs=1 - cosine)
+    assert found.norm() / slope.norm() == pytest.approx(1, abs=apart * 10)
