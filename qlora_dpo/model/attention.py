@@ -6,7 +6,8 @@ W = H * D or K * D; q and k tokens of a span and of what it sees; Q and K padded
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any, Literal, assert_never
 
@@ -270,21 +271,32 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
     from torch.nn.attention.varlen import varlen_attn
 
     index = layout.index
-    key_KHD, value_KHD = (
+    keys, values = (
         take(_by_token(part), index["token"], index["order"], index["counts"]).view(-1, *part.shape[1::2])
         for part in (key, value)
     )
+    group, grouped = query.shape[1] // key.shape[1], dict[str, Any]()
+    if group > 1 and _takes_groups(varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif group > 1:
+        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
     answer: Any = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        key_KHD,
-        value_KHD,
+        keys,
+        values,
         index["queries"].int(),
         index["keys"].int(),
         max(span.tokens for span in layout.spans),
         layout.longest,
         window_size=(-1, 0),  # causal, with a span's last query at its last key
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     seen: Tensor = answer[None]
     return seen
+
+
+@cache
+def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """True if it takes fewer key heads than query heads, as torch 2.12 and later do; 2.11 has no word for it."""
+    return "enable_gqa" in signature(varlen_attn).parameters

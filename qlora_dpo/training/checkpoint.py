@@ -108,6 +108,11 @@ class State:
         tokens, self.first_slope, pairs, loss, vanished = counts
         self.num_tokens, self.since_eval = int(tokens), SinceEval(int(pairs), loss, int(vanished))
 
+    @property
+    def moved(self) -> bool:
+        """True once a step has changed the adapter: not all steps so far were skipped."""
+        return self.step > self.skipped_steps
+
     def count_skipped(self, skipped: bool) -> None:
         """Count the step just taken: was it skipped, since its scaled gradient overflowed?"""
         self.skipped_steps += skipped
@@ -214,9 +219,7 @@ def load_checkpoint(
     for name, parameter in parameters.items():
         own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
         if own:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
-            }
+            optimizer.state[parameter] = {key: _held(optimizer, parameter, key, value) for key, value in own.items()}
     restore(load_file(folder / "random.safetensors"))
     if asked.row_tokens is not None:
         state.row_tokens = asked.row_tokens
@@ -224,6 +227,18 @@ def load_checkpoint(
         state.row_tokens = None  # a number that is allowed to take the place of "auto"
     state.recipe, state.fingerprints = asked.recipe, asked.fingerprints
     return state
+
+
+def _held(optimizer: Any, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """A part of a saved optimizer state, where this optimizer keeps it."""
+    match key:
+        case "step":
+            return value
+        case "state1" | "state2":  # bitsandbytes' moments, which a paged optimizer keeps in memory that it can page out
+            held: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+            return held
+        case _:
+            return value.to(parameter.device)
 
 
 def load_moving(folder: Path, moving: Mapping[str, Tensor]) -> None:
