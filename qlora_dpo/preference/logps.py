@@ -211,9 +211,10 @@ def _chunk(
         inside_n = (column_n >= 0) & (column_n < len(tile_vD))
         place = row_n, column_n.clamp(0, len(tile_vD) - 1)
         target_logit_n = torch.where(inside_n, logits_cv[place], target_logit_n)
-        most_c, where_c = logits_cv.max(-1) if metrics else (logits_cv.amax(-1), best_c)
-        best_c = torch.where(most_c > top_c, where_c + start, best_c)
-        most_c = torch.maximum(most_c, top_c)
+        if metrics:
+            most_c, where_c = logits_cv.max(-1)
+            best_c = torch.where(most_c > top_c, where_c + start, best_c)
+        most_c = torch.maximum(logits_cv.amax(-1), top_c)
         shrink_c, top_c = torch.exp(top_c - most_c), most_c
         share_cv = (logits_cv - top_c[:, None]).exp_()
         total_c = total_c * shrink_c + share_cv.sum(-1)
@@ -230,7 +231,7 @@ def _chunk(
         target_logit_n - log_total_c[row_n],
         logits_c / vocabulary,
         (log_total_c - weighted_c / total_c) if metrics else weighted_c,
-        (best_c[row_n] == target_n).to(exact),
+        (best_c[row_n] == target_n).to(exact),  # of no meaning without `metrics`
         (squares_c.log() - 2 * total_c.log()) if likely else squares_c,
         others_cD.div_(total_c[:, None]),
     )
