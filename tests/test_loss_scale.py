@@ -1,5 +1,6 @@
 """In fp16 the first step finds the loss scale at which its gradient is finite, and is then what it is at that scale."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jobs
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
@@ -29,15 +29,16 @@ STEEP: dict[str, dict[str, Any]] = {
 FIRST = 2.0**16
 
 
+@pytest.fixture(autouse=True)
+def without_traces() -> Iterator[None]:
+    """What a module's fixtures train after these tests is no longer in fp16."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
 def scaling(monkeypatch: pytest.MonkeyPatch, first: float = FIRST) -> None:
-    """Let accelerate scale gradients on a CPU as it does on a GPU, by torch's own GradScaler, from a `first` scale."""
-
-    def accelerator(**arguments: Any) -> Accelerator:
-        made = Accelerator(**arguments)
-        made.native_amp, made.scaler = True, torch.amp.GradScaler("cpu", init_scale=first)
-        return made
-
-    monkeypatch.setattr(loop, "Accelerator", accelerator)
+    """Let gradients be scaled, from a `first` scale on."""
+    monkeypatch.setattr(loop, "Accelerator", jobs.scaling(first))
 
 
 def train(folder: Path, resume: bool = False, **tables: dict[str, Any]) -> tuple[PeftModel, State, list[str], Job]:

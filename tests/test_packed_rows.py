@@ -19,7 +19,7 @@ from qlora_dpo.model import attention
 from qlora_dpo.model.attention import Backend, Layout, Span
 from qlora_dpo.model.budget import checkpoint
 from qlora_dpo.model.lean import make_lean
-from qlora_dpo.preference import logps
+from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.layout import choose_packing
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
@@ -138,7 +138,7 @@ def test_checkpointing_changes_nothing(layers: int) -> None:
 def test_the_heads_chunks_change_nothing(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = tuned("gemma"), drawn(7, 8)
     expected = asked(model, pairs, jobs.PACKED)
-    monkeypatch.setattr(logps, "STATES_AT_ONCE", states)
+    monkeypatch.setattr(pack, "STATES_AT_ONCE", states)
     monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
     assert_same(asked(model, pairs, jobs.PACKED), expected)
 
@@ -206,9 +206,11 @@ def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Back
 
 def test_varlen_is_told_where_each_spans_queries_and_keys_lie() -> None:
     layout = Layout((Span(0, 5), Span(5, 6, ((0, 3),))), "varlen", torch.device("cpu"))
-    queries, keys, places = layout.varlen
-    assert (queries.tolist(), keys.tolist()) == ([0, 5, 6], [0, 5, 9])
-    assert places.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    index = {name: numbers.tolist() for name, numbers in layout.index.items()}
+    assert (index["queries"], index["keys"]) == ([0, 5, 6], [0, 5, 9])
+    assert index["token"] == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    assert index["order"] == [0, 5, 1, 6, 2, 7, 3, 4, 8]  # where tokens 0, 1, ... stand as keys
+    assert index["counts"] == [2, 2, 2, 1, 1, 1]
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, *cut: Any, window_size: tuple[int, int], scale: float) -> Tensor:

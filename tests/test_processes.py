@@ -111,6 +111,21 @@ def test_all_do_a_step_again_if_memory_runs_out_in_one(several: Together, alone:
         ]
 
 
+def test_all_compute_the_first_step_again_until_its_gradient_overflows_in_none(
+    several: Together, tmp_path: Path
+) -> None:
+    adapter, facts = together.scenario(together.OVERFLOW, tmp_path)  # without a scale, which changes no bit
+    said = {tuple(found[together.OVERFLOW]["said"]) for found in several.found}
+    ((sentence,),) = said
+    assert re.fullmatch(
+        r"step 1 was computed \d+ times, since its gradient overflows fp16 at loss scales above [\d,]+", sentence
+    )
+    for found, theirs in zip(several.found, several.adapters(together.OVERFLOW), strict=True):
+        assert jobs.all_apart(theirs, adapter) < 1e-5
+        assert found[together.OVERFLOW]["num_tokens"] == facts["num_tokens"]
+        assert found[together.OVERFLOW]["first_slope"] == pytest.approx(facts["first_slope"], rel=1e-5)
+
+
 def test_the_reference_is_asked_in_shares_and_once(several: Together, tmp_path: Path) -> None:
     expected = together.asked_in_shares(tmp_path)
     assert expected["computed"] == 22

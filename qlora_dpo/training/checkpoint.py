@@ -1,6 +1,7 @@
 """All that a resume needs, in safetensors and JSON: written whole, listed with SHA-256, read only if it verifies."""
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -57,10 +58,10 @@ class SinceEval:
     loss: float = 0.0
     vanished: int = 0
 
-    def add(self, total_P: Tensor) -> None:
-        """Count some pairs and their losses."""
-        self.pairs += len(total_P)
-        self.loss += total_P.detach().double().sum().item()
+    def add(self, losses: Sequence[float]) -> None:
+        """Count some pairs by their losses."""
+        self.pairs += len(losses)
+        self.loss += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
 
 
 @dataclass

@@ -38,7 +38,7 @@ from qlora_dpo.training.fitting import as_it_fits, recompute_all
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.random_states import random_states, restore
-from qlora_dpo.training.step import Left, gradient, joined
+from qlora_dpo.training.step import Left, gradient, is_logged, joined
 from qlora_dpo.training.stopping import ENDED, Stop, stop_when_asked, why_stop
 from qlora_dpo.training.tracker import Tracker
 from qlora_dpo.training.watch import Course, signs
@@ -101,7 +101,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
                 ) from left
             tracker.step(state.step)
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
-            logged = last or state.step == 1 or state.step % table.logging_steps == 0
+            logged = is_logged(job, state.step)
             if logged:
                 tracker.train(at.window.record(state, norm, rate))
                 at.window = _Window(job)
