@@ -105,6 +105,8 @@ class Memory:
     def __init__(self) -> None:
         self.blocks: dict[int, Block] = {}
         self.now = self.peak = 0
+        self.peak_at = ""
+        """The line of qlora_dpo at which the peak was reached."""
         self.ceiling: int | None = None
         """Bytes at which it is full; None for no end."""
         self.arriving: set[int] = set()
@@ -130,7 +132,8 @@ class Memory:
                 f"{self.ceiling / 2**20:.2f} MiB of which {(self.ceiling - self.now) / 2**20:.2f} MiB is free."
             )
         self.now += wanted - known.taken
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak, self.peak_at = self.now, _line()
         known.place, known.taken, known.pinned = place, wanted, pinned
 
     def is_pinned(self, tensor: Tensor) -> bool:
@@ -251,7 +254,7 @@ class PretendedGPU:
                 key = each.untyped_storage()._cdata
                 if key not in keys or key not in blocks:
                     put(each, destination)
-        if func is aten.copy_.default and on_gpu and places[0] != places[1]:
+        if func is aten.copy_.default and on_gpu and (places[0] or destination) != places[1]:
             self.copy_between(args[1], args[0], non_blocking=len(args) > 2 and args[2])
         return found
 
@@ -281,8 +284,9 @@ class PretendedGPU:
     def report(self) -> list[str]:
         """Peak and waits in lines, the most frequent wait first."""
         return [
-            f"pretended {self.card.name}: at most {self.memory.peak / 2**20:,.1f} MiB in tensors; the host waited "
-            f"{self.waits.total():,} times, and {self.copies_without_wait:,} copies needed no wait",
+            f"pretended {self.card.name}: at most {self.memory.peak / 2**20:,.1f} MiB in tensors, in "
+            f"{self.memory.peak_at}",
+            f"the host waited {self.waits.total():,} times; {self.copies_without_wait:,} copies needed no wait",
             *(f"{count:7,}  {where:36} {why}" for (why, where), count in self.waits.most_common()),
         ]
 
@@ -676,9 +680,12 @@ class _Functions(TorchFunctionMode):
 
     def _deepcopy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         """A leaf's storage is copied without an operation, so nothing else would note where the copy is."""
-        found: Tensor = tensor.__deepcopy__(memo)
-        if (place := self.gpu.memory.place_of(tensor)) is not None:
-            self.gpu.memory.put(found, place)
+        place = self.gpu.memory.place_of(tensor)
+        if place is None:
+            return tensor.__deepcopy__(memo)
+        with self.gpu.making(place):
+            found: Tensor = tensor.__deepcopy__(memo)
+        self.gpu.memory.put(found, place)
         return found
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -780,6 +787,7 @@ def pretended_gpu(card: str = "t4", *, fused: bool = True) -> Iterator[Pretended
     Models must be loaded inside. Tensors that are on the GPU mean nothing afterwards.
     """
     gpu = PretendedGPU(CARDS[card], MULTIPROCESSORS[card], fused=fused)
+    group = torch._C._group_tensors_by_device_and_dtype
     engine, thread = vars(torch.autograd)["_engine_run_backward"], threading.Thread.run
 
     def backward(*args: Any, **kwargs: Any) -> Any:
@@ -791,10 +799,17 @@ def pretended_gpu(card: str = "t4", *, fused: bool = True) -> Iterator[Pretended
         with _Operations(gpu), _Functions(gpu):  # modes are those of a thread
             thread(started)
 
+    def grouped(tensors: Any, with_indices: bool = False) -> dict[tuple[torch.device, torch.dtype], Any]:
+        # optimizers and the clipping of gradients group in C++, which knows where tensors really are
+        found = group(tensors, with_indices)
+        on_gpu = all(gpu.memory.place_of(each) == "cuda" for each in tensors[0])
+        return {(GPU if on_gpu else place, dtype): each for (place, dtype), each in found.items()}
+
     with ExitStack() as stack:
         for name, value in _torch_cuda(gpu).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value, create=name.startswith("_")))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
+        stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run))
         # transformers would read weights in threads that several models share
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))

@@ -28,6 +28,7 @@ import workplace
 from accelerate.state import AcceleratorState
 from pretended_gpu import PretendedGPU, pretended_gpu
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qlora_dpo.cli import main
 from qlora_dpo.data.encode import load_pairs
@@ -49,9 +50,11 @@ from qlora_dpo.recipe_data import DataTable
 from qlora_dpo.recipe_model import LoraTable, ModelTable
 from qlora_dpo.recipe_objective import TABLES, loss_types
 from qlora_dpo.report import write
+from qlora_dpo.training import asking, loop
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Job, fit
 from qlora_dpo.training.plan import make_plan
+from qlora_dpo.training.room import judged
 from qlora_dpo.training.run import Outcome, prepare, run
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
@@ -258,7 +261,7 @@ class Steps:
 
 
 def two_steps(place: Device, folder: Path) -> dict[str, Steps]:
-    """Two steps with every objective, each from the same pairs, untrained adapter and base, of which a layer is enough."""
+    """Two steps with every objective, each from the same pairs, adapter and base, of which one layer is enough."""
     base = jobs.base_model(place=place)
     del base.model.layers[1:]
     model = attach(base, LoraTable(r=4), 0)
@@ -366,3 +369,164 @@ def test_16_bits_give_the_log_probabilities_and_the_gradient_of_float32(
     assert jobs.apart(found_P2, logps_P2) < apart
     assert torch.cosine_similarity(found, slope, 0) > cosine
     assert found.norm() / slope.norm() == pytest.approx(1, abs=apart * 10)
+
+
+# memory
+
+
+@dataclass
+class Room:
+    """What the calls of a function took of the GPU's memory at most, beyond what was taken before."""
+
+    taken: int = 0
+
+
+def limited(patch: pytest.MonkeyPatch, gpu: PretendedGPU, module: Any, name: str, most: int | None) -> Room:
+    """Let the calls of a function have `most` bytes beyond what was taken before; None for as many as they need."""
+    whole, room = getattr(module, name), Room()
+
+    def within(*arguments: Any, **keys: Any) -> Any:
+        before = gpu.memory.now
+        gpu.memory.reset_peak()
+        gpu.memory.ceiling = None if most is None else before + most
+        try:
+            return whole(*arguments, **keys)
+        finally:
+            gpu.memory.ceiling = None
+            room.taken = max(room.taken, gpu.memory.peak - before)
+
+    patch.setattr(module, name, within)
+    return room
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "rows", "told"),
+    [
+        (loop, "gradient", 256, "step 1: out of memory with rows of 256 tokens; rows of 128 from here on"),
+        (
+            loop,
+            "evaluate",
+            256,
+            "evaluation after step 0: out of memory with rows of 256 tokens; rows of 128 from here on",
+        ),
+        # rows of eight times those of a step, which here hold one pair each, be they of 32 tokens or of 16
+        (
+            asking,
+            "reference_logps",
+            32,
+            "reference pass: out of memory with rows of 256 tokens; rows of 128 from here on",
+        ),
+    ],
+    ids=["step", "evaluation", "reference"],
+)
+def test_where_memory_ends_rows_are_halved_and_the_adapter_is_that_of_a_run_in_such_rows(
+    module: Any, name: str, rows: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Tracker, "note", lambda tracker, text: said.append(text))
+
+    def trained(run: str, tokens: int, most: int | None = None) -> tuple[dict[str, Tensor], int]:
+        monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / run / "cache"))
+        with pretended_gpu("t4") as gpu, pytest.MonkeyPatch.context() as patch:
+            room = limited(patch, gpu, module, name, most)
+            outcome = trained_here(tmp_path / run, train={"micro_batch_tokens": tokens, "num_train_epochs": 2})
+            return jobs.adapter(outcome.model), room.taken
+
+    (_, whole), (adapter, half) = trained("whole", rows), trained("half", rows // 2)
+    assert half < 0.9 * whole
+    said.clear()
+    found, taken = trained("limited", rows, (whole + half) // 2)
+    assert [each for each in said if "out of memory" in each] == [told]
+    assert taken < whole
+    assert jobs.all_apart(found, adapter) == 0
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A Qwen2 of eight layers: as in a real one, most of what a step takes is what layers keep."""
+    folder, shape = tmp_path_factory.mktemp("deep"), tiny.qwen2().config.to_dict()
+    shape |= {"num_hidden_layers": 8, "layer_types": None, "hidden_size": 128, "intermediate_size": 384}
+    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return sources.fetch(ModelTable(name=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("card", "quantization", "train"),
+    [("t4", "nf4", {}), ("t4", "none", {"gradient_checkpointing": True}), ("a10", "int8", {}), ("a10", "none", {})],
+)
+def test_the_planned_bytes_are_the_counted_ones(
+    card: str, quantization: str, train: dict[str, Any], deep: Source, tmp_path: Path
+) -> None:
+    """All parts but two that nothing can count here: CUDA's context, and what fragmentation takes.
+
+    Rows hold one pair each, as long as the longest, with which the plan reckons; layouts are proved on short ones. In the
+    second step there is what the first has left to the optimizer.
+    """
+    lines = (HOUSE_RULES / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [row["chosen"][0]["content"] for row in map(json.loads, lines)]
+    long = {"prompt": " ".join(texts[:5]), "chosen": " ".join(texts[5:9]), "rejected": " ".join(texts[9:13])}
+    short = [{"prompt": "What now?", "chosen": text[:9], "rejected": text[-9:]} for text in texts[:8]]
+    for name, rows in (("train", [long, long]), ("eval", short)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pretended_gpu(card) as gpu:
+        what = jobs.recipe(
+            model={"name": deep.name, "quantization": quantization, "dtype": "auto"},
+            data={"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "max_length": 1024},
+            train={"batch_size": 1, "max_steps": 2, **train},
+        )
+        prepared, here = prepare(what), device.choose("auto")
+        memory, _ = judged(prepared, what, here)
+        with Tracker(tmp_path, 2) as tracker:
+            run(prepared, what, here, tracker, None)
+    planned = {name: each for name, each in memory.parts.items() if not name.startswith(("framework", "fragmentation"))}
+    print(
+        "PLAN",
+        gpu.memory.peak_at,
+        card,
+        quantization,
+        train,
+        sum(planned.values()) / gpu.memory.peak,
+        gpu.memory.peak,
+        planned,
+    )
+    assert sum(planned.values()) == pytest.approx(gpu.memory.peak, rel=0.1)
+
+
+# waits
+
+WAITS_OF_A_STEP = {"t4": 3, "a10": 2}
+"""How often the host waits for the GPU in one step, however many micro-batches it has; numbers that may only fall.
+
+Once for losses and figures of all pairs, once for the norm of the gradient, and in fp16 for whether it overflows.
+"""
+
+
+@pytest.mark.parametrize("card", WAITS_OF_A_STEP)
+def test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch(
+    card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient, take_step, micro_batches, waits = loop.gradient, loop._step, list[int](), list[int]()
+
+    def counted_gradient(model: Any, job: Any, state: Any, backward: Any, *others: Any) -> list[int]:
+        def counted_backward(loss: Tensor) -> None:
+            micro_batches.append(gpu.waits.total())
+            backward(loss)
+
+        return gradient(model, job, state, counted_backward, *others)
+
+    def counted_step(at: Any) -> tuple[float, float]:
+        before = gpu.waits.total()
+        micro_batches.clear()
+        taken = take_step(at)
+        waits.append(gpu.waits.total() - before)
+        assert len(micro_batches) > 2
+        assert set(micro_batches) == {before}
+        return taken
+
+    monkeypatch.setattr(loop, "gradient", counted_gradient)
+    monkeypatch.setattr(loop, "_step", counted_step)
+    with pretended_gpu(card) as gpu:
+        table = {"micro_batch_tokens": 64, "max_steps": 3, "logging_steps": 3, "num_train_epochs": 2}
+        trained_here(tmp_path, model={"quantization": "nf4"}, train=table)
+    assert waits == [WAITS_OF_A_STEP[card]] * 3
