@@ -36,6 +36,7 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import INTERRUPTED
 from qlora_dpo.model import attention, device, sources
 from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.cards import CARDS
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import adapter_off, attach, trainable
@@ -51,6 +52,7 @@ from qlora_dpo.recipe_model import LoraTable, ModelTable
 from qlora_dpo.recipe_objective import TABLES, loss_types
 from qlora_dpo.report import write
 from qlora_dpo.training import asking, loop
+from qlora_dpo.training import run as run_module
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Job, fit
 from qlora_dpo.training.plan import make_plan
@@ -100,32 +102,43 @@ class Trained:
     card: str
     home: Path
     stopped: int
-    gpu: PretendedGPU
 
     def text(self, run: str, name: str) -> str:
         return (self.home / run / name).read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=["t4", "a10", "h100"])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    """`train`, on its own and stopped and resumed, on each kind of card."""
-    home = workplace.furnish(tmp_path_factory.mktemp(request.param), RECIPE)
+def train_stop_and_resume(card: str, home: Path) -> Trained:
+    """`train` on a pretended card, on its own and stopped and resumed."""
+    workplace.furnish(home, RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setattr(write, "draw", lambda *some: [])
-        with pretended_gpu(request.param) as gpu:
+        with pretended_gpu(card):
             assert main(["train", "tiny.toml", "-o", "whole"]) == 0
-        with pretended_gpu(request.param):
+        with pretended_gpu(card):
             stopped = main(["train", "tiny.toml", "-o", "resumed", "--max-hours", "1e-9"])
-        with pretended_gpu(request.param):
+        with pretended_gpu(card):
             assert main(["train", "tiny.toml", "-o", "resumed", "--resume"]) == 0
-        yield Trained(request.param, home, stopped, gpu)
+    return Trained(card, home, stopped)
 
 
-def test_a_run_that_was_stopped_ends_with_the_adapter_of_one_that_was_not(trained: Trained) -> None:
+def insist_on_one_adapter(trained: Trained) -> None:
     assert trained.stopped == INTERRUPTED
     whole, resumed = (trained.home / run / "adapter_model.safetensors" for run in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+@pytest.fixture(scope="module", params=["t4", "a10"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train_stop_and_resume(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_a_run_that_was_stopped_ends_with_the_adapter_of_one_that_was_not(trained: Trained) -> None:
+    insist_on_one_adapter(trained)
+
+
+def test_so_it_does_on_an_h100(tmp_path: Path) -> None:
+    insist_on_one_adapter(train_stop_and_resume("h100", tmp_path))
 
 
 @pytest.fixture
@@ -185,6 +198,40 @@ def test_merge_writes_a_model_that_agrees_with_the_adapter(on_the_card: Trained)
     assert found["kl"] < 1e-5
 
 
+def test_check_describes_the_card_and_says_that_the_run_fits(
+    on_the_card: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = CARDS[on_the_card.card]
+    assert main(["check", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cards"] == [f"{card.name}, capability {card.capability}, {card.total_bytes / 2**30:.1f} GiB"]
+    assert [each["yes"] for each in told["verdicts"] if each["what"] == "native bf16"] == [on_the_card.card != "t4"]
+    assert main(["check", "tiny.toml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"]["name"] == card.name
+
+
+def test_more_processes_than_cards_are_refused(on_the_card: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--processes", "2"]) == 2
+    told = "qlora-dpo: --processes 2: each takes a GPU, and this machine has 1; name at most 1\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_sweep_trains_on_one_base_in_the_card(on_the_card: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--set", "train.max_steps=1", "--set", "samples.prompts=0"]
+    assert main(["sweep", "tiny.toml", "--over", "lora.r=[4,2]", *settings, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["points"]
+    assert (first["state"], second["state"]) == ("finished", "finished")
+    peaks = [
+        max(
+            line["memory_bytes"]
+            for line in read(Path("adapters/tiny-sweep", each["name"], METRICS))
+            if "memory_bytes" in line
+        )
+        for each in (first, second)
+    ]
+    assert peaks[1] < peaks[0]  # a smaller rank, and nothing left of the first run
+
+
 # quantizations, kinds of adapters, and recomputation
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
@@ -234,6 +281,32 @@ def test_every_kind_of_adapter_learns_on_every_kind_of_base_what_it_learns_in_fl
     assert last["eval_loss"] == pytest.approx(in_float32(quantization, kind), rel=exactness)
     assert state.skipped_steps == 0
     assert gpu.products == {}  # one arithmetic for base, reference and policy: nothing goes through the fused kernel
+
+
+def test_an_8_bit_optimizer_learns_what_adamw_learns(tmp_path: Path) -> None:
+    tables = {"lora": {"r": 64}}  # smaller matrices keep their moments in 32 bits
+    expected = trained_here(tmp_path / "cpu", **tables).state.evals[-1]["eval_loss"]
+    with pretended_gpu("t4"):
+        state = trained_here(tmp_path / "t4", train={"optim": "adamw_8bit"}, **tables).state
+    assert state.evals[-1]["eval_loss"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path) -> None:
+    table = {"kind": "model", "name": jobs.source().name, "quantization": "none"}
+    with pretended_gpu("a10") as gpu:
+        whole, found = asking.ask_other, list[int]()
+
+        def ask_other(*arguments: Any, **keys: Any) -> Any:
+            before = gpu.memory.now
+            asked = whole(*arguments, **keys)
+            found.append(gpu.memory.now - before)
+            return asked
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "ask_other", ask_other)
+            state = trained_here(tmp_path, reference=table).state
+    assert found == [0]
+    assert state.evals[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)  # it is the base itself
 
 
 # losses
@@ -460,8 +533,8 @@ def test_the_planned_bytes_are_the_counted_ones(
 ) -> None:
     """All parts but two that nothing can count here: CUDA's context, and what fragmentation takes.
 
-    Rows hold one pair each, as long as the longest, with which the plan reckons; layouts are proved on short ones. In the
-    second step there is what the first has left to the optimizer.
+    Rows hold one pair each, as long as the longest, with which the plan reckons; layouts are proved on short ones. The
+    second step has what the first has left to the optimizer.
     """
     lines = (HOUSE_RULES / "train.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [row["chosen"][0]["content"] for row in map(json.loads, lines)]
@@ -480,16 +553,6 @@ def test_the_planned_bytes_are_the_counted_ones(
         with Tracker(tmp_path, 2) as tracker:
             run(prepared, what, here, tracker, None)
     planned = {name: each for name, each in memory.parts.items() if not name.startswith(("framework", "fragmentation"))}
-    print(
-        "PLAN",
-        gpu.memory.peak_at,
-        card,
-        quantization,
-        train,
-        sum(planned.values()) / gpu.memory.peak,
-        gpu.memory.peak,
-        planned,
-    )
     assert sum(planned.values()) == pytest.approx(gpu.memory.peak, rel=0.1)
 
 
