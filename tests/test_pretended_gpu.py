@@ -492,12 +492,12 @@ def limited(patch: pytest.MonkeyPatch, gpu: PretendedGPU, module: Any, name: str
             256,
             "evaluation after step 0: out of memory with rows of 256 tokens; rows of 128 from here on",
         ),
-        # rows of eight times those of a step, which here hold one pair each, be they of 32 tokens or of 16
+        # rows of eight times those of a step, which hold one pair each here, be they of 16 tokens or of 8
         (
             asking,
             "reference_logps",
-            32,
-            "reference pass: out of memory with rows of 256 tokens; rows of 128 from here on",
+            16,
+            "reference pass: out of memory with rows of 128 tokens; rows of 64 from here on",
         ),
     ],
     ids=["step", "evaluation", "reference"],
