@@ -110,6 +110,19 @@ def test_all_do_a_step_again_if_memory_runs_out_in_one(several: Together, alone:
         ]
 
 
+def test_all_go_on_with_the_reference_in_smaller_rows_if_memory_runs_out_in_one(
+    several: Together, tmp_path: Path
+) -> None:
+    expected = together.asked_out_of_memory(tmp_path)
+    assert (expected["computed"], expected["said"]) == (28, [])
+    found = [each["asked out of memory"] for each in several.found]
+    assert sum(each["computed"] for each in found) == 28
+    for each in found:
+        assert each["said"] == ["reference pass: out of memory with rows of 60 tokens; rows of 30 from here on"]
+        for one, other in zip(each["logps"], expected["logps"], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_the_reference_is_asked_in_shares_and_once(several: Together, tmp_path: Path) -> None:
     expected = together.asked_in_shares(tmp_path)
     assert expected["computed"] == 22

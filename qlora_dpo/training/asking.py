@@ -1,7 +1,7 @@
 """Finds the reference that a recipe names, asks it before the first step, and proves that the answers are its own."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import OFF, Held
 from qlora_dpo.preference.layout import choose_packing
 from qlora_dpo.preference.objective import needs_reference
-from qlora_dpo.preference.pack import Packing
+from qlora_dpo.preference.pack import Packing, micro_batches
 from qlora_dpo.preference.reference import (
     Store,
     asked_now,
@@ -35,6 +35,8 @@ from qlora_dpo.preference.reference import (
 )
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_reference import AdapterReference, EmaReference, ModelReference
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.fitting import as_it_fits
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.tracker import Tracker
 
@@ -173,9 +175,7 @@ def ask(what: Question, loaded: Model, tracker: Tracker) -> Asked:
     own = recipe.train.engine == "qlora_dpo"
     rides_along = recipe.train.num_train_epochs == 1 or not own
     now = picked(pairs, what.plan.indices(1)) if rides_along else what.beforehand
-    with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
-        for some in (now, what.heldout):
-            reference_logps(loaded.model, some, store, loaded.rows, what.device, advance, loaded.held)
+    compute_reference(what, loaded, now, tracker)
     asked = Asked(store.look_up(pairs), store.look_up(what.heldout))
     later = rides_along and own and bool(asked.train_P2.isnan().any())
     tracker.note(_counted(what, now) + (", the others along with the only step they are in" if later else ""))
@@ -183,14 +183,60 @@ def ask(what: Question, loaded: Model, tracker: Tracker) -> Asked:
     return asked
 
 
+def compute_reference(what: Question, loaded: Model, now: Sequence[EncodedPair], tracker: Tracker) -> None:
+    """Compute and keep what the store does not know of `now` and the held-out pairs, in smaller rows if memory runs
+    out; what was computed until then stays. Raises DoesNotFitError if smaller rows do not help.
+    """
+    # nothing of this state is kept but the rows that were found to fit
+    rows, state = replace(loaded, packing=loaded.rows), State(0, {}, {})
+    with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
+        for some in (now, what.heldout):
+            progress = _Progress(advance)
+
+            def work(here: Model, some: Sequence[EncodedPair] = some, progress: _Progress = progress) -> Tensor:
+                return reference_logps(
+                    here.model, some, what.store, here.packing, what.device, progress.anew(), here.held
+                )
+
+            as_it_fits("reference pass", work, rows, state, tracker.note)
+
+
+class _Progress:
+    """Tells how many pairs are known, each once, although a pass may begin anew and count them again."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance, self.told = advance, 0
+
+    def anew(self) -> Callable[[int], None]:
+        """What a pass counts with from its beginning."""
+        counted = 0
+
+        def count(pairs: int) -> None:
+            nonlocal counted
+            counted += pairs
+            if counted > self.told:
+                self.advance(counted - self.told)
+                self.told = counted
+
+        return count
+
+
 def _guard(what: Question, loaded: Model, answers_P2: Tensor) -> None:
     """Prove what the reference says of a few pairs: against the policy if both are the same, else against itself."""
     few = [what.train[i] for i in what.few]
     if what.recipe.starts_as_reference:
-        live_P2 = live_logps(loaded.model, few, loaded.packing, what.device)
+        live_P2 = _by_rows(loaded.model, few, loaded.packing, what.device)
         guard_first_loss(live_P2, answers_P2, getattr(what.recipe.objective, "beta", 0.1), what.device)
     else:
         guard_cached(asked_now(loaded.model, few, loaded.packing, what.device, loaded.held), answers_P2, what.device)
+
+
+def _by_rows(model: PeftModel, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Tensor:
+    """Log-probabilities (P, 2) of a few pairs by the model as it is now, in rows no larger than those of a step."""
+    live_P2 = torch.zeros(len(pairs), 2)
+    for group in micro_batches(pairs, packing):
+        live_P2[group] = live_logps(model, [pairs[index] for index in group], packing, device)
+    return live_P2
 
 
 def ask_other(
@@ -214,13 +260,11 @@ def ask_other(
         keep_freed_memory()
     packing, _ = choose_packing(model, joined([now, what.heldout]), what.recipe.train.row_tokens, pad_token_id, device)
     packing = replace(packing, counted=counted(what.recipe.objective))
-    with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
-        for some in (now, what.heldout):
-            reference_logps(model, some, what.store, packing, device, advance)
+    compute_reference(what, Model(model, packing, packing), now, tracker)
     tracker.note(f"{_counted(what, now)}; {named.other.name} is freed")
     asked = Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     few = [what.train[i] for i in what.few]
-    guard_cached(live_logps(model, few, packing, device), asked.train_P2[what.few], device)
+    guard_cached(_by_rows(model, few, packing, device), asked.train_P2[what.few], device)
     proved.add(what.store.folder)
     del model
     gc.collect()
