@@ -15,7 +15,7 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazily import joined, picked
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints, vocabulary_fingerprint
-from qlora_dpo.model.budget import keep_dense_if_it_fits, keep_freed_memory
+from qlora_dpo.model.budget import USABLE, free_bytes, keep_dense_if_it_fits, keep_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.saved_adapter import SavedAdapter, find_saved, insist_on_base
 from qlora_dpo.model.sources import Source, fetch
@@ -255,8 +255,8 @@ def ask_other(
         tracker.note(f"{_counted(what, now)}; {named.other.name} is not loaded again")
         return Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     model: Any = load_base(named.other, what.recipe.reference.model_table(), device)
+    keep_dense_if_it_fits(model, device, int(free_bytes(device) * USABLE / 2))  # the other half is for the pass
     if device.type == "cpu":
-        keep_dense_if_it_fits(model, device)
         keep_freed_memory()
     packing, _ = choose_packing(model, joined([now, what.heldout]), what.recipe.train.row_tokens, pad_token_id, device)
     packing = replace(packing, counted=counted(what.recipe.objective))
