@@ -83,7 +83,8 @@ def main() -> None:
 def _for_cards(asked: argparse.Namespace) -> None:
     """Print what `check` plans with rows, recomputed layers and dense weights as memory allows, 16 pairs a step."""
     print(
-        "| model | card | max_length | row, tokens | recomputed | kept dense | weights, GiB | a step, GiB | plan, GiB |"
+        "| model | card | max_length | row, tokens | recomputed | kept dense, GiB | weights, GiB | a step, GiB "
+        "| plan, GiB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for model, card, length in itertools.product(asked.models, asked.gpu, sorted(asked.lengths)):

@@ -19,21 +19,22 @@ from qlora_dpo.model import processes
 from qlora_dpo.model.budget import Kept, checkpointable
 from qlora_dpo.model.cards import CARDS
 from qlora_dpo.model.device import on_card
+from qlora_dpo.preference import layout
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable
 from qlora_dpo.training import checkpoint, run
 from qlora_dpo.training.checkpoint import State, folder_of
 from qlora_dpo.training.estimate import RESERVE, estimate
 from qlora_dpo.training.rows import (
-    Rows,
-    choose,
+    RowPlan,
+    choose_rows,
+    decisions,
     left_for_dense,
     needed,
     reference_bytes,
     reference_rows,
     row_sizes,
     step_bytes,
-    told,
 )
 from qlora_dpo.training.shapes import Load, Shapes, load_of, shapes_of
 from qlora_dpo.training.tracker import METRICS, Tracker, read
@@ -68,7 +69,7 @@ def table(**keys: Any) -> TrainTable:
 )
 def test_as_few_layers_as_needed_are_recomputed(free: int, layers: int) -> None:
     # 2,000 tokens: 80,000 bytes for none, 64,000 for two, 46,000 for three, each and a twentieth more
-    assert choose(shapes(), table(micro_batch_tokens=2000), 100, free) == Rows(2000, layers)
+    assert choose_rows(shapes(), table(micro_batch_tokens=2000), 100, free) == RowPlan(2000, layers)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +88,12 @@ def test_as_few_layers_as_needed_are_recomputed(free: int, layers: int) -> None:
 )
 def test_rows_are_halved_until_they_fit(free: int, longest: int, all_layers: bool, tokens: int) -> None:
     what = table(gradient_checkpointing=True if all_layers else "auto")
-    assert choose(shapes(), what, longest, free).tokens == tokens
+    assert choose_rows(shapes(), what, longest, free).tokens == tokens
     assert list(row_sizes(300)) == [2048, 1024, 512, 300]
 
 
 def test_only_where_the_smallest_rows_do_not_fit_layers_are_recomputed() -> None:
-    found = [choose(shapes(), table(), 700, free) for free in (95_573, 47_786, 32_667, 32_666, 0)]
+    found = [choose_rows(shapes(), table(), 700, free) for free in (95_573, 47_786, 32_667, 32_666, 0)]
     assert [(each.tokens, each.recomputed) for each in found] == [(1024, 0), (700, 0), (700, 0), (700, 2), (700, 4)]
 
 
@@ -101,8 +102,8 @@ def test_what_does_not_grow_with_the_tokens_counts_once() -> None:
     parts = step_bytes(shapes(head_copy=10_000), 2048, 0)
     assert parts["the output head in the compute dtype"] == 10_000
     assert parts["activations of 2,048 tokens, nothing recomputed"] == 40 * 2048
-    assert choose(shapes(head_copy=10_000), table(), 100, 95_574).tokens == 1024
-    assert choose(shapes(head_copy=10_000), table(), 100, 107_240).tokens == 2048
+    assert choose_rows(shapes(head_copy=10_000), table(), 100, 95_574).tokens == 1024
+    assert choose_rows(shapes(head_copy=10_000), table(), 100, 107_240).tokens == 2048
     assert "the output head in the compute dtype" not in step_bytes(shapes(), 2048, 0)
 
 
@@ -117,20 +118,20 @@ def test_what_does_not_grow_with_the_tokens_counts_once() -> None:
 )
 def test_the_recipe_or_memory_decides_and_it_is_said(asked: Any, free: int, recomputed: int, says: str) -> None:
     what, large = table(gradient_checkpointing=asked, micro_batch_tokens=512), shapes(head_tiles=2**31)
-    rows = choose(large, what, 100, free)
-    assert rows == Rows(512, recomputed)
-    assert told(large, what, rows, 100, free) == [f"a backward pass over 512 tokens needs 2.1 GiB, {says}"]
+    rows = choose_rows(large, what, 100, free)
+    assert rows == RowPlan(512, recomputed)
+    assert decisions(large, what, rows, 100, free) == [f"a backward pass over 512 tokens needs 2.1 GiB, {says}"]
 
 
 def test_why_rows_are_smaller_is_said_first() -> None:
     large = shapes(per_token=Kept(layer=2.0**18, layer_input=1.0))
-    rows = choose(large, table(), 100, 2**31)
-    assert told(large, table(), rows, 100, 2**31) == [
+    rows = choose_rows(large, table(), 100, 2**31)
+    assert decisions(large, table(), rows, 100, 2**31) == [
         "rows of 1,024 tokens, since 2,048 would need 2.1 GiB, and of 2.0 GiB left for a step 1.8 are planned with",
         "a backward pass over 1,024 tokens needs 1.1 GiB, 2.0 GiB are free: nothing is recomputed",
     ]
-    again = choose(large, table(), 100, 2**31, before=2048)
-    assert told(large, table(), again, 100, 2**31) == [
+    again = choose_rows(large, table(), 100, 2**31, before=2048)
+    assert decisions(large, table(), again, 100, 2**31) == [
         "rows of 2,048 tokens, as before",
         "a backward pass over 2,048 tokens needs 2.1 GiB, 2.0 GiB are free: 2 of 4 layers are recomputed",
     ]
@@ -153,8 +154,8 @@ def test_on_a_gpu_weights_are_kept_dense_only_beside_full_rows_of_which_nothing_
 @pytest.mark.parametrize(("of_token", "tokens"), [(1.0, 8 * 2048), (20.0, 4096), (40.0, 2048), (100.0, 2048)], ids=str)
 def test_the_reference_pass_has_rows_that_take_no_more_than_a_step_on_a_gpu(of_token: float, tokens: int) -> None:
     some = shapes(per_token=Kept(layer=10.0, layer_input=1.0, forward=of_token))
-    assert reference_rows(some, Rows(2048, 0), 100, T4) == tokens
-    assert reference_rows(some, Rows(2048, 0), 100, jobs.CPU) == 2048
+    assert reference_rows(some, RowPlan(2048, 0), 100, T4) == tokens
+    assert reference_rows(some, RowPlan(2048, 0), 100, jobs.CPU) == 2048
     assert (reference_bytes(some, tokens) <= needed(some, 2048, 0)) == (of_token <= 40)
 
 
@@ -172,6 +173,20 @@ def test_the_longest_pair_alone_is_as_long_as_it_is_laid_out() -> None:
     assert step < whole == found.reference
     assert load_of(side, few, jobs.recipe()).reference == step
     assert load_of(side, few, jobs.recipe(train={"num_train_epochs": 2})).reference == whole
+
+
+def test_a_layout_is_proved_in_rows_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, most, whole = jobs.pairs(8, longest_prompt=90, longest_answer=40), list[int](), layout.collate
+
+    def collate(some: Any, packing: Any) -> Any:
+        batch = whole(some, packing)
+        most.append(batch.input_ids_BL.numel() if len(some) > 1 else 0)  # a pair alone goes through whole
+        return batch
+
+    monkeypatch.setattr(layout, "collate", collate)
+    packing, _ = layout.choose_packing(jobs.base_model(), pairs, 200, jobs.PAD, jobs.CPU)
+    assert packing.backend == "spans" and 100 < max(most) <= 200
+    assert len(most) > 3 * 2  # padded, packed, and to see whether tokens mix
 
 
 @dataclass

@@ -12,7 +12,7 @@ from qlora_dpo.data.encoded import EncodedPair, sequence_tokens
 from qlora_dpo.model import attention
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import hidden_states, language_model, score
-from qlora_dpo.preference.pack import Packing, collate
+from qlora_dpo.preference.pack import Packing, collate, micro_batches
 
 PROVED_ON = 8
 """Pairs on which a layout is proved."""
@@ -23,19 +23,19 @@ def choose_packing(
 ) -> tuple[Packing, str]:
     """The layout for `pairs` and why; packed if the model gives every pair the log-probabilities it has padded.
 
-    The shortest pairs are tried with each backend, the device's own first.
+    The shortest pairs are tried with each backend, the device's own first, in rows within the budget.
     """
     padded = Packing(token_budget, pad_token_id, backend=None)
     if reason := attention.why_not(language_model(model), int(sequence_tokens(pairs).max())):
         return padded, f"padded batches, since {reason}"
     few = shortest(pairs, PROVED_ON)
-    expected_P2 = _logps(model, few, padded, device)
+    expected_P2 = logps_by_rows(model, few, padded, device)
     before = attention.use(language_model(model))
     failed = ""
     for backend in dict.fromkeys((device.attention, "batched")):
         packed = replace(padded, backend=backend)
         try:
-            found_P2 = _logps(model, few, packed, device)
+            found_P2 = logps_by_rows(model, few, packed, device)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             failed += f"{backend} fails ({str(error).splitlines()[0]}); "
             continue
@@ -56,13 +56,24 @@ def shortest(pairs: Sequence[EncodedPair], count: int) -> list[EncodedPair]:
 
 
 @torch.no_grad()
-def _logps(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Tensor:
-    scores = score(model, collate(pairs, packing).to(device.torch_device), device, metrics=False)
-    return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
+def logps_by_rows(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Tensor:
+    """Log-probabilities (P, 2) of a few pairs by the model as it is now, on the CPU, in rows within the budget."""
+    logps_P2 = torch.zeros(len(pairs), 2)
+    for group in micro_batches(pairs, packing):
+        some = [pairs[index] for index in group]
+        scores = score(model, collate(some, packing).to(device.torch_device), device, metrics=False)
+        logps_P2[group] = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
+    return logps_P2
+
+
+def _mixes(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> bool:
+    """True if a row of `pairs` mixes what it must keep apart."""
+    groups = micro_batches(pairs, packing)
+    return any(_mixes_row(model, [pairs[index] for index in group], packing, device) for group in groups)
 
 
 @torch.no_grad()
-def _mixes(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> bool:
+def _mixes_row(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> bool:
     """True if other tokens at the ends of every second span change the state of any token that does not see them.
 
     In 16 bits a leak can be smaller than the rounding of `_close`. Here the shapes are the same both times, so without

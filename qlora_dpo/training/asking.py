@@ -21,15 +21,14 @@ from qlora_dpo.model.saved_adapter import SavedAdapter, find_saved, insist_on_ba
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import OFF, Held
-from qlora_dpo.preference.layout import choose_packing
+from qlora_dpo.preference.layout import choose_packing, logps_by_rows
 from qlora_dpo.preference.objective import needs_reference
-from qlora_dpo.preference.pack import Packing, micro_batches
+from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import (
     Store,
     asked_now,
     guard_cached,
     guard_first_loss,
-    live_logps,
     reference_logps,
     store_folder,
 )
@@ -225,18 +224,10 @@ def _guard(what: Question, loaded: Model, answers_P2: Tensor) -> None:
     """Prove what the reference says of a few pairs: against the policy if both are the same, else against itself."""
     few = [what.train[i] for i in what.few]
     if what.recipe.starts_as_reference:
-        live_P2 = _by_rows(loaded.model, few, loaded.packing, what.device)
+        live_P2 = logps_by_rows(loaded.model, few, loaded.packing, what.device)
         guard_first_loss(live_P2, answers_P2, getattr(what.recipe.objective, "beta", 0.1), what.device)
     else:
         guard_cached(asked_now(loaded.model, few, loaded.packing, what.device, loaded.held), answers_P2, what.device)
-
-
-def _by_rows(model: PeftModel, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Tensor:
-    """Log-probabilities (P, 2) of a few pairs by the model as it is now, in rows no larger than those of a step."""
-    live_P2 = torch.zeros(len(pairs), 2)
-    for group in micro_batches(pairs, packing):
-        live_P2[group] = live_logps(model, [pairs[index] for index in group], packing, device)
-    return live_P2
 
 
 def ask_other(
@@ -264,7 +255,7 @@ def ask_other(
     tracker.note(f"{_counted(what, now)}; {named.other.name} is freed")
     asked = Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     few = [what.train[i] for i in what.few]
-    guard_cached(_by_rows(model, few, packing, device), asked.train_P2[what.few], device)
+    guard_cached(logps_by_rows(model, few, packing, device), asked.train_P2[what.few], device)
     proved.add(what.store.folder)
     del model
     gc.collect()

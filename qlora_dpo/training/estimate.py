@@ -10,9 +10,9 @@ from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_reference import EmaReference, ModelReference
 from qlora_dpo.training.rows import (
-    Rows,
+    RowPlan,
     adapter_bytes,
-    choose,
+    choose_rows,
     converted_bytes,
     left_for_dense,
     reference_bytes,
@@ -24,7 +24,7 @@ from qlora_dpo.training.shapes import Load, Shapes, shapes_of
 RESERVE = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
 """Bytes that the libraries take before the first step: on a GPU CUDA's context and cuBLAS; on a CPU what grows beside
 all tensors from a process that has read its data to one that has taken a step (benchmarks/README.md)."""
-REFERENCE = "reference pass, beyond what a step takes"
+BEYOND_A_STEP = "reference pass, beyond what a step takes"
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     else:
         beside = {"one layer's weights in the compute dtype": converted} if converted else {}
     # decided for a full row, also where a step has less
-    rows = choose(shapes, table, least, max(0, room - sum(beside.values())))
+    rows = choose_rows(shapes, table, least, max(0, room - sum(beside.values())))
     row = max(least, min(rows.tokens, load.step))
     step = step_bytes(shapes, row, rows.recomputed)
-    parts |= beside | step | {REFERENCE: _beyond(sum(step.values()), shapes, recipe, rows, load, device)} | reserve
+    parts |= beside | step | {BEYOND_A_STEP: _beyond(sum(step.values()), shapes, recipe, rows, load, device)} | reserve
     own, loading = 0, 0
     if device.type == "cpu":
         # what is read counts as the process's own as long as the file is mapped
@@ -100,7 +100,7 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     return Memory(parts, free, rows.recomputed, *told)
 
 
-def _beyond(step: int, shapes: Shapes, recipe: Recipe, rows: Rows, load: Load, device: Device) -> int:
+def _beyond(step: int, shapes: Shapes, recipe: Recipe, rows: RowPlan, load: Load, device: Device) -> int:
     """Bytes that the reference pass takes more than a step; 0 if it is computed along with steps, by another model that
     is gone by then, or not at all.
     """

@@ -22,7 +22,7 @@ LARGER = 8
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPlan:
     """Tokens of a row, and how many of the layers are recomputed in its backward pass."""
 
     tokens: int
@@ -31,7 +31,7 @@ class Rows:
     """Where these tokens come from, if neither from the recipe nor from ample memory."""
 
 
-def choose(shapes: Shapes, table: TrainTable, longest: int, free: int, before: int | None = None) -> Rows:
+def choose_rows(shapes: Shapes, table: TrainTable, longest: int, free: int, before: int | None = None) -> RowPlan:
     """The largest rows of which a step fits in `free` bytes, and as few recomputed layers as it needs for that.
 
     Rows are halved before a layer is recomputed, down to the `longest` pair alone, which goes through whole. A part of
@@ -43,10 +43,10 @@ def choose(shapes: Shapes, table: TrainTable, longest: int, free: int, before: i
     elif table.micro_batch_tokens == "auto":
         tokens, why = _fitting(shapes, table, longest, free)
     count = _recomputed(shapes, table.gradient_checkpointing, max(tokens, longest), free)
-    return Rows(tokens, count, why)
+    return RowPlan(tokens, count, why)
 
 
-def told(shapes: Shapes, table: TrainTable, rows: Rows, longest: int, free: int) -> list[str]:
+def decisions(shapes: Shapes, table: TrainTable, rows: RowPlan, longest: int, free: int) -> list[str]:
     """What was decided where so many bytes are free, in sentences."""
     tokens, layers = max(rows.tokens, longest), shapes.layers
     needs = f"a backward pass over {tokens:,} tokens needs {needed(shapes, tokens, 0) / 2**30:.1f} GiB"
@@ -128,7 +128,7 @@ def reference_bytes(shapes: Shapes, tokens: int) -> int:
     return math.ceil((body + shapes.head_copy + shapes.head_tiles) * (1 + FRAGMENTATION))
 
 
-def reference_rows(shapes: Shapes, rows: Rows, longest: int, device: Device) -> int:
+def reference_rows(shapes: Shapes, rows: RowPlan, longest: int, device: Device) -> int:
     """Tokens of the rows of the reference pass: on a GPU up to eight times more, as many as a step's bytes hold.
 
     A CPU gains nothing from larger rows, which leave its cache (benchmarks/README.md).

@@ -54,15 +54,18 @@ from qlora_dpo.training.loop import Ask, Job, fit, peak_bytes
 from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.rows import (
     adapter_bytes,
-    choose,
+    choose_rows,
     converted_bytes,
+    decisions,
     left_for_dense,
     reference_rows,
-    told,
 )
 from qlora_dpo.training.shapes import Load as MostTokens
 from qlora_dpo.training.shapes import Shapes, load_of, shapes_of
 from qlora_dpo.training.tracker import Tracker
+
+PROBED = 128
+"""Tokens of a prompt's end and of an answer's beginning on which it is proved that the base is the base."""
 
 
 @dataclass
@@ -246,8 +249,10 @@ def load_for(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[
         keep_freed_memory()
     packing, why = choose_packing(base, pairs, table.row_tokens, pad, device)
     say(f"layout: {why}")
-    (probed,) = shortest(pairs, 1)  # its logits exist whole: 1.2 GiB for 2,048 tokens and 152k words
-    return Base(base, packing, probed, probe(base, probed, device), dense)
+    (probed,) = shortest(pairs, 1)
+    # its logits exist whole: 0.15 GiB for 256 tokens and 152k words; until the proof they lie on the CPU
+    probed = replace(probed, prompt=probed.prompt[-PROBED:], chosen=probed.chosen[:PROBED])
+    return Base(base, packing, probed, probe(base, probed, device).cpu(), dense)
 
 
 def _shapes(prepared: Prepared, recipe: Recipe, device: Device) -> tuple[Shapes, MostTokens]:
@@ -272,7 +277,8 @@ def _with_adapter(
         say(shard.share_out(model, device))
     for sentence in prepared.named.notes:
         say(sentence)
-    guard_adapter(model, base.before_LV, base.probed, packing, device, fresh=prepared.named.start is None)
+    before_LV = base.before_LV.to(device.torch_device)
+    guard_adapter(model, before_LV, base.probed, packing, device, fresh=prepared.named.start is None)
     rows = packing
     if own:
         packing, rows = _as_memory_allows(model, base, prepared, recipe, device, say, before)
@@ -296,8 +302,8 @@ def _as_memory_allows(
     to_come = 4 * shapes.trained + shapes.optimizer + (0 if base.dense else converted_bytes(shapes, recipe, device))
     longest, free = most.alone(padded=base.packing.backend is None), max(0, free_bytes(device) - to_come)
     free = processes.least(free)  # so that all have the same rows
-    chosen = choose(shapes, recipe.train, longest, free, before)
-    for sentence in told(shapes, recipe.train, chosen, longest, free):
+    chosen = choose_rows(shapes, recipe.train, longest, free, before)
+    for sentence in decisions(shapes, recipe.train, chosen, longest, free):
         say(f"memory: {sentence}")
     checkpoint(model, chosen.recomputed)
     asked = reference_rows(shapes, chosen, longest, device)
