@@ -535,7 +535,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 @pytest.mark.parametrize(
     ("card", "quantization", "train"),
-    [("t4", "nf4", {}), ("a10", "int8", {}), ("a10", "none", {"gradient_checkpointing": True})],
+    [("t4", "nf4", {}), ("t4", "none", {"gradient_checkpointing": True}), ("a10", "int8", {})],
 )
 def test_the_planned_bytes_are_the_counted_ones(
     card: str, quantization: str, train: dict[str, Any], deep: Source, tmp_path: Path
@@ -547,7 +547,7 @@ def test_the_planned_bytes_are_the_counted_ones(
     """
     lines = (HOUSE_RULES / "train.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [row["chosen"][0]["content"] for row in map(json.loads, lines)]
-    long = {"prompt": " ".join(texts[:4]), "chosen": " ".join(texts[4:7]), "rejected": " ".join(texts[7:10])}
+    long = {"prompt": " ".join(texts[:5]), "chosen": " ".join(texts[5:9]), "rejected": " ".join(texts[9:13])}
     short = [{"prompt": "What now?", "chosen": text[:9], "rejected": text[-9:]} for text in texts[:8]]
     for name, rows in (("train", [long, long]), ("eval", short)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
