@@ -16,11 +16,12 @@ from transformers import LlamaConfig, Qwen2Config
 from qlora_dpo.cli.memory_lines import by_part
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model import budget
-from qlora_dpo.model.base import keep_dense, load_base
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.cards import CARDS
 from qlora_dpo.model.device import Device, on_card
 from qlora_dpo.model.live import Live
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source, without_weights
 from qlora_dpo.preference.logps import hidden_states, score
 from qlora_dpo.preference.pack import Packing, collate
