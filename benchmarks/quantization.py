@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
-from qlora_dpo.model.base import load_base, load_tokenizer, quantized_layers
+from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import choose
+from qlora_dpo.model.quantized import quantized_layers
 from qlora_dpo.model.sources import fetch
 from qlora_dpo.recipe_model import QUANTIZED
 from qlora_dpo.training.agreement import measure

@@ -33,10 +33,11 @@ from qlora_dpo.cli.quiet import silence
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device
-from qlora_dpo.model.base import keep_dense, load_base, load_tokenizer
+from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.budget import checkpoint, checkpointable, keep_freed_memory
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective

@@ -17,7 +17,7 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.manifest import MANIFEST, damage, write_manifest
-from qlora_dpo.model import base, copies, device, sources
+from qlora_dpo.model import base, copies, device, dora, sources
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source
@@ -145,6 +145,7 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(
             f"{folder}: {len(misplaced)} tensors do not fit the base, for example {printable(min(misplaced))}"
         )
+    dora.use_exact_norms(peft)
     return peft.eval()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.model import base, device, lora, sources
+from qlora_dpo.model.quantized import dequantized
 from qlora_dpo.recipe import LoadedRecipe, Recipe
 from qlora_dpo.recipe_model import Quantization
 
@@ -74,7 +75,7 @@ def save_adapter(
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             b.data = torch.randn(b.shape, generator=generator)
             inner = module.get_base_layer()
-            weight = base.dequantized(inner) if quantization != "none" else inner.weight
+            weight = dequantized(inner) if quantization != "none" else inner.weight
             b.data *= size * weight.norm() / (3 * (b @ a).norm())
     adapter.save_adapter(folder, model, base.load_tokenizer(source), source)
     run = {"name": folder.name, "base": {"fingerprint": source.fingerprint}}

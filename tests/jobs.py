@@ -13,10 +13,11 @@ from peft import PeftModel
 
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.model import attention, device, sources
-from qlora_dpo.model.base import keep_dense, load_base
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store, reference_logps

@@ -211,10 +211,20 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
-    "model/int8.py": [
+    "model/quantized.py": [
         ("(state.SCB.float() / 127)", "(state.SCB.float() / 128)", "test_quantizations.py"),
-        ("return slope @ _weight(ctx.layer, slope.dtype), None", "return slope, None", "test_quantizations.py"),
-        ("            layer.forward = partial(_forward, layer)", "            pass", "test_quantizations.py"),
+        (
+            "return gradient @ dense_weight(ctx.layer, gradient.dtype), None",
+            "return gradient, None",
+            "test_quantizations.py",
+        ),
+        ("        layer.forward = partial(_forward, layer)", "        pass", "test_quantizations.py"),
+        ("    wanted.dtype = dtype\n", "", "test_base.py"),
+    ],
+    "model/dora.py": [
+        ("alpha=scaling)", "alpha=1.0)", "test_dora.py"),
+        ("(scale_O - 1) * base_TO", "scale_O * base_TO", "test_dora.py"),
+        ("added_TO.to(whole_TO.dtype)", "added_TO", "test_dora.py"),
     ],
     "model/copies.py": [
         ('each == name or each.endswith(f".{name}")', "each.endswith(name)", "test_copies.py"),

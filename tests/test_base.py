@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import device
-from qlora_dpo.model.base import dequantized, linear4bit_layers, load_base, load_tokenizer
+from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers
 from qlora_dpo.model.sources import Source
 from qlora_dpo.recipe_model import ModelTable
 
@@ -91,13 +92,35 @@ def test_no_forward_pass_changes_or_repacks_a_4_bit_weight(source: Source) -> No
 def test_without_the_guard_this_cpu_repacks_a_weight_and_reading_it_back_is_refused(source: Source) -> None:
     model = loaded(source)
     layer = next(iter(linear4bit_layers(model).values()))
-    layer.support_avx512bf16_for_cpu = True  # what keep_weights_in_place switched off
+    layer.support_avx512bf16_for_cpu = True  # what compute_with_dequantized_weights switched off
+    del layer.forward  # bitsandbytes' own
     with torch.no_grad():
         model(IDS)
     assert state_of(layer).packing_format_for_cpu
     with pytest.raises(ModelError) as raised:
         dequantized(layer)
     assert str(raised.value) == "a 4-bit weight was repacked for this CPU and cannot be read back; load the base again"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dequantizing_into_16_bits_rounds_the_float32_weight_once(source: Source, dtype: torch.dtype) -> None:
+    for layer in linear4bit_layers(loaded(source)).values():
+        assert torch.equal(dense_weight(layer, dtype), dequantized(layer).to(dtype))
+
+
+def test_a_4_bit_layer_never_computes_by_bitsandbytes_own_product(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(source)
+    expected = model(IDS).logits
+    monkeypatch.setattr(bnb, "matmul_4bit", None)
+    for layer in linear4bit_layers(model).values():
+        inputs = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        dense = torch.nn.functional.linear(inputs, dequantized(layer), layer.bias)
+        assert torch.equal(layer(inputs), dense)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(inputs).dtype == torch.bfloat16
+    assert torch.equal(model(IDS).logits, expected)
 
 
 def test_reading_back_leaves_the_layer_as_it_was(source: Source) -> None:

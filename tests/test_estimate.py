@@ -126,8 +126,8 @@ def test_the_half_billion_on_a_t4_is_a_worked_number(tmp_path: Path) -> None:
     four_bits = 24 * sum(n // 2 + 64 + n // 64 + -(-n // 64 // 256) * 4 + 1024 + 4 for n in elements)
     assert found.parts["4-bit weights of 168 layers"] == four_bits
     biases = 24 * (896 + 128 + 128) * 2  # in the compute dtype, which is fp16
-    others = found.parts["embeddings and what else is not quantized, float32"]
-    assert others == (151_936 * 896 + (2 * 24 + 1) * 896) * 4 + biases
+    others = found.parts["embeddings and what else is not quantized, float32, embeddings fp16"]
+    assert others == 151_936 * 896 * 2 + (2 * 24 + 1) * 896 * 4 + biases
     assert found.parts["LoRA, float32"] == found.parts["its gradients, float32"] == 4 * found.trained
     assert found.parts["optimizer state (adamw_torch)"] == 8 * found.trained
     assert sum(found.parts.values()) == found.needed < 5 * 2**30
@@ -182,7 +182,7 @@ def test_live_bytes_are_those_of_tensors_that_exist() -> None:
 def test_less_memory_recomputes_more_layers_until_it_does_not_fit(tmp_path: Path) -> None:
     source = folder(tmp_path, half_billion(layers=6))
     what = jobs.recipe("nf4", train={"micro_batch_tokens": 2048}, model={"dtype": "auto"})
-    found = [estimate(source, what, T4, Load(512, 10**6), size * 2**20) for size in (2400, 2200, 2000, 1900)]
+    found = [estimate(source, what, T4, Load(512, 10**6), size * 2**20) for size in (2000, 1700, 1500, 1400)]
     assert [each.fits for each in found] == [True, True, True, False]
     none, some, every, still = (each.recomputed for each in found)
     assert none == 0 < some < every == still == 6
@@ -192,7 +192,7 @@ def test_less_memory_recomputes_more_layers_until_it_does_not_fit(tmp_path: Path
 def test_less_memory_makes_rows_smaller_before_it_recomputes_a_layer(tmp_path: Path) -> None:
     source, load = folder(tmp_path, half_billion(layers=6)), Load(512, 10**6)
     what = jobs.recipe("nf4", train={"micro_batch_tokens": "auto"}, model={"dtype": "auto"})
-    found = [estimate(source, what, T4, load, size * 2**20) for size in (2400, 2200, 1800, 1700, 1600)]
+    found = [estimate(source, what, T4, load, size * 2**20) for size in (2000, 1500, 1300, 1200, 1100)]
     assert [(each.row, bool(each.recomputed), each.fits) for each in found] == [
         (2048, False, True), (1024, False, True), (512, False, True), (512, True, True), (512, True, False)
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def test_less_memory_makes_rows_smaller_before_it_recomputes_a_layer(tmp_path: P
     # where the recipe has all layers recomputed, larger rows fit
     table = {"micro_batch_tokens": "auto", "gradient_checkpointing": True}
     every = jobs.recipe("nf4", model={"dtype": "auto"}, train=table)
-    assert estimate(source, every, T4, load, 2200 * 2**20).row == 2048
+    assert estimate(source, every, T4, load, 1500 * 2**20).row == 2048
 
 
 def test_what_would_make_a_plan_fit_is_tried_and_told_with_its_need(tmp_path: Path) -> None:
@@ -226,11 +226,11 @@ def test_where_one_change_is_not_enough_several_are_told_together(tmp_path: Path
     source, load = folder(tmp_path, half_billion(layers=6)), Load(512, 10**6)
     train = {"micro_batch_tokens": 8192, "gradient_checkpointing": False}
     what = jobs.recipe("none", train=train, model={"dtype": "auto"}, data={"max_length": 512})
-    (way,) = ways_to_fit(source, what, T4, load, 1800 * 2**20)
+    (way,) = ways_to_fit(source, what, T4, load, 1300 * 2**20)
     assert way.lines == (
         'train.gradient_checkpointing = "auto"', "train.micro_batch_tokens = 512", 'model.quantization = "nf4"'
     )  # fmt: skip
-    assert way.needed <= 1800 * 2**20
+    assert way.needed <= 1300 * 2**20
     assert ways_to_fit(source, what, T4, load, 2**20) == ()
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import RunError
-from qlora_dpo.model.base import dequantized, linear4bit_layers
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.quantized import dequantized, linear4bit_layers
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import collate, micro_batches

@@ -21,8 +21,8 @@ from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy import shards
 from qlora_dpo.deploy.card import Onto
 from qlora_dpo.errors import ModelError, RunError
-from qlora_dpo.model.base import dequantized, linear4bit_layers
 from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.model.quantized import dequantized, linear4bit_layers
 from qlora_dpo.training.agreement import measure
 from qlora_dpo.training.yardstick import SENTENCES, texts_for
 

@@ -18,18 +18,11 @@ from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy.card import sum_in_words
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model.base import (
-    dense_weight,
-    dequantized,
-    linear4bit_layers,
-    load_base,
-    load_tokenizer,
-    quantization_of,
-    quantized_layers,
-)
+from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.budget import dense_bytes
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import adapter_off, attach
+from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantization_of, quantized_layers
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import guard_adapter, probe, store_folder

@@ -23,7 +23,7 @@ from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import whole_folder, write_json, write_whole
 from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import device
-from qlora_dpo.model.base import quantization_of, quantized_layers
+from qlora_dpo.model.quantized import quantization_of, quantized_layers
 from qlora_dpo.recipe_model import Quantization
 from qlora_dpo.run_folder import CONFIG
 

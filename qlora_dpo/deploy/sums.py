@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qlora_dpo.model.base import dequantized, quantization_of, quantized_layers
+from qlora_dpo.model.quantized import dequantized, quantization_of, quantized_layers
 
 
 def changed_layers(model: Any) -> dict[str, nn.Module]:

@@ -4,18 +4,19 @@ import hashlib
 import json
 from typing import Any, assert_never
 
-import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model import int8, processes
+from qlora_dpo.model import processes
+from qlora_dpo.model.cast_output import CastOutput
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.quantized import compute_with_dequantized_weights
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe_model import ModelTable, Quantization
+from qlora_dpo.recipe_model import ModelTable
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -48,7 +49,9 @@ def vocabulary_fingerprint(tokenizer: Any) -> str:
 
 
 def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedModel:
-    """Load the base onto `device`, frozen, in evaluation mode: linear layers quantized, the rest in `weight_dtype`."""
+    """Load the base onto `device`, frozen, in evaluation mode: linear layers quantized, embeddings and output head in
+    `embedding_dtype`, the rest in `weight_dtype`.
+    """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -59,8 +62,8 @@ def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedMo
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
-    keep_weights_in_place(model)
-    int8.compute_with_dequantized_weights(model)
+    compute_with_dequantized_weights(model)
+    store_embeddings(model, device)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
@@ -85,77 +88,16 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def keep_weights_in_place(model: nn.Module) -> None:
-    """Stop bitsandbytes from changing a 4-bit layer in its first forward.
-
-    On CPUs with AVX512-BF16 it would repack the weights: dequantizing, merging and later gradients would then silently
-    read garbage. On every device it would cast the bias to the compute dtype, which is done here instead.
-    """
-    for layer in linear4bit_layers(model).values():
-        layer.support_avx512bf16_for_cpu = False
-        if layer.bias is not None:
-            layer.bias.data = layer.bias.data.to(layer.compute_dtype)
-
-
-def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
-    """All 4-bit layers of `model` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-
-
-def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """All 4-bit and 8-bit layers of `model` by name."""
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def quantization_of(model: nn.Module) -> Quantization:
-    """How the linear layers of `model` are stored."""
-    layer: Any = next(iter(quantized_layers(model).values()), None)
-    if layer is None:
-        return "none"
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        return "int8"
-    return "fp4" if layer.weight.quant_type == "fp4" else "nf4"
-
-
-def keep_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep every linear weight in `dtype` beside its quantized or wider form, so that it is made once."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype:
-            layer.dense_weight = dense_weight(layer, dtype)
-
-
-@torch.no_grad()
-def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The layer's weight (out, in) in `dtype`, as bitsandbytes or autocast would make it for a product."""
-    kept: Tensor | None = getattr(layer, "dense_weight", None)
-    if kept is not None and kept.dtype == dtype:
-        return kept
-    weight: Any = layer.weight
-    if isinstance(layer, bnb.nn.Linear4bit):
-        # a weight that was gathered from its shards has no state of its own
-        state = getattr(weight, "quant_state", None) or layer.quant_state
-        weight = bnb.functional.dequantize_4bit(weight.data, state)
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        weight = int8.dense(layer)
-    dense: Tensor = weight.to(dtype)
-    return dense
-
-
-def dequantized(layer: nn.Linear) -> Tensor:
-    """The layer's weight as trained against, (out, in) in float32; raises ModelError if it was repacked."""
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        return int8.dense(layer)
-    weight: Any = layer.weight
-    state = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ModelError("a 4-bit weight was repacked for this CPU and cannot be read back; load the base again")
-    kept, state.dtype = state.dtype, torch.float32
-    try:
-        dense: Tensor = bnb.functional.dequantize_4bit(weight.data, state)
-        return dense.float()
-    finally:
-        state.dtype = kept
+def store_embeddings(model: PreTrainedModel, device: Device) -> None:
+    """Store input embeddings and output head in `embedding_dtype`; what the embeddings return is still as wide."""
+    if device.embedding_dtype == device.weight_dtype:
+        return
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embeddings) is nn.Embedding:  # others compute with their weight, for instance scale it
+        embeddings.weight.data = embeddings.weight.data.to(device.embedding_dtype)
+        embeddings.register_forward_hook(CastOutput(device.weight_dtype))
+    if type(head) is nn.Linear:
+        head.weight.data = head.weight.data.to(device.embedding_dtype)
 
 
 def _first_line(error: Exception) -> str:

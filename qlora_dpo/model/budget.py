@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_dpo.model import processes
-from qlora_dpo.model.base import keep_dense
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.quantized import keep_dense
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, as malloc.h numbers them."""

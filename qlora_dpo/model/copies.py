@@ -5,10 +5,11 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.errors import RecipeError
+from qlora_dpo.model.cast_output import CastOutput, casts_output
 
 
 def names(base: PreTrainedModel, asked: Sequence[str]) -> list[str]:
@@ -79,15 +80,7 @@ def keep_output_dtypes(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and not isinstance(module.original_module, nn.LayerNorm):
+            if casts_output(copy_of(module)):  # as its original does
+                continue
             dtype = next(module.original_module.parameters()).dtype
-            copy_of(module).register_forward_hook(_Cast(dtype))
-
-
-class _Cast:
-    """A forward hook that converts a module's output."""
-
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.to(self.dtype)
+            copy_of(module).register_forward_hook(CastOutput(dtype))

@@ -39,9 +39,6 @@ def make_lean(model: nn.Module, dtype: torch.dtype) -> str:
             module.forward = partial(_mlp, module.forward, into, down)
         elif _computes_as(module, LlamaRMSNorm):
             module.forward = partial(_norm, module, module.forward)
-        elif isinstance(module, bnb.nn.Linear4bit) and hasattr(module, "dense_weight"):
-            # beside an adapter on some layers only; without a kept weight bitsandbytes' own function keeps less
-            module.forward = partial(_base, module, dtype)
     others = ", ".join(sorted(set(filter(None, reasons.values()))))
     words = f"lora: {len(plain)} of {len(layers)} layers in one function"
     return f"{words}, the others by PEFT: {others}" if others else words
@@ -101,7 +98,7 @@ def _linear(layer: Any, group: Group, input_TI: Tensor) -> Tensor:
         peft: Tensor = type(layer).forward(layer, input_TI)
         return peft
     if layer.disable_adapters:
-        return _base(layer.get_base_layer(), group.dtype, input_TI)
+        return products.base_output(layer.get_base_layer(), group.dtype, input_TI.to(group.dtype))
     version, waiting = getattr(input_TI, "_lean_outputs", (-1, {}))
     if id(layer) not in waiting or version != input_TI._version:
         waiting = dict(zip(map(id, group.layers), products.linear(input_TI, group), strict=True))
@@ -126,7 +123,3 @@ def _norm(norm: Any, own: Callable[[Tensor], Tensor], input_TD: Tensor) -> Tenso
     if not input_TD.requires_grad or norm.weight.requires_grad:
         return own(input_TD)
     return products.norm(input_TD, own, norm.weight, norm.variance_epsilon)
-
-
-def _base(base: Any, dtype: torch.dtype, input_TI: Tensor) -> Tensor:
-    return products.base_output(base, dtype, input_TI.to(dtype)).to(products.output_dtype(base, input_TI, dtype))

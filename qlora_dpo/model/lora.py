@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model import copies
+from qlora_dpo.model import copies, dora
 from qlora_dpo.recipe_model import LoraTable
 
 
@@ -49,6 +49,8 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     copies.keep_output_dtypes(model)
+    dora.use_exact_norms(model)
+    dora.reset_magnitudes(model)
     result: PeftModel = model
     return result
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from qlora_dpo.model.base import dense_weight
+from qlora_dpo.model.quantized import dense_weight
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,12 @@ def base_output(base: Any, dtype: torch.dtype, x_TI: Tensor) -> Tensor:
     return nn.functional.linear(x_TI, dense_weight(base, dtype), bias)
 
 
-def output_dtype(base: Any, input_TI: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What the layer would give without us, so that the base stays the same to the last bit.
-
-    bitsandbytes gives back the dtype it was given, a dense layer under autocast that of the product.
-    """
-    return input_TI.dtype if isinstance(base, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) else dtype
-
-
 def _ranks(b_Or: Sequence[Tensor]) -> list[int]:
     return [own_Or.shape[1] for own_Or in b_Or]
 
 
 def linear(input_TI: Tensor, group: Group) -> tuple[Tensor, ...]:
-    """W x + b + scaling * B A x of each layer of `group`, in the dtype that the layer would give."""
+    """W x + b + scaling * B A x of each layer of `group`, in the dtype of the products."""
     outputs: tuple[Tensor, ...] = _LeanLinear.apply(input_TI, group, *group.adapters)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -121,10 +112,7 @@ class _LeanLinear(torch.autograd.Function):
             outputs, low_TR = group.outputs(x_TI, joined)
         ctx.save_for_backward(x_TI, low_TR, *joined)
         ctx.group, ctx.input = group, (shape, input_TI.dtype)
-        return tuple(
-            output_TO.view(*shape[:-1], -1).to(output_dtype(layer.get_base_layer(), input_TI, group.dtype))
-            for layer, output_TO in zip(group.layers, outputs, strict=True)
-        )
+        return tuple(output_TO.view(*shape[:-1], -1) for output_TO in outputs)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,12 +143,11 @@ class _LeanGated(torch.autograd.Function):
         joined_into, joined_down = into.joined(adapters[:4]), down.joined(adapters[4:])
         with torch.autocast(x_TI.device.type, enabled=False):
             (gate_TO, up_TO), low_TR = into.outputs(x_TI, joined_into)
-            wide = output_dtype(into.layers[0].get_base_layer(), input_TI, into.dtype)
-            gated_TO = nn.functional.silu(gate_TO.to(wide)).mul_(up_TO).to(down.dtype)
+            gated_TO = nn.functional.silu(gate_TO).mul_(up_TO)
             (output_TI,), low_Tr = down.outputs(gated_TO, joined_down)
         ctx.save_for_backward(x_TI, gate_TO, up_TO, low_TR, low_Tr, *joined_into, *joined_down)
         ctx.groups, ctx.input = (into, down), (shape, input_TI.dtype)
-        return output_TI.view(shape).to(output_dtype(down.layers[0].get_base_layer(), input_TI, down.dtype))
+        return output_TI.view(shape)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:

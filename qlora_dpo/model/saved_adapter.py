@@ -19,7 +19,7 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import sha256_of
 from qlora_dpo.manifest import MANIFEST, damage
-from qlora_dpo.model import copies
+from qlora_dpo.model import copies, dora
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source, fingerprint
 from qlora_dpo.recipe_model import LoraTable, ModelTable
@@ -161,6 +161,7 @@ def opened_by_peft(base: PreTrainedModel, saved: SavedAdapter) -> Iterator[nn.Mo
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{saved.folder}: the adapter cannot be attached to its base: {printable(first)}") from error
+    dora.use_exact_norms(opened)
     try:
         yield opened.eval()
     finally:

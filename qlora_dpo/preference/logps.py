@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qlora_dpo.model.base import dense_weight
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference.objective import Columns, Logps
 from qlora_dpo.preference.pack import MicroBatch
 

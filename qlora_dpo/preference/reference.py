@@ -55,7 +55,7 @@ def store_folder(
     Learning rate, rank, seed, beta and the run's name have no part in it at all.
     """
     key = {
-        "format": 1,
+        "format": 2,  # 1: before quantized layers returned the compute dtype
         "base": source.fingerprint,
         "quantization": table.quantization,
         "double_quant": table.double_quant and table.quantization in ("nf4", "fp4"),

@@ -10,9 +10,9 @@ from torch import nn
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import processes
-from qlora_dpo.model.base import dense_weight
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference import shares
 from qlora_dpo.preference.logps import hidden_states, language_model
 from qlora_dpo.preference.pack import Packing, collate, micro_batches

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dpo.data.encoded import EncodedPair, lengths
-from qlora_dpo.model import attention, int8
-from qlora_dpo.model.base import keep_dense, keep_weights_in_place
+from qlora_dpo.model import attention
 from qlora_dpo.model.budget import give_back_freed_memory, keep_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
+from qlora_dpo.model.quantized import compute_with_dequantized_weights, keep_dense
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.logps import STATES_AT_ONCE, hidden_states, score
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
@@ -143,8 +143,7 @@ def _quantize(base: Any, table: ModelTable, device: Device) -> None:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) and layer is not head:
                 setattr(parent, name, _stored(layer, table, device).requires_grad_(False).eval())
-    keep_weights_in_place(base)
-    int8.compute_with_dequantized_weights(base)
+    compute_with_dequantized_weights(base)
 
 
 def _stored(layer: nn.Linear, table: ModelTable, device: Device) -> nn.Module:

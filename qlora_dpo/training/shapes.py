@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, assert_never
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import nn
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention, budget
+from qlora_dpo.model.base import store_embeddings
 from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
@@ -139,6 +139,7 @@ def on_meta(source: Source, device: Device) -> Any:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=device.weight_dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _unknown(source) from error
+    store_embeddings(model, device)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
@@ -157,7 +158,10 @@ def _unknown(source: Source) -> ModelError:
 def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
     """Bytes of the base's weights as they are loaded: quantized layers, and the rest."""
     everything = sum(each.numel() * each.dtype.itemsize for each in base.parameters())
-    stored = {torch.float32: "float32", torch.bfloat16: "bf16"}[device.weight_dtype]
+    names = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    stored = names[device.weight_dtype]
+    if device.embedding_dtype != device.weight_dtype:
+        stored += f", embeddings {names[device.embedding_dtype]}"
     if table.quantization == "none":
         return {f"weights, {stored}": everything}
     linear = _linear(base)
@@ -211,7 +215,7 @@ def _like(load: Load) -> list[EncodedPair]:
 
 
 def stand_in(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> None:
-    """Let linear layers on meta give what quantized ones would: an output in the dtype of their input.
+    """Let linear layers on meta return what quantized ones would: an output in the compute dtype.
 
     Each has its weight in the compute dtype beside it: what is converted on the way is another part of the plan.
     """
@@ -219,17 +223,13 @@ def stand_in(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> 
         if layer.weight.dtype != device.torch_dtype or table.quantization != "none":
             layer.dense_weight = layer.weight.data.to(device.torch_dtype)
         if table.quantization != "none":
-            layer.__class__ = bnb.nn.Linear4bit  # what the code asks for; a real one has its weight packed
             layer.forward = partial(_as_quantized, layer)  # type: ignore[method-assign]
 
 
 def _as_quantized(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = nn.functional.linear(
-        input_TI.to(layer.dense_weight.dtype),
-        layer.dense_weight,
-        None if layer.bias is None else layer.bias.to(layer.dense_weight.dtype),
-    )
-    return output.to(input_TI.dtype)
+    weight_OI: torch.Tensor = layer.dense_weight
+    bias = None if layer.bias is None else layer.bias.to(weight_OI.dtype)
+    return nn.functional.linear(input_TI.to(weight_OI.dtype), weight_OI, bias)
 
 
 def kept_per_token(

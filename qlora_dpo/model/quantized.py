@@ -1,0 +1,129 @@
+"""Quantized linear layers that compute with their dequantized weights: in training, evaluation and chat alike.
+
+bitsandbytes' own layers do otherwise. On a GPU a 4-bit layer sends few tokens (up to 64 on a T4, 32 on an H200) through
+a fused kernel that rounds otherwise than dequantizing and multiplying. An 8-bit layer rounds its inputs to 8 bits too,
+on a CPU in evaluation only, and an outlier in one row decides how every other row is rounded. Reference, policy and
+merged model would be different models, and answers in one packed row would depend on each other.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from qlora_dpo.errors import ModelError
+from qlora_dpo.recipe_model import Quantization
+
+
+def compute_with_dequantized_weights(model: nn.Module) -> None:
+    """Let every quantized layer multiply with its dequantized weight, in the dtype of autocast or of its input.
+
+    What a layer returns has that dtype too, as with a dense layer under autocast: nothing is converted back to a wider
+    input's dtype.
+
+    bitsandbytes itself would change a 4-bit layer in its first forward pass. On CPUs with AVX512-BF16 it repacks the
+    weight, and dequantizing, merging and later gradients then silently read garbage. On every device it casts the bias
+    to the compute dtype, which is done here instead.
+    """
+    for layer in quantized_layers(model).values():
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+        else:
+            layer.support_avx512bf16_for_cpu = False
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.to(layer.compute_dtype)
+        layer.forward = partial(_forward, layer)
+
+
+def _forward(layer: Any, inputs: Tensor) -> Tensor:
+    place = inputs.device.type
+    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else inputs.dtype
+    output: Tensor = _Product.apply(inputs.to(dtype), layer)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Product(torch.autograd.Function):
+    """W x + b, which keeps neither x nor the dequantized W for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return nn.functional.linear(inputs, dense_weight(layer, inputs.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.autocast(gradient.device.type, enabled=False):
+            return gradient @ dense_weight(ctx.layer, gradient.dtype), None
+
+
+def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
+    """All 4-bit layers of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """All 4-bit and 8-bit layers of `model` by name."""
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def quantization_of(model: nn.Module) -> Quantization:
+    """How the linear layers of `model` are stored."""
+    layer: Any = next(iter(quantized_layers(model).values()), None)
+    if layer is None:
+        return "none"
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return "int8"
+    return "fp4" if layer.weight.quant_type == "fp4" else "nf4"
+
+
+def keep_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep every linear weight in `dtype` beside its quantized or wider form, so that it is made once."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype:
+            layer.dense_weight = dense_weight(layer, dtype)
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The layer's weight (out, in) in `dtype`, as bitsandbytes or autocast would make it for a product.
+
+    A 4-bit weight is dequantized straight into `dtype`: by way of float32, 10.5 bytes would be moved for each number of
+    it in place of 2.5, for the same values.
+    """
+    kept: Tensor | None = getattr(layer, "dense_weight", None)
+    if kept is not None and kept.dtype == dtype:
+        return kept
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return _dequantized_4bit(layer, dtype)
+    weight = _dequantized_8bit(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else layer.weight
+    return weight.to(dtype)
+
+
+def dequantized(layer: nn.Linear) -> Tensor:
+    """The layer's weight as trained against, (out, in) in float32; raises ModelError if it was repacked."""
+    return _dequantized_8bit(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else _dequantized_4bit(layer)
+
+
+def _dequantized_4bit(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    # a weight that was gathered from its shards has no state of its own
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ModelError("a 4-bit weight was repacked for this CPU and cannot be read back; load the base again")
+    wanted = copy.copy(state)
+    wanted.dtype = dtype
+    weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, wanted)
+    return weight
+
+
+def _dequantized_8bit(layer: Any) -> Tensor:
+    """Each row's 8-bit numbers times the row's largest magnitude over 127."""
+    state = layer.state
+    weight: Tensor = state.CB.float().mul_((state.SCB.float() / 127)[:, None])
+    return weight
