@@ -18,8 +18,9 @@ from gpu_speed import ON_A_GPU, Variant
 from gpu_table import Report, gib
 from torch import Tensor, nn
 
-from qlora_dpo.model.base import dense_weight, keep_dense, linear4bit_layers, load_base
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.quantized import dense_weight, keep_dense, linear4bit_layers
 from qlora_dpo.preference.pack import Packing
 
 PROMPT, ANSWER = 64, 64
