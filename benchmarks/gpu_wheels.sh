@@ -68,8 +68,10 @@ download "${requirements[@]}"
 total=$(cat "$folder"/*.whl | wc -c)
 ls -l "$folder" | awk 'NR > 1 { printf "%9.2f MB  %s\n", $5 / 1e6, $9 }'
 awk "BEGIN { printf \"%9.2f MB  in all\n\", $total / 1e6 }"
+# dill takes a package for somebody's own code, and pickles all of it, unless it lies in a folder of this name
+site=/tmp/carried/site-packages
 echo "install them there with"
-echo "  python3 -m pip install --no-index --no-deps --target /tmp/site $folder/*.whl && export PYTHONPATH=\$PWD:/tmp/site"
+echo "  python3 -m pip install --no-index --no-deps --target $site $folder/*.whl && export PYTHONPATH=\$PWD:$site"
 if ((total > limit)); then
     echo "$folder holds $total bytes, more than $limit" >&2
     exit 1

@@ -25,7 +25,7 @@ FOUR_BIT = pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 TOKENS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 127, 128, 320, 511, 512, 513, 600)
 """Of one product: bitsandbytes' rule for its fused kernel changes at several of them, on a T4 and on an H200."""
 GRADIENT = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}
-"""Relative L2 distance of a small model's adapter gradients from those in float64; on a GPU bf16 adds layers in bf16."""
+"""Relative L2 distance of a small model's adapter gradients from those in float64; on a GPU layers add up in bf16."""
 
 
 def base_of(quantization: Any, place: Device) -> Any:
