@@ -2,7 +2,13 @@
 
 DONE, FAILED, USAGE, GATE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    *("out of memory", "not enough memory", "defaultcpuallocator: can't allocate", "cannot allocate memory"),
+    # a full card often says so first in a product or an attention, whose libraries allocate for themselves
+    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
+    *("cudnn_status_internal_error_device_allocation_failed", "cudnn_status_internal_error_host_allocation_failed"),
+)
+"""What such errors say, in lower-case letters."""
 LESS_MEMORY = (
     "lower train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing = true, and close other "
     "programs that hold memory"
@@ -10,9 +16,13 @@ LESS_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for Python's own MemoryError, and for torch's and the system's, which are known by their words."""
-    told = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or told
+    """True for Python's own MemoryError, torch's OutOfMemoryError, and errors of torch, the GPU's libraries and the
+    system that say so in words.
+    """
+    # by its name, since this file is read before torch is imported
+    torchs = any(f"{kind.__module__}.{kind.__name__}" == "torch.OutOfMemoryError" for kind in type(error).__mro__)
+    told = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or torchs or told
 
 
 class QloraDpoError(Exception):

@@ -28,7 +28,8 @@ class ModelTable(Table):
     double_quant: bool = True
     """Quantize the scales of 4-bit weights a second time (QLoRA's double quantization): 0.37 bits per weight less."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """The compute dtype. `auto` asks the device and prints the reason."""
+    """The compute dtype. `auto` asks the device and prints the reason. `fp16` needs a GPU, and `bf16` on a GPU needs
+    capability (8, 0)."""
 
     @model_validator(mode="after")
     def _package_is_pinned(self) -> "ModelTable":

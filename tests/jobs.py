@@ -2,13 +2,14 @@
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 
 from qlora_dpo.data.encoded import EncodedPair, digest
@@ -87,6 +88,17 @@ def fresh(what: Recipe, place: Device = CPU) -> PeftModel:
     model = attach(base_model(what.model.quantization, place), what.lora, what.train.seed)
     make_lean(model, place.torch_dtype)
     return model
+
+
+def scaling(first: float) -> Callable[..., Accelerator]:
+    """Accelerate's Accelerator, that scales gradients on a CPU too, by torch's GradScaler from a `first` scale on."""
+
+    def accelerator(**arguments: Any) -> Accelerator:
+        made = Accelerator(**{**arguments, "mixed_precision": "fp16"})
+        made.native_amp, made.scaler = True, torch.amp.GradScaler("cpu", init_scale=first)
+        return made
+
+    return accelerator
 
 
 def stirred(model: PeftModel, seed: int = 1) -> PeftModel:

@@ -120,6 +120,10 @@ def test_a_4_bit_layer_never_computes_by_bitsandbytes_own_product(
         assert torch.equal(layer(inputs), dense)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(inputs).dtype == torch.bfloat16
+        layer.compute_dtype = torch.bfloat16
+        narrow = (each.bfloat16() for each in (inputs, dequantized(layer), layer.bias) if each is not None)
+        assert torch.equal(layer(inputs), torch.nn.functional.linear(*narrow).float())
+        layer.compute_dtype = torch.float32
     assert torch.equal(model(IDS).logits, expected)
 
 

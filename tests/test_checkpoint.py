@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import jobs
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from qlora_dpo.errors import Interrupted, RunError, SourceError
+from qlora_dpo.model.lora import trainable
 from qlora_dpo.training import checkpoint
 from qlora_dpo.training.checkpoint import State, newest_valid
 from qlora_dpo.training.loop import fit
@@ -75,6 +77,48 @@ def stopped(tmp_path: Path) -> Path:
     with pytest.raises(Interrupted):
         train(tmp_path / "stopped", stop_at=5)
     return tmp_path / "stopped"
+
+
+def stepped(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Take a step by a gradient of ones."""
+    for parameter in trainable(model).values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+def test_the_moments_of_a_paged_optimizer_are_put_back_into_its_own_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = jobs.recipe()
+    model = jobs.fresh(what)
+    state = jobs.start(jobs.job(model, what, tmp_path))
+    weights = list(trainable(model).values())
+    optimizer, other = (bnb.optim.PagedAdamW32bit(weights, lr=0.1) for _ in range(2))
+    stepped(model, optimizer)
+    expected = {each: dict(optimizer.state[each]) for each in weights}
+    saved = checkpoint.save_checkpoint(tmp_path, state, model, optimizer.state)
+    buffers, whole = list[torch.Tensor](), other.get_state_buffer
+
+    def get_state_buffer(*arguments: Any, **keys: Any) -> torch.Tensor:
+        buffers.append(whole(*arguments, **keys))  # on a GPU in pages
+        return buffers[-1]
+
+    monkeypatch.setattr(other, "get_state_buffer", get_state_buffer)
+    checkpoint.load_checkpoint(saved, state, model, other)
+    for each, parts in expected.items():
+        found = other.state[each]
+        assert found.keys() == parts.keys()
+        assert all(torch.equal(found[key], torch.as_tensor(value)) for key, value in parts.items())
+        for key in ("state1", "state2"):
+            assert any(found[key] is buffer for buffer in buffers)
+    before = jobs.adapter(model)
+    stepped(model, optimizer)
+    after = jobs.adapter(model)
+    for name, parameter in trainable(model).items():
+        parameter.data.copy_(before[name])
+    stepped(model, other)
+    assert jobs.all_apart(jobs.adapter(model), after) == 0
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -450,5 +450,5 @@ def test_a_dry_run_on_a_t4_plans_fp16_with_a_grad_scaler_and_no_triton(
         "device      Tesla T4 (cuda, 15 GiB)",
         "compute     fp16 + GradScaler: capability (7, 5) is below (8, 0), where bf16 is only emulated",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
-        "attention   batched: SDPA over padded spans, since flash needs capability (8, 0) and 16 bits; Triton not used",
+        "attention   batched: SDPA over padded spans, since flash attention needs capability (8, 0); Triton not used",
     ]

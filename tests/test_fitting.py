@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from qlora_dpo.errors import DOES_NOT_FIT, DoesNotFitError
 from qlora_dpo.manifest import damage
+from qlora_dpo.model.budget import checkpointable
 from qlora_dpo.training import checkpoint, evaluate, step
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.loop import fit
@@ -27,18 +28,23 @@ Score = Callable[..., Any]
 
 
 def train(
-    folder: Path, resume: bool = False, rows: int = ROWS, **tables: dict[str, Any]
+    folder: Path, resume: bool = False, rows: int = ROWS, said: list[str] | None = None, **tables: dict[str, Any]
 ) -> tuple[PeftModel, State, list[dict[str, Any]], list[str]]:
-    """Train the tiny model in `folder`: the model, the final state, the metrics, and what was said."""
-    what = jobs.recipe(train={"learning_rate": 1e-2, "micro_batch_tokens": rows}, **tables)
+    """Train the tiny model in `folder`: the model, the final state, the metrics, and what was `said` of memory."""
+    own = {"learning_rate": 1e-2, "micro_batch_tokens": rows, **tables.pop("train", {})}
+    what, told = jobs.recipe(train=own, **tables), [] if said is None else said
     folder.mkdir(exist_ok=True)
-    model, said = jobs.fresh(what), list[str]()
+    model = jobs.fresh(what)
     job = jobs.job(model, what, folder)
     newest = checkpoint.newest_valid(folder)[0] if resume else None
+
+    def note(sentence: str) -> None:
+        told.extend([sentence] if "out of memory" in sentence else [])
+
     with Tracker(folder, job.plan.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "note", said.append)
+        patch.setattr(tracker, "note", note)
         state = fit(model, job, jobs.start(job), tracker, newest)
-    return model, state, read(folder / METRICS), [each for each in said if "out of memory" in each]
+    return model, state, read(folder / METRICS), told
 
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, module: Any, *calls: int) -> list[int]:
@@ -91,24 +97,46 @@ def test_dropout_is_drawn_as_if_nothing_had_failed(tmp_path: Path, monkeypatch: 
     assert jobs.all_apart(jobs.adapter(again), jobs.adapter(model)) == 0
 
 
-def test_three_times_in_a_row_end_the_run_with_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_four_times_in_a_row_end_the_run_with_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
+    folder, said = tmp_path / "run", list[str]()
     with pytest.MonkeyPatch.context() as patch:
-        fails_at(patch, step, *range(3, 500))  # the first step has two
+        asked = fails_at(patch, step, *range(3, 500))  # the first step has two
         with pytest.raises(DoesNotFitError) as error:
-            train(folder)
+            train(folder, said=said)
     saved = folder / "checkpoints" / "step-000001"
     assert str(error.value) == (
-        "step 2: out of memory 3 times in a row; lower train.micro_batch_tokens or data.max_length, or set "
+        "step 2: out of memory 4 times in a row; lower train.micro_batch_tokens or data.max_length, or set "
         "train.gradient_checkpointing = true, and close other programs that hold memory; "
         f"{saved} is saved, and --resume goes on from there"
     )
+    # what is announced is tried
+    assert said == [
+        "step 2: out of memory with rows of 60 tokens; rows of 30 from here on",
+        "step 2: out of memory with rows of 30 tokens; rows of 15 from here on",
+        "step 2: out of memory with rows of 15 tokens; rows of 7 from here on, and all layers recomputed",
+    ]
+    assert len(asked) == 2 + 4
     assert error.value.exit_code == DOES_NOT_FIT
     assert damage(saved, needed="state.json") == ""
     model, state, *_ = train(folder, resume=True)
-    assert (state.step, state.row_tokens) == (3, ROWS // 8)
+    assert (state.step, state.row_tokens) == (3, ROWS // 16)
     other, *_ = train(tmp_path / "other")
     assert jobs.all_apart(jobs.adapter(model), jobs.adapter(other)) < 1e-4
+
+
+@pytest.mark.parametrize(("asked", "recomputes"), [("auto", True), (False, False)])
+def test_the_last_try_recomputes_all_layers_unless_the_recipe_says_otherwise(
+    asked: Any, recomputes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, tables = {"lora_dropout": 0.3}, {"gradient_checkpointing": asked}
+    other, *_ = train(tmp_path / "small", rows=ROWS // 8, lora=lora)
+    fails_at(monkeypatch, step, 1, 2, 3)
+    model, state, _, said = train(tmp_path / "run", lora=lora, train=tables)
+    assert len(said) == 3
+    assert said[-1].endswith("from here on, and all layers recomputed") == recomputes
+    assert [layer.gradient_checkpointing for layer in checkpointable(model)] == [recomputes] * 2
+    assert (state.step, state.row_tokens) == (3, ROWS // 8)
+    assert jobs.all_apart(jobs.adapter(model), jobs.adapter(other)) == 0
 
 
 def test_an_evaluation_that_did_not_fit_is_redone_and_training_goes_on(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference import logps
+from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.logps import Scores, score
 from qlora_dpo.preference.pack import collate
 
@@ -65,7 +65,7 @@ def ours(scores: Scores) -> Tensor:
 @pytest.fixture
 def three_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that works in many small chunks of states and of words, the last of them incomplete."""
-    monkeypatch.setattr(logps, "STATES_AT_ONCE", 3)
+    monkeypatch.setattr(pack, "STATES_AT_ONCE", 3)
     monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": 70})
 
 
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_autograd_through_full_logits(
 
 @pytest.mark.parametrize(("states", "words"), [(1, 3), (3, 4), (100, 100)])
 def test_the_heads_gradient_is_the_numeric_one(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "STATES_AT_ONCE", states)
+    monkeypatch.setattr(pack, "STATES_AT_ONCE", states)
     monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
     pair = EncodedPair((1, 2), (3, 4, 5), (3, 6), 1, b"")  # both answers begin alike: a state with two scored tokens
     batch = collate([pair], jobs.PACKED)
@@ -146,10 +146,12 @@ def test_logits_entropy_and_token_accuracy_are_those_of_the_full_logits(three_ro
     scores = score(model, collate(pairs, jobs.PACKED), jobs.CPU)
     both = torch.cat([chosen, rejected]).log_softmax(-1)
     right = chosen.argmax(-1) == torch.tensor([token for pair in pairs for token in pair.chosen])
-    assert scores.chosen_logits_sum == pytest.approx(chosen.mean(-1).sum().item(), rel=1e-4)
-    assert scores.rejected_logits_sum == pytest.approx(rejected.mean(-1).sum().item(), rel=1e-4)
-    assert scores.entropy_sum == pytest.approx(-(both.exp() * both).sum().item(), rel=1e-5)
-    assert scores.chosen_top1_sum == right.sum().item() >= len(pairs)
+    assert scores.figures_4 is not None
+    chosen_logits, rejected_logits, entropy, top1 = scores.figures_4.tolist()
+    assert chosen_logits == pytest.approx(chosen.mean(-1).sum().item(), rel=1e-4)
+    assert rejected_logits == pytest.approx(rejected.mean(-1).sum().item(), rel=1e-4)
+    assert entropy == pytest.approx(-(both.exp() * both).sum().item(), rel=1e-5)
+    assert top1 == right.sum().item() >= len(pairs)
     assert scores.chosen_tokens_P.tolist() == [len(pair.chosen) for pair in pairs]
     assert scores.rejected_tokens_P.tolist() == [len(pair.rejected) for pair in pairs]
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import architectures
@@ -10,13 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention
 from qlora_dpo.model.attention import Backend, Layout, Span
 from qlora_dpo.model.budget import checkpoint
 from qlora_dpo.model.lean import make_lean
-from qlora_dpo.preference import logps
+from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.layout import choose_packing
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
@@ -135,7 +138,7 @@ def test_checkpointing_changes_nothing(layers: int) -> None:
 def test_the_heads_chunks_change_nothing(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = tuned("gemma"), drawn(7, 8)
     expected = asked(model, pairs, jobs.PACKED)
-    monkeypatch.setattr(logps, "STATES_AT_ONCE", states)
+    monkeypatch.setattr(pack, "STATES_AT_ONCE", states)
     monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
     assert_same(asked(model, pairs, jobs.PACKED), expected)
 
@@ -203,9 +206,56 @@ def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Back
 
 def test_varlen_is_told_where_each_spans_queries_and_keys_lie() -> None:
     layout = Layout((Span(0, 5), Span(5, 6, ((0, 3),))), "varlen", torch.device("cpu"))
-    queries, keys, places = layout.varlen
-    assert (queries.tolist(), keys.tolist()) == ([0, 5, 6], [0, 5, 9])
-    assert places.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    index = {name: numbers.tolist() for name, numbers in layout.index.items()}
+    assert (index["queries"], index["keys"]) == ([0, 5, 6], [0, 5, 9])
+    assert index["token"] == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    assert index["order"] == [0, 5, 1, 6, 2, 7, 3, 4, 8]  # where tokens 0, 1, ... stand as keys
+    assert index["counts"] == [2, 2, 2, 1, 1, 1]
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, *cut: Any, window_size: tuple[int, int], scale: float) -> Tensor:
+    """What torch 2.11's varlen_attn computes, here on a CPU, for as many key heads as query heads."""
+    query_S, key_S, longest_query, longest_key = cut
+    assert (window_size, query.shape[1]) == ((-1, 0), key.shape[1])
+    parts = []
+    for (start, stop), (first, last) in zip(pairwise(query_S.tolist()), pairwise(key_S.tolist()), strict=True):
+        assert (stop - start <= longest_query, last - first <= longest_key) == (True, True)
+        scores = torch.einsum("qhd,khd->hqk", query[start:stop], key[first:last]) * scale
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(last - first - (stop - start) + 1)
+        parts.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value[first:last])
+        )
+    return torch.cat(parts)
+
+
+def grouped_flash(
+    query: Tensor, key: Tensor, value: Tensor, *cut: Any, enable_gqa: bool = False, **more: Any
+) -> Tensor:
+    """What torch 2.12's computes, which may be told that heads share keys."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    group = query.shape[1] // key.shape[1]
+    return flash(query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), *cut, **more)
+
+
+@pytest.mark.parametrize("varlen_attn", [flash, grouped_flash])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
+def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
+    varlen_attn: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(1, count, 19, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+        for count in (heads[0], *heads[1:] * 2)
+    ]
+    found, slopes = [], []
+    for backend in ("varlen", "batched"):
+        answer = attention.backend_of(backend)(*parts, Layout(spans, backend, torch.device("cpu")), 0.3)
+        slopes.append(torch.autograd.grad((answer * torch.arange(8)).sum(), parts))
+        found.append(answer)
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(slopes[0], slopes[1])
 
 
 @pytest.mark.gpu
@@ -266,6 +316,36 @@ def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: A
     assert why.startswith("padded batches, since in packed rows ")
     assert says in why
     assert base.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["llama", "learned positions"])
+@pytest.mark.parametrize(
+    ("dtype", "sentence"),
+    [
+        (
+            "fp16",
+            "this model overflows fp16: it gives the shortest pairs log-probabilities that are not finite; set "
+            'model.dtype = "fp32", or take a card with bf16 (compute capability 8.0 or newer)',
+        ),
+        (
+            "bf16",
+            "this model gives the shortest pairs log-probabilities that are not finite, in bf16: its weights are "
+            "damaged or do not belong to its config.json; fetch them again, or take another model",
+        ),
+    ],
+)
+def test_a_model_that_gives_nan_is_told_why_before_anything_is_compared(kind: str, dtype: Any, sentence: str) -> None:
+    base = architectures.made({**architectures.CONFIGS, **architectures.NOT_SERVED}[kind])
+    place = replace(jobs.CPU, compute_dtype=dtype)
+    choose_packing(base, jobs.pairs(9), 300, jobs.PAD, place)
+    with torch.no_grad():
+        # in fp16 a product beyond 65,504, which the other dtypes hold
+        base.get_output_embeddings().weight.mul_(1e7 if dtype == "fp16" else torch.nan)
+    with pytest.raises(ModelError) as error:
+        choose_packing(base, jobs.pairs(9), 300, jobs.PAD, place)
+    assert str(error.value) == sentence
+    if dtype == "fp16":
+        choose_packing(base, jobs.pairs(9), 300, jobs.PAD, jobs.CPU)
 
 
 def test_without_a_layout_a_model_for_rows_computes_as_before() -> None:

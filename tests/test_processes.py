@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.model import processes, zero
+from qlora_dpo.model import device, processes, zero
+from qlora_dpo.model.cards import CARDS
 from qlora_dpo.shipped import accelerate_configs
 from qlora_dpo.training.fitting import as_it_fits
 
@@ -108,6 +109,21 @@ def test_all_do_a_step_again_if_memory_runs_out_in_one(several: Together, alone:
         assert found[together.OUT_OF_MEMORY]["said"] == [
             "step 1: out of memory with rows of 60 tokens; rows of 30 from here on"
         ]
+
+
+def test_all_compute_the_first_step_again_until_its_gradient_overflows_in_none(
+    several: Together, tmp_path: Path
+) -> None:
+    adapter, facts = together.scenario(together.OVERFLOW, tmp_path)  # without a scale, which changes no bit
+    said = {tuple(found[together.OVERFLOW]["said"]) for found in several.found}
+    ((sentence,),) = said
+    assert re.fullmatch(
+        r"step 1 was computed \d+ times, since its gradient overflows fp16 at loss scales above [\d,]+", sentence
+    )
+    for found, theirs in zip(several.found, several.adapters(together.OVERFLOW), strict=True):
+        assert jobs.all_apart(theirs, adapter) < 1e-5
+        assert found[together.OVERFLOW]["num_tokens"] == facts["num_tokens"]
+        assert found[together.OVERFLOW]["first_slope"] == pytest.approx(facts["first_slope"], rel=1e-5)
 
 
 def test_the_reference_is_asked_in_shares_and_once(several: Together, tmp_path: Path) -> None:
@@ -315,6 +331,24 @@ def test_without_a_deepspeed_that_was_tried_its_config_files_are_refused(
     assert capsys.readouterr().err == (
         f"qlora-dpo: accelerate's config file asks for DeepSpeed, which is {which}; install 0.19 or newer with: "
         "pip install 'qlora_dpo[deepspeed]'\n"
+    )
+
+
+def test_zero_2_is_refused_where_gradients_are_scaled(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero, "version", lambda _: "0.19.0")
+    monkeypatch.setattr(device, "choose", lambda _: device.on_card(CARDS["t4"]))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **ZERO_3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    processes.sharing.cache_clear()
+    try:
+        assert main(["train", "r.toml"]) == 2
+    finally:
+        processes.sharing.cache_clear()
+    assert capsys.readouterr().err == (
+        "qlora-dpo: ZeRO-2 cannot step by the scaled gradients of fp16, in which Tesla T4 computes; take "
+        'recipes/accelerate/ddp.yaml, set model.dtype = "fp32", or take GPUs with bf16\n'
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import jobs
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -28,7 +30,7 @@ from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.reference import Store, live_logps, read_store, reference_logps
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.training import step
+from qlora_dpo.training import loop, step
 from qlora_dpo.training.checkpoint import newest_valid
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.tracker import SAMPLES, Tracker
@@ -56,11 +58,14 @@ ZERO: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
 """These with DeepSpeed, which not everyone has."""
 SCENARIOS |= SHARDED
 OUT_OF_MEMORY = "out of memory in one"
+OVERFLOW = "a first scale that overflows"
+STEEP = ({"objective": {"loss_type": "sppo_hard", "beta": 0.01}, "train": {"max_steps": 1}}, 10, 3)
 
 
 def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train as `name` says: the adapter, and the facts of the run."""
-    tables, train, heldout = (SCENARIOS | ZERO)["sigmoid" if name == OUT_OF_MEMORY else name]
+    known = {**SCENARIOS, **ZERO, OUT_OF_MEMORY: SCENARIOS["sigmoid"], OVERFLOW: STEEP}
+    tables, train, heldout = known[name]
     train_table = {"micro_batch_tokens": 60, **tables.get("train", {})}
     what = jobs.recipe(**{**tables, "train": train_table})
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         "first_slope": state.first_slope,
         "margin_mean": state.margin_mean,
         "row_tokens": state.row_tokens,
-        "said": [each for each in said if "out of memory" in each],
+        "said": [each for each in said if "out of memory" in each or "was computed" in each],
         "layer_bytes": kept,
     }
     if in_layers and processes.is_main():
@@ -145,6 +150,12 @@ def once_out_of_memory() -> None:
         return whole(*arguments, **keys)
 
     step.score = score
+
+
+def scale_from(first: float | None) -> None:
+    """Let gradients be scaled from a first scale on, or not any more."""
+    AcceleratorState._reset_state()
+    loop.Accelerator = Accelerator if first is None else jobs.scaling(first)  # type: ignore[assignment, misc]
 
 
 def asked_in_shares(folder: Path) -> dict[str, Any]:
@@ -230,6 +241,10 @@ def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
         once_out_of_memory()
         adapter, found[OUT_OF_MEMORY] = scenario(OUT_OF_MEMORY, folder / OUT_OF_MEMORY)
         save_file(adapter, folder / f"{OUT_OF_MEMORY}.{rank}.safetensors")
+        scale_from(2.0**127)  # float32 ends at 2 ** 128
+        adapter, found[OVERFLOW] = scenario(OVERFLOW, folder / OVERFLOW)
+        save_file(adapter, folder / f"{OVERFLOW}.{rank}.safetensors")
+        scale_from(None)
         found["shares"] = asked_in_shares(folder / "shares")
         found["not finite"], found["not the same"] = not_finite(folder / "wrong"), not_the_same()
     write_json(folder / f"{rank}.json", found)

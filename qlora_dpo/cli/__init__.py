@@ -8,6 +8,7 @@ from types import FrameType
 import click
 
 from qlora_dpo import __version__
+from qlora_dpo.cli.allocator import use_expandable_segments
 from qlora_dpo.cli.chat import chat
 from qlora_dpo.cli.check import check
 from qlora_dpo.cli.compare import compare
@@ -71,6 +72,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 usage, 3 gate, 4 does not fit, 130 interrupted."""
     silence()
+    use_expandable_segments()
     # like Ctrl+C, so that half-written folders are removed on the way out
     signal.signal(signal.SIGTERM, _interrupted)
     try:

@@ -115,6 +115,10 @@ def _insist_on_sharing(recipe: "Recipe") -> None:
 
         zero.insist_on_deepspeed()
     if processes.sharing() == "zero2":
+        from qlora_dpo.model import device
+
+        zero.insist_on_unscaled(device.choose(recipe.model.dtype))
+
         from qlora_dpo.training import zero2
 
         zero2.insist_on_elementwise(recipe.train)

@@ -1,15 +1,17 @@
 """Attention inside a packed row: every token sees its own sequence and nothing else, by one of three backends.
 
-T tokens of the row, S spans, H query heads on K key heads, G = H / K queries per key head, D width of a head; q and k
-tokens of a span and of what it sees.
+T tokens of the row, S spans or tiles, H query heads on K key heads, G = H / K queries per key head, D width of a head,
+W = H * D or K * D; q and k tokens of a span and of what it sees; Q and K padded queries and keys of all tiles.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any, Literal, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,52 +19,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_dpo.model.buckets import Buckets, buckets_of, slots_by_token
+from qlora_dpo.model.gather import take, take_back, take_once
+from qlora_dpo.model.span import Span
+
 Backend = Literal["spans", "batched", "varlen"]
 BEYOND = ("softcap", "position_bias", "s_aux")
 """What some models' layers ask of attention and packed rows do not do: capped scores, biases by position, sinks."""
 TILE = 256
 """Queries whose scores exist at once: what lies above the diagonal is computed for nothing only inside a tile."""
+BATCHED_TILE = 128
+"""The same where tiles are padded: on HH's lengths 1.8 times the scores needed are computed, with 256 2.0 times."""
 NAME = "qlora_dpo_packed"
 """The name under which transformers' attention interface knows the function of this file."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens `start` to `stop` of a row, which stand one after another in their sequence.
-
-    `before` are the stretches of the row that come before them in that sequence, in order.
-    """
-
-    start: int
-    stop: int
-    before: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the span itself."""
-        return self.stop - self.start
-
-    @cached_property
-    def stretches(self) -> tuple[tuple[int, int], ...]:
-        """The stretches of the row that its last token sees, itself included; neighbours are joined."""
-        joined: list[tuple[int, int]] = []
-        for start, stop in (*self.before, (self.start, self.stop)):
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
-            else:
-                joined.append((start, stop))
-        return tuple(joined)
-
-    @cached_property
-    def sees(self) -> int:
-        """Tokens that its last token sees, itself included."""
-        return sum(stop - start for start, stop in self.stretches)
-
-    def tiles(self, tokens: int) -> Iterator["Span"]:
-        """The span cut into stretches of at most so many tokens, each of which sees those before it."""
-        for start in range(self.start, self.stop, tokens):
-            own = ((self.start, start),) if start > self.start else ()
-            yield Span(start, min(start + tokens, self.stop), (*self.before, *own))
 
 
 @dataclass(frozen=True)
@@ -72,6 +41,8 @@ class Layout:
     spans: tuple[Span, ...]
     backend: Backend
     device: torch.device
+    moved: Mapping[str, Tensor] | None = None
+    """The `index_tensors` on `device`, where they came along with the batch's."""
 
     @cached_property
     def longest(self) -> int:
@@ -110,67 +81,55 @@ class Layout:
             made[tokens, sees] = bias_qk.repeat(group, 1)
         return made[tokens, sees]
 
+    def bucket_bias(self, bucket: int, group: int, dtype: torch.dtype) -> Tensor:
+        """What is added to a bucket's scores, (S, 1, q * G, k): minus infinity at what comes after a token.
+
+        Made once for all layers, as that of `bias`.
+        """
+        made: dict[int, Tensor] = self.__dict__.setdefault("_bucket_biases", {})
+        if bucket not in made:
+            tiles, q, k = self.buckets.sizes[bucket]
+            earlier_S11 = self.index["earlier"][self.buckets.tiles_before(bucket) :][:tiles, None, None]
+            query_q1 = torch.arange(q, device=self.device)[:, None]
+            hidden_Sqk = torch.arange(k, device=self.device) > earlier_S11 + query_q1
+            bias_Sqk = torch.zeros(tiles, q, k, dtype=dtype, device=self.device).masked_fill_(hidden_Sqk, -torch.inf)
+            made[bucket] = bias_Sqk.repeat_interleave(group, 1)[:, None]
+        return made[bucket]
+
     @cached_property
-    def varlen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each span's queries begin, where its keys do, and which tokens of the row those keys are."""
+    def index(self) -> Mapping[str, Tensor]:
+        """What `index_tensors` gives, on the layout's device."""
+        if self.moved is not None:
+            return self.moved
+        return {name: tensor.to(self.device) for name, tensor in self.index_tensors().items()}
+
+    def index_tensors(self) -> dict[str, Tensor]:
+        """The numbers that the backend reads, int64 on the CPU: they go to the device with those of the batch."""
+        match self.backend:
+            case "spans":
+                return {}
+            case "batched":
+                return self.buckets.index_tensors()
+            case "varlen":
+                return self._varlen_tensors()
+            case never:
+                assert_never(never)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The spans in tiles, sorted into a few calls of SDPA."""
+        return buckets_of([tile for span in self.spans for tile in span.tiles(BATCHED_TILE)])
+
+    def _varlen_tensors(self) -> dict[str, Tensor]:
+        """Where each span's queries begin and end, where its keys do, which tokens those keys are, and back again."""
         queries, keys = (
-            list(accumulate(lengths, initial=0))
-            for lengths in ((span.tokens for span in self.spans), (span.sees for span in self.spans))
+            np.cumsum([0, *lengths])
+            for lengths in ([span.tokens for span in self.spans], [span.sees for span in self.spans])
         )
-        query_S, key_S = (torch.tensor(ends, dtype=torch.int32, device=self.device) for ends in (queries, keys))
-        return query_S, key_S, torch.cat([_numbers(span.stretches) for span in self.spans]).to(self.device)
-
-    @cached_property
-    def buckets(self) -> tuple["Bucket", ...]:
-        """The spans in groups of about the same length (within a factor of two), each padded to its longest."""
-        groups: dict[int, list[Span]] = {}
-        for span in self.spans:
-            groups.setdefault(span.tokens.bit_length(), []).append(span)
-        return tuple(_bucket(group).to(self.device) for group in groups.values())
-
-    @cached_property
-    def unbucketed(self) -> Tensor:
-        """For each token of the row, where it stands among all tokens of the buckets in turn."""
-        order_T = torch.cat([bucket.query_Sq.flatten()[bucket.valid_T] for bucket in self.buckets])
-        return order_T.argsort()
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """S spans padded to q queries and k keys: which tokens of the row these are, and who sees what."""
-
-    query_Sq: Tensor
-    valid_T: Tensor  # which of the S * q are no padding, as numbers: a mask would have the GPU wait in every layer
-    key_Sk: Tensor
-    seen_S1qk: Tensor
-
-    def to(self, device: torch.device) -> "Bucket":
-        """The same on another device."""
-        return Bucket(*(part.to(device) for part in vars(self).values()))
-
-
-def _bucket(group: Sequence[Span]) -> Bucket:
-    """Pad `group`; padding stands for token 0, and a query that is padding sees one key, so that nothing is NaN."""
-    queries, keys = max(span.tokens for span in group), max(span.sees for span in group)
-    query_Sq, key_Sk = (
-        torch.zeros(len(group), queries, dtype=torch.long),
-        torch.zeros(len(group), keys, dtype=torch.long),
-    )
-    valid_Sq = torch.zeros(len(group), queries, dtype=torch.bool)
-    seen_Sqk = torch.zeros(len(group), queries, keys, dtype=torch.bool)
-    seen_Sqk[:, :, 0] = True
-    for s, span in enumerate(group):
-        query_Sq[s, : span.tokens] = torch.arange(span.start, span.stop)
-        valid_Sq[s, : span.tokens] = True
-        key_Sk[s, : span.sees] = _numbers(span.stretches)
-        seen_Sqk[s, : span.tokens, : span.sees] = (
-            torch.ones(span.tokens, span.sees).tril(span.sees - span.tokens).bool()
-        )
-    return Bucket(query_Sq, valid_Sq.flatten().nonzero()[:, 0], key_Sk, seen_Sqk[:, None])
-
-
-def _numbers(stretches: Sequence[tuple[int, int]]) -> Tensor:
-    return torch.cat([torch.arange(start, stop) for start, stop in stretches])
+        token_K = np.concatenate([span.visible for span in self.spans])
+        order_K, counts_T = slots_by_token(token_K, np.arange(len(token_K)))
+        arrays = {"queries": queries, "keys": keys, "token": token_K, "order": order_K, "counts": counts_T}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def why_not(model: Any, longest: int) -> str:
@@ -227,7 +186,10 @@ def packed_attention(
     if window is not None and window < layout.longest:
         raise ValueError(f"a layer looks back {window} tokens only, and a sequence of the row has {layout.longest}")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    # before anything is gathered; autocast does not reach varlen attention, which is no operator that it knows
+    place = value.device.type
+    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return backend_of(layout.backend)(query, key, value, layout, scale), None
 
 
@@ -268,43 +230,73 @@ def spans(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: floa
 
 
 def batched(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """A few calls of SDPA, each over spans of about the same length with padding: for GPUs where a call costs time.
+    """A few calls of SDPA, each over tiles of about the same size with padding: for GPUs where a call costs time.
 
     A T4 has no flash attention and no varlen kernels; its memory-efficient kernel takes the mask.
     """
-    group = query.shape[1] // key.shape[1]
-    parts = []
-    for bucket in layout.buckets:
-        # (H, S, q, D) of S spans, padded; keys are copied for the heads that share them: with a mask, torch's fused
-        # kernels on CUDA take no grouped heads
-        query_SHqD = query[0][:, bucket.query_Sq].transpose(0, 1)
-        key_SHkD, value_SHkD = (
-            part[0][:, bucket.key_Sk].repeat_interleave(group, 0).transpose(0, 1) for part in (key, value)
+    heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+    group, index = heads // key_heads, layout.index
+    query_QW = take_once(_by_token(query), index["query"], index["place"])
+    key_KW, value_KW = (take(_by_token(part), index["key"], index["order"], index["counts"]) for part in (key, value))
+    sizes = layout.buckets.sizes
+    # split, not slices: as in `spans`
+    queries = query_QW.split([tiles * q for tiles, q, _ in sizes])
+    keys, values = (part.split([tiles * k for tiles, _, k in sizes]) for part in (key_KW, value_KW))
+    outputs = []
+    for bucket, (tiles, q, k) in enumerate(sizes):
+        query_SqKGD = queries[bucket].view(tiles, q, key_heads, group, width)
+        key_SkKD, value_SkKD = (part[bucket].view(tiles, k, key_heads, width) for part in (keys, values))
+        # the heads that share a key head are queries below each other, so that keys are not repeated for them: with a
+        # mask, torch's fused kernels on CUDA take no grouped heads
+        output_SKqD = F.scaled_dot_product_attention(
+            query_SqKGD.transpose(1, 2).reshape(tiles, key_heads, q * group, width),
+            key_SkKD.transpose(1, 2),
+            value_SkKD.transpose(1, 2),
+            attn_mask=layout.bucket_bias(bucket, group, query.dtype),
+            scale=scale,
         )
-        answer_SHqD = F.scaled_dot_product_attention(
-            query_SHqD, key_SHkD, value_SHkD, attn_mask=bucket.seen_S1qk, scale=scale
-        )
-        parts.append(answer_SHqD.transpose(1, 2).flatten(0, 1)[bucket.valid_T])
-    answer: Tensor = torch.cat(parts)[layout.unbucketed][None]
-    return answer
+        output_SqKGD = output_SKqD.view(tiles, key_heads, q, group, width).transpose(1, 2)
+        outputs.append(output_SqKGD.reshape(tiles * q, heads * width))
+    output_TW = take_back(torch.cat(outputs), index["place"])
+    return output_TW.view(1, -1, heads, width)
+
+
+def _by_token(part: Tensor) -> Tensor:
+    """(1, H, T, D) as (T, H * D)."""
+    return part[0].transpose(0, 1).flatten(1)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """One call of torch's variable-length flash attention for all spans, without padding; capability (8, 0) and up."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query_S, key_S, key_K = layout.varlen
+    index = layout.index
+    keys, values = (
+        take(_by_token(part), index["token"], index["order"], index["counts"]).view(-1, *part.shape[1::2])
+        for part in (key, value)
+    )
+    group, grouped = query.shape[1] // key.shape[1], dict[str, Any]()
+    if group > 1 and _takes_groups(varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif group > 1:
+        keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
     answer: Any = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1)[key_K],
-        value[0].transpose(0, 1)[key_K],
-        query_S,
-        key_S,
+        keys,
+        values,
+        index["queries"].int(),
+        index["keys"].int(),
         max(span.tokens for span in layout.spans),
         layout.longest,
         window_size=(-1, 0),  # causal, with a span's last query at its last key
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     seen: Tensor = answer[None]
     return seen
+
+
+@cache
+def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """True if it takes fewer key heads than query heads, as torch 2.12 and later do; 2.11 has no word for it."""
+    return "enable_gqa" in signature(varlen_attn).parameters

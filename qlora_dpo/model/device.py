@@ -98,6 +98,7 @@ def insist_on_gpus(processes: int) -> None:
 def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
     """Decide device, compute dtype and the backend of attention in packed rows.
 
+    In fp16 on a GPU, products are summed in float32 from here on.
     Raises RecipeError for a dtype this device cannot train in.
     """
     return _cuda(dtype) if has_gpu() else _cpu(dtype)
@@ -109,11 +110,18 @@ def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
         torch.cuda.get_device_capability(),
         torch.cuda.get_device_properties(None).total_memory,
     )
-    return on_card(card, dtype)
+    chosen = on_card(card, dtype)
+    if chosen.compute_dtype == "fp16":
+        # cuBLAS may cut the 2,048 tokens over which lora_B's gradient is summed into parts, and add these up in fp16
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    return chosen
 
 
 def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
-    """What is decided on a GPU of this kind, be it in this machine or not."""
+    """What is decided on a GPU of this kind, be it in this machine or not.
+
+    Raises RecipeError for bf16 where it would be emulated.
+    """
     # is_bf16_supported() also says True where bf16 is only emulated, as on a T4: the capability does not lie
     major, minor = card.capability
     ampere = (major, minor) >= (8, 0)
@@ -123,24 +131,40 @@ def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto")
             chosen = "bf16" if ampere else "fp16"
             why = "has native bf16" if ampere else "is below (8, 0), where bf16 is only emulated"
             reason = f"capability ({major}, {minor}) {why}"
+        case "bf16" if not ampere:
+            # SDPA's memory-efficient kernel has no bf16 there, and its math kernel keeps all scores for backward
+            raise RecipeError(
+                f'model.dtype = "bf16": {card.name} has capability ({major}, {minor}), below (8, 0), so bf16 would '
+                'only be emulated, and attention would hold all scores at once; choose "auto", "fp16" or "fp32"'
+            )
         case "bf16" | "fp16" | "fp32":
             chosen, reason = dtype, "the recipe asks for it"
         case never:
             assert_never(never)
-    # flash kernels compute in 16 bits only
-    varlen = ampere and chosen != "fp32" and has_varlen()
+    attention, attention_reason = _attention(ampere, chosen)
     return Device(
         type="cuda",
         name=card.name,
         compute_dtype=chosen,
         dtype_reason=reason,
-        attention="varlen" if varlen else "batched",
-        attention_reason="variable-length flash attention"
-        if varlen
-        else "SDPA over padded spans, since flash needs capability (8, 0) and 16 bits",
+        attention=attention,
+        attention_reason=attention_reason,
         triton=ampere,
         total_bytes=card.total_bytes,
     )
+
+
+def _attention(ampere: bool, dtype: ComputeDtype) -> tuple[Literal["batched", "varlen"], str]:
+    """The backend of attention in packed rows on a GPU, and why."""
+    if not ampere:
+        why = "flash attention needs capability (8, 0)"
+    elif dtype == "fp32":
+        why = "flash attention computes in 16 bits only"
+    elif not has_varlen():
+        why = f"torch {torch.__version__} has no varlen_attn with a window; 2.11 has"
+    else:
+        return "varlen", "variable-length flash attention"
+    return "batched", f"SDPA over padded spans, since {why}"
 
 
 def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
@@ -170,13 +194,13 @@ def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     )
 
 
-def has_varlen() -> bool:  # pragma: cuda
-    """True if this torch has variable-length attention with grouped heads, as 2.12 and later have."""
+def has_varlen() -> bool:
+    """True if this torch has variable-length attention that takes a window and a scale, as 2.11 and later have."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return "enable_gqa" in signature(varlen_attn).parameters
+    return {"window_size", "scale"} <= signature(varlen_attn).parameters.keys()
 
 
 def cpu_has_bf16() -> bool:

@@ -19,10 +19,11 @@ from qlora_dpo.recipe_model import Quantization
 
 
 def compute_with_dequantized_weights(model: nn.Module) -> None:
-    """Let every quantized layer multiply with its dequantized weight, in the dtype of autocast or of its input.
+    """Let every quantized layer multiply with its dequantized weight.
 
-    What a layer returns has that dtype too, as with a dense layer under autocast: nothing is converted back to a wider
-    input's dtype.
+    Under autocast it multiplies in autocast's dtype and returns that, as a dense layer does: nothing is converted back
+    to a wider input's dtype. Without, it multiplies in its own compute dtype and returns its input's, as bitsandbytes
+    does.
 
     bitsandbytes itself would change a 4-bit layer in its first forward pass. On CPUs with AVX512-BF16 it repacks the
     weight, and dequantizing, merging and later gradients then silently read garbage. On every device it casts the bias
@@ -41,9 +42,10 @@ def compute_with_dequantized_weights(model: nn.Module) -> None:
 
 def _forward(layer: Any, inputs: Tensor) -> Tensor:
     place = inputs.device.type
-    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else inputs.dtype
+    autocast = torch.is_autocast_enabled(place)
+    dtype = torch.get_autocast_dtype(place) if autocast else getattr(layer, "compute_dtype", None) or inputs.dtype
     output: Tensor = _Product.apply(inputs.to(dtype), layer)  # type: ignore[no-untyped-call]
-    return output
+    return output if autocast else output.to(inputs.dtype)
 
 
 class _Product(torch.autograd.Function):

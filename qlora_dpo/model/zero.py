@@ -30,6 +30,19 @@ def insist_on_deepspeed() -> None:
         )
 
 
+def insist_on_unscaled(device: Device) -> None:
+    """Raise RecipeError where ZeRO-2 would be handed scaled gradients.
+
+    Its optimizer holds stretches of all weights in a row instead of the adapter's weights, so a GradScaler finds no
+    gradient to unscale: all would be clipped and stepped by as if they were 65,536 times as large.
+    """
+    if device.grad_scaler:
+        raise RecipeError(
+            f"ZeRO-2 cannot step by the scaled gradients of fp16, in which {device.name} computes; take "
+            'recipes/accelerate/ddp.yaml, set model.dtype = "fp32", or take GPUs with bf16'
+        )
+
+
 def start(stage: int, device: Device, **what: Any) -> Any:
     """DeepSpeed's engine of a model, with an optimizer or without one, among the processes that there are."""
     insist_on_deepspeed()

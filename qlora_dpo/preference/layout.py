@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, lengths, sequence_tokens
+from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention, budget, processes
 from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
@@ -27,13 +28,15 @@ def choose_packing(
 ) -> tuple[Packing, str]:
     """The layout for `pairs` and why; packed if the model gives every pair the log-probabilities it has padded.
 
-    The shortest pairs are tried with each backend, the device's own first.
+    The shortest pairs are tried with each backend, the device's own first. Raises ModelError if the model gives them
+    log-probabilities that are not finite.
     """
     padded = Packing(token_budget, pad_token_id, backend=None)
-    if reason := attention.why_not(language_model(model), int(sequence_tokens(pairs).max())):
-        return padded, f"padded batches, since {reason}"
     few = shortest(pairs, PROVED_ON)
     expected_P2 = _logps(model, few, padded, device)
+    _insist_on_finite(expected_P2, device)
+    if reason := attention.why_not(language_model(model), int(sequence_tokens(pairs).max())):
+        return padded, f"padded batches, since {reason}"
     before = attention.use(language_model(model))
     failed = ""
     for backend in dict.fromkeys((device.attention, "batched")):
@@ -160,6 +163,21 @@ def shortest(pairs: Sequence[EncodedPair], count: int) -> list[EncodedPair]:
 def _logps(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> Tensor:
     scores = score(model, collate(pairs, packing).to(device.torch_device), device, metrics=False)
     return torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1).cpu()
+
+
+def _insist_on_finite(logp_P2: Tensor, device: Device) -> None:
+    """Raise ModelError for log-probabilities that no comparison could judge, since NaN differs from itself."""
+    if bool(logp_P2.isfinite().all()):
+        return
+    if device.compute_dtype == "fp16":
+        raise ModelError(
+            "this model overflows fp16: it gives the shortest pairs log-probabilities that are not finite; set "
+            'model.dtype = "fp32", or take a card with bf16 (compute capability 8.0 or newer)'
+        )
+    raise ModelError(
+        f"this model gives the shortest pairs log-probabilities that are not finite, in {device.compute_dtype}: its "
+        "weights are damaged or do not belong to its config.json; fetch them again, or take another model"
+    )
 
 
 @torch.no_grad()

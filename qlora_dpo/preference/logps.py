@@ -5,7 +5,6 @@ answer tokens of all sequences, V vocabulary, D width; c a chunk of states and n
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,14 +12,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.gather import sum_rows
 from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference.objective import Columns, Logps
+from qlora_dpo.preference.pack import STATES_AT_ONCE as STATES_AT_ONCE
 from qlora_dpo.preference.pack import MicroBatch
 
-# 152k vocabulary: float32 logits of 8 pairs of 512 tokens would be 4.6 GiB. A CPU works on them while they are in its
-# cache, 256 states by 2^12 words (4 MiB); a GPU wants long products, by 2^16 words (64 MiB)
-STATES_AT_ONCE = 256
+# of the vocabulary; a CPU wants 2^12 words of 256 states (4 MiB) in its cache, a GPU long products (64 MiB)
 WORDS_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
+
+
+HEAD_FIGURES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+"""What only the whole vocabulary tells, summed: mean logits over the tokens of either answer, nats of entropy over all
+tokens, and how many tokens of the chosen answers are the likeliest ones."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,8 @@ class Scores:
     likely_P: Tensor | None  # how likely the model is to write both answers itself, as WPO weighs pairs
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
-    chosen_logits_sum: float  # mean over V, summed over the chosen answers' tokens
-    rejected_logits_sum: float
-    entropy_sum: float  # nats, over all answer tokens
-    chosen_top1_sum: float
+    answer_tokens: tuple[int, int]  # of all chosen and of all rejected answers
+    figures_4: Tensor | None  # sums over tokens, as HEAD_FIGURES names them; None if nobody wanted them
 
     def beside(self, reference_P2: Tensor, columns: Columns | None = None) -> Logps:
         """What a loss is given: these log-probabilities beside the reference's, and what the data says of the pairs."""
@@ -55,8 +57,8 @@ class Scores:
 def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool = True, likely: bool = False) -> Scores:
     """Run `batch` through `model` once and sum the log-probabilities of each answer.
 
-    Without `metrics`, logits, entropy and top-1 stay 0: the reference needs none of them. With `likely`, it is said
-    how likely the model is to write each pair's answers itself (Zhou et al. 2024, eq. 2).
+    Without `metrics` there are no HEAD_FIGURES: the reference needs none, and on a T4 they take 8 ms of a row. With
+    `likely`, it is said how likely the model is to write each pair's answers itself (Zhou et al. 2024, eq. 2).
     """
     head = language_model(model).get_output_embeddings()
     weight_VD = dense_weight(head, device.torch_dtype)
@@ -67,15 +69,19 @@ def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool 
     chosen = batch.pairs
     # tokens of a sequence stand together; index_add would sum them in another order every time on a GPU
     logp_M = logp_N[batch.scored_M]
-    whole_S, logits_S, entropy_S, top1_S = (
-        torch.segment_reduce(each_M, "sum", lengths=batch.tokens_S)
-        for each_M in (logp_M, logits_R[row_M], entropy_R[row_M], top1_N[batch.scored_M])
-    )
-    logp_S, likely_P = whole_S, None
+    whole_S = sum_rows(logp_M, batch.tokens_S)
+    logp_S, likely_P, figures_4 = whole_S, None, None
+    if metrics:
+        logits_S, entropy_S, top1_S = (
+            sum_rows(each_M, batch.tokens_S) for each_M in (logits_R[row_M], entropy_R[row_M], top1_N[batch.scored_M])
+        )
+        figures_4 = torch.stack(
+            [logits_S[:chosen].sum(), logits_S[chosen:].sum(), entropy_S.sum(), top1_S[:chosen].sum()]
+        )
     if batch.weight_M is not None:
-        logp_S = torch.segment_reduce(logp_M * batch.weight_M, "sum", lengths=batch.tokens_S)
+        logp_S = sum_rows(logp_M * batch.weight_M, batch.tokens_S)
     if likely:
-        aligned_S = torch.segment_reduce(logp_M.detach() - squares_R[row_M], "sum", lengths=batch.tokens_S)
+        aligned_S = sum_rows(logp_M.detach() - squares_R[row_M], batch.tokens_S)
         likely_P = (aligned_S / batch.tokens_S).reshape(2, chosen).sum(0).exp()
     return Scores(
         chosen_logp_P=logp_S[:chosen],
@@ -84,10 +90,8 @@ def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool 
         likely_P=likely_P,
         chosen_tokens_P=batch.tokens_S[:chosen],
         rejected_tokens_P=batch.tokens_S[chosen:],
-        chosen_logits_sum=logits_S[:chosen].sum().item(),
-        rejected_logits_sum=logits_S[chosen:].sum().item(),
-        entropy_sum=entropy_S.sum().item(),
-        chosen_top1_sum=top1_S[:chosen].sum().item(),
+        answer_tokens=batch.answer_tokens,
+        figures_4=figures_4,
     )
 
 
@@ -134,26 +138,23 @@ class _HeadLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         hidden_RD = hidden_TD[batch.state_R].to(weight_VD.dtype)
         wants_gradient = hidden_TD.requires_grad
-        starts = range(0, len(hidden_RD), STATES_AT_ONCE)
-        ends = torch.tensor([*starts, len(hidden_RD)], device=hidden_RD.device)
-        firsts = torch.searchsorted(batch.row_N, ends).tolist()
         chunks = [
             _chunk(
-                hidden_RD[start : start + STATES_AT_ONCE],
+                hidden_RD[states],
                 weight_VD,
                 bias_V,
-                batch.row_N[first:last] - start,
-                batch.target_N[first:last],
+                batch.row_N[tokens] - states.start,
+                batch.target_N[tokens],
                 metrics,
                 wants_gradient,
                 likely,
             )
-            for start, (first, last) in zip(starts, pairwise(firsts), strict=True)
+            for states, tokens in batch.chunks
         ]
         logp_N, logits_R, entropy_R, top1_N, squares_R, others_RD = (
             torch.cat(parts) for parts in zip(*chunks, strict=True)
         )
-        ctx.save_for_backward(others_RD, logp_N, weight_VD, batch.state_R, batch.row_N, batch.target_N)
+        ctx.save_for_backward(others_RD, logp_N, weight_VD, batch.state_R, batch.row_N, batch.target_N, batch.tokens_R)
         ctx.hidden = hidden_TD.shape, hidden_TD.dtype
         ctx.mark_non_differentiable(logits_R, entropy_R, top1_N, squares_R)
         return logp_N, logits_R, entropy_R, top1_N, squares_R
@@ -165,13 +166,12 @@ class _HeadLogps(torch.autograd.Function):
         The sum over tokens that are not scored was made in the forward pass; those that are come on top of it here, so
         that 1 - p keeps its digits where p is almost 1.
         """
-        others_RD, logp_N, weight_VD, state_R, row_N, target_N = ctx.saved_tensors
+        others_RD, logp_N, weight_VD, state_R, row_N, target_N, tokens_R = ctx.saved_tensors
         shape, dtype = ctx.hidden
-        gradient_R = torch.zeros(len(state_R), dtype=gradient_N.dtype, device=gradient_N.device)
-        gradient_R.index_add_(0, row_N, gradient_N)
+        gradient_R = sum_rows(gradient_N, tokens_R)
         slope_RD = others_RD * -gradient_R[:, None]
         factor_N = gradient_N - gradient_R[row_N] * logp_N.exp()
-        slope_RD.index_add_(0, row_N, factor_N[:, None] * weight_VD[target_N].to(factor_N.dtype))
+        slope_RD += sum_rows(factor_N[:, None] * weight_VD[target_N].to(factor_N.dtype), tokens_R)
         slope_TD = torch.zeros(shape, dtype=dtype, device=gradient_N.device)
         slope_TD[state_R] = slope_RD.to(dtype)
         return slope_TD, None, None, None, None, None
@@ -207,12 +207,14 @@ def _chunk(
         if bias_V is not None:
             logits_cv += bias_V[start : start + words].to(exact)
         column_n = target_n - start
-        here_n = (column_n >= 0) & (column_n < len(tile_vD))
-        place = row_n[here_n], column_n[here_n]
-        target_logit_n[here_n] = logits_cv[place]
-        most_c, where_c = logits_cv.max(-1)
-        best_c = torch.where(most_c > top_c, where_c + start, best_c)
-        most_c = torch.maximum(most_c, top_c)
+        # a mask would make the host wait for the GPU, to learn how many tokens there are
+        inside_n = (column_n >= 0) & (column_n < len(tile_vD))
+        place = row_n, column_n.clamp(0, len(tile_vD) - 1)
+        target_logit_n = torch.where(inside_n, logits_cv[place], target_logit_n)
+        if metrics:
+            most_c, where_c = logits_cv.max(-1)
+            best_c = torch.where(most_c > top_c, where_c + start, best_c)
+        most_c = torch.maximum(logits_cv.amax(-1), top_c)
         shrink_c, top_c = torch.exp(top_c - most_c), most_c
         share_cv = (logits_cv - top_c[:, None]).exp_()
         total_c = total_c * shrink_c + share_cv.sum(-1)
@@ -222,14 +224,20 @@ def _chunk(
         if likely:
             squares_c = squares_c * shrink_c.square() + torch.linalg.vecdot(share_cv, share_cv)
         if wants_gradient:
-            share_cv[place] = 0
+            _subtract_at(share_cv, place, torch.where(inside_n, share_cv[place], 0))
             others_cD.mul_(shrink_c[:, None]).add_(share_cv.to(hidden_cD.dtype) @ tile_vD)
     log_total_c = top_c + total_c.log()
     return (
         target_logit_n - log_total_c[row_n],
         logits_c / vocabulary,
         (log_total_c - weighted_c / total_c) if metrics else weighted_c,
-        (best_c[row_n] == target_n).to(exact),
+        (best_c[row_n] == target_n).to(exact),  # of no meaning without `metrics`
         (squares_c.log() - 2 * total_c.log()) if likely else squares_c,
         others_cD.div_(total_c[:, None]),
     )
+
+
+def _subtract_at(x_cv: Tensor, place: tuple[Tensor, Tensor], amount_n: Tensor) -> None:
+    """Take `amount_n` off the numbers at `place`, of which at most one amount for each is not 0."""
+    row_n, column_n = place
+    x_cv.view(-1).index_add_(0, row_n * x_cv.shape[1] + column_n, amount_n, alpha=-1)

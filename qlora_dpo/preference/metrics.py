@@ -1,14 +1,29 @@
-"""Sums over pairs that become the logged means, under TRL's names: independent of how the pairs were batched."""
+"""Sums over pairs that become the logged means, under TRL's names: independent of how the pairs were batched.
+
+They are added up on the device and read when a line is logged, since reading a number makes the host wait for a GPU.
+"""
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from qlora_dpo.model import processes
-from qlora_dpo.preference.logps import Scores
+from qlora_dpo.preference.logps import HEAD_FIGURES, Scores
 from qlora_dpo.preference.objective import Losses
 from qlora_dpo.recipe_objective import Objective, WithSft
 
 TIE = 1e-4
 """Nats. Margins below this are what float32 rounds differently in another batch, so the pair counts as a tie."""
+
+OF_LOGPS = ("logps/chosen", "logps/rejected")
+OF_LOSSES = (
+    *("loss", "preference_loss", "sft_loss"),
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+)
+OF_REJECTED = {"rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/rejected"}
+ORDER = (*OF_LOSSES, *OF_LOGPS, *HEAD_FIGURES)
+"""The order in which records name them."""
 
 
 @dataclass
@@ -19,81 +34,83 @@ class Sums:
     sft: bool
     pairs: int = 0
     tokens: int = 0
-    ties: int = 0
-    chosen_tokens: int = 0
-    rejected_tokens: int = 0
-    totals: dict[str, float] = field(default_factory=dict)
+    answer_tokens: tuple[int, int] = (0, 0)
+    """Of chosen and of rejected answers."""
+    head_tokens: tuple[int, int] = (0, 0)
+    """Those of them whose HEAD_FIGURES were computed."""
+    parts: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    """Sums in float64 on the device, a vector for each group of names; with the losses' group stand the ties."""
 
     def add_scores(self, scores: Scores, tokens: int = 0) -> None:
         """Add what one micro-batch, which took `tokens` tokens through the model, says about its pairs."""
         self.tokens += tokens
-        self.chosen_tokens += int(scores.chosen_tokens_P.sum())
-        self.rejected_tokens += int(scores.rejected_tokens_P.sum())
-        self._add(
-            {
-                "logps/chosen": scores.chosen_logp_P.detach().double().sum().item(),
-                "logps/rejected": scores.rejected_logp_P.detach().double().sum().item(),
-                "logits/chosen": scores.chosen_logits_sum,
-                "logits/rejected": scores.rejected_logits_sum,
-                "entropy": scores.entropy_sum,
-                "mean_token_accuracy": scores.chosen_top1_sum,
-            }
-        )
+        self.answer_tokens = _added(self.answer_tokens, scores.answer_tokens)
+        self._add(OF_LOGPS, [scores.chosen_logp_P.double().sum(), scores.rejected_logp_P.double().sum()])
+        if scores.figures_4 is not None:
+            self.head_tokens = _added(self.head_tokens, scores.answer_tokens)
+            self._add(HEAD_FIGURES, list(scores.figures_4.double()))
 
     def add_losses(self, losses: Losses) -> None:
         """Add the losses and rewards of some pairs."""
         chosen_P, rejected_P = losses.rewards_P2.unbind(1)
         tie_P = (chosen_P - rejected_P).abs() <= self.beta * TIE
-        ties = int(tie_P.sum())
         self.pairs += len(chosen_P)
-        self.ties += ties
-        self._add(
-            {
-                "loss": losses.total_P.detach().double().sum().item(),
-                "preference_loss": losses.preference_P.detach().double().sum().item(),
-                "sft_loss": losses.sft_P.detach().double().sum().item(),
-                "rewards/chosen": chosen_P.double().sum().item(),
-                "rewards/rejected": rejected_P.double().sum().item(),
-                # a tie is half right: neither answer is preferred
-                "rewards/accuracies": float((chosen_P > rejected_P)[~tie_P].sum()) + ties / 2,
-                "rewards/margins": (chosen_P - rejected_P).double().sum().item(),
-            }
+        # a tie is half right: neither answer is preferred
+        right_P = torch.where(tie_P, 0.5, (chosen_P > rejected_P).double())
+        amounts_P = (
+            *(losses.total_P, losses.preference_P, losses.sft_P),
+            *(chosen_P, rejected_P, right_P, chosen_P - rejected_P),
         )
+        self._add((*OF_LOSSES, "ties"), [each_P.double().sum() for each_P in (*amounts_P, tie_P)])
 
-    def _add(self, amounts: dict[str, float]) -> None:
-        for name, amount in amounts.items():
-            self.totals[name] = self.totals.get(name, 0.0) + amount
+    def _add(self, names: tuple[str, ...], amounts: list[Tensor]) -> None:
+        vector = torch.stack(amounts).detach()
+        self.parts[names] = self.parts[names] + vector if names in self.parts else vector
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """All sums by name; the host waits for the device."""
+        if not self.parts:
+            return {}
+        names = [name for group in self.parts for name in group]
+        return dict(zip(names, torch.cat(list(self.parts.values())).tolist(), strict=True))
 
     def of_all(self) -> "Sums":
         """The sums of all processes that train together."""
         if processes.count() == 1:
             return self
-        counts = [self.pairs, self.tokens, self.ties, self.chosen_tokens, self.rejected_tokens]
-        present, amounts = (
-            [float(name in self.totals) for name in ORDER],
-            [self.totals.get(name, 0.0) for name in ORDER],
-        )
+        totals, groups = self.totals, (OF_LOGPS, HEAD_FIGURES, (*OF_LOSSES, "ties"))
+        names = [name for group in groups for name in group]
+        counts = [self.pairs, self.tokens, *self.answer_tokens, *self.head_tokens]
+        present, amounts = [float(name in totals) for name in names], [totals.get(name, 0.0) for name in names]
         summed = processes.total([*counts, *present, *amounts])
-        pairs, tokens, ties, chosen, rejected = map(int, summed[: len(counts)])
-        there, totals = summed[len(counts) : -len(ORDER)], summed[-len(ORDER) :]
-        known = {name: each for name, known, each in zip(ORDER, there, totals, strict=True) if known}
-        return Sums(self.beta, self.sft, pairs, tokens, ties, chosen, rejected, known)
+        pairs, tokens, chosen, rejected, head_chosen, head_rejected = map(int, summed[: len(counts)])
+        known = dict(zip(names, summed[len(counts) : -len(names)], strict=True))
+        values = dict(zip(names, summed[-len(names) :], strict=True))
+        parts: dict[tuple[str, ...], Tensor] = {
+            group: torch.tensor([values[name] for name in group], dtype=torch.float64)
+            for group in groups
+            if known[group[0]]
+        }
+        return Sums(self.beta, self.sft, pairs, tokens, (chosen, rejected), (head_chosen, head_rejected), parts)
 
     def means(self) -> dict[str, float]:
         """Means over pairs, or over answer tokens where TRL's are (logits, entropy, token accuracy).
 
         Where no rejected answer went through the model, nothing is said of one.
         """
+        totals, (chosen, rejected) = self.totals, self.head_tokens
         weights = {
-            "logits/chosen": self.chosen_tokens,
-            "logits/rejected": self.rejected_tokens,
-            "entropy": self.chosen_tokens + self.rejected_tokens,
-            "mean_token_accuracy": self.chosen_tokens,
+            "logits/chosen": chosen,
+            "logits/rejected": rejected,
+            "entropy": chosen + rejected,
+            "mean_token_accuracy": chosen,
         }
-        absent = OF_REJECTED if self.chosen_tokens and not self.rejected_tokens else set[str]()
-        names = sorted(self.totals.keys() - absent, key=ORDER.index)
+        absent = OF_REJECTED if self.answer_tokens[0] and not self.answer_tokens[1] else set[str]()
         return {
-            name: self.totals[name] / weights.get(name, self.pairs) for name in names if self.sft or name != "sft_loss"
+            name: totals[name] / weights.get(name, self.pairs)
+            for name in ORDER
+            if name in totals and name not in absent and (self.sft or name != "sft_loss")
         }
 
 
@@ -102,10 +119,5 @@ def sums_for(table: Objective) -> Sums:
     return Sums(getattr(table, "beta", 1.0), sft=isinstance(table, WithSft) and table.sft_weight > 0)
 
 
-OF_REJECTED = {"rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/rejected"}
-ORDER = (
-    *("loss", "preference_loss", "sft_loss"),
-    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
-)
-"""The order in which records name them."""
+def _added(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return one[0] + other[0], one[1] + other[1]

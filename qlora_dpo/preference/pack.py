@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, Ids
-from qlora_dpo.model.attention import Backend, Layout, Span
+from qlora_dpo.model.attention import Backend, Layout
+from qlora_dpo.model.span import Span
+from qlora_dpo.model.transfer import copied_together
 from qlora_dpo.preference.counted import Counted
 
 
@@ -28,6 +32,10 @@ class Packing:
     """How the tokens of answers count; None if all count alike."""
 
 
+STATES_AT_ONCE = 256
+"""States whose logits exist at once: those of 8 pairs of 512 tokens are 4.6 GiB in float32, with 152k words."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Some pairs as tensors: everything a forward pass needs, and where the answers stand in it."""
@@ -38,17 +46,24 @@ class MicroBatch:
     layout: Layout | None  # of a packed row
     state_R: Tensor  # index into the B * L positions, ascending
     row_N: Tensor  # which of the R states predicts the token, ascending
+    tokens_R: Tensor  # how many of the N tokens each state predicts
     target_N: Tensor
     scored_M: Tensor  # which of the N scored tokens stands there; sequence after sequence
     tokens_S: Tensor  # answer tokens of each sequence
     weight_M: Tensor | None  # how much each answer token counts; None if all count alike
     pairs: int
     tokens: int  # of all sequences, as TRL counts them: a prompt once for each answer that is there, no padding
+    answer_tokens: tuple[int, int]  # of all chosen and of all rejected answers
+    chunks: tuple[tuple[slice, slice], ...]  # STATES_AT_ONCE of the R, and their tokens among the N
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        layout = self.layout and replace(self.layout, device=device)
+        """The same batch on another device, copied at once with the index tensors of its layout."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        index = {} if self.layout is None else self.layout.index_tensors()
+        moved = copied_together(own | {f"layout {name}": tensor for name, tensor in index.items()}, device)
+        layout = self.layout and replace(
+            self.layout, device=device, moved={name: moved.pop(f"layout {name}") for name in index}
+        )
         return MicroBatch(**{**vars(self), **moved, "layout": layout})
 
 
@@ -125,6 +140,8 @@ def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
     number = {each: index for index, each in enumerate(distinct)}
     states = sorted({position for position, _ in distinct})
     row = {position: index for index, position in enumerate(states)}
+    row_N = np.array([row[position] for position, _ in distinct], dtype=np.int64)
+    tokens_S = [len(answer) for answer in answers]
     weights = [packing.counted.weights(pair) for pair in pairs] if packing.counted else []
     return MicroBatch(
         input_ids_BL=places.input_ids_BL,
@@ -132,14 +149,24 @@ def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
         attention_mask_BL=places.attention_mask_BL,
         layout=places.layout,
         state_R=torch.tensor(states),
-        row_N=torch.tensor([row[position] for position, _ in distinct]),
+        row_N=torch.from_numpy(row_N),
+        tokens_R=torch.from_numpy(np.bincount(row_N)),
         target_N=torch.tensor([token for _, token in distinct]),
         scored_M=torch.tensor([number[each] for each in scored]),
-        tokens_S=torch.tensor([len(answer) for answer in answers]),
+        tokens_S=torch.tensor(tokens_S),
         weight_M=torch.tensor([w for side in (0, 1) for each in weights for w in each[side]]) if weights else None,
         pairs=len(pairs),
         tokens=sum(map(len, places.position_SL)),
+        answer_tokens=(sum(tokens_S[: len(pairs)]), sum(tokens_S[len(pairs) :])),
+        chunks=_chunks(row_N, len(states)),
     )
+
+
+def _chunks(row_N: NDArray[np.int64], states: int) -> tuple[tuple[slice, slice], ...]:
+    """The states in chunks, each beside the tokens that it predicts."""
+    ends = [*range(0, states, STATES_AT_ONCE), states]
+    firsts = np.searchsorted(row_N, ends).tolist()
+    return tuple((slice(*some), slice(*tokens)) for some, tokens in zip(pairwise(ends), pairwise(firsts), strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """All that a resume needs, in safetensors and JSON: written whole, listed with SHA-256, read only if it verifies."""
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -57,10 +58,10 @@ class SinceEval:
     loss: float = 0.0
     vanished: int = 0
 
-    def add(self, total_P: Tensor) -> None:
-        """Count some pairs and their losses."""
-        self.pairs += len(total_P)
-        self.loss += total_P.detach().double().sum().item()
+    def add(self, losses: Sequence[float]) -> None:
+        """Count some pairs by their losses."""
+        self.pairs += len(losses)
+        self.loss += math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
 
 
 @dataclass
@@ -106,6 +107,11 @@ class State:
         """Put back what `counts` gives."""
         tokens, self.first_slope, pairs, loss, vanished = counts
         self.num_tokens, self.since_eval = int(tokens), SinceEval(int(pairs), loss, int(vanished))
+
+    @property
+    def moved(self) -> bool:
+        """True once a step has changed the adapter: not all steps so far were skipped."""
+        return self.step > self.skipped_steps
 
     def count_skipped(self, skipped: bool) -> None:
         """Count the step just taken: was it skipped, since its scaled gradient overflowed?"""
@@ -213,9 +219,7 @@ def load_checkpoint(
     for name, parameter in parameters.items():
         own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
         if own:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
-            }
+            optimizer.state[parameter] = {key: _held(optimizer, parameter, key, value) for key, value in own.items()}
     restore(load_file(folder / "random.safetensors"))
     if asked.row_tokens is not None:
         state.row_tokens = asked.row_tokens
@@ -223,6 +227,18 @@ def load_checkpoint(
         state.row_tokens = None  # a number that is allowed to take the place of "auto"
     state.recipe, state.fingerprints = asked.recipe, asked.fingerprints
     return state
+
+
+def _held(optimizer: Any, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """A part of a saved optimizer state, where this optimizer keeps it."""
+    match key:
+        case "step":
+            return value
+        case "state1" | "state2":  # bitsandbytes' moments, which a paged optimizer keeps in memory that it can page out
+            held: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+            return held
+        case _:
+            return value.to(parameter.device)
 
 
 def load_moving(folder: Path, moving: Mapping[str, Tensor]) -> None:

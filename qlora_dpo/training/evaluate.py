@@ -1,7 +1,7 @@
 """Loss, accuracy and rewards over all held-out pairs, weighted by pair, so that batching cannot change them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,13 +64,14 @@ def evaluate(
     sums = (sums if side.counts else sums_for(table)).of_all()
     losses = objective(everything, table)
     sums.add_losses(losses)
+    totals = sums.totals
     model.train(was_training)
     means = {f"eval_{name}": value for name, value in sums.means().items()}
     return {
         **means,
-        **_watched(everything, losses, sums),
+        **_watched(everything, losses, totals, sums.answer_tokens[0]),
         "eval_pairs": sums.pairs,
-        "eval_ties": sums.ties,
+        "eval_ties": int(totals["ties"]),
         "seconds": time.monotonic() - started,
     }
 
@@ -98,15 +99,16 @@ def _looked_at(
     return together(parts)
 
 
-def _watched(logps: Logps, losses: Losses, sums: Sums) -> dict[str, float]:
+def _watched(logps: Logps, losses: Losses, totals: Mapping[str, float], chosen_tokens: int) -> dict[str, float]:
     """What signs of trouble are judged by, beside the means."""
+    pairs = len(losses.total_P)
     total_P = losses.total_P.double()
     margin_P = (losses.rewards_P2[:, 0] - losses.rewards_P2[:, 1]).double()
     longer_P = (logps.chosen_tokens_P - logps.rejected_tokens_P).double()
     # without differences between pairs there is nothing that could go together
-    compares = sums.ties < sums.pairs > 2 and float(margin_P.std()) > 0 and float(longer_P.std()) > 0
+    compares = totals["ties"] < pairs > 2 and float(margin_P.std()) > 0 and float(longer_P.std()) > 0
     correlation = float(torch.corrcoef(torch.stack([margin_P, longer_P]))[0, 1]) if compares else None
     return {
-        "eval_loss_stderr": float(total_P.std(correction=0)) / sums.pairs**0.5,
-        "eval_logps/chosen_per_token": sums.totals["logps/chosen"] / sums.chosen_tokens,
+        "eval_loss_stderr": float(total_P.std(correction=0)) / pairs**0.5,
+        "eval_logps/chosen_per_token": totals["logps/chosen"] / chosen_tokens,
     } | ({"eval_length_correlation": correlation} if correlation is not None else {})

@@ -11,6 +11,9 @@ from qlora_dpo.model.lora import names_not_finite
 MOST_SKIPPED = 5
 """Steps in a row whose scaled gradients may overflow. The scale halves each time, so more have another cause."""
 
+SMALLEST_SCALE = 1.0
+"""The smallest loss scale that is tried before the first step."""
+
 
 def insist_on_finite(
     step: int,
@@ -42,6 +45,19 @@ def insist_on_some_steps(
     if skipped_in_a_row >= MOST_SKIPPED:
         why = not_finite(step, parameters, wrong, rows)
         raise RunError(f"{why}; {skipped_in_a_row} steps in a row were skipped")
+
+
+def half_of_scale(step: int, scale: float) -> float:
+    """The loss scale to try after `scale`, at which the gradient overflows; RunError where that would be below 1.
+
+    Below 1 it is no longer the scaling that makes the gradient overflow.
+    """
+    if scale < 2 * SMALLEST_SCALE:
+        raise RunError(
+            f"step {step}: the gradient overflows fp16 at every loss scale down to {scale:,.0f}, so nothing was "
+            'changed; set model.dtype = "fp32", or take a card with bf16 (compute capability 8.0 or newer)'
+        )
+    return scale / 2
 
 
 def not_finite(

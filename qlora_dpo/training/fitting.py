@@ -10,9 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 
 from qlora_dpo.errors import LESS_MEMORY, DoesNotFitError, is_out_of_memory
 from qlora_dpo.model import processes
+from qlora_dpo.model.budget import checkpoint, checkpointable
+from qlora_dpo.recipe_train import TrainTable
 from qlora_dpo.training.checkpoint import State
 from qlora_dpo.training.random_states import random_states, restore
 from qlora_dpo.training.step import Left
@@ -20,8 +23,8 @@ from qlora_dpo.training.step import Left
 if TYPE_CHECKING:
     from qlora_dpo.training.loop import Job
 
-TRIES = 3
-"""How often in a row one step or evaluation may run out of memory before the run ends."""
+HALVINGS = 3
+"""How often in a row the rows of one step or evaluation are halved before the run ends."""
 
 Result = TypeVar("Result")
 
@@ -40,16 +43,18 @@ def as_it_fits(
     state: State,
     say: Callable[[str], None],
     undo: Callable[[], None] = lambda: None,
+    resort: Callable[[], str] = lambda: "",
 ) -> Result:
     """Do `work`, and again in smaller rows, and say so, each time that memory runs out; returns its result.
 
     Of several processes all do so again if memory runs out in one, but where weights are sharded the run ends.
 
-    `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators. Raises
-    DoesNotFitError after `TRIES` times in a row, and Left, with all put back, if `work` does in one of the processes.
+    `undo` takes back what half a `work` has done beyond `state`, which is put back here, as are the generators.
+    `resort` saves memory in another way before the last try, and says how. Raises DoesNotFitError if that runs out of
+    memory too, and Left, with all put back, if `work` does in one of the processes.
     """
     before, counted = random_states(), _counted(state)
-    for _ in range(TRIES):
+    for times in range(1, HALVINGS + 2):
         here, failed, left = fitted(job, state), False, False
         tokens = here.packing.token_budget
         try:
@@ -72,9 +77,23 @@ def as_it_fits(
         if leaves:
             raise Left
         _free()
-        state.row_tokens = max(1, tokens // 2)
-        say(f"{what}: out of memory with rows of {tokens:,} tokens; rows of {state.row_tokens:,} from here on")
-    raise DoesNotFitError(f"{what}: out of memory {TRIES} times in a row; {LESS_MEMORY}")
+        state.row_tokens = rows = max(1, tokens // 2)
+        if times <= HALVINGS:
+            also = resort() if times == HALVINGS else ""
+            say(f"{what}: out of memory with rows of {tokens:,} tokens; rows of {rows:,} from here on{also}")
+    raise DoesNotFitError(f"{what}: out of memory {HALVINGS + 1} times in a row; {LESS_MEMORY}")
+
+
+def recompute_all(model: nn.Module, table: TrainTable) -> str:
+    """Recompute the activations of all layers from here on, if the recipe leaves that to memory; says so if it is new.
+
+    The activations of a pair that is longer than a row shrink by nothing else.
+    """
+    layers = checkpointable(model)
+    if table.gradient_checkpointing != "auto" or all(layer.gradient_checkpointing for layer in layers):
+        return ""
+    checkpoint(model, len(layers))
+    return ", and all layers recomputed"
 
 
 def _named(what: str, error: Exception) -> Exception:

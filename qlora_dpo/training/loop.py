@@ -33,12 +33,12 @@ from qlora_dpo.training.best import best, out_of_patience, save_best
 from qlora_dpo.training.checkpoint import SinceEval, State, folder_of, load_checkpoint, load_moving, save_checkpoint
 from qlora_dpo.training.drift import kl_to_base
 from qlora_dpo.training.evaluate import Side, evaluate
-from qlora_dpo.training.finite import insist_on_finite, insist_on_some_steps
-from qlora_dpo.training.fitting import as_it_fits
+from qlora_dpo.training.finite import half_of_scale, insist_on_finite, insist_on_some_steps
+from qlora_dpo.training.fitting import as_it_fits, recompute_all
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.random_states import random_states, restore
-from qlora_dpo.training.step import Left, gradient, joined
+from qlora_dpo.training.step import Left, gradient, is_logged, joined
 from qlora_dpo.training.stopping import ENDED, Stop, stop_when_asked, why_stop
 from qlora_dpo.training.tracker import Tracker
 from qlora_dpo.training.watch import Course, signs
@@ -101,7 +101,7 @@ def fit(model: PeftModel, job: Job, state: State, tracker: Tracker, resume: Path
                 ) from left
             tracker.step(state.step)
             last, epoch_ends = state.step == plan.total_steps, plan.ends_epoch(state.step)
-            logged = last or state.step == 1 or state.step % table.logging_steps == 0
+            logged = is_logged(job, state.step)
             if logged:
                 tracker.train(at.window.record(state, norm, rate))
                 at.window = _Window(job)
@@ -169,12 +169,11 @@ class _Course:
 def _step(at: _Course) -> tuple[float, float]:
     """Take one optimizer step; returns its learning rate and the norm of its gradient before clipping."""
     job, state, tools = at.job, at.state, at.tools
-    table, pairs = job.recipe.train, job.train.pairs
+    pairs = job.train.pairs
     rows = [pairs[i].row for i in job.plan.indices(state.step + 1)]
-    wrong = [pairs[i].row for i in _gradient_as_it_fits(at)]
-    parameters = trainable(at.model)
-    norm = float(tools.accelerator.clip_grad_norm_(parameters.values(), table.max_grad_norm))
-    scaled = tools.accelerator.scaler is not None
+    norm, indices = _clipped_gradient(at)
+    wrong, parameters = [pairs[i].row for i in indices], trainable(at.model)
+    scaled = tools.accelerator.scaler is not None and state.moved
     insist_on_finite(state.step + 1, norm, parameters, wrong, rows, scaled=scaled)
     rate = float(tools.schedule.get_last_lr()[0])
     tools.accelerated.step()
@@ -189,8 +188,34 @@ def _step(at: _Course) -> tuple[float, float]:
     return rate, norm
 
 
-def _gradient_as_it_fits(at: _Course) -> list[int]:
-    """Add up the step's gradient, in smaller rows if memory runs out; returns the pairs whose loss is not finite.
+def _clipped_gradient(at: _Course) -> tuple[float, list[int]]:
+    """Add up the step's gradient and clip it; returns its norm before, and the pairs whose loss is not finite.
+
+    Which loss scale fits this model and this objective in fp16 is not known before the first step has been taken. Until
+    then a scale at which the gradient overflows is halved and the same step is computed again: sppo_hard needs 2 ** 7
+    and cal_dpo 2 ** 2, where torch begins with 2 ** 16. Raises RunError if no scale fits.
+    """
+    state, scaler, times = at.state, at.tools.accelerator.scaler, 0
+    parameters, most = trainable(at.model), at.job.recipe.train.max_grad_norm
+    while True:
+        wrong, undo = _gradient_as_it_fits(at)
+        norm = float(at.tools.accelerator.clip_grad_norm_(parameters.values(), most))
+        times += 1
+        if scaler is None or state.moved or wrong or math.isfinite(norm):
+            break
+        undo()
+        scaler.update(half_of_scale(state.step + 1, scaler.get_scale()))
+    if times > 1:
+        at.tracker.note(
+            f"step {state.step + 1} was computed {times} times, since its gradient overflows fp16 at loss scales above "
+            f"{scaler.get_scale():,.0f}"
+        )
+    return norm, wrong
+
+
+def _gradient_as_it_fits(at: _Course) -> tuple[list[int], Callable[[], None]]:
+    """Add up the step's gradient, in smaller rows if memory runs out; returns the pairs whose loss is not finite, and
+    what takes all of it back, as if the step had not begun.
 
     Raises DoesNotFitError, with a checkpoint of the step before saved, if smaller rows do not help, and so
     ProcessEndedError if another process has ended; Left where a stop is asked for in the middle.
@@ -203,21 +228,28 @@ def _gradient_as_it_fits(at: _Course) -> list[int]:
         at.tools.accelerated.zero_grad()
         at.window.sums = copy.deepcopy(before)
 
+    def undo_whole_step() -> None:
+        undo()
+        restore(draws)
+        state.set_counts(counts)
+        state.margin_mean = mean
+
     def work(job: Job) -> list[int]:
         return gradient(model, job, state, at.tools.accelerator.backward, at.window.sums, lambda: at.stop.asked)
 
+    def resort() -> str:
+        return recompute_all(model, at.job.recipe.train)
+
     try:
-        wrong = as_it_fits(f"step {state.step + 1}", work, at.job, state, at.tracker.note, undo)
-        return joined(model, state, counts, wrong)
+        wrong = as_it_fits(f"step {state.step + 1}", work, at.job, state, at.tracker.note, undo, resort)
+        return joined(model, state, counts, wrong), undo_whole_step
     except DoesNotFitError as error:
         if processes.sharded() and not processes.is_main():
             raise  # the first process saves when it finds this one gone
         saved = _save(at)
         raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
     except ProcessEndedError as error:
-        restore(draws)
-        state.set_counts(counts)
-        state.margin_mean = mean
+        undo_whole_step()
         saved = _save(at)
         raise ProcessEndedError(
             f"stopped after step {state.step}{ENDED}; {saved} is saved, --resume goes on from there"

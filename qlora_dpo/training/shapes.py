@@ -242,7 +242,7 @@ def kept_per_token(
     backend: attention.Backend = "batched" if device.attention == "batched" else "spans"
     batch = collate(pairs, Packing(10**6, 0, backend if packed else None))
     if backend == "batched" and batch.layout is not None:
-        batch.layout.unbucketed.numel()  # which tokens these are is decided on numbers, so before there are only shapes
+        batch.layout.index  # noqa: B018 - numbers decide which tokens these are, so before there are only shapes
     mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
     where, many = replace(device, type="cpu"), len(budget.checkpointable(model))
     measure = partial(_kept, model.train(), batch, where, mode)

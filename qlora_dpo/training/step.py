@@ -1,8 +1,9 @@
 """The gradient of one optimizer step: the mean loss over its pairs, however they are split into micro-batches."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from qlora_dpo.model import processes
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.transfer import copied_together
 from qlora_dpo.preference import shares
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import Sums
 from qlora_dpo.preference.objective import (
+    Columns,
     Logps,
     Losses,
     beta_at,
@@ -41,6 +44,23 @@ VANISHING = 0.05
 Backward = Callable[[Tensor], Any]
 
 
+@dataclass
+class _Seen:
+    """What the pairs of a step have shown so far, on the device: it is read once, when the step's last pass is done."""
+
+    indices: list[int] = field(default_factory=list)
+    total_P: list[Tensor] = field(default_factory=list)
+    slope_P: list[Tensor] = field(default_factory=list)
+    reference: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    """Pairs whose reference log-probabilities were computed along with the step, and those, (P, 2)."""
+
+    def add(self, indices: Sequence[int], losses: Losses, slope_P: Tensor) -> None:
+        """Note the losses of some pairs and how much their log-probabilities move them."""
+        self.indices += indices
+        self.total_P.append(losses.total_P.detach())
+        self.slope_P.append(slope_P)
+
+
 class Left(Exception):
     """A step was left between two of its micro-batches, since the run shall stop; nothing of it counts."""
 
@@ -64,18 +84,24 @@ def gradient(
     batches = micro_batches([pairs[i] for i in own], job.packing)
     groups = shares.in_step([[indices[own[i]] for i in group] for group in batches])
     processes.seed(job.recipe.train.seed, state.step)
+    seen = _Seen()
     if needs_whole_step(job.recipe.objective) and (len(groups) > 1 or processes.count() > 1):
-        return _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums, leave)
-    wrong = list[int]()
-    for group in _until_left(groups, leave, 0):
-        if group is None:
-            backward(0 * _uncounted(model, job, state, sums).chosen_logp_P.sum())
-            continue
-        logps = _logps(model, job, state, group, sums)
-        losses = _losses(logps, job, state, sums)
-        backward(losses.total_P.sum() / len(indices))
-        wrong += _not_finite(losses.total_P, group)
-    return wrong
+        _of_pairs_that_depend_on_each_other(model, job, state, groups, backward, sums, leave, seen)
+    else:
+        for group in _until_left(groups, leave, 0):
+            if group is None:
+                backward(0 * _uncounted(model, job, state, sums).chosen_logp_P.sum())
+                continue
+            losses, slope_P = _losses(_logps(model, job, state, group, sums, seen), job, state, sums)
+            backward(losses.total_P.sum() / len(indices))
+            seen.add(group, losses, slope_P)
+    _keep_references(job, seen)
+    return _count(job, state, seen)
+
+
+def is_logged(job: "Job", step: int) -> bool:
+    """True if the metrics of `step` are logged, whatever happens in it."""
+    return step in (1, job.plan.total_steps) or step % job.recipe.train.logging_steps == 0
 
 
 def joined(model: PeftModel, state: State, before: Sequence[float], wrong: list[int]) -> list[int]:
@@ -98,7 +124,8 @@ def _of_pairs_that_depend_on_each_other(
     backward: Backward,
     sums: Sums,
     leave: Callable[[], bool],
-) -> list[int]:
+    seen: _Seen,
+) -> None:
     """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
     draws = list[dict[str, Tensor]]()
 
@@ -112,7 +139,7 @@ def _of_pairs_that_depend_on_each_other(
                 parts.append(
                     _uncounted(model, job, state, sums).none()
                     if group is None
-                    else _logps(model, job, state, group, sums)
+                    else _logps(model, job, state, group, sums, seen)
                 )
         return together(parts)
 
@@ -123,9 +150,8 @@ def _of_pairs_that_depend_on_each_other(
     names = ("chosen_logp_P", "rejected_logp_P", "chosen_whole_P")
     leaves = {name: getattr(everything, name).clone().requires_grad_() for name in names}
     # all have the same losses, so one of them counts
-    counts = (state, sums) if processes.is_main() else (copy.deepcopy(state), copy.deepcopy(sums))
-    losses = _losses(replace(everything, **leaves), job, *counts)
-    state.margin_mean = counts[0].margin_mean
+    counted = sums if processes.is_main() else copy.deepcopy(sums)
+    losses, slope_P = _losses(replace(everything, **leaves), job, state, counted)
     found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
     for group, draw in zip(_until_left(groups, leave, 0), draws, strict=bool(groups)):
         restore(draw)  # the same dropout as when it was asked
@@ -145,7 +171,8 @@ def _of_pairs_that_depend_on_each_other(
             ).sum()
         )
         start += len(group)
-    return _not_finite(losses.total_P[own], [index for group in groups for index in group or ()])
+    indices = [index for group in groups for index in group or ()]
+    seen.add(indices, replace(losses, total_P=losses.total_P[own]), slope_P[own])
 
 
 def _until_left(
@@ -160,24 +187,28 @@ def _until_left(
         yield group
 
 
-def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums) -> Logps:
+def _logps(model: PeftModel, job: "Job", state: State, indices: Sequence[int], sums: Sums, seen: _Seen) -> Logps:
     """What policy and reference say of some training pairs."""
     place, side = job.device.torch_device, job.train
     batch = collate([side.pairs[i] for i in indices], job.packing).to(place)
-    reference_P2 = _reference(model, job, indices, batch).to(place)
-    scores = score(model, batch, job.device, likely=weighs_pairs(job.recipe.objective))
+    known_P2 = side.reference_P2[list(indices)]
+    columns = {name: value for name, value in vars(side.columns.of(list(indices))).items() if value is not None}
+    moved = copied_together(columns | {"reference": known_P2}, place)
+    moved |= _computed_now(model, job, indices, known_P2, batch, seen)
+    likely, metrics = weighs_pairs(job.recipe.objective), is_logged(job, state.step + 1)
+    scores = score(model, batch, job.device, metrics=metrics, likely=likely)
     sums.add_scores(scores, batch.tokens)
     state.num_tokens += batch.tokens
-    return scores.beside(reference_P2, side.columns.of(list(indices)).to(place))
+    return scores.beside(moved.pop("reference"), Columns(**moved))
 
 
 def _uncounted(model: PeftModel, job: "Job", state: State, sums: Sums) -> Logps:
     """What policy and reference say of one pair, by a process that has none or has done its own; uncounted."""
-    return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums))
+    return _logps(model, job, copy.deepcopy(state), job.plan.indices(1)[:1], copy.deepcopy(sums), _Seen())
 
 
-def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
-    """The losses of some pairs at this step's beta."""
+def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> tuple[Losses, Tensor]:
+    """The losses of some pairs at this step's beta, and how much their log-probabilities move each (P,)."""
     table = job.recipe.objective
     beta = beta_at(table, state.step + 1, job.plan.total_steps)
     if isinstance(table, BetaDpo):
@@ -185,34 +216,50 @@ def _losses(logps: Logps, job: "Job", state: State, sums: Sums) -> Losses:
         beta, state.margin_mean = dynamic_beta(ratio_P2[:, 0] - ratio_P2[:, 1], state.margin_mean, table, beta)
     losses = objective(logps, table, beta)
     sums.add_losses(losses)
-    slope_P = slopes(losses, logps)
-    if state.step == 0:
-        state.first_slope += float(slope_P.mean()) * len(slope_P) / len(job.plan.indices(1))
-    else:
-        state.since_eval.vanished += int((slope_P < VANISHING * state.first_slope).sum())
-    state.since_eval.add(losses.total_P)
-    return losses
+    return losses, slopes(losses, logps)
 
 
-def _reference(model: PeftModel, job: "Job", indices: Sequence[int], batch: MicroBatch) -> Tensor:
-    """What the reference says of the batch's pairs, (P, 2): as asked before the run, or asked now, and kept unless it
-    moves.
+def _computed_now(
+    model: PeftModel, job: "Job", indices: Sequence[int], known_P2: Tensor, batch: MicroBatch, seen: _Seen
+) -> dict[str, Tensor]:
+    """The reference's log-probabilities of the batch's pairs, (P, 2) on the device, where they are not known before the
+    step: the reference moves, or this is the first step that needs them.
     """
     if job.held.follows is not None:
-        return ride_along(model, batch, job.device, job.held)
-    known_P2 = job.train.reference_P2[list(indices)]
-    unknown = [i for i, nan in zip(indices, known_P2.isnan().any(1).tolist(), strict=True) if nan]
+        return {"reference": ride_along(model, batch, job.device, job.held)}
+    unknown = known_P2.isnan().any(1).nonzero()[:, 0].tolist()
     if not needs_reference(job.recipe.objective):
-        return known_P2
+        return {}
     if not (processes.any_of(bool(unknown)) if processes.sharded() else unknown):
-        return known_P2
-    asked_P2 = ride_along(model, batch, job.device, job.held)
-    new_P2 = asked_P2[[n for n, i in enumerate(indices) if i in unknown]].cpu()
-    job.train.reference_P2[unknown] = new_P2
-    job.store.add([job.train.pairs[i] for i in unknown], new_P2)
-    return asked_P2
+        return {}
+    reference_P2 = ride_along(model, batch, job.device, job.held)
+    # all of them, as a rule: then nothing is picked out by numbers that would have to be copied to the device
+    new_P2 = reference_P2 if len(unknown) == len(indices) else reference_P2[unknown]
+    seen.reference.append(([indices[n] for n in unknown], new_P2))
+    return {"reference": reference_P2}
 
 
-def _not_finite(total_P: Tensor, indices: Sequence[int]) -> list[int]:
-    finite = total_P.detach().isfinite().tolist()
-    return [index for index, each in zip(indices, finite, strict=True) if not each]
+def _keep_references(job: "Job", seen: _Seen) -> None:
+    """Keep what was computed of the reference along with the step for later steps and later runs."""
+    if not seen.reference:
+        return
+    indices = [index for some, _ in seen.reference for index in some]
+    new_P2 = torch.cat([some_P2 for _, some_P2 in seen.reference]).cpu()
+    job.train.reference_P2[indices] = new_P2
+    job.store.add([job.train.pairs[i] for i in indices], new_P2)
+
+
+def _count(job: "Job", state: State, seen: _Seen) -> list[int]:
+    """Note in `state` what the step's pairs have shown, and return those whose loss is not finite, as indices.
+
+    Here the host waits for the device, once a step.
+    """
+    if not seen.indices:
+        return []
+    losses, moves = torch.stack([torch.cat(seen.total_P).double(), torch.cat(seen.slope_P).double()]).tolist()
+    if state.step == 0:
+        state.first_slope += sum(moves) / len(job.plan.indices(1))
+    else:
+        state.since_eval.vanished += sum(slope < VANISHING * state.first_slope for slope in moves)
+    state.since_eval.add(losses)
+    return [index for index, loss in zip(seen.indices, losses, strict=True) if not math.isfinite(loss)]
