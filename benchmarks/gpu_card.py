@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-import torch
+from qlora_dpo.cli.allocator import use_expandable_segments
 
-from qlora_dpo.model.cards import CARDS
-from qlora_dpo.model.device import Device, choose
+use_expandable_segments()  # as every command does before torch is imported
+
+import torch  # noqa: E402
+
+from qlora_dpo.model.cards import CARDS  # noqa: E402
+from qlora_dpo.model.device import Device, choose  # noqa: E402
 
 Form = Literal["card", "t4"]
 T4 = CARDS["t4"]
@@ -172,8 +176,9 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def product_rate(place: Device, width: int) -> float:
+def product_rate(place: Device, *, tiny: bool) -> float:
     """Operations a second of a square matrix product in the compute dtype, the median of a second's worth."""
+    width = 512 if tiny else 8192
     one, other = (torch.randn(width, width, dtype=place.torch_dtype, device=place.torch_device) for _ in range(2))
     seconds: list[float] = []
     while sum(seconds) < 1 or len(seconds) < 5:

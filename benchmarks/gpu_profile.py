@@ -72,7 +72,7 @@ def run(
         operations = sum(flops.ours(counted, each, recomputed=False, reference=False) for each in batches)
         timed = Variant("", lambda: step.our_step(model, work, packing, known_P2), operations)
         gpu_speed.measure([timed], 3)
-        rate = gpu_card.product_rate(work.here, 8192 if ON_A_GPU else 512)
+        rate = gpu_card.product_rate(work.here, tiny=shape == "tiny")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_A_GPU else [])]
         with profile(activities=activities) as profiled:
             timed.take()

@@ -75,20 +75,28 @@ def known_logps(work: step.Bench, model: Any, packing: Packing) -> torch.Tensor:
 
 
 def ours(work: step.Bench, rows: Sequence[int]) -> list[Variant]:
-    """Our step as shipped: with each backend and row, the reference from the cache, and once asked along."""
-    model = step.model_for(work, lean=True)
+    """Our step, as shipped first: the reference from the cache and asked along, without dense weights, and with each
+    backend and row.
+    """
+    dense, sparse = (step.model_for(work, lean=True, dense=keep) for keep in (True, False))
     shape = flops.shape_of(work.source.folder)
     made = []
     for backend in backends(work.here):
         for tokens in rows:
             packing = Packing(tokens, work.pad, backend)
-            known_P2 = known_logps(work, model[0], packing)
+            known_P2 = known_logps(work, dense[0], packing)
             batches = [collate([work.pairs[i] for i in group], packing) for group in micro_batches(work.pairs, packing)]
-            for along in (False, True) if not made else (False,):
-                operations = sum(flops.ours(shape, each, recomputed=False, reference=along) for each in batches)
-                name = f"ours, {backend}, rows of {tokens:,}" + (", reference along (first epoch)" if along else "")
-                known = None if along else known_P2
-                made.append(Variant(name, _ours(model, work, packing, known), operations))
+            cached, along = (
+                sum(flops.ours(shape, each, recomputed=False, reference=reference) for each in batches)
+                for reference in (False, True)
+            )
+            name, first = f"ours, {backend}, rows of {tokens:,}", not made
+            made.append(Variant(name, _ours(dense, work, packing, known_P2), cached))
+            if first:
+                made += [
+                    Variant(f"{name}, reference along (first epoch)", _ours(dense, work, packing, None), along),
+                    Variant(f"{name}, no dense weights kept", _ours(sparse, work, packing, known_P2), cached),
+                ]
     return made
 
 
@@ -184,7 +192,7 @@ def speed(models: Path, form: Form, report: Report, shape: str, length: int, bat
             report.say("TRL's two models do not fit beside ours")
             free()
         measure(variants, rounds)
-        rate = gpu_card.product_rate(work.here, 8192 if ON_A_GPU else 512)
+        rate = gpu_card.product_rate(work.here, tiny=shape == "tiny")
     _tell_speed(report, work, variants, rate, loaded, length)
 
 
@@ -194,8 +202,8 @@ def _tell_speed(
     median = statistics.median(len(pair.prompt) for pair in work.pairs)
     report.say(
         f"{work.source.name}, {work.table.quantization}, {work.here.compute_dtype}, {work.here.name}; "
-        f"{len(work.pairs)} pairs of random ids, up to {length:,} tokens, median prompt {median:.0f}; our model takes "
-        f"{gib(loaded)} GiB; products reach {rate / 1e12:.1f} TFLOP/s"
+        f"{len(work.pairs)} pairs of random ids, up to {length:,} tokens, median prompt {median:.0f}; our model, with "
+        f"dense weights and without, takes {gib(loaded)} GiB; products reach {rate / 1e12:.1f} TFLOP/s"
     )
     shipped = variants[0].median
     report.columns("a step of", "s", "times ours as shipped", "above the loaded models, GiB", "TFLOP", "MFU")

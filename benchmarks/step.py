@@ -34,7 +34,14 @@ from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import checkpoint, checkpointable, keep_freed_memory
+from qlora_dpo.model.budget import (
+    USABLE,
+    checkpoint,
+    checkpointable,
+    dense_bytes,
+    free_bytes,
+    keep_freed_memory,
+)
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.quantized import keep_dense
@@ -240,10 +247,13 @@ def trl_step(
     trl.trainer.utils._use_triton = chosen
 
 
-def model_for(bench: Bench, *, lean: bool) -> tuple[Any, Any, Any]:
-    """Our model as a run prepares it, with its optimizer and loss scaler; without `lean` its layers are PEFT's."""
+def model_for(bench: Bench, *, lean: bool, dense: bool = True) -> tuple[Any, Any, Any]:
+    """Our model as a run prepares it, with its optimizer and loss scaler; without `lean` its layers are PEFT's.
+
+    Lean ones keep `dense` weights where there is room, as a run does.
+    """
     base = load_base(bench.source, bench.table, bench.here)
-    if lean and bench.here.type == "cpu":
+    if lean and dense and dense_bytes(base, bench.here.torch_dtype) <= free_bytes(bench.here) * USABLE / 2:
         keep_dense(base, bench.here.torch_dtype)
     attention.use(base)
     model = attach(base, LoraTable(), seed=0)
@@ -269,7 +279,7 @@ def our_step(
     for group in micro_batches(bench.pairs, packing):
         batch = collate([bench.pairs[i] for i in group], packing).to(place)
         reference_P2 = ride_along(model, batch, bench.here) if known_P2 is None else known_P2[group].to(place)
-        scores = score(model, batch, bench.here)
+        scores = score(model, batch, bench.here, metrics=False)  # wanted in logged steps only
         scaler.scale(objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(bench.pairs)).backward()
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), 1.0)
