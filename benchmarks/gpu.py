@@ -16,13 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import gpu_card
-import gpu_commands
-import gpu_profile
-import gpu_questions
-import gpu_runs
-import gpu_speed
 import torch
-from gpu_runs import Place
 from gpu_table import Report
 
 from qlora_dpo.cli.quiet import silence
@@ -38,7 +32,7 @@ WHAT: dict[str, tuple[str, int, int]] = {
     "decode": ("single tokens through fused 4-bit, dequantized and dense weights", 1, 512),
     "kernels": ("cuDNN's attention, sums in fp16 and Triton on and off", 16, 512),
     "several": ("processes with a card each beside one: DDP, FSDP2", 16, 512),
-    "all": ("everything, one after another, which takes more than an hour", 16, 512),
+    "all": ("most of it, one after another, which takes more than an hour", 16, 512),
 }
 """What each sub-command does, and its pairs a step and longest sequence."""
 ALL = (
@@ -81,14 +75,22 @@ def main() -> int:
         models = asked.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models.mkdir(parents=True, exist_ok=True)
         work = stack.enter_context(tempfile.TemporaryDirectory(dir=models, prefix="runs-"))
-        _run(asked, report, Place(Path(work).resolve(), models.resolve(), asked.form, asked.batch))
+        _run(asked, report, Path(work).resolve(), models.resolve())
     return report.end()
 
 
-def _run(asked: argparse.Namespace, report: Report, place: Place) -> None:
+def _run(asked: argparse.Namespace, report: Report, work: Path, models: Path) -> None:
+    # here, so that a wrong word is told at once
+    import gpu_commands
+    import gpu_profile
+    import gpu_questions
+    import gpu_runs
+    import gpu_speed
+
+    place = gpu_runs.Place(work, models, asked.form, asked.batch)
     shape = "tiny" if asked.tiny else asked.shape
     longest = min(asked.length, 256) if asked.tiny else asked.length
-    models, form, batch, rounds = place.models, place.form, asked.batch, asked.rounds
+    form, batch, rounds = asked.form, asked.batch, asked.rounds
     match asked.what:
         case "train":
             gpu_runs.train(place, report, shape, longest)
@@ -105,7 +107,7 @@ def _run(asked: argparse.Namespace, report: Report, place: Place) -> None:
         case "memory":
             gpu_speed.memory(models, form, report, shape, batch)
         case "profile":
-            gpu_profile.run(models, form, report, shape, longest, batch, asked.rows, asked.trace)
+            gpu_profile.run(models, form, report, shape, longest, batch, asked.rows or gpu_speed.LONG_ROWS, asked.trace)
         case "decode":
             gpu_questions.decode(models, form, report, shape, 8 if asked.tiny else 64)
         case "kernels":
@@ -130,12 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("-o", dest="output", type=Path, metavar="FILE", help="append what is printed to FILE")
         each.add_argument("--commit", help="commit of the code, where there is no git")
         if name == "variants":
-            each.add_argument("--only", nargs="+", choices=list(gpu_runs.VARIANTS), metavar="NAME", help="these alone")
+            each.add_argument("--only", nargs="+", metavar="NAME", help="these of them alone, as the table names them")
         if name == "several":
             each.add_argument("--processes", type=int, default=2)
         if name == "profile":
-            rows = gpu_speed.LONG_ROWS
-            each.add_argument("--rows", type=int, default=rows, help=f"tokens of a row [{rows}]")
+            each.add_argument("--rows", type=int, help="tokens of a row [16384]")
             each.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for a browser")
     return parser
 

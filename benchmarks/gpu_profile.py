@@ -38,7 +38,7 @@ def kind_of(name: str, parent: str = "") -> str:
     operator = name.split("::")[-1]
     if operator == "copy_" and parent.endswith("_to_copy"):
         return CONVERSIONS
-    if operator in KINDS["products"]:
+    if operator.removesuffix("_") in KINDS["products"]:
         return "products"
     for kind, words in KINDS.items():
         if kind != "products" and any(word in name for word in words):

@@ -217,6 +217,8 @@ def _tell_resume(report: Report, resumed: Run, whole: Run) -> None:
 
 def variants(place: Place, report: Report, shape: str, longest: int, names: Sequence[str]) -> None:
     """A short run of every other kind, with its plan; 8-bit AdamW is stopped and resumed as well."""
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise SystemExit(f"no variant {unknown[0]}; there are {', '.join(VARIANTS)}")
     report.columns("variant", "exit", "loss, first and last", "planned, GiB", "peak, GiB", "planned / peak", "s", "")
     for name in names:
         if name == "adamw_8bit" and not ON_A_GPU:
