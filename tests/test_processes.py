@@ -126,6 +126,19 @@ def test_all_compute_the_first_step_again_until_its_gradient_overflows_in_none(
         assert found[together.OVERFLOW]["first_slope"] == pytest.approx(facts["first_slope"], rel=1e-5)
 
 
+def test_all_go_on_with_the_reference_in_smaller_rows_if_memory_runs_out_in_one(
+    several: Together, tmp_path: Path
+) -> None:
+    expected = together.asked_out_of_memory(tmp_path)
+    assert (expected["computed"], expected["said"]) == (28, [])
+    found = [each["asked out of memory"] for each in several.found]
+    assert sum(each["computed"] for each in found) == 28
+    for each in found:
+        assert each["said"] == ["reference pass: out of memory with rows of 60 tokens; rows of 30 from here on"]
+        for one, other in zip(each["logps"], expected["logps"], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_the_reference_is_asked_in_shares_and_once(several: Together, tmp_path: Path) -> None:
     expected = together.asked_in_shares(tmp_path)
     assert expected["computed"] == 22

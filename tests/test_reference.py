@@ -1,6 +1,8 @@
 """The reference is asked once, kept on disk, and proven to be the base and to fit the policy."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
-from qlora_dpo.errors import ModelError
+from qlora_dpo.errors import DOES_NOT_FIT, LESS_MEMORY, DoesNotFitError, ModelError
 from qlora_dpo.files import cache_home
 from qlora_dpo.preference import reference
 from qlora_dpo.preference.pack import collate
@@ -27,6 +29,7 @@ from qlora_dpo.preference.reference import (
     store_folder,
 )
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.training import fitting
 from qlora_dpo.training.run import Outcome, prepare, run
 from qlora_dpo.training.tracker import Tracker
 
@@ -216,6 +219,68 @@ def test_with_more_epochs_the_reference_is_asked_before_the_first_step(own_cache
     assert whole_run(tmp_path / "epochs", epochs).reference_computed == 8 + 4
     along = {"train": {"num_train_epochs": 1}}
     assert whole_run(tmp_path / "along", along).reference_computed == 0
+
+
+SEVERAL_ROWS = {"train": {"num_train_epochs": 2, "max_steps": 3, "micro_batch_tokens": 160}}
+
+
+def fails_above(monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0) -> list[int]:
+    """Let a row of the reference pass with more tokens run out of memory, from the pass `after` so many on; the pairs
+    of all passes that did not.
+    """
+    whole, passes, done = reference.live_logps, list[int](), list[int]()
+
+    def live(model: Any, pairs: Any, packing: Any, device: Any) -> torch.Tensor:
+        passes.append(len(pairs))
+        found = whole(model, pairs, packing, device)
+        if len(passes) > after and collate(pairs, packing).input_ids_BL.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        done.append(len(pairs))
+        return found
+
+    monkeypatch.setattr(reference, "live_logps", live)
+    return done
+
+
+def test_a_reference_pass_that_did_not_fit_goes_on_in_smaller_rows(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = whole_run(tmp_path / "whole", SEVERAL_ROWS)
+    assert "out of memory" not in capsys.readouterr().err
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "another"))
+    done = fails_above(monkeypatch, 120, after=2)  # the proof of the adapter is one
+    again = whole_run(tmp_path / "again", SEVERAL_ROWS)
+    told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert told == ["reference pass: out of memory with rows of 160 tokens; rows of 80 from here on"]
+    # what was computed before it ran out is not computed again, and the held-out pairs are in the smaller rows at once
+    assert again.reference_computed == sum(done) - 1 == 8 + 4 == whole.reference_computed
+    assert done == [1, 4, *[1] * 8]
+    assert jobs.all_apart(jobs.adapter(again.model), jobs.adapter(whole.model)) < 1e-5
+
+
+def test_progress_counts_a_pair_once_although_the_pass_began_anew(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[int]()
+
+    @contextmanager
+    def phase(tracker: Tracker, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield told.append if name == "reference" else (lambda count: None)
+
+    monkeypatch.setattr(Tracker, "phase", phase)
+    fails_above(monkeypatch, 120, after=2)
+    whole_run(tmp_path / "run", SEVERAL_ROWS)
+    assert sum(told) == 8 + 4 and min(told) > 0
+
+
+def test_a_reference_pass_that_fits_in_no_rows_ends_the_run(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_above(monkeypatch, 0, after=1)
+    with pytest.raises(DoesNotFitError) as error:
+        whole_run(tmp_path / "run", SEVERAL_ROWS)
+    assert str(error.value) == f"reference pass: out of memory {fitting.HALVINGS + 1} times in a row; {LESS_MEMORY}"
+    assert error.value.exit_code == DOES_NOT_FIT
 
 
 def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:

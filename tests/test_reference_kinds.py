@@ -17,6 +17,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import cache_home
 from qlora_dpo.model import sources
+from qlora_dpo.preference import reference
 from qlora_dpo.preference.reference import Store, live_logps, store_folder
 from qlora_dpo.recipe import load
 from qlora_dpo.recipe_model import ModelTable
@@ -226,6 +227,26 @@ def test_another_model_is_asked_about_all_pairs_before_the_first_step(
     for record in outcome.state.evals:
         assert reference_of(record) == pytest.approx(tuple(padded_P2.mean(0).tolist()), rel=1e-4, abs=1e-2)
     assert train(home / "from-cache", reference=named(other_model)).reference_computed == 0
+
+
+def test_another_model_that_does_not_fit_goes_on_in_smaller_rows(
+    other_model: Path, home: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, asked = reference.live_logps, list[int]()
+
+    def live(*what: Any) -> torch.Tensor:
+        asked.append(len(what[1]))
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(*what)
+
+    monkeypatch.setattr(reference, "live_logps", live)
+    outcome = train(home / "halved", reference=named(other_model))
+    assert "reference pass: out of memory with rows of 128 tokens; rows of 64 from here on\n" in capsys.readouterr().err
+    assert outcome.reference_computed == 8 + 4
+    model = AutoModelForCausalLM.from_pretrained(other_model).eval()
+    padded_P2 = live_logps(model, outcome.prepared.heldout.encoded, jobs.PADDED, jobs.CPU)
+    assert reference_of(outcome.state.evals[0]) == pytest.approx(tuple(padded_P2.mean(0).tolist()), rel=1e-4, abs=1e-2)
 
 
 def test_the_base_as_another_model_is_the_base(home: Path) -> None:

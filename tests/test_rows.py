@@ -1,10 +1,12 @@
 """Where memory asks for it, rows are smaller before anything is recomputed, and a resumed run has the same rows."""
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -14,61 +16,177 @@ from accelerate.state import AcceleratorState
 from workplace import rows
 
 from qlora_dpo.model import processes
-from qlora_dpo.model.budget import Kept, layers_to_checkpoint
-from qlora_dpo.preference.layout import choose_rows, longest_alone, row_sizes, rows_that_fit
-from qlora_dpo.recipe_train import ROW_TOKENS
+from qlora_dpo.model.budget import Kept, checkpointable
+from qlora_dpo.model.cards import CARDS
+from qlora_dpo.model.device import on_card
+from qlora_dpo.preference import layout
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable
 from qlora_dpo.training import checkpoint, run
 from qlora_dpo.training.checkpoint import State, folder_of
+from qlora_dpo.training.estimate import RESERVE, estimate
+from qlora_dpo.training.rows import (
+    RowPlan,
+    choose_rows,
+    decisions,
+    left_for_dense,
+    needed,
+    reference_bytes,
+    reference_rows,
+    row_sizes,
+    step_bytes,
+)
+from qlora_dpo.training.shapes import Load, Shapes, load_of, shapes_of
 from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 
-TEN = Kept(layer=10.0, layer_input=1.0)
-"""Bytes of a token: 40 in four layers, and 14 if all four are computed again. Of free bytes 0.8 are planned with."""
-SMALL, AMPLE = 2 * 2**20, 2**34
+SMALL, AMPLE = 2**23, 2**34
 """Free bytes in which 2,048 tokens of the tiny model do not fit, and in which anything does."""
+T4 = on_card(CARDS["t4"])
+
+
+def shapes(**changes: Any) -> Shapes:
+    """Four layers that keep 10 bytes of a token each and 1 of their input, and nothing else that takes any.
+
+    A token takes 40 bytes then, 14 if all four are computed again, and a twentieth more for fragmentation; of free
+    bytes 0.9 are planned with.
+    """
+    nothing: dict[str, Any] = {
+        name: 0 for name in inspect.signature(Shapes).parameters if name not in ("weights", "padded")
+    }
+    told = {"layers": 4, "per_token": Kept(layer=10.0, layer_input=1.0), "weights": {}, "padded": ""}
+    return Shapes(**nothing | told | changes)
+
+
+def table(**keys: Any) -> TrainTable:
+    return TrainTable(**keys)
 
 
 @pytest.mark.parametrize(
-    ("free", "longest", "recomputed", "tokens"),
+    ("free", "layers"),
+    [(10**6, 0), (93_334, 0), (93_333, 2), (74_667, 2), (74_666, 3), (53_667, 3), (53_666, 4), (0, 4)],
+)
+def test_as_few_layers_as_needed_are_recomputed(free: int, layers: int) -> None:
+    # 2,000 tokens: 80,000 bytes for none, 64,000 for two, 46,000 for three, each and a twentieth more
+    assert choose_rows(shapes(), table(micro_batch_tokens=2000), 100, free) == RowPlan(2000, layers)
+
+
+@pytest.mark.parametrize(
+    ("free", "longest", "all_layers", "tokens"),
     [
-        (102_400, 100, 0, 2048),
-        (102_399, 100, 0, 1024),
-        (51_199, 100, 0, 512),
-        (51_199, 700, 0, 700),  # the longest pair goes through whole, so 512 would keep no less
-        (35_000, 700, 0, 700),
-        (0, 700, 0, 700),
-        (0, 3000, 0, 2048),
-        (35_840, 700, 4, 2048),
-        (35_839, 700, 4, 1024),
+        (95_574, 100, False, 2048),
+        (95_573, 100, False, 1024),
+        (47_787, 100, False, 1024),
+        (47_786, 100, False, 512),
+        (47_786, 700, False, 700),  # the longest pair goes through whole, so 512 would keep no less
+        (0, 700, False, 700),
+        (0, 3000, False, 2048),
+        (33_452, 700, True, 2048),
+        (33_451, 700, True, 1024),
     ],
 )
-def test_rows_are_halved_until_they_fit(free: int, longest: int, recomputed: int, tokens: int) -> None:
-    assert rows_that_fit(TEN, 4, recomputed, longest, free) == tokens
-
-
-def test_only_where_the_smallest_rows_do_not_fit_layers_are_recomputed() -> None:
-    for free in (102_399, 51_199, 35_000):
-        assert layers_to_checkpoint(TEN, 4, rows_that_fit(TEN, 4, 0, 700, free), free) == 0
-    assert [layers_to_checkpoint(TEN, 4, rows_that_fit(TEN, 4, 0, 700, free), free) for free in (34_999, 0)] == [2, 4]
+def test_rows_are_halved_until_they_fit(free: int, longest: int, all_layers: bool, tokens: int) -> None:
+    what = table(gradient_checkpointing=True if all_layers else "auto")
+    assert choose_rows(shapes(), what, longest, free).tokens == tokens
     assert list(row_sizes(300)) == [2048, 1024, 512, 300]
 
 
-def test_a_padded_batch_has_both_sequences_at_the_length_of_the_longer() -> None:
+def test_only_where_the_smallest_rows_do_not_fit_layers_are_recomputed() -> None:
+    found = [choose_rows(shapes(), table(), 700, free) for free in (95_573, 47_786, 32_667, 32_666, 0)]
+    assert [(each.tokens, each.recomputed) for each in found] == [(1024, 0), (700, 0), (700, 0), (700, 2), (700, 4)]
+
+
+def test_what_does_not_grow_with_the_tokens_counts_once() -> None:
+    # a head of 10,000 bytes in the compute dtype leaves 1,024 tokens of what 2,048 would fit in
+    parts = step_bytes(shapes(head_copy=10_000), 2048, 0)
+    assert parts["the output head in the compute dtype"] == 10_000
+    assert parts["activations of 2,048 tokens, nothing recomputed"] == 40 * 2048
+    assert choose_rows(shapes(head_copy=10_000), table(), 100, 95_574).tokens == 1024
+    assert choose_rows(shapes(head_copy=10_000), table(), 100, 107_240).tokens == 2048
+    assert "the output head in the compute dtype" not in step_bytes(shapes(), 2048, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "free", "recomputed", "says"),
+    [
+        (True, 2**34, 4, "16.0 GiB are free: 4 of 4 layers are recomputed, as the recipe says"),
+        (False, 0, 0, "0.0 GiB are free: nothing is recomputed, as the recipe says"),
+        ("auto", 2**34, 0, "16.0 GiB are free: nothing is recomputed"),
+        ("auto", 0, 4, "0.0 GiB are free: 4 of 4 layers are recomputed"),
+    ],
+)
+def test_the_recipe_or_memory_decides_and_it_is_said(asked: Any, free: int, recomputed: int, says: str) -> None:
+    what, large = table(gradient_checkpointing=asked, micro_batch_tokens=512), shapes(head_tiles=2**31)
+    rows = choose_rows(large, what, 100, free)
+    assert rows == RowPlan(512, recomputed)
+    assert decisions(large, what, rows, 100, free) == [f"a backward pass over 512 tokens needs 2.1 GiB, {says}"]
+
+
+def test_why_rows_are_smaller_is_said_first() -> None:
+    large = shapes(per_token=Kept(layer=2.0**18, layer_input=1.0))
+    rows = choose_rows(large, table(), 100, 2**31)
+    assert decisions(large, table(), rows, 100, 2**31) == [
+        "rows of 1,024 tokens, since 2,048 would need 2.1 GiB, and of 2.0 GiB left for a step 1.8 are planned with",
+        "a backward pass over 1,024 tokens needs 1.1 GiB, 2.0 GiB are free: nothing is recomputed",
+    ]
+    again = choose_rows(large, table(), 100, 2**31, before=2048)
+    assert decisions(large, table(), again, 100, 2**31) == [
+        "rows of 2,048 tokens, as before",
+        "a backward pass over 2,048 tokens needs 2.1 GiB, 2.0 GiB are free: 2 of 4 layers are recomputed",
+    ]
+
+
+def test_on_a_gpu_weights_are_kept_dense_only_beside_full_rows_of_which_nothing_is_recomputed() -> None:
+    wide, step = shapes(dense=4000, head_copy=10_000), 96_516
+    for free, left in ((107_240, 10_000), (111_690, 14_005), (2**20, 2**20 * 9 // 10 - step + 10_000)):
+        assert left_for_dense(wide, table(), 100, free, T4) == left
+    assert left_for_dense(wide, table(), 100, 100_000, T4) == 3484  # less than the head, which a step converts
+    # smaller rows and recomputed layers leave more room, if the recipe has them
+    assert left_for_dense(shapes(), table(micro_batch_tokens=100), 50, 10_000, T4) == 9000 - 4200
+    every = table(micro_batch_tokens=100, gradient_checkpointing=True)
+    assert left_for_dense(shapes(), every, 50, 10_000, T4) == 9000 - 1470
+    assert left_for_dense(shapes(), table(), 100, 10_000, T4) == 0
+    # where rows are smaller anyway, a CPU gains more from weights that it need not convert
+    assert left_for_dense(shapes(), table(), 100, 10_000, jobs.CPU) == 4500
+
+
+@pytest.mark.parametrize(("of_token", "tokens"), [(1.0, 8 * 2048), (20.0, 4096), (40.0, 2048), (100.0, 2048)], ids=str)
+def test_the_reference_pass_has_rows_that_take_no_more_than_a_step_on_a_gpu(of_token: float, tokens: int) -> None:
+    some = shapes(per_token=Kept(layer=10.0, layer_input=1.0, forward=of_token))
+    assert reference_rows(some, RowPlan(2048, 0), 100, T4) == tokens
+    assert reference_rows(some, RowPlan(2048, 0), 100, jobs.CPU) == 2048
+    assert (reference_bytes(some, tokens) <= needed(some, 2048, 0)) == (of_token <= 40)
+
+
+def test_the_longest_pair_alone_is_as_long_as_it_is_laid_out() -> None:
     pairs = jobs.pairs(9)
-    assert longest_alone(pairs, jobs.PACKED) == max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    side: Any = SimpleNamespace(encoded=pairs)
+    found = load_of(side, side, jobs.recipe())
+    assert found.alone(padded=False) == max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
     longer = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-    assert longest_alone(pairs, jobs.PADDED) == 2 * (longer + 1)  # and a column of padding
+    assert found.alone(padded=True) == 2 * (longer + 1)  # and a column of padding
+    # of one epoch a step's pairs are asked before the first step, of more all of them, and always those held out
+    whole = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    few: Any = SimpleNamespace(encoded=pairs[:1])
+    step = 4 * found.alone(padded=False)
+    assert step < whole == found.reference
+    assert load_of(side, few, jobs.recipe()).reference == step
+    assert load_of(side, few, jobs.recipe(train={"num_train_epochs": 2})).reference == whole
 
 
-def test_all_processes_take_the_rows_of_the_one_with_the_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pairs, free = jobs.fresh(jobs.recipe()), jobs.pairs(9), 25_600  # 20 bytes a token in two layers: 1,024
-    monkeypatch.setattr(processes, "_lengths", lambda number: [number, free])
-    packing, why = choose_rows(model, jobs.PACKED, TEN, pairs, False, AMPLE)
-    assert packing.token_budget == 1024
-    assert why.startswith(
-        "memory: rows of 1,024 tokens, since 2,048 would need 0.0 GiB, and of 0.0 GiB left for a step"
-    )
+def test_a_layout_is_proved_in_rows_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, most, whole = jobs.pairs(8, longest_prompt=90, longest_answer=40), list[int](), layout.collate
+
+    def collate(some: Any, packing: Any) -> Any:
+        batch = whole(some, packing)
+        most.append(batch.input_ids_BL.numel() if len(some) > 1 else 0)  # a pair alone goes through whole
+        return batch
+
+    monkeypatch.setattr(layout, "collate", collate)
+    packing, _ = layout.choose_packing(jobs.base_model(), pairs, 200, jobs.PAD, jobs.CPU)
+    assert packing.backend == "spans" and 100 < max(most) <= 200
+    assert len(most) > 3 * 2  # padded, packed, and to see whether tokens mix
 
 
 @dataclass
@@ -80,6 +198,10 @@ class Ran:
     state: State
     metrics: list[dict[str, Any]]
     said: list[str]
+    recomputed: int
+    """Layers."""
+    recipe: Recipe
+    load: Load
 
 
 Train = Callable[..., Ran]
@@ -103,8 +225,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
         patch.setattr(run, "free_bytes", lambda device: free)
         with Tracker(folder, 3) as tracker:
             tracker.note = said.append  # type: ignore[method-assign,assignment]
-            outcome = run.run(run.prepare(what), what, jobs.CPU, tracker, before, allowed)
-        return Ran(folder, jobs.adapter(outcome.model), outcome.state, read(folder / METRICS), said)
+            prepared = run.prepare(what)
+            outcome = run.run(prepared, what, jobs.CPU, tracker, before, allowed)
+        recomputed = sum(layer.gradient_checkpointing for layer in checkpointable(outcome.model))
+        load, metrics = load_of(prepared.train, prepared.heldout, what), read(folder / METRICS)
+        return Ran(folder, jobs.adapter(outcome.model), outcome.state, metrics, said, recomputed, what, load)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_DPO_CACHE", str(home / "cache"))
@@ -119,6 +244,18 @@ def ample(train: Train) -> Ran:
 @pytest.fixture(scope="module")
 def small(train: Train) -> Ran:
     return train(SMALL)
+
+
+@pytest.mark.parametrize("free", [SMALL // 4, SMALL, 2 * SMALL, AMPLE])
+def test_check_plans_the_rows_that_a_run_takes(free: int, train: Train) -> None:
+    ran = train(free)
+    found = shapes_of(jobs.source(), ran.recipe, jobs.CPU, ran.load)
+    # what a run has taken when it looks at the free memory, and what is reserved for the libraries
+    taken = sum(found.weights.values()) + 4 * found.trained + RESERVE["cpu"]
+    plan = estimate(jobs.source(), ran.recipe, jobs.CPU, ran.load, free + taken)
+    assert ran.load.step > ROW_TOKENS  # so the plan is for full rows too
+    assert (plan.row, plan.recomputed) == (ran.state.row_tokens, ran.recomputed)
+    assert plan.smaller == ", ".join(each.removeprefix("memory: ") for each in ran.said if "since 2,048" in each)
 
 
 def test_where_there_is_room_auto_is_2048(train: Train, ample: Ran) -> None:
@@ -138,7 +275,7 @@ def test_where_there_is_none_rows_are_smaller_and_nothing_else_changes(ample: Ra
         for name in names[one["kind"]]:
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7)
     said = "\n".join(small.said)
-    why = r"since 2,048 would need \d\.\d GiB, and of 0\.0 GiB left for a step 0\.0 are planned with"
+    why = r"since 2,048 would need 0\.0 GiB, and of 0\.0 GiB left for a step 0\.0 are planned with"
     assert re.search(rf"^memory: rows of {tokens:,} tokens, {why}$", said, re.MULTILINE)
     assert re.search(r"^memory: a backward pass over .* GiB are free: nothing is recomputed$", said, re.MULTILINE)
 
@@ -154,6 +291,19 @@ def test_a_resumed_run_keeps_its_rows_whatever_is_free_now(
     assert f"memory: rows of {whole.state.row_tokens:,} tokens, as before" in again.said
     # what no longer fits is recomputed, as with a number
     assert any(each.endswith(": 2 of 2 layers are recomputed") for each in again.said) == (then == SMALL)
+
+
+def test_all_processes_take_the_rows_of_the_one_with_the_least_memory(
+    train: Train, small: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = sum(each.numel() for each in small.adapter.values())
+    left = SMALL - 12 * trained  # beside gradients and AdamW's moments
+    monkeypatch.setattr(processes, "_lengths", lambda number: [number, left])
+    found = train(AMPLE)
+    assert found.state.row_tokens == small.state.row_tokens
+    assert [each for each in found.said if each.startswith("memory:")] == [
+        each for each in small.said if each.startswith("memory:")
+    ]
 
 
 def test_a_number_that_is_allowed_takes_the_place_of_auto(train: Train, small: Ran) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -26,11 +27,12 @@ from qlora_dpo.model.base import load_base
 from qlora_dpo.model.budget import checkpointable
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
+from qlora_dpo.preference import reference
 from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.reference import Store, live_logps, read_store, reference_logps
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.training import loop, step
+from qlora_dpo.training import asking, loop, step
 from qlora_dpo.training.checkpoint import newest_valid
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.tracker import SAMPLES, Tracker
@@ -137,6 +139,28 @@ def sharded(what: Recipe) -> PeftModel:
     make_lean(model, torch.float32)
     shard.share_out(model, jobs.CPU)
     return model
+
+
+def asked_out_of_memory(folder: Path) -> dict[str, Any]:
+    """Ask the reference about 22 pairs while the second process runs out of memory once, in its second row."""
+    model, passes = jobs.fresh(jobs.recipe()), list[int]()
+    whole, said = reference.live_logps, list[str]()
+
+    def live(*what: Any) -> torch.Tensor:
+        passes.append(len(what[1]))
+        if processes.index() == 1 and len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(*what)
+
+    reference.live_logps = live
+    what: Any = SimpleNamespace(store=Store(folder), device=jobs.CPU, heldout=jobs.pairs(6, 1))
+    rows = replace(jobs.PACKED, token_budget=60)
+    with Tracker(folder, 1, silent=True) as tracker:
+        tracker.note = said.append  # type: ignore[method-assign]
+        asking.compute_reference(what, asking.Model(model, rows, rows), jobs.pairs(22), tracker)
+    reference.live_logps = whole
+    found_P2 = what.store.look_up([*jobs.pairs(22), *what.heldout])
+    return {"logps": found_P2.tolist(), "computed": what.store.computed, "said": said}
 
 
 def once_out_of_memory() -> None:
@@ -246,6 +270,7 @@ def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
         save_file(adapter, folder / f"{OVERFLOW}.{rank}.safetensors")
         scale_from(None)
         found["shares"] = asked_in_shares(folder / "shares")
+        found["asked out of memory"] = asked_out_of_memory(folder / f"asked-{rank}")
         found["not finite"], found["not the same"] = not_finite(folder / "wrong"), not_the_same()
     write_json(folder / f"{rank}.json", found)
     processes.end()

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from qlora_dpo.model.quantized import keep_dense
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, as malloc.h numbers them."""
 
-USABLE = 0.8
-"""Share of the free bytes that is planned with; the rest is for temporaries and the allocator's rounding."""
+USABLE = 0.9
+"""Share of the free bytes that is planned with: a plan has been wrong by a tenth at most (benchmarks/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Kept:
     layer_input: float
     working: float = 0.0
     """Bytes of a token that one layer's backward pass takes while it works, on top of what is kept."""
+    forward: float = 0.0
+    """Bytes of a token that a pass without gradients takes at most; nothing is kept then."""
 
     def bytes(self, tokens: int, layers: int, checkpointed: int) -> float:
         """Bytes kept for `tokens` at the moment most are kept, with so many of the layers checkpointed.
@@ -118,23 +120,18 @@ def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     )
 
 
-def keep_dense_if_it_fits(model: nn.Module, device: Device) -> str:
-    """Keep the linear weights in the compute dtype beside their stored form where memory allows; says what was done."""
-    need, free = dense_bytes(model, device.torch_dtype), free_bytes(device)
-    fits = need <= free * USABLE / 2  # the other half is for the step
-    if fits:
+def keep_dense_if_it_fits(model: nn.Module, device: Device, room: int) -> tuple[bool, str]:
+    """Keep the linear weights in the compute dtype beside their stored form if they take no more than `room` bytes.
+
+    True if they are kept, and what was done in words.
+    """
+    need = dense_bytes(model, device.torch_dtype)
+    if fits := need <= room:
         keep_dense(model, device.torch_dtype)
-    return (
-        f"weights: the linear layers take {need / 2**30:.1f} GiB in {device.compute_dtype}, {free / 2**30:.1f} GiB are "
-        f"free: converted {'once' if fits else 'in every layer visit'}"
+    return fits, (
+        f"weights: the linear layers take {need / 2**30:.1f} GiB in {device.compute_dtype}, and {room / 2**30:.1f} GiB "
+        f"are free for that: converted {'once' if fits else 'in every layer visit'}"
     )
-
-
-MOMENT_BYTES = {
-    **dict.fromkeys(("adamw_torch", "schedule_free_adamw", "paged_adamw_32bit"), 8),
-    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), 2),
-}
-"""Bytes of an optimizer's state per trained number; of those not named here it is next to nothing."""
 
 
 def own_bytes() -> int:
@@ -143,14 +140,10 @@ def own_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
 
 
-def training_bytes(parameters: Iterable[Tensor], optim: str) -> int:
-    """Bytes that the first step adds for what is trained: gradients and the optimizer's state."""
-    return sum(each.numel() * (each.element_size() + MOMENT_BYTES.get(optim, 0)) for each in parameters)
-
-
 def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
     """Measure what a layer keeps per token: run `forward` over `tokens` tokens and look at what autograd saves."""
-    layers = checkpointable(model)
+    layers, width = checkpointable(model), model.config.get_text_config().hidden_size
+    inputs = {"itemsize": model.get_input_embeddings().weight.dtype.itemsize}
     frozen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -160,23 +153,23 @@ def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
             saved[storage._cdata] = storage.nbytes()
         return tensor.detach()  # a node that saves its own output would otherwise hold itself, and all before it
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = forward()
-    del out
-    width = model.config.get_text_config().hidden_size
-    itemsize = model.get_input_embeddings().weight.dtype.itemsize
-    return Kept(layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=width * itemsize)
+    def look(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs["itemsize"] = given[0].dtype.itemsize  # embeddings may be stored in another dtype than the stream has
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers[:1]]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = forward()
+        del out
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Kept(layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=width * inputs["itemsize"])
 
 
 def checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers whose activations can be recomputed, in the model's order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def layers_to_checkpoint(per_token: Kept, layers: int, tokens: int, free: int) -> int:
-    """The fewest layers to checkpoint so that a row of `tokens` fits in `free` bytes; all of them if none is enough."""
-    room = free * USABLE
-    return next((count for count in range(layers) if per_token.bytes(tokens, layers, count) <= room), layers)
 
 
 def checkpoint(model: Any, count: int) -> None:

@@ -147,20 +147,24 @@ def reference_logps(
 
     What `store` does not know is computed and added there, so a run that is stopped goes on where it was. `advance` is
     told how many pairs are known, and then how many each batch finished. Of several processes each computes its own
-    part, and learns the others'.
+    part, and learns the others'; if memory runs out in one, all raise, and what each has added stays.
     """
     own = shares.own_of_many(pairs)
     missing = store.missing(pairs, own)
     advance(len(pairs) - len(missing) * processes.count())
     groups: Iterable[list[int] | None] = _groups(pairs, missing, packing)
-    with store:
-        for group in shares.in_step(list(groups)) if processes.sharded() else groups:
-            some = [pairs[index] for index in group or [0]]
-            with as_reference(model, held):
-                answers_P2 = live_logps(model, some, packing, device)
-            if group is not None:
-                store.add(some, answers_P2)
-                advance(len(some) * processes.count())
+
+    def compute() -> None:
+        with store:
+            for group in shares.in_step(list(groups)) if processes.sharded() else groups:
+                some = [pairs[index] for index in group or [0]]
+                with as_reference(model, held):
+                    answers_P2 = live_logps(model, some, packing, device)
+                if group is not None:
+                    store.add(some, answers_P2)
+                    advance(len(some) * processes.count())
+
+    processes.all_or_none(compute)
     store.learn_from_others(digests(pairs)[own])
     return store.look_up(pairs)
 

@@ -1,7 +1,7 @@
 """Finds the reference that a recipe names, asks it before the first step, and proves that the answers are its own."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazily import joined, picked
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints, vocabulary_fingerprint
-from qlora_dpo.model.budget import keep_dense_if_it_fits, keep_freed_memory
+from qlora_dpo.model.budget import USABLE, free_bytes, keep_dense_if_it_fits, keep_freed_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.saved_adapter import SavedAdapter, find_saved, insist_on_base
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import OFF, Held
-from qlora_dpo.preference.layout import choose_packing
+from qlora_dpo.preference.layout import choose_packing, logps_by_rows
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import (
@@ -29,12 +29,13 @@ from qlora_dpo.preference.reference import (
     asked_now,
     guard_cached,
     guard_first_loss,
-    live_logps,
     reference_logps,
     store_folder,
 )
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_reference import AdapterReference, EmaReference, ModelReference
+from qlora_dpo.training.checkpoint import State
+from qlora_dpo.training.fitting import as_it_fits
 from qlora_dpo.training.plan import Plan
 from qlora_dpo.training.tracker import Tracker
 
@@ -173,9 +174,7 @@ def ask(what: Question, loaded: Model, tracker: Tracker) -> Asked:
     own = recipe.train.engine == "qlora_dpo"
     rides_along = recipe.train.num_train_epochs == 1 or not own
     now = picked(pairs, what.plan.indices(1)) if rides_along else what.beforehand
-    with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
-        for some in (now, what.heldout):
-            reference_logps(loaded.model, some, store, loaded.rows, what.device, advance, loaded.held)
+    compute_reference(what, loaded, now, tracker)
     asked = Asked(store.look_up(pairs), store.look_up(what.heldout))
     later = rides_along and own and bool(asked.train_P2.isnan().any())
     tracker.note(_counted(what, now) + (", the others along with the only step they are in" if later else ""))
@@ -183,11 +182,49 @@ def ask(what: Question, loaded: Model, tracker: Tracker) -> Asked:
     return asked
 
 
+def compute_reference(what: Question, loaded: Model, now: Sequence[EncodedPair], tracker: Tracker) -> None:
+    """Compute and keep what the store does not know of `now` and the held-out pairs, in smaller rows if memory runs
+    out; what was computed until then stays. Raises DoesNotFitError if smaller rows do not help.
+    """
+    # nothing of this state is kept but the rows that were found to fit
+    rows, state = replace(loaded, packing=loaded.rows), State(0, {}, {})
+    with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
+        for some in (now, what.heldout):
+            progress = _Progress(advance)
+
+            def work(here: Model, some: Sequence[EncodedPair] = some, progress: _Progress = progress) -> Tensor:
+                return reference_logps(
+                    here.model, some, what.store, here.packing, what.device, progress.anew(), here.held
+                )
+
+            as_it_fits("reference pass", work, rows, state, tracker.note)
+
+
+class _Progress:
+    """Tells how many pairs are known, each once, although a pass may begin anew and count them again."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance, self.told = advance, 0
+
+    def anew(self) -> Callable[[int], None]:
+        """What a pass counts with from its beginning."""
+        counted = 0
+
+        def count(pairs: int) -> None:
+            nonlocal counted
+            counted += pairs
+            if counted > self.told:
+                self.advance(counted - self.told)
+                self.told = counted
+
+        return count
+
+
 def _guard(what: Question, loaded: Model, answers_P2: Tensor) -> None:
     """Prove what the reference says of a few pairs: against the policy if both are the same, else against itself."""
     few = [what.train[i] for i in what.few]
     if what.recipe.starts_as_reference:
-        live_P2 = live_logps(loaded.model, few, loaded.packing, what.device)
+        live_P2 = logps_by_rows(loaded.model, few, loaded.packing, what.device)
         guard_first_loss(live_P2, answers_P2, getattr(what.recipe.objective, "beta", 0.1), what.device)
     else:
         guard_cached(asked_now(loaded.model, few, loaded.packing, what.device, loaded.held), answers_P2, what.device)
@@ -209,18 +246,16 @@ def ask_other(
         tracker.note(f"{_counted(what, now)}; {named.other.name} is not loaded again")
         return Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     model: Any = load_base(named.other, what.recipe.reference.model_table(), device)
+    keep_dense_if_it_fits(model, device, int(free_bytes(device) * USABLE / 2))  # the other half is for the pass
     if device.type == "cpu":
-        keep_dense_if_it_fits(model, device)
         keep_freed_memory()
     packing, _ = choose_packing(model, joined([now, what.heldout]), what.recipe.train.row_tokens, pad_token_id, device)
     packing = replace(packing, counted=counted(what.recipe.objective))
-    with tracker.phase("reference", len(now) + len(what.heldout)) as advance:
-        for some in (now, what.heldout):
-            reference_logps(model, some, what.store, packing, device, advance)
+    compute_reference(what, Model(model, packing, packing), now, tracker)
     tracker.note(f"{_counted(what, now)}; {named.other.name} is freed")
     asked = Asked(what.store.look_up(what.train), what.store.look_up(what.heldout))
     few = [what.train[i] for i in what.few]
-    guard_cached(live_logps(model, few, packing, device), asked.train_P2[what.few], device)
+    guard_cached(logps_by_rows(model, few, packing, device), asked.train_P2[what.few], device)
     proved.add(what.store.folder)
     del model
     gc.collect()

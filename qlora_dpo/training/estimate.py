@@ -1,25 +1,30 @@
 """What a run needs of memory, by part, at the moment most is needed; no weight is loaded."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_dpo.model import budget
-from qlora_dpo.model.budget import USABLE
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
-from qlora_dpo.preference.layout import row_sizes, rows_that_fit, why_smaller
-from qlora_dpo.preference.logps import STATES_AT_ONCE
+from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_reference import AdapterReference, EmaReference
-from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable
+from qlora_dpo.recipe_reference import EmaReference, ModelReference
+from qlora_dpo.training.rows import (
+    RowPlan,
+    adapter_bytes,
+    choose_rows,
+    converted_bytes,
+    left_for_dense,
+    reference_bytes,
+    reference_rows,
+    step_bytes,
+)
 from qlora_dpo.training.shapes import Load, Shapes, shapes_of
 
 RESERVE = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
 """Bytes that the libraries take before the first step: on a GPU CUDA's context and cuBLAS; on a CPU what grows beside
 all tensors from a process that has read its data to one that has taken a step (benchmarks/README.md)."""
-FRAGMENTATION = 0.05
-"""Share of what a step makes and frees that lies in holes between blocks of other lengths (benchmarks/README.md)."""
+BEYOND_A_STEP = "reference pass, beyond what a step takes"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Memory:
     smaller: str = ""
     """Why rows would be smaller than where memory allows; empty if they are not, or if the recipe says how large."""
     dense: bool = False
-    """True if a CPU has room for the linear layers in the compute dtype, so that they are converted once."""
+    """True if there is room for the linear layers in the compute dtype, so that they are converted once."""
 
     @property
     def peak(self) -> int:
@@ -71,81 +76,35 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     Raises ModelError for a config that transformers does not know, and RecipeError for an adapter that does not fit.
     """
     shapes, table = shapes_of(source, recipe, device, load), recipe.train
-    # a padded batch holds both sequences of a pair, as long as the longest
-    least = 2 * load.sequence if shapes.padded else max(load.sequence, load.pair)
-    parts = {
-        **shapes.weights,
-        "LoRA, float32": shapes.trained * 4,
-        "its gradients, float32": shapes.trained * 4,
-        f"optimizer state ({table.optim})": shapes.optimizer,
-    }
-    if isinstance(recipe.reference, AdapterReference | EmaReference):
-        parts["the reference's adapter, float32"] = shapes.trained * 4
-    other_form = recipe.model.quantization != "none" or device.weight_dtype != device.torch_dtype
-    # as `keep_dense_if_it_fits` decides, when the weights are there
-    half = (free - sum(shapes.weights.values())) * USABLE / 2
-    dense = device.type == "cpu" and other_form and shapes.dense + shapes.head_copy <= half
-    if device.type == "cuda" and other_form:
-        parts["one layer's weights in the compute dtype"] = 2 * shapes.largest
-    elif dense:
-        parts[f"linear layers in {device.compute_dtype}, converted once"] = shapes.dense
+    least = load.alone(padded=bool(shapes.padded))
+    parts = {**shapes.weights, **adapter_bytes(shapes, recipe)}
     reserve = {"framework's reserve" + (", CUDA's context" if device.type == "cuda" else ""): RESERVE[device.type]}
     room = max(0, free - sum(parts.values()) - sum(reserve.values()))
+    converted = converted_bytes(shapes, recipe, device)
+    left = left_for_dense(shapes, table, least, room, device)
+    dense = bool(converted) and shapes.dense + shapes.head_copy <= left
+    if dense:
+        beside = {f"linear layers in {device.compute_dtype}, converted once": shapes.dense}
+    else:
+        beside = {"one layer's weights in the compute dtype": converted} if converted else {}
     # decided for a full row, also where a step has less
-    full, smaller = _rows(table, shapes, least, room)
-    count, row = _recomputed(table, shapes, max(least, full), room), max(least, min(full, load.step))
-    parts |= step_bytes(shapes, row, count) | reserve
+    rows = choose_rows(shapes, table, least, max(0, room - sum(beside.values())))
+    row = max(least, min(rows.tokens, load.step))
+    step = step_bytes(shapes, row, rows.recomputed)
+    parts |= beside | step | {BEYOND_A_STEP: _beyond(sum(step.values()), shapes, recipe, rows, load, device)} | reserve
     own, loading = 0, 0
     if device.type == "cpu":
         # what is read counts as the process's own as long as the file is mapped
         own, loading = budget.own_bytes(), sum(shapes.weights.values()) + shapes.file
-    told = (shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded, smaller, dense)
-    return Memory(parts, free, count, *told)
+    told = (shapes.layers, shapes.trained, shapes.parameters, row, own, loading, shapes.padded, rows.why, dense)
+    return Memory(parts, free, rows.recomputed, *told)
 
 
-def step_bytes(shapes: Shapes, row: int, count: int) -> dict[str, int]:
-    """What a forward and backward pass over `row` tokens takes, with `count` layers recomputed."""
-    layers = shapes.layers
-    share = (layers - count + bool(count)) / max(1, layers)
-    recomputed = f"{count} of {layers} layers" if count else "nothing"
-    step = {
-        f"activations of {row:,} tokens, {recomputed} recomputed": math.ceil(
-            shapes.per_token.bytes(row, layers, count) + shapes.dora_copies * share
-        ),
-        "backward pass of one layer, while it works": math.ceil(shapes.per_token.working * row),
-        f"output head in chunks of {STATES_AT_ONCE} tokens, {shapes.vocabulary:,} words": (
-            shapes.head_copy + shapes.head_tiles + row * shapes.head_token
-        ),
-        "reference pass, beyond what a step takes": 0,  # it keeps nothing: one layer at a time, before the step
-    }
-    holes = count * row * shapes.hole_token
-    between = " and holes between the inputs of recomputed layers" if holes else ""
-    lost = math.ceil(sum(step.values()) * FRAGMENTATION) + holes
-    return step | {f"fragmentation, {FRAGMENTATION:.0%} of a step{between}": lost}
-
-
-def _rows(table: TrainTable, shapes: Shapes, least: int, room: int) -> tuple[int, str]:
-    """Tokens of the rows that the run would take with so many free bytes, and why they are smaller than where memory
-    allows; a pair alone has `least`.
+def _beyond(step: int, shapes: Shapes, recipe: Recipe, rows: RowPlan, load: Load, device: Device) -> int:
+    """Bytes that the reference pass takes more than a step; 0 if it is computed along with steps, by another model that
+    is gone by then, or not at all.
     """
-    if table.micro_batch_tokens != "auto":
-        return table.micro_batch_tokens, ""
-    count = shapes.layers if table.gradient_checkpointing is True else 0
-    *sizes, smallest = row_sizes(least)
-    needs = {size: sum(step_bytes(shapes, size, count).values()) for size in sizes}
-    fitting = rows_that_fit(shapes.per_token, shapes.layers, count, least, room)
-    tokens = next((size for size, need in needs.items() if size <= fitting and need <= room), smallest)
-    return tokens, why_smaller(tokens, needs[ROW_TOKENS], room) if tokens < ROW_TOKENS else ""
-
-
-def _recomputed(table: TrainTable, shapes: Shapes, tokens: int, room: int) -> int:
-    """How many layers the run would recompute with so many free bytes; more if a step has no room otherwise."""
-    match table.gradient_checkpointing:
-        case "auto":
-            least = budget.layers_to_checkpoint(shapes.per_token, shapes.layers, tokens, room)
-            counts = range(least, shapes.layers)
-            return next((n for n in counts if sum(step_bytes(shapes, tokens, n).values()) <= room), shapes.layers)
-        case True:
-            return shapes.layers
-        case False:
-            return 0
+    if not needs_reference(recipe.objective) or isinstance(recipe.reference, EmaReference | ModelReference):
+        return 0
+    tokens = reference_rows(shapes, rows, load.alone(padded=bool(shapes.padded)), device)
+    return max(0, reference_bytes(shapes, min(tokens, load.reference or tokens)) - step)

@@ -21,15 +21,18 @@ from qlora_dpo.training.random_states import random_states, restore
 from qlora_dpo.training.step import Left
 
 if TYPE_CHECKING:
+    from qlora_dpo.training.asking import Model
     from qlora_dpo.training.loop import Job
 
 HALVINGS = 3
 """How often in a row the rows of one step or evaluation are halved before the run ends."""
 
 Result = TypeVar("Result")
+Rowed = TypeVar("Rowed", "Job", "Model")
+"""What has the `packing` of the rows: a run's job, or the model of a reference pass."""
 
 
-def fitted(job: "Job", state: State) -> "Job":
+def fitted(job: Rowed, state: State) -> Rowed:
     """`job` with rows of the size that has been found to fit."""
     if state.row_tokens is None:
         return job
@@ -38,8 +41,8 @@ def fitted(job: "Job", state: State) -> "Job":
 
 def as_it_fits(
     what: str,
-    work: Callable[["Job"], Result],
-    job: "Job",
+    work: Callable[[Rowed], Result],
+    job: Rowed,
     state: State,
     say: Callable[[str], None],
     undo: Callable[[], None] = lambda: None,

@@ -24,8 +24,8 @@ from qlora_dpo.training.estimate import Memory, estimate
 from qlora_dpo.training.optim import insist_on_optimizer
 from qlora_dpo.training.pace import measure
 from qlora_dpo.training.plan import make_plan
-from qlora_dpo.training.room import load_of
 from qlora_dpo.training.run import Prepared, prepare
+from qlora_dpo.training.shapes import load_of
 from qlora_dpo.training.timetable import Layers, Timetable, amount, passes, seconds
 from qlora_dpo.training.ways import Way, ways_to_fit
 

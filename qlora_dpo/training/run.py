@@ -22,28 +22,21 @@ from qlora_dpo.errors import RecipeError
 from qlora_dpo.model import processes, shard
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
 from qlora_dpo.model.budget import (
+    checkpoint,
     free_bytes,
     freed_at_once,
     give_back_freed_memory,
     keep_dense_if_it_fits,
     keep_freed_memory,
-    training_bytes,
 )
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
-from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.lora import attach
 from qlora_dpo.model.saved_adapter import opened_by_peft, put
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.held import Held, copied
-from qlora_dpo.preference.layout import (
-    checkpoint_as_needed,
-    choose_packing,
-    choose_rows,
-    measured,
-    reference_packing,
-    shortest,
-)
+from qlora_dpo.preference.layout import choose_packing, shortest
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
 from qlora_dpo.recipe import LoadedRecipe, Recipe
@@ -59,7 +52,20 @@ from qlora_dpo.training.columns import column_keys, columns_of
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Ask, Job, fit, peak_bytes
 from qlora_dpo.training.plan import make_plan
+from qlora_dpo.training.rows import (
+    adapter_bytes,
+    choose_rows,
+    converted_bytes,
+    decisions,
+    left_for_dense,
+    reference_rows,
+)
+from qlora_dpo.training.shapes import Load as MostTokens
+from qlora_dpo.training.shapes import Shapes, load_of, shapes_of
 from qlora_dpo.training.tracker import Tracker
+
+PROBED = 128
+"""Tokens of a prompt's end and of an answer's beginning on which it is proved that the base is the base."""
 
 
 @dataclass
@@ -86,6 +92,8 @@ class Base:
     packing: Packing
     probed: EncodedPair
     before_LV: Tensor
+    dense: bool = False
+    """True if the linear weights are kept in the compute dtype beside their stored form."""
 
 
 Load = Callable[[Prepared, Recipe, Device, Callable[[str], None]], Base]
@@ -230,14 +238,27 @@ def load_for(prepared: Prepared, recipe: Recipe, device: Device, say: Callable[[
     pairs, pad = joined([prepared.train.encoded, prepared.heldout.encoded]), pad_token_id(prepared.tokenizer)
     with freed_at_once() if device.type == "cpu" else nullcontext():
         base = load_base(prepared.source, recipe.model, device)
+    dense = False
+    if own and not processes.sharded():
+        shapes, most = _shapes(prepared, recipe, device)
+        free = max(0, free_bytes(device) - sum(adapter_bytes(shapes, recipe).values()))
+        longest = most.alone(padded=bool(shapes.padded))
+        dense, words = keep_dense_if_it_fits(base, device, left_for_dense(shapes, table, longest, free, device))
+        say(words)
     if own and device.type == "cpu":
-        if not processes.sharded():
-            say(keep_dense_if_it_fits(base, device))
         keep_freed_memory()
     packing, why = choose_packing(base, pairs, table.row_tokens, pad, device)
     say(f"layout: {why}")
-    (probed,) = shortest(pairs, 1)  # its logits exist whole: 1.2 GiB for 2,048 tokens and 152k words
-    return Base(base, packing, probed, probe(base, probed, device))
+    (probed,) = shortest(pairs, 1)
+    # its logits exist whole: 0.15 GiB for 256 tokens and 152k words; until the proof they lie on the CPU
+    probed = replace(probed, prompt=probed.prompt[-PROBED:], chosen=probed.chosen[:PROBED])
+    return Base(base, packing, probed, probe(base, probed, device).cpu(), dense)
+
+
+def _shapes(prepared: Prepared, recipe: Recipe, device: Device) -> tuple[Shapes, MostTokens]:
+    """What the plan before the run was made of, and what goes through the model at most."""
+    most = load_of(prepared.train, prepared.heldout, recipe)
+    return shapes_of(prepared.source, recipe, device, most), most
 
 
 def _with_adapter(
@@ -247,34 +268,46 @@ def _with_adapter(
 
     A part of the run before this one has had rows of so many tokens, where the recipe does not say it: "auto".
     """
-    table, own = recipe.train, recipe.train.engine == "qlora_dpo"
-    pairs = joined([prepared.train.encoded, prepared.heldout.encoded])
-    packing = replace(base.packing, token_budget=before or table.row_tokens)
+    own = recipe.train.engine == "qlora_dpo"
+    packing = replace(base.packing, token_budget=before or recipe.train.row_tokens)
     model, held = _attached(base.model, prepared.named, recipe, base.probed, device)
     if own:
         say(make_lean(model, device.torch_dtype))
-        per_token = measured(model, pairs, packing, device)  # before sharding, which keeps weights of its own
     if processes.sharded():
         say(shard.share_out(model, device))
     for sentence in prepared.named.notes:
         say(sentence)
-    guard_adapter(model, base.before_LV, base.probed, packing, device, fresh=prepared.named.start is None)
+    before_LV = base.before_LV.to(device.torch_device)
+    guard_adapter(model, before_LV, base.probed, packing, device, fresh=prepared.named.start is None)
     rows = packing
     if own:
-        free = max(0, free_bytes(device) - training_bytes(trainable(model).values(), table.optim))
-        if before is not None:
-            say(f"memory: rows of {before:,} tokens, as before")
-        elif table.micro_batch_tokens == "auto":
-            recompute = table.gradient_checkpointing is True
-            packing, why = choose_rows(model, packing, per_token, pairs, recompute, free)
-            if why:
-                say(why)
-        say(checkpoint_as_needed(model, table.gradient_checkpointing, per_token, pairs, packing.token_budget, free))
-        rows = reference_packing(packing, per_token, free, device)
+        packing, rows = _as_memory_allows(model, base, prepared, recipe, device, say, before)
     if device.type == "cpu":
         give_back_freed_memory()  # what the proofs took: blocks of other lengths than a step's
     weighed = counted(recipe.objective)
     return Model(model, replace(packing, counted=weighed), replace(rows, counted=weighed), held)
+
+
+def _as_memory_allows(
+    model: PeftModel,
+    base: Base,
+    prepared: Prepared,
+    recipe: Recipe,
+    device: Device,
+    say: Callable[[str], None],
+    before: int | None,
+) -> tuple[Packing, Packing]:
+    """The rows of training, with as many layers recomputed as memory asks for, and those of the reference pass."""
+    shapes, most = _shapes(prepared, recipe, device)
+    to_come = 4 * shapes.trained + shapes.optimizer + (0 if base.dense else converted_bytes(shapes, recipe, device))
+    longest, free = most.alone(padded=base.packing.backend is None), max(0, free_bytes(device) - to_come)
+    free = processes.least(free)  # so that all have the same rows
+    chosen = choose_rows(shapes, recipe.train, longest, free, before)
+    for sentence in decisions(shapes, recipe.train, chosen, longest, free):
+        say(f"memory: {sentence}")
+    checkpoint(model, chosen.recomputed)
+    asked = reference_rows(shapes, chosen, longest, device)
+    return replace(base.packing, token_budget=chosen.tokens), replace(base.packing, token_budget=asked)
 
 
 def _attached(

@@ -5,6 +5,7 @@ V vocabulary, D width.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, assert_never
@@ -15,7 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.data.encode import PairSet
+from qlora_dpo.data.encoded import EncodedPair, lengths, sequence_tokens
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention, budget
 from qlora_dpo.model.base import store_embeddings
@@ -23,13 +25,14 @@ from qlora_dpo.model.budget import Kept
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.live import Live
-from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.logps import STATES_AT_ONCE, WORDS_AT_ONCE, hidden_states, language_model
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_train import TrainTable
+from qlora_dpo.training.random_states import random_states, restore
 
 FEW = 2
 """Layers that are looked at where all are alike, and twice as many: what one more layer adds is the same for all."""
@@ -47,6 +50,25 @@ class Load:
     """All pairs of an optimizer step."""
     pair: int = 0
     """The longest pair in a packed row, its prompt once; 0: as long as `sequence`."""
+    reference: int = 0
+    """All pairs of the larger of the two sets that the reference is asked about before the first step; 0: more than a
+    row holds."""
+
+    def alone(self, *, padded: bool) -> int:
+        """What goes through the model for the longest pair alone; padded, both its sequences are as long."""
+        # and a column of padding (preference/pack.py)
+        return 2 * (self.sequence + 1) if padded else max(self.sequence, self.pair)
+
+
+def load_of(train: PairSet, heldout: PairSet, recipe: Recipe) -> Load:
+    """What goes through the model at most with these pairs."""
+    sides = [lengths(side.encoded).sum(axis=1) for side in (train, heldout)]
+    sequence = max(int(sequence_tokens(side.encoded).max()) for side in (train, heldout))
+    pair, tokens = max(int(side.max()) for side in sides), [int(side.sum()) for side in sides]
+    step = recipe.train.batch_size * pair
+    if recipe.train.num_train_epochs == 1:  # the others are asked along with their step
+        tokens[0] = min(tokens[0], step)
+    return Load(sequence, step, pair, max(tokens))
 
 
 @dataclass(frozen=True)
@@ -91,7 +113,9 @@ def shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sha
     tables = recipe.model.model_dump_json(), recipe.lora.model_dump_json(), recipe.train.optim
     key = (config, *tables, str(device), str(_like(load)))
     if key not in _shapes:
+        before = random_states()
         _shapes[key] = _shapes_of(source, recipe, device, load)
+        restore(before)  # an adapter on shapes seeds the generators as a real one does
     return _shapes[key]
 
 
@@ -123,7 +147,7 @@ def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sh
         per_token=kept_per_token(model, device, packed=not padded, pairs=_like(load)),
         vocabulary=len(head),
         head_copy=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
-        head_tiles=3 * STATES_AT_ONCE * min(WORDS_AT_ONCE[device.type], len(head)) * 4,
+        head_tiles=tile_bytes(len(head), device),
         head_token=width * (4 + itemsize),
         hole_token=4 * widest if device.type == "cpu" else 0,
         file=parameters * (stored or torch.float32).itemsize,
@@ -204,6 +228,15 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -
             return 0
         case never:
             assert_never(never)
+
+
+def tile_bytes(vocabulary: int, device: Device) -> int:
+    """What the head works on at once: three tiles of logits and their exponentials in float32.
+
+    In 16 bits the product of the next tile comes before it is converted, while those of the tile before are there.
+    """
+    words, narrow = WORDS_AT_ONCE[device.type], device.torch_dtype.itemsize % 4
+    return STATES_AT_ONCE * min(words, vocabulary) * (3 * 4 + (narrow if vocabulary > words else 0))
 
 
 def _like(load: Load) -> list[EncodedPair]:
@@ -288,11 +321,20 @@ def _kept(model: Any, batch: MicroBatch, where: Device, mode: FakeTensorMode, la
                 end_TD = hidden_states(model, batch, where)
                 before, live.most = live.now, live.now
                 end_TD.sum().backward()
-            return replace(kept, working=(live.most - before) / tokens)
+            forward = max(_forward(model, batch, where, off) for off in (True, False))
+            return replace(kept, working=(live.most - before) / tokens, forward=forward / tokens)
     finally:
         model.zero_grad()
         if holder is not None:
             holder.layers = whole
+
+
+def _forward(model: Any, batch: MicroBatch, where: Device, off: bool) -> int:
+    """Bytes that a pass without gradients takes at most, with the adapter switched `off` or on."""
+    with torch.no_grad(), adapter_off(model) if off else nullcontext(), Live() as live:
+        hidden_states(model, batch, where)
+    most: int = live.most
+    return most
 
 
 def _fake(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:

@@ -83,6 +83,6 @@ def _halves(most: int, least: int) -> Iterator[int]:
 
 def _needed(source: Source, recipe: Recipe, device: Device, load: Load, free: int) -> int | None:
     """Bytes that `recipe` needs; None if it does not fit."""
-    shorter = Load(min(load.sequence, recipe.data.max_length), load.step)
+    shorter = Load(min(load.sequence, recipe.data.max_length), load.step, reference=load.reference)
     memory = estimate(source, recipe, device, shorter, free)
     return memory.needed if memory.fits else None
