@@ -22,6 +22,8 @@ from qlora_dpo.errors import INTERRUPTED
 STEPS, STOPPED_AT = 30, 5
 PLANNED_WITHIN = 0.15
 """How far the planned memory may be from the measured peak."""
+JUDGED_FROM = GIB // 2
+"""Planned bytes from which that is judged: a tiny model's are blocks that the allocator rounds up."""
 RESERVE = "framework's reserve"
 """The part of the plan that CUDA's context takes, which the allocator does not count."""
 ON_A_GPU = torch.cuda.is_available()
@@ -194,7 +196,7 @@ def _tell_learning(report: Report, run: Run) -> None:
 
 
 def _tell_memory(report: Report, run: Run, planned: int | None, why: str) -> None:
-    """The peak beside the plan; a CPU's is of the whole process, and is not judged here."""
+    """The peak beside the plan."""
     peak = int(run.facts["peak_bytes"])
     if planned is None:
         report.check("planned memory", why, "a plan", False)
@@ -204,8 +206,15 @@ def _tell_memory(report: Report, run: Run, planned: int | None, why: str) -> Non
         "planned and measured peak, GiB",
         f"{gib(planned)} / {gib(peak)} = {ratio:.2f}",
         f"within {PLANNED_WITHIN:.0%}",
-        abs(ratio - 1) <= PLANNED_WITHIN if ON_A_GPU else None,
+        _as_planned(planned, peak),
     )
+
+
+def _as_planned(planned: int, peak: int) -> bool | None:
+    """Whether the peak is the planned one; None where it is not judged: a CPU's is that of the whole process."""
+    if not ON_A_GPU or planned < JUDGED_FROM:
+        return None
+    return abs(planned / peak - 1) <= PLANNED_WITHIN
 
 
 def _tell_resume(report: Report, resumed: Run, whole: Run) -> None:
@@ -235,7 +244,7 @@ def variants(place: Place, report: Report, shape: str, longest: int, names: Sequ
             continue
         peak, losses = int(run.facts["peak_bytes"]), run.losses
         ratio = (planned or 0) / peak
-        if losses[-1] >= losses[0] or (ON_A_GPU and abs(ratio - 1) > PLANNED_WITHIN):
+        if losses[-1] >= losses[0] or _as_planned(planned or 0, peak) is False:
             report.failed.append(name)
         remark = why or (_resumed(place, recipe, run, report) if name == "adamw_8bit" else "")
         ends = f"{losses[0]:.4f}, {losses[-1]:.4f}"
