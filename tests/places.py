@@ -16,8 +16,8 @@ Where = Literal["cpu", "cuda"]
 NEEDS_A_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
-    # what kernels and drivers remark on is for the summary: a card is hard to come by
-    pytest.mark.filterwarnings("default::UserWarning"),
+    # what kernels, drivers and libraries remark on is for the summary: a card is hard to come by
+    pytest.mark.filterwarnings("default"),
 ]
 ON_A_GPU = pytest.param("cuda", marks=NEEDS_A_GPU)
 
