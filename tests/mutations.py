@@ -36,8 +36,16 @@ FITTING = "test_fitting.py"
 DEVICE = "test_device.py"
 JOURNAL = "test_journal.py"
 PROCESSES = "test_processes.py"
+GPU = "test_pretended_gpu.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "model/transfer.py": [
+        (".pin_memory()", "", GPU),
+        (", non_blocking=True", "", GPU),
+    ],
+    "training/random_states.py": [
+        ("torch.cuda.set_rng_state(state, index)", "pass", GPU),
+    ],
     "model/processes.py": [
         ('_reduce(flat, "sum")', '_reduce(flat, "mean")', PROCESSES),
         ("if any_of(failed):", "if failed:", PROCESSES),

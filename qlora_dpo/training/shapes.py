@@ -265,13 +265,9 @@ def _as_quantized(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
 def kept_per_token(
     model: PeftModel, device: Device, *, packed: bool = True, pairs: Sequence[EncodedPair] = PROBE
 ) -> Kept:
-    """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter.
-
-    The variable-length kernels exist on a GPU only; a layer keeps for them what it keeps for spans.
-    """
-    backend: attention.Backend = "batched" if device.attention == "batched" else "spans"
-    batch = collate(pairs, Packing(10**6, 0, backend if packed else None))
-    if backend == "batched" and batch.layout is not None:
+    """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter."""
+    batch = collate(pairs, Packing(10**6, 0, device.attention if packed else None))
+    if device.attention != "spans" and batch.layout is not None:
         batch.layout.index  # noqa: B018 - numbers decide which tokens these are, so before there are only shapes
     mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
     where, many = replace(device, type="cpu"), len(budget.checkpointable(model))
