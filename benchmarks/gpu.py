@@ -1,149 +1,160 @@
-"""The step on a GPU: Qwen2-0.5B's shape with random weights, against TRL, in fp16 as on a T4 and in bf16.
+"""The acceptance run on a CUDA card, each sub-command in less than ten minutes; benchmarks/README.md has them all.
 
-    python benchmarks/gpu.py                        # needs a CUDA device; tables as benchmarks/step.py prints them
-    python benchmarks/gpu.py --device cpu --tiny    # the same code on a small model, to see that it runs
+    python benchmarks/gpu.py train --as t4 -o gpu.md          # a table is printed and appended to gpu.md
+    python benchmarks/gpu.py train --device cpu --tiny        # the same code on a small model, to see that it runs
 
-`fp16` is capped to what a T4 (sm_75) can do: no flash attention, no cuDNN attention, no Triton. Then the peak memory of
-a step of 16 pairs under a cap of 15 GiB, for several lengths. The pairs are random ids as long as HH's.
+Models, tokenizer and rows are generated; nothing is read from a network. `--as t4` makes the card like a T4 as far as
+that goes: fp16, its kernels, 15 GiB. What has to hold and does not makes the exit code 1; a missed target of speed does
+not.
 """
 
 import argparse
-import random
-import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import step
+import gpu_card
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from gpu_table import Report
 
 from qlora_dpo.cli.quiet import silence
-from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.model import device
-from qlora_dpo.model.base import load_tokenizer
-from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.recipe_train import TrainTable
 
-CAP = 15 * 2**30
-LENGTHS = (512, 1024, 2048)
-SHAPE: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
+WHAT: dict[str, tuple[str, int, int]] = {
+    "train": ("a run, the same stopped and resumed, and its planned memory beside the measured", 16, 512),
+    "variants": ("short runs in int8, dense, with DoRA, recomputation and 8-bit AdamW", 16, 512),
+    "ceiling": ("a run under less memory than it plans with: rows halve", 16, 512),
+    "commands": ("eval, compare, merge, chat and serve with a fresh adapter", 16, 512),
+    "speed": ("a step against TRL's, by time and memory", 16, 512),
+    "memory": ("the peak of a step whose pairs are all as long as may be", 16, 512),
+    "profile": ("what a step's time goes to, how often the host waits, MFU", 128, 512),
+    "decode": ("single tokens through fused 4-bit, dequantized and dense weights", 1, 512),
+    "kernels": ("cuDNN's attention, sums in fp16 and Triton on and off", 16, 512),
+    "several": ("processes with a card each beside one: DDP, FSDP2", 16, 512),
+    "all": ("most of it, one after another, which takes more than an hour", 16, 512),
 }
-TINY = {**SHAPE, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | {
-    "num_attention_heads": 4
-}
+"""What each sub-command does, and its pairs a step and longest sequence."""
+ALL = (
+    ("train", "--as", "t4"),
+    ("train", "--as", "card"),
+    ("variants", "--as", "t4"),
+    ("variants", "--as", "card"),
+    ("ceiling",),
+    ("commands", "--as", "t4"),
+    ("commands", "--as", "card"),
+    ("speed", "--as", "t4"),
+    ("speed", "--as", "card"),
+    ("speed", "--as", "card", "--batch", "4"),
+    ("speed", "--as", "card", "--length", "1024"),
+    ("speed", "--as", "card", "--shape", "1.5b"),
+    ("speed", "--as", "card", "--shape", "7b", "--rounds", "3"),
+    ("memory", "--as", "t4"),
+    ("profile", "--as", "card"),
+    ("profile", "--as", "t4"),
+    ("decode",),
+    ("kernels",),
+    ("several",),
+)
+"""What `all` runs, one after another, each in a process of its own."""
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Do what is asked for and return the exit code."""
     silence()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="two layers of width 64")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    asked = _parser().parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu --tiny shows that the benchmark runs")
-    with tempfile.TemporaryDirectory() as work:
-        source = _model(Path(work), TINY if asked.tiny else SHAPE)
-        for dtype in ("fp16", "bf16") if asked.device == "cuda" else ("bf16",):
-            with _as_on_a_t4(dtype == "fp16" and asked.device == "cuda") as capped:
-                _compare(source, dtype, capped, asked)
-        _memory(source, asked)
+    if asked.device == "cpu" and torch.cuda.is_available():
+        raise SystemExit("there is a CUDA device; CUDA_VISIBLE_DEVICES= hides it")
+    if asked.what == "all":
+        return _all(asked)
+    report = Report(asked.output)
+    report.begin(gpu_card.words_for_the_machine(asked.commit))
+    with ExitStack() as stack:
+        models = asked.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models.mkdir(parents=True, exist_ok=True)
+        work = stack.enter_context(tempfile.TemporaryDirectory(dir=models, prefix="runs-"))
+        _run(asked, report, Path(work).resolve(), models.resolve())
+    return report.end()
 
 
-def _compare(source: Source, dtype: Any, capped: bool, asked: argparse.Namespace) -> None:
-    bench = _bench(source, dtype, capped, _pairs(asked.batch, 512))
-    steps = step.steps_of(bench, ("trl-4", "trl-1", "trl-best", "trl-compact", "packed", "lean", "cached"))
-    seconds = step.timed(bench, steps, asked.rounds + 1)
-    step.report(bench, {name: taken[1:] for name, taken in seconds.items()}, 512)
+def _run(asked: argparse.Namespace, report: Report, work: Path, models: Path) -> None:
+    # here, so that a wrong word is told at once
+    import gpu_commands
+    import gpu_profile
+    import gpu_questions
+    import gpu_runs
+    import gpu_speed
+
+    place = gpu_runs.Place(work, models, asked.form, asked.batch)
+    shape = "tiny" if asked.tiny else asked.shape
+    longest = min(asked.length, 256) if asked.tiny else asked.length
+    form, batch, rounds = asked.form, asked.batch, asked.rounds
+    match asked.what:
+        case "train":
+            gpu_runs.train(place, report, shape, longest)
+        case "variants":
+            gpu_runs.variants(place, report, shape, longest, asked.only or list(gpu_runs.VARIANTS))
+        case "ceiling":
+            gpu_runs.ceiling(place, report, shape, longest)
+        case "commands":
+            gpu_commands.commands(place, report, shape, longest)
+        case "several":
+            gpu_commands.several(place, report, shape, longest, asked.processes)
+        case "speed":
+            gpu_speed.speed(models, form, report, shape, longest, batch, rounds)
+        case "memory":
+            gpu_speed.memory(models, form, report, shape, batch)
+        case "profile":
+            gpu_profile.run(models, form, report, shape, longest, batch, asked.rows or gpu_speed.LONG_ROWS, asked.trace)
+        case "decode":
+            gpu_questions.decode(models, form, report, shape, 8 if asked.tiny else 64)
+        case "kernels":
+            gpu_questions.kernels(models, form, report, shape, longest, batch, rounds)
 
 
-def _memory(source: Source, asked: argparse.Namespace) -> None:
-    """Peak memory of a step whose pairs are as long as may be."""
-    print(f"\n4-bit NF4, {asked.batch} pairs a step, rows of {TrainTable().row_tokens} tokens or one pair")
-    print("| longest sequence, tokens | peak, GiB |\n|---|---|")
-    if asked.device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(0).total_memory))
-    for length in LENGTHS:
-        dtype: Any = "fp16" if asked.device == "cuda" else "fp32"
-        with _as_on_a_t4(asked.device == "cuda") as capped:
-            bench = _bench(source, dtype, capped, _pairs(asked.batch, length, full=True))
-            steps = step.steps_of(bench, ("cached",))
-            if asked.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            step.timed(bench, steps, 1)
-        print(f"| {length} | {step.peak(bench.here) / 2**30:.2f} |")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    several = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, (told, batch, length) in WHAT.items():
+        each = several.add_parser(name, help=told, description=told)
+        each.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+        each.add_argument("--tiny", action="store_true", help="a model of two layers and short rows")
+        each.add_argument(
+            "--as", dest="form", choices=["card", "t4"], default="card", help="the card as it is, or a T4"
+        )
+        each.add_argument("--shape", choices=["0.5b", "1.5b", "7b"], default="0.5b", help="Qwen2's shape [0.5b]")
+        each.add_argument("--length", type=int, default=length, help=f"longest sequence in tokens [{length}]")
+        each.add_argument("--batch", type=int, default=batch, help=f"pairs a step [{batch}]")
+        each.add_argument("--rounds", type=int, default=5, help="times that each step is timed [5]")
+        each.add_argument("--work", type=Path, metavar="DIR", help="keep the models there for the next command")
+        each.add_argument("-o", dest="output", type=Path, metavar="FILE", help="append what is printed to FILE")
+        each.add_argument("--commit", help="commit of the code, where there is no git")
+        if name == "variants":
+            each.add_argument("--only", nargs="+", metavar="NAME", help="these of them alone, as the table names them")
+        if name == "several":
+            each.add_argument("--processes", type=int, default=2)
+        if name == "profile":
+            each.add_argument("--rows", type=int, help="tokens of a row [16384]")
+            each.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for a browser")
+    return parser
 
 
-def _bench(source: Source, dtype: Any, capped: bool, pairs: Sequence[EncodedPair]) -> step.Bench:
-    here = device.choose(dtype)
-    here = replace(here, attention="batched", triton=False) if capped else here
-    tokenizer: Any = load_tokenizer(source)
-    table = ModelTable(name=str(source.folder))
-    return step.Bench(source, table, here, tokenizer, pairs, best=4, budget=TrainTable().row_tokens, pad=0)
-
-
-@contextmanager
-def _as_on_a_t4(capped: bool) -> Iterator[bool]:
-    """Leave only the attention kernels that capability (7, 5) has."""
-    kernels = torch.backends.cuda
-    before = kernels.flash_sdp_enabled(), kernels.cudnn_sdp_enabled()
-    kernels.enable_flash_sdp(before[0] and not capped)
-    kernels.enable_cudnn_sdp(before[1] and not capped)
-    try:
-        yield capped
-    finally:
-        kernels.enable_flash_sdp(before[0])
-        kernels.enable_cudnn_sdp(before[1])
-
-
-def _model(folder: Path, shape: dict[str, Any]) -> Source:
-    """A random model of this shape with a tokenizer that knows single letters."""
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**shape)).to(torch.bfloat16).save_pretrained(folder)
-    letters = {"<pad>": 0, "<end>": 1, "<unk>": 2, "a": 3, "b": 4, "c": 5}
-    words = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    return Source("Qwen2-0.5B's shape" if shape is SHAPE else "a tiny Qwen2", folder, "")
-
-
-def _pairs(count: int, longest: int, *, full: bool = False) -> list[EncodedPair]:
-    """Random ids; lengths as HH's in Qwen2 tokens (medians: prompt 102, answers 50), or as long as may be if `full`."""
-    draw = random.Random(0)
-
-    def ids(length: float) -> tuple[int, ...]:
-        return tuple(draw.randrange(6, 500) for _ in range(max(1, int(length))))
-
-    pairs = []
-    for row in range(count):
-        prompt = ids(longest / 2) if full else ids(min(longest / 2, draw.lognormvariate(4.6, 0.8)))
-        room = longest - len(prompt)
-        answers = [ids(room) if full else ids(min(room, draw.lognormvariate(3.6, 0.8))) for _ in range(2)]
-        pairs.append(EncodedPair(prompt, answers[0], answers[1], row, b""))
-    median = statistics.median(len(pair.prompt) for pair in pairs)
-    print(f"\n{count} pairs of random ids, up to {longest} tokens, median prompt {median:.0f}")
-    return pairs
+def _all(asked: argparse.Namespace) -> int:
+    """Run every command in turn, each in a process of its own; the exit code is 1 if one of them failed."""
+    given = ["--device", asked.device, *["--tiny"] * asked.tiny]
+    for name, value in (("--work", asked.work), ("-o", asked.output), ("--commit", asked.commit)):
+        given += [name, str(value)] if value is not None else []
+    failed = []
+    for words in ALL:
+        small = ["--rounds", "1", "--batch", "4"] if asked.tiny else []
+        command = [sys.executable, str(Path(__file__).resolve()), *words, *given, *small]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(" ".join(words))
+    print(f"failed: {'; '.join(failed)}" if failed else "nothing failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

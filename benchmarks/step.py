@@ -34,7 +34,14 @@ from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import checkpoint, checkpointable, keep_freed_memory
+from qlora_dpo.model.budget import (
+    USABLE,
+    checkpoint,
+    checkpointable,
+    dense_bytes,
+    free_bytes,
+    keep_freed_memory,
+)
 from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.quantized import keep_dense
@@ -146,33 +153,33 @@ def steps_of(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]
     """For each variant a function that takes one optimizer step; models are loaded once and shared."""
     steps: dict[str, Callable[[], None]] = {}
     if {"trl-4", "trl-1"} & set(names):
-        trainer = _trainer(bench)
-        steps |= {f"trl-{at_once}": lambda n=at_once: _trl_step(trainer, bench, bench.pairs, n) for at_once in (4, 1)}
+        trainer = trainer_for(bench)
+        steps |= {f"trl-{at_once}": lambda n=at_once: trl_step(trainer, bench, bench.pairs, n) for at_once in (4, 1)}
     if {"trl-best", "trl-compact"} & set(names):
-        best = _trainer(bench, gradient_checkpointing=False)
+        best = trainer_for(bench, gradient_checkpointing=False)
         best.precompute_ref_logps = True
         sorted_pairs = sorted(bench.pairs, key=longest, reverse=True)
         reference_P2 = torch.zeros(len(sorted_pairs), 2)
         for name in ("trl-best", "trl-compact"):
-            steps[name] = lambda compact=name == "trl-compact": _trl_step(
+            steps[name] = lambda compact=name == "trl-compact": trl_step(
                 best, bench, sorted_pairs, bench.best, reference_P2, compact=compact
             )
     if {"padded", "packed"} & set(names):
-        plain = _ours(bench, lean=False)
-        steps["padded"] = lambda: _our_step(plain, bench, Packing(bench.budget, bench.pad, None))
-        steps["packed"] = lambda: _our_step(plain, bench, Packing(bench.budget, bench.pad, bench.here.attention))
+        plain = model_for(bench, lean=False)
+        steps["padded"] = lambda: our_step(plain, bench, Packing(bench.budget, bench.pad, None))
+        steps["packed"] = lambda: our_step(plain, bench, Packing(bench.budget, bench.pad, bench.here.attention))
     if {"lean", "cached", "checkpointed"} & set(names):
-        lean = _ours(bench, lean=True)
+        lean = model_for(bench, lean=True)
         packed = Packing(bench.budget, bench.pad, bench.here.attention)
         known_P2 = live_logps(lean[0].eval(), bench.pairs, packed, bench.here)
         layers = len(checkpointable(lean[0]))
-        steps["lean"] = lambda: _our_step(lean, bench, packed)
-        steps["cached"] = lambda: _our_step(lean, bench, packed, known_P2)
-        steps["checkpointed"] = lambda: _our_step(lean, bench, packed, known_P2, recomputed=layers)
+        steps["lean"] = lambda: our_step(lean, bench, packed)
+        steps["cached"] = lambda: our_step(lean, bench, packed, known_P2)
+        steps["checkpointed"] = lambda: our_step(lean, bench, packed, known_P2, recomputed=layers)
     return {name: steps[name] for name in names}
 
 
-def _trainer(bench: Bench, **changed: Any) -> Any:
+def trainer_for(bench: Bench, **changed: Any) -> Any:
     """Stock DPOTrainer over its own copy of the model, with its defaults but for `changed`."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -199,12 +206,16 @@ def _trainer(bench: Bench, **changed: Any) -> Any:
             task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules
         ),
     )
+    if bench.here.grad_scaler:  # TRL has rounded a 4-bit model's adapter to bf16, which no loss scaler can unscale
+        for parameter in trainable(trainer.model).values():
+            parameter.data = parameter.data.float()
     trainer.create_optimizer()
+    trainer.optimizer = trainer.accelerator.prepare_optimizer(trainer.optimizer)
     trainer.model.train()
     return trainer
 
 
-def _trl_step(
+def trl_step(
     trainer: Any,
     bench: Bench,
     pairs: Sequence[EncodedPair],
@@ -230,26 +241,30 @@ def _trl_step(
             known = reference_P2[start : start + at_once]
             inputs |= {"ref_chosen_logps": known[:, 0], "ref_rejected_logps": known[:, 1]}
         trainer.training_step(trainer.model, inputs, None)
-    torch.nn.utils.clip_grad_norm_(list(trainable(trainer.model).values()), 1.0)
+    trainer.accelerator.clip_grad_norm_(list(trainable(trainer.model).values()), 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     trl.trainer.utils._use_triton = chosen
 
 
-def _ours(bench: Bench, *, lean: bool) -> tuple[Any, Any]:
-    """Our model as a run prepares it, with its optimizer; without `lean` its layers are PEFT's."""
+def model_for(bench: Bench, *, lean: bool, dense: bool = True) -> tuple[Any, Any, Any]:
+    """Our model as a run prepares it, with its optimizer and loss scaler; without `lean` its layers are PEFT's.
+
+    Lean ones keep `dense` weights where there is room, as a run does.
+    """
     base = load_base(bench.source, bench.table, bench.here)
-    if lean and bench.here.type == "cpu":
+    if lean and dense and dense_bytes(base, bench.here.torch_dtype) <= free_bytes(bench.here) * USABLE / 2:
         keep_dense(base, bench.here.torch_dtype)
     attention.use(base)
     model = attach(base, LoraTable(), seed=0)
     if lean:
         make_lean(model, bench.here.torch_dtype)
-    return model, torch.optim.AdamW(trainable(model).values(), lr=1e-6)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-6)
+    return model, optimizer, torch.amp.GradScaler(bench.here.type, enabled=bench.here.grad_scaler)
 
 
-def _our_step(
-    ours: tuple[Any, Any],
+def our_step(
+    ours: tuple[Any, Any, Any],
     bench: Bench,
     packing: Packing,
     known_P2: torch.Tensor | None = None,
@@ -257,17 +272,19 @@ def _our_step(
     recomputed: int = 0,
 ) -> None:
     """One optimizer step as the loop takes it; without `known_P2` the reference is asked along."""
-    model, optimizer = ours
+    model, optimizer, scaler = ours
     model.train()
     checkpoint(model, recomputed)
     place = bench.here.torch_device
     for group in micro_batches(bench.pairs, packing):
         batch = collate([bench.pairs[i] for i in group], packing).to(place)
         reference_P2 = ride_along(model, batch, bench.here) if known_P2 is None else known_P2[group].to(place)
-        scores = score(model, batch, bench.here)
-        (objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(bench.pairs)).backward()
+        scores = score(model, batch, bench.here, metrics=False)  # wanted in logged steps only
+        scaler.scale(objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(bench.pairs)).backward()
+    scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), 1.0)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
 
 

@@ -15,12 +15,13 @@ from transformers import LlamaConfig, Qwen2Config
 
 from qlora_dpo.cli.memory_lines import by_part
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model import budget
-from qlora_dpo.model.base import keep_dense, load_base
+from qlora_dpo.model import budget, processes
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.cards import CARDS
 from qlora_dpo.model.device import Device, on_card
 from qlora_dpo.model.live import Live
 from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source, without_weights
 from qlora_dpo.preference.logps import hidden_states, score
 from qlora_dpo.preference.pack import Packing, collate
@@ -28,7 +29,7 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe import load as load_recipe
 from qlora_dpo.recipe_model import LoraTable, ModelTable
 from qlora_dpo.training import shapes as from_shapes
-from qlora_dpo.training.estimate import Memory, estimate
+from qlora_dpo.training.estimate import BEYOND_A_STEP, Memory, estimate
 from qlora_dpo.training.optim import make_optimizer
 from qlora_dpo.training.shapes import Load
 from qlora_dpo.training.ways import ways_to_fit
@@ -243,6 +244,30 @@ def test_dense_weights_are_kept_on_a_t4_for_the_half_billion_and_not_for_7(tmp_p
     )  # fmt: skip
     found = estimate(folder(large, seven), what, T4, load, T4.total_bytes)
     assert not found.dense and found.fits and found.parts["one layer's weights in the compute dtype"] > 0
+
+
+def test_the_reference_pass_counts_where_its_rows_are_larger_than_a_step(tmp_path: Path) -> None:
+    source = folder(tmp_path, half_billion(layers=6))
+    what = jobs.recipe("nf4", model={"dtype": "auto"}, train={"micro_batch_tokens": "auto"})
+    few, many = (Load(100, 200, 150, tokens) for tokens in (200, 10**6))
+
+    def beyond(what: Recipe, load: Load) -> int:
+        return estimate(source, what, T4, load, T4.total_bytes).parts[BEYOND_A_STEP]
+
+    assert beyond(what, few) == 0
+    # rows of the pass hold as much as a step in full rows, of which this one has a tenth
+    parts = estimate(source, what, T4, many, T4.total_bytes).parts
+    full = estimate(source, what, T4, Load(100, 10**6, 150, 10**6), T4.total_bytes)
+    assert full.parts[BEYOND_A_STEP] == 0
+    assert 0 < parts[BEYOND_A_STEP] <= full.needed - (sum(parts.values()) - parts[BEYOND_A_STEP])
+    for table in ({"objective": {"loss_type": "simpo"}}, {"reference": {"kind": "ema"}}):
+        assert beyond(jobs.recipe("nf4", model={"dtype": "auto"}, **table), many) == 0
+
+
+def test_sharded_layers_are_converted_in_every_visit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert estimate(jobs.source(), jobs.recipe("nf4"), jobs.CPU, LOAD, 2**34).dense
+    monkeypatch.setattr(processes, "sharded", lambda: True)
+    assert not estimate(jobs.source(), jobs.recipe("nf4"), jobs.CPU, LOAD, 2**34).dense
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

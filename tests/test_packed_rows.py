@@ -258,20 +258,6 @@ def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
     torch.testing.assert_close(slopes[0], slopes[1])
 
 
-@pytest.mark.gpu
-def test_varlen_attention_is_that_of_padded_spans() -> None:
-    place = torch.device("cuda")
-    spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
-    query, key, value = (
-        torch.randn(1, heads, 19, 64, dtype=torch.bfloat16, device=place, requires_grad=True) for heads in (6, 2, 2)
-    )
-    found = [
-        attention.backend_of(backend)(query, key, value, Layout(spans, backend, place), 0.125)
-        for backend in ("varlen", "batched")
-    ]
-    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)
-
-
 @KINDS
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_that_rows_can_serve_is_given_rows(kind: str, dtype: Any) -> None:

@@ -154,7 +154,8 @@ def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
         return tensor.detach()  # a node that saves its own output would otherwise hold itself, and all before it
 
     def look(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        inputs["itemsize"] = given[0].dtype.itemsize  # embeddings may be stored in another dtype than the stream has
+        if given:  # embeddings may be stored in another dtype than the stream has
+            inputs["itemsize"] = given[0].dtype.itemsize
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers[:1]]
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_dpo.model import budget
+from qlora_dpo.model import budget, processes
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.objective import needs_reference
@@ -82,7 +82,7 @@ def estimate(source: Source, recipe: Recipe, device: Device, load: Load, free: i
     room = max(0, free - sum(parts.values()) - sum(reserve.values()))
     converted = converted_bytes(shapes, recipe, device)
     left = left_for_dense(shapes, table, least, room, device)
-    dense = bool(converted) and shapes.dense + shapes.head_copy <= left
+    dense = bool(converted) and shapes.dense + shapes.head_copy <= left and not processes.sharded()
     if dense:
         beside = {f"linear layers in {device.compute_dtype}, converted once": shapes.dense}
     else:

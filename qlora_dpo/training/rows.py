@@ -100,12 +100,8 @@ def needed(shapes: Shapes, tokens: int, count: int) -> int:
 def step_bytes(shapes: Shapes, tokens: int, count: int) -> dict[str, int]:
     """The same by part. What does not grow with the tokens has parts of its own, if there is any."""
     layers = shapes.layers
-    share = (layers - count + bool(count)) / max(1, layers)
     recomputed = f"{count} of {layers} layers" if count else "nothing"
-    constant = {
-        "DoRA's copies of weights": math.ceil(shapes.dora_copies * share),
-        "the output head in the compute dtype": shapes.head_copy,
-    }
+    constant = {"the output head in the compute dtype": shapes.head_copy}
     step = {
         f"activations of {tokens:,} tokens, {recomputed} recomputed": math.ceil(
             shapes.per_token.bytes(tokens, layers, count)

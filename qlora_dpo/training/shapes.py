@@ -85,7 +85,6 @@ class Shapes:
     """The linear layers but the head in the compute dtype."""
     largest: int
     """The largest linear layer in the compute dtype."""
-    dora_copies: int
     layers: int
     per_token: Kept
     vocabulary: int
@@ -132,9 +131,8 @@ def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sh
     head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
     model = attach(base, recipe.lora, recipe.train.seed)
     stand_in(linear, recipe.model, device)
-    words, moved = make_lean(model, device.torch_dtype), trainable(model)
-    # DoRA's norms keep about two copies of a dequantized weight each for the backward pass
-    dora = recipe.model.quantization != "none" and "DoraLinearVariant" in words
+    make_lean(model, device.torch_dtype)
+    moved = trainable(model)
     return Shapes(
         weights=weights,
         parameters=parameters,
@@ -142,7 +140,6 @@ def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Sh
         optimizer=optimizer_bytes(moved, recipe.train),
         dense=sum(elements) * itemsize,
         largest=max(elements, default=0) * itemsize,
-        dora_copies=2 * sum(elements) * itemsize if dora else 0,
         layers=len(budget.checkpointable(base)),
         per_token=kept_per_token(model, device, packed=not padded, pairs=_like(load)),
         vocabulary=len(head),
