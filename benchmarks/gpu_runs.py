@@ -279,9 +279,8 @@ def ceiling(place: Place, report: Report, shape: str, longest: int) -> None:
         if said or run.code:
             break
         report.check(f"a ceiling at {words}", "fits", "", None)
-    report.check(
-        f"a ceiling at {words}", said[0] if said else f"{run.code} {why_failed(run)}", "rows halve", bool(said)
-    )
+    found = said[0] if said else why_failed(run) or "none of them is too low"
+    report.check(f"a ceiling at {words}", found, "rows halve", bool(said))
     report.check("exit code under it", f"{run.code} {why_failed(run)}", "0", run.code == 0)
     if run.code == 0:
         moved = max(abs(one - other) for one, other in zip(run.losses, free.losses, strict=True))
