@@ -32,7 +32,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -681,10 +681,10 @@ class _Functions(TorchFunctionMode):
     def _deepcopy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         """A leaf's storage is copied without an operation, so nothing else would note where the copy is."""
         place = self.gpu.memory.place_of(tensor)
-        if place is None:
-            return tensor.__deepcopy__(memo)
-        with self.gpu.making(place):
+        with self.gpu.making(place) if place is not None else nullcontext():
             found: Tensor = tensor.__deepcopy__(memo)
+        if place is None:
+            return found
         self.gpu.memory.put(found, place)
         return found
 
