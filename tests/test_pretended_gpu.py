@@ -6,7 +6,6 @@ speed, fragmentation, errors that CUDA reports late, NCCL and several GPUs. For 
 
 import functools
 import io
-import itertools
 import json
 import os
 import signal
@@ -249,7 +248,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "DoRA": {"lora": {"use_dora": True}},
     "dropout, recomputed": {"lora": {"lora_dropout": 0.2}, "train": {"gradient_checkpointing": True}},
 }
-ON_TURING = [*itertools.product(("nf4", "int8"), KINDS), ("fp4", "plain"), ("none", "DoRA")]
+ON_TURING = [("nf4", "plain"), ("nf4", "DoRA"), ("fp4", "plain"), ("int8", "dropout, recomputed"), ("none", "DoRA")]
 ON_AMPERE = [("nf4", "DoRA"), ("fp4", "dropout, recomputed"), ("int8", "plain"), ("none", "plain")]
 
 
@@ -286,8 +285,8 @@ def test_every_kind_of_adapter_learns_on_every_kind_of_base_what_it_learns_in_fl
         state = trained_here(tmp_path, model={"quantization": quantization}, **KINDS[kind]).state
     first, last = state.evals
     assert first["eval_loss"] == pytest.approx(LN_2, abs=1e-6)
-    # dropout draws from another generator than on a CPU
-    exactness = 5e-3 if "dropout" in kind else {"t4": 2e-4, "a10": 4e-3}[card]
+    # dropout draws other numbers than on a CPU
+    exactness = 2e-2 if "dropout" in kind else {"t4": 2e-4, "a10": 4e-3}[card]
     assert last["eval_loss"] == pytest.approx(in_float32(quantization, kind), rel=exactness)
     assert state.skipped_steps == 0
     assert gpu.products == {}  # one arithmetic for base, reference and policy: nothing goes through the fused kernel
@@ -536,7 +535,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 @pytest.mark.parametrize(
     ("card", "quantization", "train"),
-    [("t4", "nf4", {}), ("t4", "none", {"gradient_checkpointing": True}), ("a10", "int8", {}), ("a10", "none", {})],
+    [("t4", "nf4", {}), ("t4", "none", {"gradient_checkpointing": True}), ("a10", "int8", {})],
 )
 def test_the_planned_bytes_are_the_counted_ones(
     card: str, quantization: str, train: dict[str, Any], deep: Source, tmp_path: Path

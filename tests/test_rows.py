@@ -107,6 +107,16 @@ def test_what_does_not_grow_with_the_tokens_counts_once() -> None:
     assert "the output head in the compute dtype" not in step_bytes(shapes(), 2048, 0)
 
 
+def test_the_heads_tiles_are_gone_before_a_layer_works_on_its_gradients() -> None:
+    working = shapes(
+        per_token=Kept(layer=10.0, layer_input=1.0, working=3.0), head_tiles=5000, head_token=2, vocabulary=7
+    )
+    head = "output head in chunks of 256 tokens, 7 words, beyond that"
+    for tokens, beyond in ((1000, 2000), (3000, 0)):
+        parts = step_bytes(working, tokens, 0)
+        assert (parts["backward pass of one layer, while it works"], parts[head]) == (3 * tokens, beyond + 2 * tokens)
+
+
 @pytest.mark.parametrize(
     ("asked", "free", "recomputed", "says"),
     [
@@ -173,6 +183,7 @@ def test_the_longest_pair_alone_is_as_long_as_it_is_laid_out() -> None:
     assert step < whole == found.reference
     assert load_of(side, few, jobs.recipe()).reference == step
     assert load_of(side, few, jobs.recipe(train={"num_train_epochs": 2})).reference == whole
+    assert load_of(side, few, jobs.recipe(train={"num_train_epochs": 2, "max_steps": 1})).reference == step
 
 
 def test_a_layout_is_proved_in_rows_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

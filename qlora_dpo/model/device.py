@@ -89,7 +89,7 @@ def has_gpu() -> bool:
 def insist_on_gpus(processes: int) -> None:
     """Raise RecipeError if there are GPUs, and fewer than `processes`, of which each needs one."""
     gpus = torch.cuda.device_count() if has_gpu() and processes > 1 else processes
-    if processes > gpus:  # pragma: cuda
+    if processes > gpus:
         raise RecipeError(
             f"--processes {processes}: each takes a GPU, and this machine has {gpus}; name at most {gpus}"
         )

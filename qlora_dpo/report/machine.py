@@ -105,7 +105,7 @@ def _model_name() -> str:
     return next(named, "") or platform.machine()
 
 
-def _card(number: int) -> str:  # pragma: cuda
+def _card(number: int) -> str:
     properties = torch.cuda.get_device_properties(number)
     size = properties.total_memory / 2**30
     return f"{properties.name}, capability ({properties.major}, {properties.minor}), {size:.1f} GiB"

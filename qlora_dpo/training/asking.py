@@ -259,7 +259,7 @@ def ask_other(
     proved.add(what.store.folder)
     del model
     gc.collect()
-    if device.type == "cuda":  # pragma: cuda
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     return asked
 

@@ -113,5 +113,5 @@ def _copied(values: dict[str, object]) -> dict[str, object]:
 
 def _free() -> None:
     gc.collect()
-    if torch.cuda.is_available():  # pragma: cuda
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

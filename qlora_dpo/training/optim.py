@@ -48,7 +48,7 @@ def make_optimizer(
             return torch.optim.Adafactor(groups, **rate)
         case "sgd":
             return torch.optim.SGD(groups, **rate)
-        case "adamw_8bit":  # pragma: cuda
+        case "adamw_8bit":
             return bnb.optim.AdamW8bit(groups, **rate, **adam)  # type: ignore[no-any-return]
         case "paged_adamw_8bit":  # pragma: cuda
             return bnb.optim.PagedAdamW8bit(groups, **rate, **adam)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ def random_states() -> dict[str, Tensor]:
         "numpy": torch.tensor(keys.astype(np.int64)),
         "numpy_rest": torch.tensor([float(each) for each in rest], dtype=torch.float64),
     }
-    if torch.cuda.is_available():  # pragma: cuda
+    if torch.cuda.is_available():
         states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
@@ -33,7 +33,7 @@ def restore(states: dict[str, Tensor]) -> None:
     position, has_gauss, cached = states["numpy_rest"].tolist()
     keys = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    for index in range(torch.cuda.device_count()):  # pragma: cuda
+    for index in range(torch.cuda.device_count()):
         if (state := states.get(f"cuda:{index}")) is not None:
             torch.cuda.set_rng_state(state, index)
 

@@ -101,15 +101,17 @@ def step_bytes(shapes: Shapes, tokens: int, count: int) -> dict[str, int]:
     """The same by part. What does not grow with the tokens has parts of its own, if there is any."""
     layers = shapes.layers
     recomputed = f"{count} of {layers} layers" if count else "nothing"
+    working = math.ceil(shapes.per_token.working * tokens)
     constant = {"the output head in the compute dtype": shapes.head_copy}
     step = {
         f"activations of {tokens:,} tokens, {recomputed} recomputed": math.ceil(
             shapes.per_token.bytes(tokens, layers, count)
         ),
-        "backward pass of one layer, while it works": math.ceil(shapes.per_token.working * tokens),
+        "backward pass of one layer, while it works": working,
         **{part: size for part, size in constant.items() if size},
-        f"output head in chunks of {STATES_AT_ONCE} tokens, {shapes.vocabulary:,} words": (
-            shapes.head_tiles + tokens * shapes.head_token
+        # its tiles are gone when the first layer's backward pass begins
+        f"output head in chunks of {STATES_AT_ONCE} tokens, {shapes.vocabulary:,} words, beyond that": (
+            max(0, shapes.head_tiles - working) + tokens * shapes.head_token
         ),
     }
     holes = count * tokens * shapes.hole_token

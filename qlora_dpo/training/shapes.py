@@ -66,8 +66,9 @@ def load_of(train: PairSet, heldout: PairSet, recipe: Recipe) -> Load:
     sequence = max(int(sequence_tokens(side.encoded).max()) for side in (train, heldout))
     pair, tokens = max(int(side.max()) for side in sides), [int(side.sum()) for side in sides]
     step = recipe.train.batch_size * pair
-    if recipe.train.num_train_epochs == 1:  # the others are asked along with their step
-        tokens[0] = min(tokens[0], step)
+    # of one epoch the others are asked along with their step
+    steps = 1 if recipe.train.num_train_epochs == 1 else recipe.train.max_steps
+    tokens[0] = min(tokens[0], steps * step) if steps else tokens[0]
     return Load(sequence, step, pair, max(tokens))
 
 

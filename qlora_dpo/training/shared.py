@@ -62,7 +62,7 @@ class Shared:
             self.put_back = remember(self.base.model)
         self.put_back()
         gc.collect()  # an adapter and its base refer to each other
-        if device.type == "cuda":  # pragma: cuda
+        if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return self.base
