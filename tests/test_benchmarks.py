@@ -79,8 +79,9 @@ def test_every_part_of_the_acceptance_run_runs_on_a_cpu(what: str, tmp_path: Pat
         pytest.skip("there is a CUDA device")
     done = gpu(what, *SMALL, "-o", "told.md", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert first_cells(done.stdout)[1:] == [" ".join(cell.split()) for cell in TOLD[what].split(";")]
-    assert (tmp_path / "told.md").read_text(encoding="utf-8") == done.stdout
+    told = (tmp_path / "told.md").read_text(encoding="utf-8")
+    assert first_cells(told)[1:] == [" ".join(cell.split()) for cell in TOLD[what].split(";")]
+    assert first_cells(told) == first_cells(done.stdout)  # in which libraries have their say too
 
 
 def report(benchmark_module: Import, file: Path) -> Any:
