@@ -249,7 +249,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "DoRA": {"lora": {"use_dora": True}},
     "dropout, recomputed": {"lora": {"lora_dropout": 0.2}, "train": {"gradient_checkpointing": True}},
 }
-ON_TURING = [("nf4", "plain"), ("nf4", "DoRA"), ("fp4", "plain"), ("int8", "dropout, recomputed"), ("none", "DoRA")]
+ON_TURING = [("nf4", "plain"), ("nf4", "DoRA"), ("fp4", "plain"), ("int8", "dropout, recomputed")]
 ON_AMPERE = [("nf4", "DoRA"), ("fp4", "dropout, recomputed"), ("int8", "plain"), ("none", "plain")]
 
 
