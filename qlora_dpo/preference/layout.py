@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, sequence_tokens
-from qlora_dpo.errors import ModelError
+from qlora_dpo.errors import ModelError, is_out_of_memory
 from qlora_dpo.model import attention
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.logps import hidden_states, language_model, score
@@ -40,7 +40,10 @@ def choose_packing(
         try:
             found_P2 = logps_by_rows(model, few, packed, device)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            failed += f"{backend} fails ({str(error).splitlines()[0]}); "
+            if is_out_of_memory(error):
+                raise  # no fault of the layout
+            first = str(error).splitlines()[0].partition(". ")[0]  # torch goes on to list every backend it knows
+            failed += f"{backend} fails ({first}); "
             continue
         if not _close(found_P2, expected_P2, device):
             failed += f"{backend} gives other log-probabilities than padded batches; "
