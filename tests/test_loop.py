@@ -351,6 +351,19 @@ def test_a_loss_that_is_not_finite_beside_a_finite_gradient_is_refused(scaled: b
         finite.insist_on_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)
 
 
+def test_in_fp16_a_loss_that_is_not_finite_is_told_to_be_an_overflow() -> None:
+    with pytest.raises(RunError) as error:
+        finite.insist_on_finite(1, float("nan"), {}, [3], [3, 4], scaled=False, fp16=True)
+    assert str(error.value) == (
+        "step 1: the loss of row 3 is not finite, so nothing was changed; the step's pairs are rows 3, 4 of "
+        'data.train; they may overflow fp16, which ends at 65,504: set model.dtype = "fp32", or take a card with '
+        "bf16 (compute capability 8.0 or newer)"
+    )
+    weights = {"a": torch.nn.Parameter(torch.tensor([float("nan")]))}  # then it is no overflow of a pair's
+    with pytest.raises(RunError, match=r"the weight a is not finite.* lower train\.learning_rate$"):
+        finite.insist_on_finite(1, float("nan"), weights, [3], [3, 4], scaled=False, fp16=True)
+
+
 def test_the_logged_gradient_norm_is_that_of_the_mean_loss(tmp_path: Path) -> None:
     tables = {"train": {"max_steps": 1, "batch_size": 8, "max_grad_norm": 1e-3}}
     what = jobs.recipe(**tables)

@@ -23,15 +23,17 @@ def insist_on_finite(
     rows: Sequence[int],
     *,
     scaled: bool,
+    fp16: bool = False,
 ) -> None:
     """Raise RunError if a loss or the gradient is not finite; a `scaled` gradient may be, since its step is skipped.
 
-    `wrong` are the rows of pairs whose loss is not finite, `rows` those of all pairs of the step.
+    `wrong` are the rows of pairs whose loss is not finite, `rows` those of all pairs of the step. With `fp16` the model
+    computes in fp16, where a long pair may overflow although short ones do not.
     """
     overflows = not math.isfinite(norm)
     # a loss that is not finite beside a finite gradient is no overflow that a smaller scale would cure
     if (overflows and not scaled) or (wrong and not overflows):
-        raise RunError(not_finite(step, parameters, wrong, rows))
+        raise RunError(not_finite(step, parameters, wrong, rows, fp16=fp16))
 
 
 def insist_on_some_steps(
@@ -61,7 +63,12 @@ def half_of_scale(step: int, scale: float) -> float:
 
 
 def not_finite(
-    step: int, parameters: Mapping[str, torch.nn.Parameter], wrong: Sequence[int], rows: Sequence[int]
+    step: int,
+    parameters: Mapping[str, torch.nn.Parameter],
+    wrong: Sequence[int],
+    rows: Sequence[int],
+    *,
+    fp16: bool = False,
 ) -> str:
     """What is not finite, where it was found first (weights, then losses, then gradients), and the step's pairs."""
     slopes = {name: each.grad for name, each in parameters.items() if each.grad is not None}
@@ -69,7 +76,13 @@ def not_finite(
     losses = [f"the loss of row {row}" for row in wrong]
     gradients = [f"the gradient of {name}" for name in names_not_finite(slopes)]
     first = [*weights, *losses, *gradients, "the norm of the gradient"][0]
+    advice = "look at them, or lower train.learning_rate"
+    if fp16 and losses and not weights:
+        advice = (
+            'they may overflow fp16, which ends at 65,504: set model.dtype = "fp32", or take a card with bf16 (compute '
+            "capability 8.0 or newer)"
+        )
     return (
         f"step {step}: {first} is not finite, so nothing was changed; the step's pairs are rows "
-        f"{', '.join(map(str, rows))} of data.train; look at them, or lower train.learning_rate"
+        f"{', '.join(map(str, rows))} of data.train; {advice}"
     )

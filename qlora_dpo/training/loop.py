@@ -174,7 +174,8 @@ def _step(at: _Course) -> tuple[float, float]:
     norm, indices = _clipped_gradient(at)
     wrong, parameters = [pairs[i].row for i in indices], trainable(at.model)
     scaled = tools.accelerator.scaler is not None and state.moved
-    insist_on_finite(state.step + 1, norm, parameters, wrong, rows, scaled=scaled)
+    fp16 = job.device.compute_dtype == "fp16"
+    insist_on_finite(state.step + 1, norm, parameters, wrong, rows, scaled=scaled, fp16=fp16)
     rate = float(tools.schedule.get_last_lr()[0])
     tools.accelerated.step()
     skipped = bool(tools.accelerator.optimizer_step_was_skipped)
