@@ -522,9 +522,9 @@ def test_where_memory_ends_rows_are_halved_and_the_adapter_is_that_of_a_run_in_s
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """A Qwen2 of eight layers: as in a real one, most of what a step takes is what layers keep."""
+    """A Qwen2 of six layers: as in a real one, most of what a step takes is what layers keep."""
     folder, shape = tmp_path_factory.mktemp("deep"), tiny.qwen2().config.to_dict()
-    shape |= {"num_hidden_layers": 8, "layer_types": None, "hidden_size": 128, "intermediate_size": 384}
+    shape |= {"num_hidden_layers": 6, "layer_types": None, "hidden_size": 128, "intermediate_size": 384}
     Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return sources.fetch(ModelTable(name=str(folder)))
