@@ -15,7 +15,6 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.gather import sum_rows
 from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference.objective import Columns, Logps
-from qlora_dpo.preference.pack import STATES_AT_ONCE as STATES_AT_ONCE
 from qlora_dpo.preference.pack import MicroBatch
 
 # of the vocabulary; a CPU wants 2^12 words of 256 states (4 MiB) in its cache, a GPU long products (64 MiB)

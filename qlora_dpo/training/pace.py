@@ -26,8 +26,8 @@ from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.lora import attach
 from qlora_dpo.model.quantized import compute_with_dequantized_weights, keep_dense
 from qlora_dpo.model.sources import Source
-from qlora_dpo.preference.logps import STATES_AT_ONCE, hidden_states, score
-from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
+from qlora_dpo.preference.logps import hidden_states, score
+from qlora_dpo.preference.pack import STATES_AT_ONCE, MicroBatch, Packing, collate, micro_batches
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.training.shapes import stack

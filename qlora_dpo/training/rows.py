@@ -9,7 +9,7 @@ from typing import Literal
 
 from qlora_dpo.model.budget import USABLE
 from qlora_dpo.model.device import Device
-from qlora_dpo.preference.logps import STATES_AT_ONCE
+from qlora_dpo.preference.pack import STATES_AT_ONCE
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_reference import AdapterReference, EmaReference
 from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable

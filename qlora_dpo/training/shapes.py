@@ -27,8 +27,8 @@ from qlora_dpo.model.lean import make_lean
 from qlora_dpo.model.live import Live
 from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.sources import Source
-from qlora_dpo.preference.logps import STATES_AT_ONCE, WORDS_AT_ONCE, hidden_states, language_model
-from qlora_dpo.preference.pack import MicroBatch, Packing, collate
+from qlora_dpo.preference.logps import WORDS_AT_ONCE, hidden_states, language_model
+from qlora_dpo.preference.pack import STATES_AT_ONCE, MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe_model import ModelTable
 from qlora_dpo.recipe_train import TrainTable
