@@ -39,12 +39,19 @@ def test_an_untrained_adapter_changes_no_bit(quantization: str, dtype: torch.dty
         assert torch.equal(on, logits(model, dtype))
 
 
-def test_a_layer_returns_the_dtype_of_its_base_layer() -> None:
+def test_what_it_adds_has_the_dtype_of_the_base_layers_output() -> None:
+    """On a CPU PEFT converts a layer's output itself, on a GPU under autocast it does not."""
     model, place = with_dora("nf4", "bf16")
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    base, (a, b, dora) = (
+        layer.get_base_layer(),
+        (each["default"] for each in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)),
+    )
     with place.autocast():
         inputs = torch.randn(5, layer.in_features)
-        assert layer(inputs).dtype == layer.get_base_layer()(inputs).dtype == torch.bfloat16
+        output = base(inputs)
+        added = dora(inputs, lora_A=a, lora_B=b, scaling=2.0, base_layer=base, base_result=output)
+    assert added.dtype == output.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
