@@ -334,17 +334,22 @@ def test_without_a_deepspeed_that_was_tried_its_config_files_are_refused(
         return found
 
     monkeypatch.setattr(zero, "version", version)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **ZERO_3}.items():
-        monkeypatch.setenv(name, value)
-    processes.sharing.cache_clear()
-    try:
-        assert main(["train", "r.toml"]) == 2
-    finally:
-        processes.sharing.cache_clear()
+    assert train_as_one_of_two(ZERO_3, monkeypatch) == 2
     assert capsys.readouterr().err == (
         f"qlora-dpo: accelerate's config file asks for DeepSpeed, which is {which}; install 0.19 or newer with: "
         "pip install 'qlora_dpo[deepspeed]'\n"
     )
+
+
+def train_as_one_of_two(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `train` in the first of two processes that accelerate has started with this environment."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    processes.sharing.cache_clear()
+    try:
+        return main(["train", "r.toml"])
+    finally:
+        processes.sharing.cache_clear()
 
 
 def test_zero_2_is_refused_where_gradients_are_scaled(
@@ -352,13 +357,7 @@ def test_zero_2_is_refused_where_gradients_are_scaled(
 ) -> None:
     monkeypatch.setattr(zero, "version", lambda _: "0.19.0")
     monkeypatch.setattr(device, "choose", lambda _: device.on_card(CARDS["t4"]))
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **ZERO_3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    processes.sharing.cache_clear()
-    try:
-        assert main(["train", "r.toml"]) == 2
-    finally:
-        processes.sharing.cache_clear()
+    assert train_as_one_of_two({**ZERO_3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, monkeypatch) == 2
     assert capsys.readouterr().err == (
         "qlora-dpo: ZeRO-2 cannot step by the scaled gradients of fp16, in which Tesla T4 computes; take "
         'recipes/accelerate/ddp.yaml, set model.dtype = "fp32", or take GPUs with bf16\n'

@@ -6,6 +6,7 @@ buckets, N keys of all buckets that are no padding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Buckets:
 
     tiles: tuple[tuple[Span, ...], ...]
 
-    @property
+    @cached_property
     def sizes(self) -> list[tuple[int, int, int]]:
         """Tiles, padded queries and padded keys of each bucket."""
         return [
