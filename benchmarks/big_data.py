@@ -213,9 +213,9 @@ def _host(data: Data) -> None:
 
     from qlora_dpo.data.encode import load_pairs
     from qlora_dpo.preference.pack import Packing, collate, micro_batches
-    from qlora_dpo.recipe_data import DataTable
-    from qlora_dpo.recipe_train import TrainTable
-    from qlora_dpo.training.plan import make_plan
+    from qlora_dpo.recipe.data import DataTable
+    from qlora_dpo.recipe.train import TrainTable
+    from qlora_dpo.training.data_order import make_plan
 
     os.environ["QLORA_DPO_CACHE"] = str(data.folder / "cache")
     table = DataTable(train=str(data.folder / "train.jsonl"), eval="./none.jsonl", max_length=512)
@@ -237,7 +237,7 @@ def _answers(folder: Path) -> tuple[int, int]:
     """How many pairs are known to the stores below `folder`, and how many answers were written for them."""
     from safetensors.numpy import load_file
 
-    from qlora_dpo.preference.journal import ENDING, verified
+    from qlora_dpo.preference.logp_journal import ENDING, verified
 
     known, written = set[bytes](), 0
     for file in folder.glob("*/*"):

@@ -12,18 +12,18 @@ import time
 import torch
 from torch import Tensor
 
-from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.model import attention
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import choose
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import fetch
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import Packing, collate
+from qlora_dpo.recipe import recipe
 from qlora_dpo.training.run import pad_token_id
 
 ROUNDS = 7

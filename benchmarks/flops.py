@@ -12,7 +12,7 @@ import torch
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.pack import MicroBatch, longest
-from qlora_dpo.recipe_model import LoraTable
+from qlora_dpo.recipe.model import LoraTable
 
 
 @dataclass(frozen=True)

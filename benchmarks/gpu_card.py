@@ -27,8 +27,8 @@ use_expandable_segments()  # as every command does before torch is imported
 
 import torch  # noqa: E402
 
-from qlora_dpo.model.cards import CARDS  # noqa: E402
 from qlora_dpo.model.device import Device, choose  # noqa: E402
+from qlora_dpo.model.gpu_specs import CARDS  # noqa: E402
 
 Form = Literal["card", "t4"]
 T4 = CARDS["t4"]

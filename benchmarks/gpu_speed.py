@@ -22,8 +22,8 @@ from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
 from qlora_dpo.preference.reference import live_logps
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.recipe_train import ROW_TOKENS
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.recipe.train import ROW_TOKENS
 
 LONG_ROWS = 16_384
 """Tokens of rows for a card that a row of the usual length does not fill."""

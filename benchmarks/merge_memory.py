@@ -11,7 +11,7 @@ silence()
 import torch  # noqa: E402
 
 from qlora_dpo.deploy import merge, shards  # noqa: E402
-from qlora_dpo.deploy.room import room_for  # noqa: E402
+from qlora_dpo.deploy.merge_memory import room_for  # noqa: E402
 
 
 def resident(name: str) -> int:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
+from qlora_dpo.evaluation.merge_fidelity import measure
+from qlora_dpo.evaluation.merge_texts import texts_for
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import choose
 from qlora_dpo.model.quantized import quantized_layers
 from qlora_dpo.model.sources import fetch
-from qlora_dpo.recipe_model import QUANTIZED
-from qlora_dpo.training.agreement import measure
+from qlora_dpo.recipe import recipe
+from qlora_dpo.recipe.model import QUANTIZED
 from qlora_dpo.training.run import pad_token_id
-from qlora_dpo.training.yardstick import texts_for
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def _read(data: Path, tokenizer: str) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from qlora_dpo.data.encode import load_pairs
-    from qlora_dpo.recipe_data import DataTable
+    from qlora_dpo.recipe.data import DataTable
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     before, started, cpu = _peak(), time.perf_counter(), time.process_time()

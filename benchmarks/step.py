@@ -28,31 +28,24 @@ from typing import Any
 import flops
 import torch
 
-from qlora_dpo import recipe
 from qlora_dpo.cli.quiet import silence
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import (
-    USABLE,
-    checkpoint,
-    checkpointable,
-    dense_bytes,
-    free_bytes,
-    keep_freed_memory,
-)
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach, trainable
+from qlora_dpo.model.memory import USABLE, checkpoint, checkpointable, dense_bytes, free_bytes, keep_freed_memory
 from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source, fetch
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
 from qlora_dpo.preference.reference import live_logps, ride_along
-from qlora_dpo.recipe_data import DataTable
-from qlora_dpo.recipe_model import LoraTable, ModelTable
-from qlora_dpo.recipe_objective import Sigmoid
+from qlora_dpo.recipe import recipe
+from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.recipe.model import LoraTable, ModelTable
+from qlora_dpo.recipe.objective import Sigmoid
 
 TRL = ("trl-4", "trl-1", "trl-best", "trl-compact")
 OURS = ("padded", "packed", "lean", "cached", "checkpointed")

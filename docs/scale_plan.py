@@ -58,8 +58,8 @@ class Measured:
 
 
 MEASURED = Measured()
-ANSWER_BYTES = 32 + 2 * 4  # a digest and two float32: preference/answers.py
-RECORD_BYTES = ANSWER_BYTES + 8  # and a checksum: preference/journal.py
+ANSWER_BYTES = 32 + 2 * 4  # a digest and two float32: preference/logp_table.py
+RECORD_BYTES = ANSWER_BYTES + 8  # and a checksum: preference/logp_journal.py
 PEAK = 989e12
 """Operations a second of an H100 SXM in bf16, dense, as NVIDIA's data sheet states them."""
 LINK_BYTES = 50e9

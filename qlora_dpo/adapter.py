@@ -17,12 +17,12 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.manifest import MANIFEST, damage, write_manifest
-from qlora_dpo.model import base, copies, device, dora, sources
+from qlora_dpo.model import base, device, dora, modules_to_save, sources
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.run_folder import CONFIG, WEIGHTS, described, newest
 
 
@@ -151,12 +151,12 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def _restore_copies(peft: PeftModel, folder: Path) -> None:
     """Give whole copies the float32 values that were trained: PEFT has rounded them to the dtype of the base."""
-    trained = copies.whole(peft)
+    trained = modules_to_save.whole(peft)
     if trained:
         for module in trained.values():
             module.float()
         set_peft_model_state_dict(peft, load_file(folder / WEIGHTS))
-        copies.keep_output_dtypes(peft)
+        modules_to_save.keep_output_dtypes(peft)
 
 
 def _converted(folder: Path) -> str:

@@ -14,8 +14,9 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import write_whole
 from qlora_dpo.lock import LOCK, held
-from qlora_dpo.recipe import LoadedRecipe, Recipe, resolved_text
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.recipe.recipe import LoadedRecipe, resolved_text
 
 HOME = Path("adapters")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

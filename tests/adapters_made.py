@@ -10,8 +10,9 @@ import torch
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.model import base, device, lora, sources
 from qlora_dpo.model.quantized import dequantized
-from qlora_dpo.recipe import LoadedRecipe, Recipe
-from qlora_dpo.recipe_model import Quantization
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.model import Quantization
+from qlora_dpo.recipe.recipe import LoadedRecipe
 
 WORDS = ("library", "garden", "ball", "rice", "cat", "dog", "mat", "book", "bird", "people")
 

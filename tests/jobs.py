@@ -16,18 +16,18 @@ from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.model import attention, device, sources
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store, reference_logps
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.training.checkpoint import State
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.training.checkpoint.save import State
+from qlora_dpo.training.data_order import make_plan
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Job
-from qlora_dpo.training.plan import make_plan
 from qlora_dpo.training.run import data_fingerprint
 
 # PEFT 0.21 and TRL 1.16 call things in transformers 5.23 by their older names

@@ -43,10 +43,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (".pin_memory()", "", GPU),
         (", non_blocking=True", "", GPU),
     ],
-    "training/random_states.py": [
+    "training/checkpoint/rng_state.py": [
         ("torch.cuda.set_rng_state(state, index)", "pass", GPU),
     ],
-    "model/processes.py": [
+    "model/distributed/processes.py": [
         ('_reduce(flat, "sum")', '_reduce(flat, "mean")', PROCESSES),
         ("if any_of(failed):", "if failed:", PROCESSES),
         ("(2 * end - cost) * count()", "2 * end * count()", PROCESSES),
@@ -88,7 +88,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("(end - start) * (step - 1)", "(end - start) * step", LOSS),
         ("mean = table.beta_momentum * mean + (1 - table.beta_momentum) * now", "mean = now", LOSS),
     ],
-    "preference/counted.py": [
+    "preference/token_weights.py": [
         ("[alpha] * (length - shorter)", "[1.0] * (length - shorter)", LOSS),
         ("_drawn(length, shorter, draw)", "_drawn(length, length, draw)", LOSS),
         ("random.Random(pair.digest)", "random.Random()", LOSS),
@@ -165,19 +165,19 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("self.unsaved |= new", "pass", REFERENCE),
         ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
     ],
-    "preference/journal.py": [
+    "preference/logp_journal.py": [
         ("_check(body) == content[(n + 1) * size - 8 : (n + 1) * size]", "True", JOURNAL),
         ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", JOURNAL),
         ("os.lseek(self._handle, 0, os.SEEK_SET)", "pass", JOURNAL),
     ],
-    "preference/answers.py": [
+    "preference/logp_table.py": [
         ("self.digest_P[place_Q] == digest_Q", "place_Q >= 0", JOURNAL),
         ("kept = np.isnan(newer.find(self.digest_P)[:, 0])", "kept = np.ones(len(self), dtype=bool)", JOURNAL),
     ],
-    "data/remembered.py": [
+    "data/scan_cache.py": [
         ('if sha256_of(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
     ],
-    "preference/held.py": [
+    "preference/reference_adapter.py": [
         ("        _point(model, own)", "        pass", KINDS),
         ("mul_(1 - alpha).add_(parameter, alpha=alpha)", "mul_(alpha).add_(parameter, alpha=1 - alpha)", KINDS),
         ("or step % held.follows.ref_model_sync_steps", "", KINDS),
@@ -192,7 +192,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("        copies.unload(opened)", "        pass", SAVED),
         ("        copies.unload(opened)", "        opened.unload()", KINDS),
     ],
-    "training/fitting.py": [
+    "training/oom_retry.py": [
         ("        undo()\n", "", FITTING),
         ("        restore(before)\n", "", FITTING),
         ("        vars(state).update(_copied(counted))\n", "", FITTING),
@@ -203,13 +203,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("    if state.row_tokens is None:\n", "    if True:\n", FITTING),
         ("            if not is_out_of_memory(error):\n", "            if False:\n", FITTING),
     ],
-    "training/asking.py": [
+    "training/reference_pass.py": [
         ("    now, device = what.beforehand, what.device", "    now, device = what.train[:4], what.device", KINDS),
         ("if vocabulary_fingerprint(load_tokenizer(other)) != vocabulary_fingerprint(tokenizer):", "if False:", KINDS),
         ("table.ref_model_sync_steps > plan.total_steps", "False", KINDS),
         ("    if what.recipe.starts_as_reference:", "    if False:", REFERENCE + " " + KINDS),
     ],
-    "preference/layout.py": [
+    "preference/packing_choice.py": [
         ("if not _close(found_P2, expected_P2, device):", "if False:", PACK),
         ("    _insist_on_finite(expected_P2, device)\n", "", PACK),
         ("elif _mixes(model, few, packed, device):", "elif False:", PACK),
@@ -252,13 +252,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("(scale_O - 1) * base_TO", "scale_O * base_TO", "test_dora.py"),
         ("added_TO.to(whole_TO.dtype)", "added_TO", "test_dora.py"),
     ],
-    "model/copies.py": [
+    "model/modules_to_save.py": [
         ('each == name or each.endswith(f".{name}")', "each.endswith(name)", "test_copies.py"),
     ],
     "model/cast_output.py": [
         ("return output.to(self.dtype)", "return output", "test_copies.py"),
     ],
-    "model/products.py": [
+    "model/fused_lora_ops.py": [
         ('alpha=layer.scaling["default"]))', "alpha=1.0))", LEAN),
         (
             'slopes_Tr.append((slope_TO @ own_Or).mul_(layer.scaling["default"]))',
@@ -298,7 +298,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("table.skipped_share * now", "0.5 * now", WATCH),
         ("if share > 0.5}", "}", WATCH),
     ],
-    "training/best.py": [
+    "training/checkpoint/best.py": [
         ("better = lowest - now > table.early_stopping_threshold", "better = lowest - now > 0", BEST),
         ("better = lowest - now > table.early_stopping_threshold", "better = lowest >= now", BEST),
         ("float(found) if metric in LOWER_IS_BETTER else -float(found)", "float(found)", BEST),
@@ -307,12 +307,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if folder.name not in needed:", "if False:", BEST),
         ("if folder.name not in needed:", "if True:", BEST),
     ],
-    "training/drift.py": [
+    "preference/kl.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
         ("batch.tokens_S[: len(some)].sum()", "batch.tokens_S.sum()", WATCH),
         ("return total / tokens", "return total / len(few)", WATCH),
     ],
-    "training/step.py": [
+    "training/train_step.py": [
         ("slope < VANISHING * state.first_slope", "slope < VANISHING", WATCH),
         ("/ len(job.plan.indices(1))", "", WATCH + " test_losses.py"),
         ("backward(losses.total_P.sum() / len(indices))", "backward(losses.total_P.mean())", LOOP),
@@ -338,7 +338,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("state.num_tokens += batch.tokens", "state.num_tokens += 1", LOOP + " test_trl_oracle.py"),
     ],
-    "training/plan.py": [
+    "training/data_order.py": [
         ("if self.total_steps >= self.steps_per_epoch:", "if True:", "test_plan.py"),
         ("math.ceil(self.pairs / self.batch_size)", "self.pairs // self.batch_size", "test_plan.py test_loop.py"),
         ("seed * 1_000_003 + epoch", "seed * 1_000_003", "test_plan.py"),
@@ -359,14 +359,14 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('any(f"{kind.__module__}.{kind.__name__}" ==', 'any(f"{kind.__module__}" ==', "test_out_of_memory.py"),
         ('"cublas_status_alloc_failed"', '"cublas_status_other"', "test_out_of_memory.py"),
     ],
-    "training/finite.py": [
+    "training/nonfinite.py": [
         ("(overflows and not scaled) or", "", LOOP),
         (" or (wrong and not overflows)", "", LOOP),
         (">= MOST_SKIPPED", "> MOST_SKIPPED", LOOP),
         ("return scale / 2", "return scale / 4", "test_loss_scale.py"),
         ("SMALLEST_SCALE = 1.0", "SMALLEST_SCALE = 512.0", "test_loss_scale.py"),
     ],
-    "training/checkpoint.py": [
+    "training/checkpoint/save.py": [
         ('    "heldout": "the held-out pairs",', "", "test_stopped.py"),
         ("    if key not in PLACES:", "    if True:", "test_stopped.py"),
         ('restore(load_file(folder / "random.safetensors"))', "pass", CHECKPOINT),
@@ -386,12 +386,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if tensor.heads is not None:", "if False:", "test_export.py"),
         ("return int(config.num_key_value_heads)", "return int(config.num_attention_heads)", "test_export.py"),
     ],
-    "deploy/parcel.py": [
+    "deploy/hub_files.py": [
         ("_insist_on_no_secret(piece, folder)\n    top", "top", "test_push.py"),
         ("redacted(scrub(text))", "scrub(text)", "test_push.py"),
         ('| {"base_model_name_or_path": base}', "", "test_push.py"),
     ],
-    "deploy/sums.py": [
+    "deploy/merged_weights.py": [
         ("whole.addmm_(b, a, alpha=layer.scaling[name])", "whole.addmm_(b, a)", MERGE),
         ("whole.mul_((length / whole.norm(dim=1))[:, None])", "whole.mul_(1)", MERGE),
         ("for name in layer.active_adapters:", "for name in layer.active_adapters[:1]:", MERGE),
@@ -400,7 +400,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('if layer is not None and onto == "trained":', "if False:", MERGE),
         ("tensor if layer is None else", "tensor if True else", MERGE),
     ],
-    "deploy/choice.py": [
+    "deploy/base_choice.py": [
         ('figures["kl"] > self.max_kl', "False", MERGE),
         ('one["merged_accuracy"] >= other["merged_accuracy"]', "True", MERGE),
     ],

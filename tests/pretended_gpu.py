@@ -54,7 +54,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_dpo
-from qlora_dpo.model.cards import CARDS, Card
+from qlora_dpo.model.gpu_specs import CARDS, Card
 
 aten = torch.ops.aten
 Place = Literal["cpu", "cuda"]
@@ -192,7 +192,7 @@ class PretendedGPU:
         self.card, self.multiprocessors = card, multiprocessors
         self.memory, self.generator = Memory(), Generator()
         self.waits: Counter[tuple[str, str]] = Counter()
-        """How often the host waited, by what for and by the line of qlora_dpo, as `training/step.py:77`."""
+        """How often the host waited, by what for and by the line of qlora_dpo, as `training/train_step.py:77`."""
         self.copies_without_wait = 0
         self.fused = fused
         self.products: Counter[str] = Counter()

@@ -16,12 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo.model.device import choose
+from qlora_dpo.talk.access import Guard
 from qlora_dpo.talk.conversation import Conversation, Voice, ask, reply
 from qlora_dpo.talk.engine import Engine, Line
-from qlora_dpo.talk.guard import Guard
-from qlora_dpo.talk.listen import bound, reading, serve
+from qlora_dpo.talk.http_server import bound, reading, serve
+from qlora_dpo.talk.sampling import Settings
 from qlora_dpo.talk.serve import Limits, Service, application
-from qlora_dpo.talk.settings import Settings
 
 GREEDY = Settings(temperature=0, max_new_tokens=16, seed=0)
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.tracking.run_log import Tracker
 
 FIGURES: dict[str, Any] = {
     "kl": 0.0,

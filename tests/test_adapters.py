@@ -18,13 +18,13 @@ from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model.base import load_tokenizer
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach, trainable
 from qlora_dpo.preference.reference import guard_adapter, probe
-from qlora_dpo.recipe import LoadedRecipe
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.recipe.recipe import LoadedRecipe
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import Tracker
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 

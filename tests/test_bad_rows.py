@@ -15,7 +15,7 @@ import tiny
 
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.pairs import MOST_CHARACTERS
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 Row = dict[str, Any]
 

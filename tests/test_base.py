@@ -15,7 +15,7 @@ from qlora_dpo.model import device
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 
 IDS = torch.arange(3, 43)[None]
 

@@ -12,10 +12,10 @@ from adapters_made import save_adapter, save_base
 
 from qlora_dpo.adapter import Opened, open_adapter
 from qlora_dpo.deploy import shards
+from qlora_dpo.evaluation.merge_fidelity import measure
 from qlora_dpo.model.quantized import linear4bit_layers
-from qlora_dpo.recipe_model import Quantization
+from qlora_dpo.recipe.model import Quantization
 from qlora_dpo.talk.generate import answers
-from qlora_dpo.training.agreement import measure
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from workplace import HH, Workplace
 
 from qlora_dpo.errors import Interrupted, RunError
-from qlora_dpo.recipe_train import TrainTable
-from qlora_dpo.training.best import best, load_best, out_of_patience
-from qlora_dpo.training.checkpoint import State, newest_valid
+from qlora_dpo.recipe.train import TrainTable
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training.checkpoint.best import best, load_best, out_of_patience
+from qlora_dpo.training.checkpoint.integrity import folder_of_best
+from qlora_dpo.training.checkpoint.save import State, newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
-from qlora_dpo.training.verify import folder_of_best
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -12,8 +12,8 @@ import jobs
 import pytest
 import torch
 
-from qlora_dpo.model import budget
-from qlora_dpo.model.budget import Kept, checkpoint, checkpointable
+from qlora_dpo.model import memory
+from qlora_dpo.model.memory import Kept, checkpoint, checkpointable
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import MicroBatch, collate
 
@@ -40,7 +40,7 @@ def test_what_a_token_keeps_is_measured_whatever_the_row_is() -> None:
     for count in (6, 24):
         batch = collate(jobs.pairs(count), jobs.PACKED)
         tokens = batch.input_ids_BL.numel()
-        found.append(budget.kept(model.get_base_model(), partial(logps_of, model, batch), tokens))
+        found.append(memory.kept(model.get_base_model(), partial(logps_of, model, batch), tokens))
     # width 64, inner width 128: dozens of float32 vectors of either size, and not hundreds
     assert 2_000 < found[0].layer < 20_000
     assert found[1].layer == pytest.approx(found[0].layer, rel=0.2)
@@ -52,18 +52,18 @@ def logps_of(model: Any, batch: MicroBatch) -> torch.Tensor:
 
 
 def test_free_memory_is_what_the_machine_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert 0 < budget.free_bytes(jobs.CPU) <= jobs.CPU.total_bytes
-    monkeypatch.setattr(budget, "_left_in_group", lambda: 5)
-    assert budget.free_bytes(jobs.CPU) == 5
+    assert 0 < memory.free_bytes(jobs.CPU) <= jobs.CPU.total_bytes
+    monkeypatch.setattr(memory, "_left_in_group", lambda: 5)
+    assert memory.free_bytes(jobs.CPU) == 5
 
 
 @pytest.mark.parametrize(("spare", "how"), [(-1, "in every layer visit"), (0, "once")])
 def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> None:
     base = architectures.made(architectures.CONFIGS["llama"]).to(torch.float64)
-    need = budget.dense_bytes(base, torch.float32)
+    need = memory.dense_bytes(base, torch.float32)
     layers = [layer for layer in base.modules() if isinstance(layer, torch.nn.Linear)]
     assert need == sum(layer.weight.numel() for layer in layers) * 4
-    kept, words = budget.keep_dense_if_it_fits(base, jobs.CPU, need + spare)
+    kept, words = memory.keep_dense_if_it_fits(base, jobs.CPU, need + spare)
     assert words == (
         f"weights: the linear layers take {need / 2**30:.1f} GiB in fp32, and {need / 2**30:.1f} GiB are free for "
         f"that: converted {how}"

@@ -28,8 +28,8 @@ from qlora_dpo.talk.chat import talk
 from qlora_dpo.talk.commands import COMMANDS, Outcome, is_command, obey
 from qlora_dpo.talk.conversation import Conversation, Voice, ask, fit, next_seed, reply, transcript, undo
 from qlora_dpo.talk.generate import prompt_ids
-from qlora_dpo.talk.screen import LONGEST_HELD, Printable
-from qlora_dpo.talk.settings import Settings
+from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.terminal import LONGEST_HELD, Printable
 
 # PEFT asks transformers for a property by the name that transformers is about to drop
 

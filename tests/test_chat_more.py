@@ -21,11 +21,11 @@ from qlora_dpo.data.files import read_file
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import choose
 from qlora_dpo.talk import kept as kept_module
+from qlora_dpo.talk.chat_history import Kept, keep, kept
 from qlora_dpo.talk.commands import COMMANDS, Outcome, obey
-from qlora_dpo.talk.kept import Kept, keep, kept
-from qlora_dpo.talk.keyboard import message, offered
+from qlora_dpo.talk.line_editor import message, offered
 from qlora_dpo.talk.reward import reward
-from qlora_dpo.talk.settings import Settings
+from qlora_dpo.talk.sampling import Settings
 
 ASKED = [{"role": "user", "content": "rice?"}]
 

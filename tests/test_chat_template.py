@@ -15,8 +15,8 @@ from qlora_dpo.data.chat_format import chat_format
 from qlora_dpo.data.chat_template import chat_ids, habits, rendered, special_tokens
 from qlora_dpo.data.encode import encode
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.data.limits import TooMuch, limited
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.template_limits import TooMuch, limited
 from qlora_dpo.errors import ModelError
 from qlora_dpo.talk.generate import prompt_ids
 

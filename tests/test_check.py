@@ -15,8 +15,8 @@ import workplace
 from transformers import Qwen2Config
 
 from qlora_dpo.cli import main
-from qlora_dpo.model import budget
-from qlora_dpo.model.cards import CARDS
+from qlora_dpo.model import memory
+from qlora_dpo.model.gpu_specs import CARDS
 from qlora_dpo.report import machine as machines
 from qlora_dpo.report.machine import machine
 
@@ -143,7 +143,7 @@ def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
 ) -> None:
     jobs.tiny.qwen2().save_pretrained("base")
     free = 82 * 2**20
-    monkeypatch.setattr(budget, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     assert main(["train", "r.toml", "--set", "train.gradient_checkpointing=false", "--set", "samples.prompts=0"]) == 4
     refused = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(

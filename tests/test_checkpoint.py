@@ -20,12 +20,12 @@ from peft import PeftModel
 
 from qlora_dpo.errors import Interrupted, RunError, SourceError
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.training import checkpoint
-from qlora_dpo.training.checkpoint import State, newest_valid
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training.checkpoint import save
+from qlora_dpo.training.checkpoint.integrity import verify
+from qlora_dpo.training.checkpoint.rng_state import random_states, restore
+from qlora_dpo.training.checkpoint.save import State, newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.random_states import random_states, restore
-from qlora_dpo.training.tracker import Tracker
-from qlora_dpo.training.verify import verify
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -97,7 +97,7 @@ def test_the_moments_of_a_paged_optimizer_are_put_back_into_its_own_buffers(
     optimizer, other = (bnb.optim.PagedAdamW32bit(weights, lr=0.1) for _ in range(2))
     stepped(model, optimizer)
     expected = {each: dict(optimizer.state[each]) for each in weights}
-    saved = checkpoint.save_checkpoint(tmp_path, state, model, optimizer.state)
+    saved = save.save_checkpoint(tmp_path, state, model, optimizer.state)
     buffers, whole = list[torch.Tensor](), other.get_state_buffer
 
     def get_state_buffer(*arguments: Any, **keys: Any) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_the_moments_of_a_paged_optimizer_are_put_back_into_its_own_buffers(
         return buffers[-1]
 
     monkeypatch.setattr(other, "get_state_buffer", get_state_buffer)
-    checkpoint.load_checkpoint(saved, state, model, other)
+    save.load_checkpoint(saved, state, model, other)
     for each, parts in expected.items():
         found = other.state[each]
         assert found.keys() == parts.keys()
@@ -170,13 +170,13 @@ def test_when_the_time_is_over_a_checkpoint_is_saved_that_goes_on_to_the_same_by
 
 
 def test_the_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint.save_file
+    original = save.save_file
 
     def slow_disk(*given: Any) -> None:
         original(*given)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow_disk)
+    monkeypatch.setattr(save, "save_file", slow_disk)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at=1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -260,14 +260,14 @@ def test_a_changed_recipe_is_refused_with_what_changed(stopped: Path) -> None:
 def test_changed_data_tokenizer_template_and_base_are_refused_by_name(stopped: Path) -> None:
     newest, _ = newest_valid(stopped)
     model = jobs.fresh(jobs.recipe("nf4"))
-    kept = State(**checkpoint.json.loads((newest / "state.json").read_text()))
+    kept = State(**save.json.loads((newest / "state.json").read_text()))
     for names in (["base"], ["pairs"], ["tokenizer", "pairs"], ["base", "tokenizer", "template", "pairs"]):
         asked = State(0, kept.recipe, kept.fingerprints | dict.fromkeys(names, "other"))
         with pytest.raises(RunError) as error:
-            checkpoint.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
+            save.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
         assert str(error.value) == (
             f"{newest}: belongs to another run; changed since: "
-            f"{'; '.join(checkpoint.FINGERPRINTS[name] for name in names)}; put it back, or go on with "
+            f"{'; '.join(save.FINGERPRINTS[name] for name in names)}; put it back, or go on with "
             f"{' '.join(f'--allow {name}' for name in names)}"
         )
 
@@ -275,14 +275,12 @@ def test_changed_data_tokenizer_template_and_base_are_refused_by_name(stopped: P
 def test_a_checkpoint_of_another_version_is_named(stopped: Path, tmp_path: Path) -> None:
     newest, _ = newest_valid(stopped)
     shutil.copytree(newest, tmp_path / newest.name)
-    state = checkpoint.json.loads((newest / "state.json").read_text())
-    (tmp_path / newest.name / "state.json").write_text(checkpoint.json.dumps({**state, "a_later_field": 1}))
+    state = save.json.loads((newest / "state.json").read_text())
+    (tmp_path / newest.name / "state.json").write_text(save.json.dumps({**state, "a_later_field": 1}))
     model = jobs.fresh(jobs.recipe("nf4"))
     kept = State(**state)
     with pytest.raises(RunError) as error:
-        checkpoint.load_checkpoint(
-            tmp_path / newest.name, kept, model, torch.optim.AdamW(jobs.trainable(model).values())
-        )
+        save.load_checkpoint(tmp_path / newest.name, kept, model, torch.optim.AdamW(jobs.trainable(model).values()))
     assert str(error.value) == (
         f"{tmp_path / newest.name}: was saved by another version of qlora_dpo; go on with that one"
     )
@@ -310,15 +308,15 @@ def test_what_is_allowed_may_change_and_is_what_later_resumes_compare_with(stopp
 def test_another_rank_cannot_be_allowed(stopped: Path) -> None:
     newest, _ = newest_valid(stopped)
     model = jobs.fresh(jobs.recipe("nf4", lora={"r": 8}))
-    kept = State(**checkpoint.json.loads((newest / "state.json").read_text()))
+    kept = State(**save.json.loads((newest / "state.json").read_text()))
     with pytest.raises(RunError) as error:
-        checkpoint.load_checkpoint(newest, kept, model, torch.optim.AdamW(jobs.trainable(model).values()))
+        save.load_checkpoint(newest, kept, model, torch.optim.AdamW(jobs.trainable(model).values()))
     assert str(error.value) == (
         f"{newest}: its adapter has other layers or ranks than [lora] asks for; put [lora] back"
     )
 
 
-SAME = {name: name for name in checkpoint.FINGERPRINTS}
+SAME = {name: name for name in save.FINGERPRINTS}
 
 
 def every_key() -> list[str]:
@@ -342,7 +340,7 @@ def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str)
         "train.early_stopping_patience",
         "train.early_stopping_threshold",
     }
-    assert list(checkpoint._differences(was, now)) == ([] if free else [key])
+    assert list(save._differences(was, now)) == ([] if free else [key])
 
 
 def test_a_resumed_run_may_have_another_max_steps(stopped: Path) -> None:
@@ -359,7 +357,7 @@ def test_on_a_full_disk_the_old_checkpoints_stay_and_the_run_goes_on(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(save, "write_json", full)
     _, state = train(stopped, resume=newest_valid(stopped)[0])
     assert state.step == 9
     said = capsys.readouterr().err
@@ -376,7 +374,7 @@ def test_a_stopped_run_that_cannot_save_says_so(tmp_path: Path, monkeypatch: pyt
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(save, "write_json", full)
     with pytest.raises(SourceError, match=r"step-000003: the disk is full; free some space$"):
         train(tmp_path, stop_at=3, save_steps=100)
 

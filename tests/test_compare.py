@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_dpo.cli import main
-from qlora_dpo.report.side_by_side import compared_page
+from qlora_dpo.report.compare_view import compared_page
 
 pytestmark = LIBRARIES_WARN
 

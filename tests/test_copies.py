@@ -17,21 +17,22 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, ModelError, RecipeError
-from qlora_dpo.model import attention, copies, sources
+from qlora_dpo.model import attention, modules_to_save, sources
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import checkpoint
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import adapter_off, attach, trainable
+from qlora_dpo.model.memory import checkpoint
 from qlora_dpo.model.sources import Source
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import guard_adapter, probe
-from qlora_dpo.recipe import LoadedRecipe, Recipe
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.recipe import LoadedRecipe
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import fit
+from qlora_dpo.training.meta_model import Load, shapes_of
 from qlora_dpo.training.optim import make_optimizer
-from qlora_dpo.training.rows import adapter_bytes
-from qlora_dpo.training.shapes import Load, shapes_of
+from qlora_dpo.training.row_plan import adapter_bytes
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -90,7 +91,7 @@ def test_copies_train_in_float32_reopen_and_merge_exactly_and_the_base_stays(
     what = recipe(untied, ["norm", "input_layernorm", "embed_tokens"], quantization, max_steps=3)
     before = logits(load_base(untied, what.model, jobs.CPU))
     model = trained(untied, what, tmp_path / "run")
-    trained_copies = copies.whole(model)
+    trained_copies = modules_to_save.whole(model)
     names = ["model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "model.norm"]
     assert sorted(trained_copies) == names
     for name, copy in trained_copies.items():
@@ -109,7 +110,7 @@ def test_copies_train_in_float32_reopen_and_merge_exactly_and_the_base_stays(
     (folder / "run.json").write_text(json.dumps({"name": "saved", "base": {"fingerprint": untied.fingerprint}}))
     opened = merging.open_for_merge(folder)
     torch.testing.assert_close(logits(opened.model), expected, rtol=1e-5, atol=1e-5)
-    for name, copy in copies.whole(opened.model).items():
+    for name, copy in modules_to_save.whole(opened.model).items():
         assert torch.equal(copy.weight, trained_copies[name].weight), name
     merging.merge(opened, tmp_path / "merged", "trained", "fp32", lambda written: FIGURES)
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -144,7 +145,7 @@ def test_on_a_16_bit_base_an_untrained_float32_copy_changes_no_bit(untied: Sourc
     with place.autocast():
         before = logits(base)
         model = attach(base, recipe(untied, ["norm", "embed_tokens", "input_layernorm"], "none").lora, 42).eval()
-        assert {copy.weight.dtype for copy in copies.whole(model).values()} == {torch.float32}
+        assert {copy.weight.dtype for copy in modules_to_save.whole(model).values()} == {torch.float32}
         assert torch.equal(logits(model), before)
         with adapter_off(model):
             assert torch.equal(logits(model), before)
@@ -152,14 +153,14 @@ def test_on_a_16_bit_base_an_untrained_float32_copy_changes_no_bit(untied: Sourc
 
 def test_copies_trained_in_float32_are_not_rounded_when_a_16_bit_base_is_opened(untied: Source, tmp_path: Path) -> None:
     model = attached(untied, recipe(untied, ["norm"], "none"))
-    (copy,) = copies.whole(model).values()
+    (copy,) = modules_to_save.whole(model).values()
     copy.weight.data += 1e-6
     (tmp_path / "saved").mkdir()
     adapter.save_adapter(tmp_path / "saved", model, load_tokenizer(untied), untied)
     table = jobs.ModelTable(name=untied.name, quantization="none")
     base = load_base(untied, table, jobs.device.choose("bf16")).to(torch.bfloat16)
     opened = adapter.attach_saved(base, tmp_path / "saved")
-    (reopened,) = copies.whole(opened).values()
+    (reopened,) = modules_to_save.whole(opened).values()
     assert torch.equal(reopened.weight, copy.weight)
 
 

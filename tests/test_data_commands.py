@@ -14,7 +14,7 @@ from qlora_dpo.data import lint
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.pairs import find_pairs
 from qlora_dpo.data.sources import Rows
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 LONG = "How do I find my way from the station to the library?"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora_dpo.model.device import choose
 from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.quantized import compute_with_dequantized_weights
-from qlora_dpo.recipe_model import LoraTable
+from qlora_dpo.recipe.model import LoraTable
 
 pytestmark = jobs.LIBRARIES_WARN
 

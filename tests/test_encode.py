@@ -19,7 +19,7 @@ from qlora_dpo.data.encode import PairSet, encode, load_pairs, tokens
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import DataError, ModelError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")

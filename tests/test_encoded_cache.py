@@ -9,8 +9,8 @@ import tiny
 
 from qlora_dpo.data import encode as encoding
 from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.encoded_cache import keep, key_of, look_up
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.token_cache import keep, key_of, look_up
 
 
 def pair(number: int, chosen: str = "Ask the people.") -> Pair:

@@ -13,26 +13,27 @@ import tiny
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from qlora_dpo.cli.memory_lines import by_part
+from qlora_dpo.cli.text.memory_text import by_part
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model import budget, processes
+from qlora_dpo.model import memory
 from qlora_dpo.model.base import load_base
-from qlora_dpo.model.cards import CARDS
 from qlora_dpo.model.device import Device, on_card
-from qlora_dpo.model.live import Live
+from qlora_dpo.model.distributed import processes
+from qlora_dpo.model.gpu_specs import CARDS
+from qlora_dpo.model.live_tensors import Live
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.model.quantized import keep_dense
 from qlora_dpo.model.sources import Source, without_weights
+from qlora_dpo.planning.memory_advice import ways_to_fit
+from qlora_dpo.planning.memory_estimate import BEYOND_A_STEP, Memory, estimate
 from qlora_dpo.preference.logps import hidden_states, score
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe import load as load_recipe
-from qlora_dpo.recipe_model import LoraTable, ModelTable
+from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.training import shapes as from_shapes
-from qlora_dpo.training.estimate import BEYOND_A_STEP, Memory, estimate
+from qlora_dpo.training.meta_model import Load
 from qlora_dpo.training.optim import make_optimizer
-from qlora_dpo.training.shapes import Load
-from qlora_dpo.training.ways import ways_to_fit
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -90,7 +91,7 @@ def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, 
     what = jobs.recipe(quantization)
     model = jobs.fresh(what, place).train()
     batch = collate(from_shapes.PROBE, Packing(10**6, 0, backend))
-    found = budget.kept(model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel())
+    found = memory.kept(model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel())
     base = from_shapes.on_meta(jobs.source(), place)
     from_shapes.attention.use(base)
     alone = from_shapes.attach(base, what.lora, 0)
@@ -155,7 +156,7 @@ def test_every_part_that_a_reader_looks_for_is_told() -> None:
 
 @pytest.mark.parametrize("count", [5, 7])
 def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int) -> None:
-    def told(few: int) -> budget.Kept:
+    def told(few: int) -> memory.Kept:
         from_shapes.FEW = few
         base = from_shapes.on_meta(folder(tmp_path, half_billion(layers=count)), T4)
         from_shapes.attention.use(base)
@@ -299,8 +300,8 @@ def test_a_large_vocabulary_adds_nothing_to_what_a_token_keeps_in_fp16(quantizat
     from_shapes.make_lean(model, place.torch_dtype)
     batch = collate([pair], Packing(10**6, 0, place.attention))
     tokens = batch.input_ids_BL.numel()
-    body = budget.kept(loaded, partial(hidden_states, model.train(), batch, place), tokens)
-    with_head = budget.kept(loaded, lambda: score(model, batch, place).chosen_logp_P, tokens)
+    body = memory.kept(loaded, partial(hidden_states, model.train(), batch, place), tokens)
+    with_head = memory.kept(loaded, lambda: score(model, batch, place).chosen_logp_P, tokens)
     found = from_shapes.shapes_of(source, what, place, Load(64, 512, 96))
     assert found.per_token.layer == pytest.approx(body.layer, rel=0.1)
     # what `train` once took for it: a copy of the head, divided by the tokens of a few pairs

@@ -24,15 +24,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_dpo.cli import main
-from qlora_dpo.preference.counted import counted
+from qlora_dpo.evaluation.adapter_eval import examine
+from qlora_dpo.evaluation.calibration import calibration
+from qlora_dpo.evaluation.eval_metrics import judgement
+from qlora_dpo.evaluation.length_bias import by_difference, by_length, length_controlled
 from qlora_dpo.preference.objective import Columns
 from qlora_dpo.preference.reference import Store, reference_logps
-from qlora_dpo.report.judgement import judgement_tables
+from qlora_dpo.preference.token_weights import counted
+from qlora_dpo.report.eval_tables import judgement_tables
 from qlora_dpo.training.evaluate import Side, evaluate
-from qlora_dpo.training.examine import examine
-from qlora_dpo.training.judgement import judgement
-from qlora_dpo.training.lengths import by_difference, by_length, length_controlled
-from qlora_dpo.training.reliability import calibration
 
 pytestmark = LIBRARIES_WARN
 

@@ -17,10 +17,10 @@ from qlora_dpo.errors import Interrupted
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.talk.generate import answers
-from qlora_dpo.training import tracker as tracking
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.tracking import run_log as tracking
+from qlora_dpo.tracking.run_log import SAMPLES, Tracker
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import SAMPLES, Tracker
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 

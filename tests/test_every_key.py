@@ -18,14 +18,14 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from workplace import rows
 
-from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.objective import Columns
 from qlora_dpo.preference.reference import Store, reference_logps
-from qlora_dpo.recipe_objective import TABLES, loss_types
-from qlora_dpo.recipe_reference import REFERENCES
+from qlora_dpo.preference.token_weights import counted
+from qlora_dpo.recipe.objective import TABLES, loss_types
+from qlora_dpo.recipe.reference import REFERENCES
+from qlora_dpo.tracking.run_log import Tracker
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import Tracker
 
 pytestmark = jobs.LIBRARIES_WARN
 TESTS = Path(__file__).parent

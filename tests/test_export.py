@@ -21,7 +21,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.deploy import export as exporting
 from qlora_dpo.deploy import gguf_file
 from qlora_dpo.deploy.gguf_tensors import QUANTS, interleaved, rope_factors
-from qlora_dpo.deploy.gguf_words import SPLITS, words_of
+from qlora_dpo.deploy.gguf_tokenizer import SPLITS, words_of
 from qlora_dpo.deploy.modelfile import CHATML, modelfile
 from qlora_dpo.errors import ModelError
 

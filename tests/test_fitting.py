@@ -14,11 +14,12 @@ from peft import PeftModel
 
 from qlora_dpo.errors import DOES_NOT_FIT, DoesNotFitError
 from qlora_dpo.manifest import damage
-from qlora_dpo.model.budget import checkpointable
-from qlora_dpo.training import checkpoint, evaluate, step
-from qlora_dpo.training.checkpoint import State
+from qlora_dpo.model.memory import checkpointable
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training import evaluate, train_step
+from qlora_dpo.training.checkpoint import save
+from qlora_dpo.training.checkpoint.save import State
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -36,7 +37,7 @@ def train(
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder)
-    newest = checkpoint.newest_valid(folder)[0] if resume else None
+    newest = save.newest_valid(folder)[0] if resume else None
 
     def note(sentence: str) -> None:
         told.extend([sentence] if "out of memory" in sentence else [])
@@ -75,7 +76,7 @@ def test_a_step_that_did_not_fit_is_redone_with_the_same_result(
 ) -> None:
     _, whole_state, whole, _ = train(tmp_path / "whole", objective=loss)
     model, *_ = train(tmp_path / "half", rows=ROWS // 2, objective=loss)
-    fails_at(monkeypatch, step, 2)
+    fails_at(monkeypatch, train_step, 2)
     again, state, metrics, said = train(tmp_path / "again", objective=loss)
     assert said == ["step 1: out of memory with rows of 60 tokens; rows of 30 from here on"]
     # from the first step on it was in rows of half the size, so to the bit it is the run that began with those
@@ -92,7 +93,7 @@ def test_a_step_that_did_not_fit_is_redone_with_the_same_result(
 def test_dropout_is_drawn_as_if_nothing_had_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = {"lora_dropout": 0.3}
     model, *_ = train(tmp_path / "half", rows=ROWS // 2, lora=lora)
-    fails_at(monkeypatch, step, 1)
+    fails_at(monkeypatch, train_step, 1)
     again, *_ = train(tmp_path / "again", lora=lora)
     assert jobs.all_apart(jobs.adapter(again), jobs.adapter(model)) == 0
 
@@ -100,7 +101,7 @@ def test_dropout_is_drawn_as_if_nothing_had_failed(tmp_path: Path, monkeypatch: 
 def test_four_times_in_a_row_end_the_run_with_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
     folder, said = tmp_path / "run", list[str]()
     with pytest.MonkeyPatch.context() as patch:
-        asked = fails_at(patch, step, *range(3, 500))  # the first step has two
+        asked = fails_at(patch, train_step, *range(3, 500))  # the first step has two
         with pytest.raises(DoesNotFitError) as error:
             train(folder, said=said)
     saved = folder / "checkpoints" / "step-000001"
@@ -130,7 +131,7 @@ def test_the_last_try_recomputes_all_layers_unless_the_recipe_says_otherwise(
 ) -> None:
     lora, tables = {"lora_dropout": 0.3}, {"gradient_checkpointing": asked}
     other, *_ = train(tmp_path / "small", rows=ROWS // 8, lora=lora)
-    fails_at(monkeypatch, step, 1, 2, 3)
+    fails_at(monkeypatch, train_step, 1, 2, 3)
     model, state, _, said = train(tmp_path / "run", lora=lora, train=tables)
     assert len(said) == 3
     assert said[-1].endswith("from here on, and all layers recomputed") == recomputes
@@ -157,7 +158,7 @@ def test_another_error_is_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.
     def score(*_: Any, **__: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(step, "score", score)
+    monkeypatch.setattr(train_step, "score", score)
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
         train(tmp_path / "run")
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mistra
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.talk.generate import Answer, Memory, answers, context_tokens, end_ids, prompt_ids, stream
-from qlora_dpo.talk.settings import Settings, settings_for
+from qlora_dpo.talk.sampling import Settings, settings_for
 
 # PEFT asks transformers for a property by the name that transformers is about to drop
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qlora_dpo.data.chat_template import folded, habits, special_tokens
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 WORDS = ["No.", "Yes, it is.", " ", "\n\n", "é", "e\u0301", "世界", "🦜", "\u200b", "\ue000", "\x00", "{{ x }}", "2024"]
 MARKS = ["\n\nHuman:", "\n\nAssistant:", "[INST]", "<0x0A>"]

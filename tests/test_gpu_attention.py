@@ -14,8 +14,8 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention
 from qlora_dpo.model.attention import Layout
 from qlora_dpo.model.device import Device
-from qlora_dpo.preference.layout import choose_packing
 from qlora_dpo.preference.pack import Packing, collate
+from qlora_dpo.preference.packing_choice import choose_packing
 
 HEADS = pytest.mark.parametrize("heads", [(14, 2), (4, 4)], ids=["7 queries a key", "1 query a key"])
 WIDTHS = pytest.mark.parametrize("width", [64, 128])

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantized_layers
 from qlora_dpo.preference.reference import probe
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -9,10 +9,10 @@ import torch
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.held import OFF, Held, as_reference, copied, follow
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import asked_now, live_logps, reference_logps, ride_along
-from qlora_dpo.recipe_reference import EmaReference
+from qlora_dpo.preference.reference_adapter import OFF, Held, as_reference, copied, follow
+from qlora_dpo.recipe.reference import EmaReference
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -9,8 +9,8 @@ import pytest
 from qlora_dpo.cli import main
 from qlora_dpo.cli.init import PLAIN
 from qlora_dpo.recipe import load
-from qlora_dpo.recipe_edit import changed
-from qlora_dpo.shipped import purpose, shipped
+from qlora_dpo.recipe.edit import changed
+from qlora_dpo.recipe.shipped import purpose, shipped
 
 NAMES = list(shipped())
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from qlora_dpo.data.encoded import digests
-from qlora_dpo.preference import journal, reference
-from qlora_dpo.preference.answers import NONE, answers
-from qlora_dpo.preference.journal import RECORD, Journal, left_behind, records, verified
+from qlora_dpo.preference import logp_journal, reference
+from qlora_dpo.preference.logp_journal import RECORD, Journal, left_behind, records, verified
+from qlora_dpo.preference.logp_table import NONE, answers
 from qlora_dpo.preference.reference import Store, read_store, reference_logps
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -128,7 +128,7 @@ def test_killed_in_its_pass_a_run_computes_no_pair_again(tmp_path: Path) -> None
 def test_without_room_for_what_was_left_it_stays_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / f"left{journal.ENDING}").write_bytes(CONTENT)
+    (tmp_path / f"left{logp_journal.ENDING}").write_bytes(CONTENT)
 
     def full(*some: Any) -> None:
         raise reference.SourceError("the disk is full")
@@ -136,7 +136,7 @@ def test_without_room_for_what_was_left_it_stays_for_the_next_run(
     with monkeypatch.context() as patched:
         patched.setattr(reference, "write_whole", full)
         assert len(Store(tmp_path).known) == 0
-    assert (tmp_path / f"left{journal.ENDING}").is_file()
+    assert (tmp_path / f"left{logp_journal.ENDING}").is_file()
     assert len(Store(tmp_path).known) == len(PAIRS)
 
 

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qlora_dpo.model import budget
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model import memory
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.quantized import dense_weight, dequantized, keep_dense, linear4bit_layers
 from qlora_dpo.preference.logps import score
@@ -168,7 +168,7 @@ def test_in_16_bits_a_lean_layer_keeps_less_than_pefts() -> None:
     place = jobs.device.choose("bf16")
     batch = collate(jobs.pairs(8), jobs.PACKED)
     peft, lean = (
-        budget.kept(
+        memory.kept(
             model.get_base_model(), partial(logps_of, model.train(), batch, place), batch.input_ids_BL.numel()
         ).layer
         for model in both("nf4", place)

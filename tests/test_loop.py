@@ -21,12 +21,12 @@ from qlora_dpo.model.quantized import dequantized, linear4bit_layers
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import collate, micro_batches
-from qlora_dpo.recipe_objective import Sigmoid
-from qlora_dpo.training import finite
-from qlora_dpo.training.checkpoint import State
+from qlora_dpo.recipe.objective import Sigmoid
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training import nonfinite
+from qlora_dpo.training.checkpoint.save import State
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -335,10 +335,10 @@ def test_steps_skipped_in_a_row_are_counted_apart_from_all() -> None:
 
 
 def test_scaled_gradients_may_overflow_four_times_in_a_row_but_not_five() -> None:
-    finite.insist_on_finite(7, float("inf"), {}, [3], [3, 4], scaled=True)
-    finite.insist_on_some_steps(7, 4, {}, [], [3, 4])
+    nonfinite.insist_on_finite(7, float("inf"), {}, [3], [3, 4], scaled=True)
+    nonfinite.insist_on_some_steps(7, 4, {}, [], [3, 4])
     with pytest.raises(RunError) as error:
-        finite.insist_on_some_steps(7, 5, {}, [], [3, 4])
+        nonfinite.insist_on_some_steps(7, 5, {}, [], [3, 4])
     assert str(error.value) == (
         "step 7: the norm of the gradient is not finite, so nothing was changed; the step's pairs are rows 3, 4 of "
         "data.train; look at them, or lower train.learning_rate; 5 steps in a row were skipped"
@@ -348,12 +348,12 @@ def test_scaled_gradients_may_overflow_four_times_in_a_row_but_not_five() -> Non
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_loss_that_is_not_finite_beside_a_finite_gradient_is_refused(scaled: bool) -> None:
     with pytest.raises(RunError, match="step 7: the loss of row 3 is not finite"):
-        finite.insist_on_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)
+        nonfinite.insist_on_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)
 
 
 def test_in_fp16_a_loss_that_is_not_finite_is_told_to_be_an_overflow() -> None:
     with pytest.raises(RunError) as error:
-        finite.insist_on_finite(1, float("nan"), {}, [3], [3, 4], scaled=False, fp16=True)
+        nonfinite.insist_on_finite(1, float("nan"), {}, [3], [3, 4], scaled=False, fp16=True)
     assert str(error.value) == (
         "step 1: the loss of row 3 is not finite, so nothing was changed; the step's pairs are rows 3, 4 of "
         'data.train; they may overflow fp16, which ends at 65,504: set model.dtype = "fp32", or take a card with '
@@ -361,7 +361,7 @@ def test_in_fp16_a_loss_that_is_not_finite_is_told_to_be_an_overflow() -> None:
     )
     weights = {"a": torch.nn.Parameter(torch.tensor([float("nan")]))}  # then it is no overflow of a pair's
     with pytest.raises(RunError, match=r"the weight a is not finite.* lower train\.learning_rate$"):
-        finite.insist_on_finite(1, float("nan"), weights, [3], [3, 4], scaled=False, fp16=True)
+        nonfinite.insist_on_finite(1, float("nan"), weights, [3], [3, 4], scaled=False, fp16=True)
 
 
 def test_the_logged_gradient_norm_is_that_of_the_mean_loss(tmp_path: Path) -> None:

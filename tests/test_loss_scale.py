@@ -12,10 +12,11 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.training import checkpoint, loop
-from qlora_dpo.training.checkpoint import State
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training import loop
+from qlora_dpo.training.checkpoint import save
+from qlora_dpo.training.checkpoint.save import State
 from qlora_dpo.training.loop import Job, fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -49,7 +50,7 @@ def train(folder: Path, resume: bool = False, **tables: dict[str, Any]) -> tuple
     torch.manual_seed(0)  # for dropout
     model, said = jobs.fresh(what, FP16), list[str]()
     job = jobs.job(model, what, folder, train=12, place=FP16)
-    newest = checkpoint.newest_valid(folder)[0] if resume else None
+    newest = save.newest_valid(folder)[0] if resume else None
     with Tracker(folder, job.plan.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracker, "note", said.append)
         state = fit(model, job, jobs.start(job), tracker, newest)

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import sums_for
 from qlora_dpo.preference.objective import Columns, Logps, beta_at, dynamic_beta, objective, together
 from qlora_dpo.preference.pack import collate, micro_batches
-from qlora_dpo.recipe_objective import TABLES, BetaDpo, Objective, loss_types
-from qlora_dpo.training import step
+from qlora_dpo.preference.token_weights import counted
+from qlora_dpo.recipe.objective import TABLES, BetaDpo, Objective, loss_types
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training import train_step
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 from qlora_dpo.training.trl_engine import insist_on_trls
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -335,8 +335,8 @@ def test_a_loss_over_a_whole_step_asks_twice_with_the_same_dropout(
         asked.append(found.chosen_logp_P.detach())
         return found
 
-    monkeypatch.setattr(step, "score", seen)
-    step.gradient(model, job, jobs.start(job), lambda loss: loss.backward(), sums_for(what.objective))
+    monkeypatch.setattr(train_step, "score", seen)
+    train_step.gradient(model, job, jobs.start(job), lambda loss: loss.backward(), sums_for(what.objective))
     once, again = asked[: len(asked) // 2], asked[len(asked) // 2 :]
     assert len(once) == len(again) > 2
     assert all(torch.equal(first, second) for first, second in zip(once, again, strict=True))

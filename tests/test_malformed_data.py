@@ -15,9 +15,9 @@ import pytest
 import tiny
 
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.data.shapes import UNDERSTOOD
+from qlora_dpo.data.formats import UNDERSTOOD
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 GOOD = {"prompt": "Is it late?", "chosen": "No, it is early.", "rejected": "Yes."}
 ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .parquet"

@@ -19,12 +19,12 @@ from qlora_dpo.adapter import Opened, open_model
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy import shards
-from qlora_dpo.deploy.card import Onto
+from qlora_dpo.deploy.merge_card import Onto
 from qlora_dpo.errors import ModelError, RunError
+from qlora_dpo.evaluation.merge_fidelity import measure
+from qlora_dpo.evaluation.merge_texts import SENTENCES, texts_for
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.quantized import dequantized, linear4bit_layers
-from qlora_dpo.training.agreement import measure
-from qlora_dpo.training.yardstick import SENTENCES, texts_for
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 FIGURES = {

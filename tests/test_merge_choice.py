@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from qlora_dpo.adapter import Opened
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import merge as merging
-from qlora_dpo.deploy import room
-from qlora_dpo.deploy.choice import RULE, Bars, choose
+from qlora_dpo.deploy import merge_memory
+from qlora_dpo.deploy.base_choice import RULE, Bars, choose
 from qlora_dpo.errors import DoesNotFitError, GateError, SourceError
 
 
@@ -152,7 +152,7 @@ def test_the_disk_that_is_stated_is_what_is_written(place: Path, tmp_path: Path)
     opened = opened_nf4(place)
     base = load_file(place / "base" / "model.safetensors")
     for dtype, bytes_each in ((torch.bfloat16, 2), (torch.float32, 4)):
-        needed = room.room_for(opened, dtype, candidates=2)
+        needed = merge_memory.room_for(opened, dtype, candidates=2)
         elements = sum(each.numel() for each in base.values())
         assert needed.disk == 2 * bytes_each * elements
         assert needed.shard == bytes_each * elements  # one shard holds it all
@@ -169,7 +169,7 @@ def test_a_base_that_is_loaded_whole_is_planned_so(place: Path, monkeypatch: pyt
     elements = sum(each.numel() for each in load_file(place / "base" / "model.safetensors").values())
     adapter = sum(each.numel() for name, each in opened.model.named_parameters() if "lora_" in name)
     monkeypatch.setattr(shards, "tensors_of", lambda folder: {})
-    needed = room.room_for(opened, torch.bfloat16, candidates=1)
+    needed = merge_memory.room_for(opened, torch.bfloat16, candidates=1)
     assert (needed.shard, needed.layer, needed.disk) == (2 * (elements + adapter), 0, 2 * (elements + adapter))
 
 
@@ -178,6 +178,6 @@ def test_a_disk_or_a_memory_that_is_too_small_is_refused_first(
 ) -> None:
     opened = opened_nf4(place)
     with pytest.raises(SourceError, match=r"needs 1,000,000,000,000\.0 MB and the disk has"):
-        room.insist_on_room(room.Room(0, 0, 0, 0, 10**18), opened, tmp_path / "m")
+        merge_memory.insist_on_room(merge_memory.Room(0, 0, 0, 0, 10**18), opened, tmp_path / "m")
     with pytest.raises(DoesNotFitError, match=r"^merging takes 1,000,000,000\.54 GB more memory and .* are free; "):
-        room.insist_on_room(room.Room(0, 0, 0, 10**18, 0), opened, tmp_path / "m")
+        merge_memory.insist_on_room(merge_memory.Room(0, 0, 0, 10**18, 0), opened, tmp_path / "m")

@@ -18,8 +18,9 @@ from qlora_dpo.data.audit import Audit
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.sources import read_rows
 from qlora_dpo.errors import DataError, RecipeError
-from qlora_dpo.recipe import load, resolved_text
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe import load
+from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.recipe.recipe import resolved_text
 
 ROOT = Path(__file__).parents[1]
 

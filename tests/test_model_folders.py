@@ -11,7 +11,7 @@ import pytest
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.sources import Source, fetch
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 
 pytestmark = jobs.LIBRARIES_WARN
 

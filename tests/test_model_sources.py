@@ -11,7 +11,7 @@ from workplace import HH, MODEL, Workplace, fill
 
 from qlora_dpo.errors import ModelError, SourceError
 from qlora_dpo.model.sources import fetch
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 
 PACKAGE, GGUF = "tiny_gguf", b"GGUF but no more than that"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_dpo.preference.objective import Logps, dpo, objective, sft
-from qlora_dpo.recipe_objective import Sigmoid
+from qlora_dpo.recipe.objective import Sigmoid
 
 MARGINS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 60.0], dtype=torch.float64)
 

@@ -17,7 +17,7 @@ from qlora_dpo.model import attention
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import Logps, dpo, objective
 from qlora_dpo.preference.pack import collate, micro_batches
-from qlora_dpo.recipe_objective import Sigmoid
+from qlora_dpo.recipe.objective import Sigmoid
 from qlora_dpo.talk.generate import prompt_ids
 
 pytestmark = jobs.LIBRARIES_WARN

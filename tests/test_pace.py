@@ -11,11 +11,12 @@ import pytest
 import tiny
 from transformers import Qwen2Config
 
-from qlora_dpo.cli import main, time_lines
+from qlora_dpo.cli import main
+from qlora_dpo.cli.text import time_text
+from qlora_dpo.planning import layer_timing as pace_module
+from qlora_dpo.planning.layer_timing import Pace, measure
+from qlora_dpo.planning.time_estimate import Amount, Layers, Passes, Timetable, amount, passes, seconds
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.training import pace as pace_module
-from qlora_dpo.training.pace import Pace, measure
-from qlora_dpo.training.timetable import Amount, Layers, Passes, Timetable, amount, passes, seconds
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -139,18 +140,18 @@ def test_the_probe_stores_its_layer_as_a_run_does(quantization: str) -> None:
     ],
 )
 def test_durations_have_two_units_at_most(told: float, expected: str) -> None:
-    assert time_lines.duration(told) == expected
+    assert time_text.duration(told) == expected
 
 
 def test_the_line_tells_the_whole_and_its_parts() -> None:
     done = Passes(steps=250, evaluations=5, trained=1, before=0, reference_train=1, reference_heldout=1, evaluated=5)
     parts = {"reference": 180.0, "steps": 3600.0, "evaluations": 420.0}
-    assert time_lines.in_a_line(Timetable(done, parts, 2.0)) == (
+    assert time_text.in_a_line(Timetable(done, parts, 2.0)) == (
         "about 1 h 10 min: reference 3 min where it is not cached, 250 steps 1 h, 5 evaluations 7 min (probe of 2.0 s "
         "on this machine)"
     )
     del parts["reference"]
-    assert time_lines.in_a_line(Timetable(replace(done, steps=1, other=True), parts, 2.0)) == (
+    assert time_text.in_a_line(Timetable(replace(done, steps=1, other=True), parts, 2.0)) == (
         "about 1 h 7 min: 1 step 1 h, 5 evaluations 7 min, and the reference, which is another model (probe of 2.0 s "
         "on this machine)"
     )

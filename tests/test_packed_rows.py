@@ -17,12 +17,12 @@ from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention
 from qlora_dpo.model.attention import Backend, Layout, Span
-from qlora_dpo.model.budget import checkpoint
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
+from qlora_dpo.model.memory import checkpoint
 from qlora_dpo.preference import logps, pack
-from qlora_dpo.preference.layout import choose_packing
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
+from qlora_dpo.preference.packing_choice import choose_packing
 
 pytestmark = jobs.LIBRARIES_WARN
 

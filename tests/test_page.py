@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from served import Served, dictating, served
 
-from qlora_dpo.talk.settings import Settings
+from qlora_dpo.talk.sampling import Settings
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")
 

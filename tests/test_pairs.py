@@ -10,7 +10,7 @@ import pytest
 
 from qlora_dpo.data.pairs import Pair, Shape, find_pairs
 from qlora_dpo.data.sources import Rows, read_rows
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from workplace import rows
 
-from qlora_dpo.recipe_objective import TABLES, ReferenceFree, loss_types
+from qlora_dpo.recipe.objective import TABLES, ReferenceFree, loss_types
 
 pytestmark = jobs.LIBRARIES_WARN
 TESTS = Path(__file__).parent

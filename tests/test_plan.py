@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_dpo.recipe_train import TrainTable
-from qlora_dpo.training.plan import epoch_order, make_plan
+from qlora_dpo.recipe.train import TrainTable
+from qlora_dpo.training.data_order import epoch_order, make_plan
 
 
 def test_an_epoch_sees_every_pair_once_and_ends_with_a_smaller_step() -> None:

@@ -37,27 +37,27 @@ from qlora_dpo.errors import INTERRUPTED
 from qlora_dpo.model import attention, device, sources
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import adapter_off, attach, trainable
 from qlora_dpo.model.sources import Source
-from qlora_dpo.preference.counted import counted
+from qlora_dpo.planning.room import judged
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import Columns, dpo
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.preference.reference import Store, reference_logps
+from qlora_dpo.preference.token_weights import counted
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_data import DataTable
-from qlora_dpo.recipe_model import LoraTable, ModelTable
-from qlora_dpo.recipe_objective import TABLES, loss_types
+from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.recipe.model import LoraTable, ModelTable
+from qlora_dpo.recipe.objective import TABLES, loss_types
 from qlora_dpo.report import write
-from qlora_dpo.training import asking, loop
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training import loop, reference_pass
 from qlora_dpo.training import run as run_module
+from qlora_dpo.training.data_order import make_plan
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Job, fit
-from qlora_dpo.training.plan import make_plan
-from qlora_dpo.training.room import judged
 from qlora_dpo.training.run import Outcome, prepare, run
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -304,7 +304,7 @@ def test_an_8_bit_optimizer_learns_what_adamw_learns(tmp_path: Path) -> None:
 def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path) -> None:
     table = {"kind": "model", "name": jobs.source().name, "quantization": "none"}
     with pretended_gpu("a10") as gpu:
-        whole, found = asking.ask_other, list[int]()
+        whole, found = reference_pass.ask_other, list[int]()
 
         def ask_other(*arguments: Any, **keys: Any) -> Any:
             before = gpu.memory.now
@@ -489,7 +489,7 @@ def limited(patch: pytest.MonkeyPatch, gpu: PretendedGPU, module: Any, name: str
         (loop, "gradient", 256, "step 1"),
         (loop, "evaluate", 256, "evaluation after step 0"),
         # whose rows are as large as the plan allows; those of a step hold one pair, be they of 16 tokens or of 8
-        (asking, "reference_logps", 16, "reference pass"),
+        (reference_pass, "reference_logps", 16, "reference pass"),
     ],
     ids=["step", "evaluation", "reference"],
 )

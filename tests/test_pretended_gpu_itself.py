@@ -11,7 +11,7 @@ import torch
 from pretended_gpu import MixedDevicesError, PretendedGPU, pretended_gpu
 from pretended_kernels import fused_kernel_rule
 
-from qlora_dpo.model.cards import CARDS
+from qlora_dpo.model.gpu_specs import CARDS
 
 
 @pytest.fixture

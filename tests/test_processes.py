@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.model import device, processes, zero
-from qlora_dpo.model.cards import CARDS
-from qlora_dpo.shipped import accelerate_configs
-from qlora_dpo.training.fitting import as_it_fits
+from qlora_dpo.model import device
+from qlora_dpo.model.distributed import deepspeed_engine, processes
+from qlora_dpo.model.gpu_specs import CARDS
+from qlora_dpo.recipe.shipped import accelerate_configs
+from qlora_dpo.training.oom_retry import as_it_fits
 
 pytestmark = jobs.LIBRARIES_WARN
 HERE = Path(__file__).parent
@@ -333,7 +334,7 @@ def test_without_a_deepspeed_that_was_tried_its_config_files_are_refused(
             raise PackageNotFoundError(package)
         return found
 
-    monkeypatch.setattr(zero, "version", version)
+    monkeypatch.setattr(deepspeed_engine, "version", version)
     assert train_as_one_of_two(ZERO_3, monkeypatch) == 2
     assert capsys.readouterr().err == (
         f"qlora-dpo: accelerate's config file asks for DeepSpeed, which is {which}; install 0.19 or newer with: "
@@ -355,7 +356,7 @@ def train_as_one_of_two(environment: dict[str, str], monkeypatch: pytest.MonkeyP
 def test_zero_2_is_refused_where_gradients_are_scaled(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zero, "version", lambda _: "0.19.0")
+    monkeypatch.setattr(deepspeed_engine, "version", lambda _: "0.19.0")
     monkeypatch.setattr(device, "choose", lambda _: device.on_card(CARDS["t4"]))
     assert train_as_one_of_two({**ZERO_3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, monkeypatch) == 2
     assert capsys.readouterr().err == (

@@ -14,9 +14,9 @@ from adapters_made import save_adapter, save_base
 from hub import Hub
 from workplace import Workplace, closed_port
 
-from qlora_dpo import recipe
 from qlora_dpo.cli import main
 from qlora_dpo.manifest import damage, write_manifest
+from qlora_dpo.recipe import recipe
 
 BASE = "acme/small"
 ONLINE = {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_" + "x" * 34}
@@ -153,7 +153,7 @@ def test_parts_are_chosen(made: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_base_from_pypi_is_named_with_what_others_need(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_dpo.deploy.parcel import base_of, parcel
+    from qlora_dpo.deploy.hub_files import base_of, parcel
 
     folder = tmp_path / "hh"
     shutil.copytree(made / "hh", folder)
@@ -219,7 +219,7 @@ def test_a_damaged_adapter_is_not_sent(copied: Path, capsys: pytest.CaptureFixtu
 
 
 def test_secrets_and_paths_are_taken_out_of_what_we_wrote(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_dpo.deploy.parcel import parcel
+    from qlora_dpo.deploy.hub_files import parcel
     from qlora_dpo.report.card import scrubbed
 
     monkeypatch.setenv("MY_API_KEY", "a-secret-of-mine")

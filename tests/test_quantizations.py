@@ -16,21 +16,22 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
-from qlora_dpo.deploy.card import sum_in_words
+from qlora_dpo.deploy.merge_card import sum_in_words
 from qlora_dpo.errors import ModelError
+from qlora_dpo.evaluation.merge_fidelity import measure
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.budget import dense_bytes
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import adapter_off, attach
+from qlora_dpo.model.memory import dense_bytes
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantization_of, quantized_layers
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import guard_adapter, probe, store_folder
-from qlora_dpo.recipe import LoadedRecipe, Recipe
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.report import card
-from qlora_dpo.training.agreement import measure
+from qlora_dpo.tracking.run_log import Tracker
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import Tracker
 from qlora_dpo.training.trl_engine import fit_with_trl
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]

@@ -15,10 +15,10 @@ from qlora_dpo.data.chat_template import folded, habits, ids_together, rendered
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest
 from qlora_dpo.data.files import read_file
-from qlora_dpo.data.lazily import Lazily, joined
+from qlora_dpo.data.lazy_sequence import Lazily, joined
 from qlora_dpo.data.pairs import Pair, find_pairs
 from qlora_dpo.data.sources import Rows
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FILES = sorted(each for each in SHARED.rglob("*") if each.name.endswith((".json", ".jsonl.gz")))

@@ -17,12 +17,12 @@ from trl import DPOConfig, DPOTrainer
 
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.model import attention
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import ride_along
-from qlora_dpo.recipe_objective import Sigmoid
+from qlora_dpo.recipe.objective import Sigmoid
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODEL, ROWS = SHARED / "models" / "stories260k", SHARED / "data" / "hh" / "full-hh-style.jsonl.gz"

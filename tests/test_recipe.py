@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qlora_dpo import recipe as recipe_module
-from qlora_dpo import shipped
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import Recipe, find, load, resolved_text
-from qlora_dpo.recipe_data import DataTable
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.recipe_tables import is_local
+from qlora_dpo.recipe import Recipe, load, shipped
+from qlora_dpo.recipe import recipe as recipe_module
+from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.recipe.recipe import find, resolved_text
+from qlora_dpo.recipe.tables import is_local
 
 SMALLEST = '[model]\nname = "org/base"\n[data]\ntrain = "org/pairs"\n'
 SHIPPED = list(shipped.shipped().values())
@@ -167,7 +167,7 @@ def test_recipes_are_found_in_a_checkout_and_in_an_installed_package(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = empty_folder / "site-packages" / "qlora_dpo"
-    monkeypatch.setattr(shipped, "__file__", str(package / "shipped.py"))
+    monkeypatch.setattr(shipped, "__file__", str(package / "recipe" / "shipped.py"))
     write(package / "recipes", name="installed.toml")
     write(package.parent / "recipes", name="checkout.toml")
     assert find("recipes/installed.toml") == package / "recipes/installed.toml"

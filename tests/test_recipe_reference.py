@@ -7,7 +7,7 @@ import pytest
 from qlora_dpo.cli import main
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe import Recipe, load
-from qlora_dpo.recipe_reference import AdapterReference, ModelReference
+from qlora_dpo.recipe.reference import AdapterReference, ModelReference
 
 BOTH = '[model]\nname = "./m"\n[data]\ntrain = "./t.jsonl"\n'
 ONE_OF = '"base", "adapter", "model", "ema"'
@@ -127,7 +127,7 @@ def test_the_policy_starts_from_the_reference_unless_told_otherwise() -> None:
 
 
 def test_an_unknown_key_of_the_reference_cannot_be_allowed(empty_folder: Path) -> None:
-    from qlora_dpo.recipe import insist_on_keys
+    from qlora_dpo.recipe.recipe import insist_on_keys
 
     insist_on_keys(["reference.path", "reference.ref_model_sync_steps", "lora.init_from"], (), "--allow")
     with pytest.raises(RecipeError, match=r"^--allow reference\.pathh: a recipe has no such key; did you mean "):

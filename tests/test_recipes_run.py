@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 
 from qlora_dpo.cli import main
 from qlora_dpo.recipe import load
-from qlora_dpo.recipe_reference import AdapterReference
-from qlora_dpo.shipped import shipped
+from qlora_dpo.recipe.reference import AdapterReference
+from qlora_dpo.recipe.shipped import shipped
 
 pytestmark = jobs.LIBRARIES_WARN
 

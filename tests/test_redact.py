@@ -8,7 +8,7 @@ import pytest
 from qlora_dpo import cli
 from qlora_dpo.cli import main
 from qlora_dpo.redact import redacted
-from qlora_dpo.training.display import Lines
+from qlora_dpo.tracking.progress import Lines
 
 CANARY = "canary-5e7d1c0a9b"
 

@@ -29,9 +29,9 @@ from qlora_dpo.preference.reference import (
     store_folder,
 )
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.training import fitting
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training import oom_retry
 from qlora_dpo.training.run import Outcome, prepare, run
-from qlora_dpo.training.tracker import Tracker
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -279,7 +279,7 @@ def test_a_reference_pass_that_fits_in_no_rows_ends_the_run(
     fails_above(monkeypatch, 0, after=1)
     with pytest.raises(DoesNotFitError) as error:
         whole_run(tmp_path / "run", SEVERAL_ROWS)
-    assert str(error.value) == f"reference pass: out of memory {fitting.HALVINGS + 1} times in a row; {LESS_MEMORY}"
+    assert str(error.value) == f"reference pass: out of memory {oom_retry.HALVINGS + 1} times in a row; {LESS_MEMORY}"
     assert error.value.exit_code == DOES_NOT_FIT
 
 

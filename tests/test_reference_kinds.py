@@ -20,7 +20,7 @@ from qlora_dpo.model import sources
 from qlora_dpo.preference import reference
 from qlora_dpo.preference.reference import Store, live_logps, store_folder
 from qlora_dpo.recipe import load
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.training.run import Outcome, prepare
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -356,7 +356,7 @@ def test_a_reference_that_would_never_move_is_refused(home: Path) -> None:
 
 def test_run_json_and_card_name_start_and_reference(sft: tuple[Path, Outcome], home: Path) -> None:
     from qlora_dpo.report.card import _start_and_reference
-    from qlora_dpo.training.asking import facts
+    from qlora_dpo.training.reference_pass import facts
 
     def told(**tables: Any) -> tuple[dict[str, Any], list[str]]:
         what = recipe(home, **tables)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import tiny
 
-from qlora_dpo.data import encode, pairs, remembered
+from qlora_dpo.data import encode, pairs, scan_cache
 from qlora_dpo.data.encoded import digests, lengths, only_chosen, sequence_tokens
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remembered, "MANY", 10)
+    monkeypatch.setattr(scan_cache, "MANY", 10)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache" / "read"
 
@@ -122,7 +122,7 @@ def test_a_damaged_reading_is_never_used(damage: str, home: Path) -> None:
 
 
 def test_few_rows_are_not_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "MANY", 41)
+    monkeypatch.setattr(scan_cache, "MANY", 41)
     write()
     read()
     assert not home.exists()

@@ -14,9 +14,9 @@ from test_card import RESULTS, SAMPLES, run
 from test_compare import Tags
 
 from qlora_dpo.cli import main
-from qlora_dpo.recipe_objective import TABLES
+from qlora_dpo.recipe.objective import TABLES
 from qlora_dpo.report import plots
-from qlora_dpo.report.objective_words import NAMES, objective_name, objective_tags
+from qlora_dpo.report.objective_names import NAMES, objective_name, objective_tags
 from qlora_dpo.report.write import base_licence, write_report
 
 RESOLVED = """

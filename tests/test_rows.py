@@ -15,17 +15,20 @@ import torch
 from accelerate.state import AcceleratorState
 from workplace import rows
 
-from qlora_dpo.model import processes
-from qlora_dpo.model.budget import Kept, checkpointable
-from qlora_dpo.model.cards import CARDS
 from qlora_dpo.model.device import on_card
-from qlora_dpo.preference import layout
+from qlora_dpo.model.distributed import processes
+from qlora_dpo.model.gpu_specs import CARDS
+from qlora_dpo.model.memory import Kept, checkpointable
+from qlora_dpo.planning.memory_estimate import RESERVE, estimate
+from qlora_dpo.preference import packing_choice
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_train import ROW_TOKENS, TrainTable
-from qlora_dpo.training import checkpoint, run
-from qlora_dpo.training.checkpoint import State, folder_of
-from qlora_dpo.training.estimate import RESERVE, estimate
-from qlora_dpo.training.rows import (
+from qlora_dpo.recipe.train import ROW_TOKENS, TrainTable
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training import run
+from qlora_dpo.training.checkpoint import save
+from qlora_dpo.training.checkpoint.save import State, folder_of
+from qlora_dpo.training.meta_model import Load, Shapes, load_of, shapes_of
+from qlora_dpo.training.row_plan import (
     RowPlan,
     choose_rows,
     decisions,
@@ -36,8 +39,6 @@ from qlora_dpo.training.rows import (
     row_sizes,
     step_bytes,
 )
-from qlora_dpo.training.shapes import Load, Shapes, load_of, shapes_of
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -187,15 +188,15 @@ def test_the_longest_pair_alone_is_as_long_as_it_is_laid_out() -> None:
 
 
 def test_a_layout_is_proved_in_rows_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs, most, whole = jobs.pairs(8, longest_prompt=90, longest_answer=40), list[int](), layout.collate
+    pairs, most, whole = jobs.pairs(8, longest_prompt=90, longest_answer=40), list[int](), packing_choice.collate
 
     def collate(some: Any, packing: Any) -> Any:
         batch = whole(some, packing)
         most.append(batch.input_ids_BL.numel() if len(some) > 1 else 0)  # a pair alone goes through whole
         return batch
 
-    monkeypatch.setattr(layout, "collate", collate)
-    packing, _ = layout.choose_packing(jobs.base_model(), pairs, 200, jobs.PAD, jobs.CPU)
+    monkeypatch.setattr(packing_choice, "collate", collate)
+    packing, _ = packing_choice.choose_packing(jobs.base_model(), pairs, 200, jobs.PAD, jobs.CPU)
     assert packing.backend == "spans" and 100 < max(most) <= 200
     assert len(most) > 3 * 2  # padded, packed, and to see whether tokens mix
 
@@ -336,10 +337,10 @@ def test_a_checkpoint_says_in_which_rows_its_run_goes_on(
     tokens: int | str, found: int | None, goes_on: int | None, tmp_path: Path
 ) -> None:
     (tmp_path / "state.json").write_text(json.dumps(vars(state(tokens, found)) | {"since_eval": {}}))
-    assert checkpoint.rows_before(tmp_path) == goes_on
+    assert save.rows_before(tmp_path) == goes_on
 
 
 def test_a_number_of_before_may_become_auto_and_no_number_another_unasked() -> None:
-    assert checkpoint._differences(state(2048, None), state("auto", 2048)) == {}
+    assert save._differences(state(2048, None), state("auto", 2048)) == {}
     for was, now in (("auto", 512), (2048, 512)):
-        assert list(checkpoint._differences(state(was, 2048), state(now, None))) == ["train.micro_batch_tokens"]
+        assert list(save._differences(state(was, 2048), state(now, None))) == ["train.micro_batch_tokens"]

@@ -9,8 +9,8 @@ import pytest
 from test_docs import ROOT
 
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.answers import answers
-from qlora_dpo.preference.journal import RECORD
+from qlora_dpo.preference.logp_journal import RECORD
+from qlora_dpo.preference.logp_table import answers
 from qlora_dpo.preference.reference import add_to_store
 
 sys.path.insert(0, str(ROOT / "docs"))

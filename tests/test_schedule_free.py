@@ -14,10 +14,10 @@ from stopped import tracker_that_stops
 from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.extras import insist_on_extras
 from qlora_dpo.training import schedule_free
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.evaluate import evaluate
-from qlora_dpo.training.extras import insist_on_extras
 from qlora_dpo.training.loop import fit
 from qlora_dpo.training.optim import make_optimizer
 
@@ -117,7 +117,7 @@ def test_a_falling_rate_is_refused() -> None:
 
 
 def test_without_the_package_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_dpo.training.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_dpo.recipe.extras.find_spec", lambda name: None)
     with pytest.raises(RecipeError) as raised:
         insist_on_extras(recipe())
     assert str(raised.value) == (

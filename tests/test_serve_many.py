@@ -13,8 +13,8 @@ import tiny
 from served import GREEDY, Served, dictating, everything, expected, question, served
 
 from qlora_dpo.talk.engine import Engine, Failed, Line, Question
-from qlora_dpo.talk.settings import Settings
-from qlora_dpo.talk.stops import Stops
+from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.stop_strings import Stops
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 

@@ -11,7 +11,7 @@ from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import OF_REJECTED, sums_for
 from qlora_dpo.preference.objective import objective
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
-from qlora_dpo.recipe_objective import Sft
+from qlora_dpo.recipe.objective import Sft
 
 pytestmark = jobs.LIBRARIES_WARN
 

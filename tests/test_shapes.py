@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.data.formats import NAMES, Shape
 from qlora_dpo.data.pairs import Pair, Reading, find_pairs
-from qlora_dpo.data.shapes import NAMES, Shape
 from qlora_dpo.data.sources import Rows, read_rows
 from qlora_dpo.errors import DataError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")

@@ -23,7 +23,7 @@ from hub import Hub
 from qlora_dpo.data.hub import in_a_sentence
 from qlora_dpo.data.sources import Rows, read_rows
 from qlora_dpo.errors import RecipeError, SourceError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 ROWS = [
     {"prompt": "Is it late?", "chosen": 'No, "early".\nVery.', "rejected": "Yes."},

@@ -16,7 +16,8 @@ from workplace import furnish, rows
 from qlora_dpo.cli import main
 from qlora_dpo.data import encode
 from qlora_dpo.preference import reference
-from qlora_dpo.training import checkpoint, loop
+from qlora_dpo.training import loop
+from qlora_dpo.training.checkpoint import save
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -148,7 +149,7 @@ def test_on_another_machine_other_data_is_refused(
     (there / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4, 20)))
     capsys.readouterr()
     assert train(there, monkeypatch, "--resume") == 1
-    newest, _ = checkpoint.newest_valid(Path("adapters/tiny"))
+    newest, _ = save.newest_valid(Path("adapters/tiny"))
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"qlora-dpo: {newest}: belongs to another run; changed since: the held-out pairs; put it back, or go on with "
         "--allow heldout"

@@ -20,16 +20,16 @@ from adapters_made import save_base, save_pairs
 from faults.crash import struck
 
 from qlora_dpo.cli import main
-from qlora_dpo.model.as_loaded import remember
-from qlora_dpo.model.budget import checkpoint
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.base_snapshot import remember
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach
+from qlora_dpo.model.memory import checkpoint
 from qlora_dpo.preference.reference import probe
-from qlora_dpo.recipe_grid import axes, names_of
-from qlora_dpo.recipe_model import LoraTable
+from qlora_dpo.recipe.grid import axes, names_of
+from qlora_dpo.recipe.model import LoraTable
 from qlora_dpo.report import write
 from qlora_dpo.report.sweep import cautions
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.tracking.run_log import Tracker
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from qlora_dpo.intervals import wilson
 from qlora_dpo.report import tables
 from qlora_dpo.report.next_commands import next_commands
 from qlora_dpo.report.samples import prompt_text, side_by_side
+from qlora_dpo.wilson import wilson
 
 
 def evaluation(step: int, epoch: float, loss: float, accuracy: float, margin: float, ties: int) -> dict[str, Any]:

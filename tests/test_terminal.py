@@ -6,7 +6,7 @@ import pyte
 import pytest
 
 from qlora_dpo.data.dialogue import printable
-from qlora_dpo.talk.screen import Printable
+from qlora_dpo.talk.terminal import Printable
 
 # what escape sequences are made of, words, and what reorders or hides them
 PARTS = (

@@ -10,9 +10,9 @@ import tiny
 from qlora_dpo.data.chat_format import chat_format
 from qlora_dpo.data.chat_template import reads_tools
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.encoded_cache import key_of
+from qlora_dpo.data.token_cache import key_of
 from qlora_dpo.errors import ModelError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"

@@ -14,9 +14,9 @@ import pytest
 from tracked import CONFIG, OFFLINE, SECRETS, TRACKED, TRAIN, tracked
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.training import display, tracker
-from qlora_dpo.training.display import Bars, Pace
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.tracking import progress, run_log
+from qlora_dpo.tracking.progress import Bars, Pace
+from qlora_dpo.tracking.run_log import Tracker
 
 EVAL = {
     "step": 10,
@@ -49,7 +49,7 @@ def test_metrics_are_one_json_object_per_line_and_complete_at_once(tmp_path: Pat
         assert lines_of(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}]
         run.evaluation(EVAL)
         assert lines_of(tmp_path / "metrics.jsonl")[1] == {"kind": "eval", **EVAL}
-    assert tracker.read(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
+    assert run_log.read(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
 
 
 def test_a_second_tracker_appends(tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_cut_keeps_the_steps_up_to_the_one_resumed_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [f'{{"kind": "train", "step": {step}, "epoch": 0.5}}\n' for step in (10, 20, 20, 30)]
     path.write_text("".join(whole) + '{"kind": "train", "st', encoding="utf-8")
-    tracker.cut(path, 20)
+    run_log.cut(path, 20)
     assert path.read_text(encoding="utf-8") == "".join(whole[:3])
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_cut_does_nothing_where_there_is_no_file(tmp_path: Path) -> None:
-    tracker.cut(tmp_path / "metrics.jsonl", 20)
+    run_log.cut(tmp_path / "metrics.jsonl", 20)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(('{"step": 10}\n' + damaged + '{"step": 20}\n').encode("latin-1"))
     with pytest.raises(RunError) as caught:
-        tracker.cut(path, 20)
+        run_log.cut(path, 20)
     assert str(caught.value) == f"{path}:2: is not a metrics record; the file was changed or damaged"
 
 
@@ -123,7 +123,7 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
 def test_a_long_phase_speaks_now_and_then_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(display, "PLAIN_PHASE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_PHASE_SECONDS", 0.0)
     with Tracker(tmp_path, 48) as run, run.phase("answers", 4) as advance:
         advance(2)
         advance(2)
@@ -166,7 +166,7 @@ def test_what_was_known_before_says_nothing_of_the_pace() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
-    assert display.clock_text(seconds) == text
+    assert progress.clock_text(seconds) == text
 
 
 def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, str]:
@@ -235,7 +235,7 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(Tracker(tmp_path, 1).display, display.Lines)
+    assert isinstance(Tracker(tmp_path, 1).display, progress.Lines)
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(Tracker(tmp_path, 1).display, Bars)
 

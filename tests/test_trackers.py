@@ -16,9 +16,9 @@ from tracked import CONFIG, SECRETS, TRAIN
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe_train import TrackTable
-from qlora_dpo.training.extras import insist_on_extras
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.recipe.extras import insist_on_extras
+from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.tracking.run_log import Tracker
 
 NEEDS_TENSORBOARD = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 NEEDS_TRACKIO = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
@@ -223,7 +223,7 @@ def test_a_database_that_cannot_be_written_costs_the_run_nothing(tmp_path: Path)
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_dpo.training.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_dpo.recipe.extras.find_spec", lambda name: None)
     track = {"tensorboard": {"tensorboard": True}, "trackio": {"trackio": "p"}}[package]
     with pytest.raises(RecipeError) as raised:
         insist_on_extras(jobs.recipe(track=track))
@@ -236,7 +236,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
 def test_it_is_missed_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora_dpo.training.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_dpo.recipe.extras.find_spec", lambda name: None)
     recipe = tmp_path / "r.toml"
     recipe.write_text('[model]\nname = "org/model"\n[data]\ntrain = "org/data"\n[track]\ntensorboard = true\n')
     assert main(["train", str(recipe), "--dry-run"]) == 2

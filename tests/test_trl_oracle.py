@@ -15,13 +15,13 @@ from torch import Tensor
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.counted import counted
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import Logps, Losses, objective, weighs_pairs
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import live_logps, probe
+from qlora_dpo.preference.token_weights import counted
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
 from qlora_dpo.training.loop import Job, fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 from qlora_dpo.training.trl_engine import fit_with_trl, make_trainer, pairs_at_once
 
 pytestmark = jobs.LIBRARIES_WARN

@@ -13,17 +13,17 @@ import torch
 from peft import PeftModel
 
 from qlora_dpo.data.encoded import EncodedPair, digest
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach
+from qlora_dpo.preference.kl import kl_to_base
 from qlora_dpo.preference.reference import reference_logps
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_objective import Sigmoid
-from qlora_dpo.recipe_watch import WatchTable
-from qlora_dpo.training.checkpoint import State
-from qlora_dpo.training.drift import kl_to_base
+from qlora_dpo.recipe.objective import Sigmoid
+from qlora_dpo.recipe.watch import WatchTable
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training.checkpoint.save import State
 from qlora_dpo.training.evaluate import Side, evaluate
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 from qlora_dpo.training.watch import Course, signs
 
 pytestmark = jobs.LIBRARIES_WARN

@@ -22,20 +22,21 @@ from safetensors.torch import save_file
 
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.files import write_json
-from qlora_dpo.model import attention, processes, shard
+from qlora_dpo.model import attention
 from qlora_dpo.model.base import load_base
-from qlora_dpo.model.budget import checkpointable
-from qlora_dpo.model.lean import make_lean
+from qlora_dpo.model.distributed import processes, sharding
+from qlora_dpo.model.fused_lora import make_lean
 from qlora_dpo.model.lora import attach
+from qlora_dpo.model.memory import checkpointable
 from qlora_dpo.preference import reference
-from qlora_dpo.preference.held import Held, copied
 from qlora_dpo.preference.reference import Store, live_logps, read_store, reference_logps
+from qlora_dpo.preference.reference_adapter import Held, copied
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.training import asking, loop, step
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.tracking.run_log import SAMPLES, Tracker
+from qlora_dpo.training import loop, reference_pass, train_step
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import SAMPLES, Tracker
 
 # name: tables of the recipe, training pairs, held-out pairs
 SCENARIOS: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
@@ -86,7 +87,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         tracker.note = said.append  # type: ignore[method-assign]
         state = fit(model, job, jobs.start(job), tracker)
     kept = layer_bytes(model)
-    shard.gather(model)
+    sharding.gather(model)
     if processes.is_main():  # from here on the first goes on alone
         live_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
     processes.sharing.cache_clear()
@@ -107,7 +108,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
 def layer_bytes(model: PeftModel) -> int:
     """Bytes of the frozen weights of decoder layers that this process holds."""
     frozen = [each for layer in checkpointable(model) for each in layer.parameters() if not each.requires_grad]
-    return sum(shard.held(each).numel() * each.element_size() for each in frozen)
+    return sum(sharding.held(each).numel() * each.element_size() for each in frozen)
 
 
 def asked_alone(model: PeftModel) -> list[dict[str, Any]]:
@@ -137,7 +138,7 @@ def sharded(what: Recipe) -> PeftModel:
     attention.use(base)
     model = attach(base, what.lora, what.train.seed)
     make_lean(model, torch.float32)
-    shard.share_out(model, jobs.CPU)
+    sharding.share_out(model, jobs.CPU)
     return model
 
 
@@ -157,7 +158,7 @@ def asked_out_of_memory(folder: Path) -> dict[str, Any]:
     rows = replace(jobs.PACKED, token_budget=60)
     with Tracker(folder, 1, silent=True) as tracker:
         tracker.note = said.append  # type: ignore[method-assign]
-        asking.compute_reference(what, asking.Model(model, rows, rows), jobs.pairs(22), tracker)
+        reference_pass.compute_reference(what, reference_pass.Model(model, rows, rows), jobs.pairs(22), tracker)
     reference.live_logps = whole
     found_P2 = what.store.look_up([*jobs.pairs(22), *what.heldout])
     return {"logps": found_P2.tolist(), "computed": what.store.computed, "said": said}
@@ -165,7 +166,7 @@ def asked_out_of_memory(folder: Path) -> dict[str, Any]:
 
 def once_out_of_memory() -> None:
     """Let the second process run out of memory in its first forward pass of a step."""
-    whole, failed = step.score, list[bool]()
+    whole, failed = train_step.score, list[bool]()
 
     def score(*arguments: Any, **keys: Any) -> Any:
         if processes.index() == 1 and not failed:
@@ -173,7 +174,7 @@ def once_out_of_memory() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*arguments, **keys)
 
-    step.score = score
+    train_step.score = score
 
 
 def scale_from(first: float | None) -> None:

@@ -9,10 +9,11 @@ from accelerate.state import AcceleratorState
 
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.files import write_json
-from qlora_dpo.recipe import LoadedRecipe, Recipe
-from qlora_dpo.training.facts import facts
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.recipe import LoadedRecipe
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
 from qlora_dpo.training.run import Outcome, prepare, run
-from qlora_dpo.training.tracker import METRICS, Tracker, read
+from qlora_dpo.training.run_metadata import facts
 
 LN_2 = 0.6931471805599453
 

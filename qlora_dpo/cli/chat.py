@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.talk.settings import Settings, settings_for
+from qlora_dpo.talk.sampling import Settings, settings_for
 
 if TYPE_CHECKING:
     from qlora_dpo.adapter import Opened
@@ -46,7 +46,7 @@ def chat(model: str | None, system: str | None, go_on: bool, base: bool, **given
     question = None if sys.stdin is not None and sys.stdin.isatty() else _piped()
     from qlora_dpo.adapter import open_model
     from qlora_dpo.talk.chat import answer_pipe, talk
-    from qlora_dpo.talk.kept import kept
+    from qlora_dpo.talk.chat_history import kept
 
     last = kept() if go_on else None
     target = last.model if last and model is None else model

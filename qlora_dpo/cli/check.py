@@ -5,7 +5,7 @@ import json
 import click
 
 from qlora_dpo.cli.set_option import set_option
-from qlora_dpo.model.cards import CARDS
+from qlora_dpo.model.gpu_specs import CARDS
 
 
 @click.command(short_help="Say what a recipe would do and whether it fits, or what this machine can do.")
@@ -23,7 +23,7 @@ def check(recipe_file: str | None, overrides: tuple[str, ...], gpu: str | None, 
     qlora-dpo check recipes/hh.toml --gpu t4
     qlora-dpo check
     """
-    from qlora_dpo.cli import check_lines
+    from qlora_dpo.cli.text import check_text
     from qlora_dpo.errors import GateError
 
     if recipe_file is None:
@@ -38,34 +38,34 @@ def check(recipe_file: str | None, overrides: tuple[str, ...], gpu: str | None, 
         warnings = _recipe(recipe_file, overrides, gpu, as_json)
     if strict and warnings:
         count = f"{len(warnings)} warnings" if len(warnings) > 1 else "1 warning"
-        raise GateError(f"{recipe_file or 'this machine'}: {count}: {check_lines.first(warnings)}")
+        raise GateError(f"{recipe_file or 'this machine'}: {count}: {check_text.first(warnings)}")
 
 
 def _recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> tuple[str, ...]:
     """Show what the recipe would do; raises DoesNotFitError if it does not fit."""
-    from qlora_dpo import recipe
-    from qlora_dpo.cli import check_lines, memory_lines
+    from qlora_dpo.cli.text import check_text, memory_text
     from qlora_dpo.errors import DoesNotFitError
+    from qlora_dpo.recipe import recipe
 
     loaded = recipe.load(recipe_file, overrides)
     _insist_on_card(gpu)
-    from qlora_dpo.model import budget, device
+    from qlora_dpo.model import device, memory
 
     wanted = loaded.recipe.model.dtype
     here = device.on_card(CARDS[gpu], wanted) if gpu is not None else device.choose(wanted)
-    free = here.total_bytes if gpu is not None else budget.free_bytes(here)
+    free = here.total_bytes if gpu is not None else memory.free_bytes(here)
     click.echo("reading data and tokenizer; what is not in the cache is downloaded, but no weights", err=True)
-    from qlora_dpo.training.preflight import examine
+    from qlora_dpo.planning.preflight import examine
 
     found = examine(loaded.recipe, here, free, here=gpu is None)
     if as_json:
-        click.echo(json.dumps(check_lines.as_json(loaded, found)))
+        click.echo(json.dumps(check_text.as_json(loaded, found)))
     else:
-        check_lines.show(loaded, found)
+        check_text.show(loaded, found)
     if not found.memory.fits:
-        raise DoesNotFitError(memory_lines.does_not_fit(loaded.path, found.memory, found.ways, here))
+        raise DoesNotFitError(memory_text.does_not_fit(loaded.path, found.memory, found.ways, here))
     if not as_json:
-        click.echo(check_lines.next_command(loaded))
+        click.echo(check_text.next_command(loaded))
     return found.warnings
 
 

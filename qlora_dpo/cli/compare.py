@@ -79,7 +79,7 @@ def compare(
         "computed_in": f"{opened.device.compute_dtype} on {opened.device.type.upper()}",
         "prompts": [_compared(each, opened, tokens) for each in found],
     }
-    from qlora_dpo.report.side_by_side import compared_columns, compared_page
+    from qlora_dpo.report.compare_view import compared_columns, compared_page
 
     if html is not None:
         write_whole(html.expanduser(), compared_page(record))

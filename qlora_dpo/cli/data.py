@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qlora_dpo.data.pairs import Found, Pair
     from qlora_dpo.data.sources import Part, Rows
     from qlora_dpo.recipe import Recipe
-    from qlora_dpo.recipe_data import DataTable
+    from qlora_dpo.recipe.data import DataTable
 
 SHOWN_ROWS = 10
 
@@ -149,9 +149,9 @@ def _table(source: str) -> "tuple[DataTable, Recipe | None]":
     """What SOURCE names: the data of a recipe, or data by itself."""
     from pydantic import ValidationError
 
-    from qlora_dpo import recipe
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.recipe_data import DataTable
+    from qlora_dpo.recipe import recipe
+    from qlora_dpo.recipe.data import DataTable
 
     if source.endswith(".toml"):
         loaded = recipe.load(source)
@@ -182,7 +182,7 @@ def _tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
         return None
     from qlora_dpo.model.base import load_tokenizer
     from qlora_dpo.model.sources import fetch
-    from qlora_dpo.recipe_model import ModelTable
+    from qlora_dpo.recipe.model import ModelTable
 
     table = ModelTable(name=model) if model is not None else recipe.model if recipe is not None else None
     assert table is not None  # noqa: S101 - one of them is there

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from qlora_dpo.data.encode import PairSet
     from qlora_dpo.data.encoded import EncodedPair
     from qlora_dpo.recipe import Recipe
-    from qlora_dpo.recipe_data import DataTable
-    from qlora_dpo.recipe_objective import Objective
+    from qlora_dpo.recipe.data import DataTable
+    from qlora_dpo.recipe.objective import Objective
     from qlora_dpo.talk.judge import Judge
 
 
@@ -100,9 +100,9 @@ def eval_(
     """
     from qlora_dpo.adapter import open_adapter
     from qlora_dpo.errors import GateError
+    from qlora_dpo.evaluation.lm_eval_tasks import measure_tasks, task_manager
     from qlora_dpo.run_folder import described, newest
     from qlora_dpo.talk.judge import judge_at
-    from qlora_dpo.training.tasks import measure_tasks, task_manager
 
     if judge is None and more["judge_model"] is not None:
         raise click.UsageError("--judge-model needs --judge")
@@ -128,7 +128,7 @@ def eval_(
     else:
         from rich.console import Console
 
-        from qlora_dpo.report.judgement import judgement_tables
+        from qlora_dpo.report.eval_tables import judgement_tables
 
         Console().print(judgement_tables(found))
     if min_accuracy is not None and found["accuracy"] < min_accuracy:
@@ -173,8 +173,8 @@ def _data_table(
 ) -> "tuple[DataTable, Any]":
     """What to read, and as which part; raises RecipeError where the options do not fit together."""
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.recipe_data import DataTable
-    from qlora_dpo.recipe_tables import DATA_ENDINGS
+    from qlora_dpo.recipe.data import DataTable
+    from qlora_dpo.recipe.tables import DATA_ENDINGS
 
     own = recipe.data if recipe is not None else None
     if data is None:
@@ -208,7 +208,7 @@ def _data_table(
 def _pairs(opened: "Opened", table: "DataTable", part: Any) -> "PairSet":
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.data.encode import load_pairs
-    from qlora_dpo.training.columns import column_keys
+    from qlora_dpo.training.loss_columns import column_keys
 
     seed = opened.recipe.train.seed if opened.recipe is not None else 0
     pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(_objective(opened)))
@@ -243,7 +243,7 @@ def _judged(opened: "Opened", side: "PairSet", judge: "Judge", most: int, max_ne
 
 def _objective(opened: "Opened") -> "Objective":
     """The run's objective; DPO for an adapter that was made elsewhere."""
-    from qlora_dpo.recipe_objective import Sigmoid
+    from qlora_dpo.recipe.objective import Sigmoid
 
     return opened.recipe.objective if opened.recipe is not None else Sigmoid()
 
@@ -251,14 +251,14 @@ def _objective(opened: "Opened") -> "Objective":
 def _figures(opened: "Opened", side: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
     """Every figure, with what it was measured on and how."""
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.preference.layout import choose_packing
+    from qlora_dpo.evaluation.adapter_eval import WINDOW, examine, read_text, windows_of
+    from qlora_dpo.evaluation.eval_metrics import judgement
+    from qlora_dpo.preference.packing_choice import choose_packing
     from qlora_dpo.preference.reference import Store, store_folder
-    from qlora_dpo.recipe_train import TrainTable
+    from qlora_dpo.recipe.train import TrainTable
     from qlora_dpo.run_folder import described
     from qlora_dpo.talk.generate import context_tokens
-    from qlora_dpo.training.columns import columns_of
-    from qlora_dpo.training.examine import WINDOW, examine, read_text, windows_of
-    from qlora_dpo.training.judgement import judgement
+    from qlora_dpo.training.loss_columns import columns_of
 
     model, device, objective = opened.model, opened.device, _objective(opened)
     assert opened.folder is not None  # noqa: S101 - an adapter has one

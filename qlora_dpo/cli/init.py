@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_dpo.shipped import purpose, shipped
+from qlora_dpo.recipe.shipped import purpose, shipped
 
 PLAIN = "your-own-jsonl"
 """The template of a recipe that names none."""
@@ -34,7 +34,7 @@ def init(path: Path | None, template: str | None, model: str | None, data: str |
 
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.files import write_whole
-    from qlora_dpo.recipe import insist_on_recipe
+    from qlora_dpo.recipe.recipe import insist_on_recipe
 
     source = _template(template or PLAIN)
     file = _file(path, f"{template or 'recipe'}.toml")
@@ -81,7 +81,7 @@ def _written(source: Path, file: Path, model: str | None, data: str | None) -> s
     import tomli_w
 
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.recipe_edit import changed
+    from qlora_dpo.recipe.edit import changed
 
     text = source.read_text(encoding="utf-8")
     tables = tomllib.loads(text)
@@ -129,7 +129,7 @@ def _place(name: str, file: Path) -> str:
     """A hub name as it is; a path, which starts at the current folder, as it starts at the recipe's."""
     import os
 
-    from qlora_dpo.recipe_tables import is_local
+    from qlora_dpo.recipe.tables import is_local
 
     given = Path(name).expanduser()
     if name.startswith(("/", "~")) or not (is_local(name) or given.exists()):
@@ -139,7 +139,7 @@ def _place(name: str, file: Path) -> str:
 
 
 def _missing(data: str | None) -> Iterator[str]:
-    from qlora_dpo.recipe_tables import is_local
+    from qlora_dpo.recipe.tables import is_local
 
     if data is not None and is_local(data) and not Path(data).expanduser().exists():
         yield data

@@ -10,9 +10,9 @@ import click
 if TYPE_CHECKING:
     from qlora_dpo.adapter import Opened
     from qlora_dpo.deploy.merge import Dtype, Merged
+    from qlora_dpo.evaluation.merge_fidelity import Observed
+    from qlora_dpo.evaluation.merge_texts import Texts
     from qlora_dpo.recipe import Recipe
-    from qlora_dpo.training.agreement import Observed
-    from qlora_dpo.training.yardstick import Texts
 
 EXPECTED_KL = 0.001
 
@@ -59,9 +59,9 @@ def merge(
     qlora-dpo merge adapters/hh adapters/tone --weights 0.7,0.3
     """
     from qlora_dpo.deploy import merge as merging
-    from qlora_dpo.deploy.choice import Bars
-    from qlora_dpo.deploy.room import insist_on_room, room_for
-    from qlora_dpo.deploy.several import name_of, weights_for
+    from qlora_dpo.deploy.base_choice import Bars
+    from qlora_dpo.deploy.merge_memory import insist_on_room, room_for
+    from qlora_dpo.deploy.weighted_adapters import name_of, weights_for
     from qlora_dpo.model.device import TORCH_DTYPES
     from qlora_dpo.run_folder import newest
 
@@ -88,8 +88,8 @@ def _check(opened: "Opened", folder: Path) -> "Callable[[Path], dict[str, Any]]"
     """What loads a model that was written and compares it with the adapter model, which is let go at the first call."""
     from functools import cache
 
-    from qlora_dpo.training.agreement import let_go, observe
-    from qlora_dpo.training.yardstick import texts_for
+    from qlora_dpo.evaluation.merge_fidelity import let_go, observe
+    from qlora_dpo.evaluation.merge_texts import texts_for
 
     @cache
     def observed() -> "tuple[Texts, Observed]":
@@ -110,10 +110,10 @@ def _figures(opened: "Opened", texts: "Texts", observed: "Observed", written: Pa
     """Load the model that was written and compare it with what the adapter model said."""
     from dataclasses import asdict
 
+    from qlora_dpo.evaluation.merge_fidelity import compared
     from qlora_dpo.model.base import load_base
     from qlora_dpo.model.sources import Source
-    from qlora_dpo.recipe_model import ModelTable
-    from qlora_dpo.training.agreement import compared
+    from qlora_dpo.recipe.model import ModelTable
 
     plain = ModelTable(name=str(written), quantization="none")
     full = load_base(Source("the merged model", written, ""), plain, opened.device)
@@ -133,7 +133,7 @@ def _figures(opened: "Opened", texts: "Texts", observed: "Observed", written: Pa
 
 def _beta(recipe: "Recipe | None") -> float:
     """The run's beta; DPO's own where its loss has none."""
-    from qlora_dpo.recipe_objective import Sigmoid
+    from qlora_dpo.recipe.objective import Sigmoid
 
     return getattr(recipe and recipe.objective, "beta", None) or Sigmoid().beta
 
@@ -141,8 +141,8 @@ def _beta(recipe: "Recipe | None") -> float:
 def _result(merged: "Merged") -> list[str]:
     """What was written, how it compares, and what to type next."""
     from qlora_dpo.data.dialogue import printable
-    from qlora_dpo.deploy.card import candidate_rows, figure_lines, sum_in_words
-    from qlora_dpo.deploy.choice import RULE
+    from qlora_dpo.deploy.base_choice import RULE
+    from qlora_dpo.deploy.merge_card import candidate_rows, figure_lines, sum_in_words
 
     name = shlex.quote(str(merged.folder))
     files = "1 file" if merged.shards == 1 else f"{merged.shards} files"

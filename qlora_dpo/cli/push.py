@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from qlora_dpo.deploy.parcel import Piece
+    from qlora_dpo.deploy.hub_files import Piece
 
 PARTS = ("model", "card", "run", "samples")
 
@@ -34,7 +34,7 @@ def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], ba
     qlora-dpo push adapters/hh me/hh-adapter --dry-run
     qlora-dpo push merged/hh me/hh --public
     """
-    from qlora_dpo.deploy.parcel import base_of, parcel
+    from qlora_dpo.deploy.hub_files import base_of, parcel
     from qlora_dpo.deploy.push import insist_on_name
     from qlora_dpo.deploy.push import push as send
     from qlora_dpo.report.card import scrubbed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.talk.settings import Settings, settings_for
+from qlora_dpo.talk.sampling import Settings, settings_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,17 +66,17 @@ def serve(
     Settings(**{name: value for name, value in given.items() if value is not None})
     _insist_on_key(host, api_key)
     from qlora_dpo.talk.collect import insist_on_collectable
-    from qlora_dpo.talk.listen import bound
+    from qlora_dpo.talk.http_server import bound
 
     if collect is not None:
         insist_on_collectable(collect)
     listener = bound(host, port)
     try:
         from qlora_dpo.adapter import open_model
+        from qlora_dpo.talk.access import Guard
         from qlora_dpo.talk.engine import Engine
         from qlora_dpo.talk.generate import context_tokens
-        from qlora_dpo.talk.guard import Guard
-        from qlora_dpo.talk.listen import serve as answer
+        from qlora_dpo.talk.http_server import serve as answer
         from qlora_dpo.talk.serve import Service, application
 
         opened = open_model(model)
@@ -118,7 +118,7 @@ def model_ids(opened: "Opened") -> "dict[str, Voice]":
 
 def _insist_on_key(host: str, key: str | None) -> None:
     """Raise RecipeError unless the server is for this machine alone, or has a key that cannot be guessed."""
-    from qlora_dpo.talk.guard import is_loopback
+    from qlora_dpo.talk.access import is_loopback
 
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise RecipeError("--api-key: must be letters, digits and signs without spaces")

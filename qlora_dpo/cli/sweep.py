@@ -10,7 +10,7 @@ from qlora_dpo.cli.set_option import in_our_words, set_option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_dpo.recipe_grid import Axis, Point
+    from qlora_dpo.recipe.grid import Axis, Point
 
 
 @click.command(short_help="Train a recipe with every combination of some values, and say which is best.")
@@ -44,14 +44,14 @@ def sweep(
     qlora-dpo sweep recipes/hh.toml --over 'objective.beta=[0.05,0.1]' --over 'lora.r=[8,16]'
     qlora-dpo sweep recipes/quickstart.toml --over 'lora.r=[4,16]' --dry-run
     """
-    from qlora_dpo import recipe_grid
+    from qlora_dpo.recipe import grid
 
-    axes = recipe_grid.axes(over)
-    points = recipe_grid.points(recipe_file, overrides, axes)
+    axes = grid.axes(over)
+    points = grid.points(recipe_file, overrides, axes)
     first = points[0].loaded
     folder = output or Path("adapters") / f"{first.name}-sweep"
 
-    from qlora_dpo.training.extras import insist_on_extras
+    from qlora_dpo.recipe.extras import insist_on_extras
 
     for point in points:
         insist_on_extras(point.loaded.recipe)

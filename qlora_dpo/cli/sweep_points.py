@@ -17,14 +17,14 @@ from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.lock import LOCK, held
 from qlora_dpo.manifest import damage
 from qlora_dpo.model import device
-from qlora_dpo.recipe_grid import Axis, Point
-from qlora_dpo.recipe_train import Metric
+from qlora_dpo.recipe.grid import Axis, Point
+from qlora_dpo.recipe.train import Metric
 from qlora_dpo.report.runs import runs_table, summary
 from qlora_dpo.report.sweep import cautions, figure
 from qlora_dpo.run_folder import WEIGHTS
-from qlora_dpo.training.checkpoint import newest_valid
-from qlora_dpo.training.shared import Shared
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.sweep import BEST, Entry, Sweep, begin, evaluation, write_best
+from qlora_dpo.training.sweep_base import Shared
 
 
 @contextmanager

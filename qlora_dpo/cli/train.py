@@ -10,11 +10,12 @@ from qlora_dpo.cli.set_option import set_option
 
 if TYPE_CHECKING:
     from qlora_dpo.model.device import Device
-    from qlora_dpo.recipe import LoadedRecipe, Recipe
-    from qlora_dpo.recipe_data import DataTable
-    from qlora_dpo.recipe_objective import Objective
+    from qlora_dpo.recipe import Recipe
+    from qlora_dpo.recipe.data import DataTable
+    from qlora_dpo.recipe.objective import Objective
+    from qlora_dpo.recipe.recipe import LoadedRecipe
     from qlora_dpo.training.run import Outcome, Prepared
-    from qlora_dpo.training.shared import Shared
+    from qlora_dpo.training.sweep_base import Shared
 
 
 @click.command(short_help="Tune a model on preference pairs as a recipe says.")
@@ -50,9 +51,9 @@ def train(
     """
     import time
 
-    from qlora_dpo import recipe
     from qlora_dpo.cli.launch import hush, launch
     from qlora_dpo.errors import RecipeError
+    from qlora_dpo.recipe import recipe
 
     hush()
     until = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
@@ -66,12 +67,12 @@ def train(
         allow, also=("base", "tokenizer", "template", "pairs", "heldout", "init_from", "reference"), option="--allow"
     )
 
-    from qlora_dpo.training.extras import insist_on_extras
+    from qlora_dpo.recipe.extras import insist_on_extras
 
     insist_on_extras(loaded.recipe)
 
     from qlora_dpo.model import device
-    from qlora_dpo.model import processes as together
+    from qlora_dpo.model.distributed import processes as together
 
     if processes is not None and together.launched() > 1:
         raise click.UsageError("--processes starts the processes, and this is one of them; leave it out")
@@ -104,24 +105,24 @@ def train(
 
 def _insist_on_sharing(recipe: "Recipe") -> None:
     """Raise RecipeError for what cannot be shared out among processes as accelerate's config file asks."""
-    from qlora_dpo.model import processes
+    from qlora_dpo.model.distributed import processes
 
     if processes.sharded():
-        from qlora_dpo.model import shard
+        from qlora_dpo.model.distributed import sharding
 
-        shard.insist_on_shardable(recipe.model, recipe.lora)
+        sharding.insist_on_shardable(recipe.model, recipe.lora)
     if processes.sharing() in ("zero2", "zero3"):
-        from qlora_dpo.model import zero
+        from qlora_dpo.model.distributed import deepspeed_engine
 
-        zero.insist_on_deepspeed()
+        deepspeed_engine.insist_on_deepspeed()
     if processes.sharing() == "zero2":
         from qlora_dpo.model import device
 
-        zero.insist_on_unscaled(device.choose(recipe.model.dtype))
+        deepspeed_engine.insist_on_unscaled(device.choose(recipe.model.dtype))
 
-        from qlora_dpo.training import zero2
+        from qlora_dpo.training import zero2_optimizer
 
-        zero2.insist_on_elementwise(recipe.train)
+        zero2_optimizer.insist_on_elementwise(recipe.train)
 
 
 def _insist_on_whole(outcome: "Outcome", folder: Path) -> None:
@@ -155,11 +156,13 @@ def run_once(
     from functools import partial
 
     from qlora_dpo import adapter, run_folder
-    from qlora_dpo.cli.train_results import answer, asker, record_run, show, write_results
+    from qlora_dpo.cli.text.train_text import answer, asker, record_run, show, write_results
     from qlora_dpo.data.audit import insist_on_few_bad_rows
     from qlora_dpo.files import write_json
-    from qlora_dpo.model import processes, shard
-    from qlora_dpo.training import checkpoint, display, interrupted, run
+    from qlora_dpo.model.distributed import processes, sharding
+    from qlora_dpo.tracking import progress
+    from qlora_dpo.training import interrupted, run
+    from qlora_dpo.training.checkpoint import save
 
     say = partial(click.echo, err=True)
     with run_folder.claimed(folder, loaded, resume=resume, say=say), interrupted.told(folder):
@@ -168,7 +171,7 @@ def run_once(
         if not known:
             click.echo("reading base and data; what is not in the cache is downloaded", err=True)
         prepare = shared.prepare if shared else run.prepare
-        prepared = prepare(loaded.recipe, watch=display.reading)
+        prepared = prepare(loaded.recipe, watch=progress.reading)
         for side in (prepared.train, prepared.heldout):
             if not known:
                 click.echo("\n".join(side.audit.lines(numbers=dropped_rows)), err=True)
@@ -178,7 +181,7 @@ def run_once(
         write_json(
             folder / run_folder.AUDIT, {"train": prepared.train.audit.facts(), "eval": prepared.heldout.audit.facts()}
         )
-        resume_from, skipped = checkpoint.newest_valid(folder) if resume else (None, [])
+        resume_from, skipped = save.newest_valid(folder) if resume else (None, [])
         with run.follow(prepared, loaded, folder, resume_from) as tracker:
             for sentence in skipped:
                 tracker.note(sentence)
@@ -188,7 +191,7 @@ def run_once(
             adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
             # before the answers, which take a while: without it the adapter would not know its base
             record_run(folder, outcome, loaded.recipe, here)
-            shard.gather(outcome.model)
+            sharding.gather(outcome.model)
             answers = answer(outcome, loaded.recipe, here, tracker)
         record_run(folder, outcome, loaded.recipe, here)
         results = write_results(folder, outcome, answers, loaded.recipe)
@@ -201,36 +204,37 @@ def _help_to_train(
     loaded: "LoadedRecipe", folder: Path, here: "Device", *, resume: bool, allow: tuple[str, ...], until: float
 ) -> None:
     """Take a part of every step beside the first process, which writes and speaks for all."""
-    from qlora_dpo.cli.train_results import asker
-    from qlora_dpo.model import processes, shard
-    from qlora_dpo.training import checkpoint, run
+    from qlora_dpo.cli.text.train_text import asker
+    from qlora_dpo.model.distributed import processes, sharding
+    from qlora_dpo.training import run
+    from qlora_dpo.training.checkpoint import save
 
     processes.wait()
     prepared = run.prepare(loaded.recipe)
-    resume_from, _ = checkpoint.newest_valid(folder) if resume else (None, [])
+    resume_from, _ = save.newest_valid(folder) if resume else (None, [])
     with run.follow(prepared, loaded, folder, resume_from) as tracker:
         ask = asker(prepared, loaded.recipe, here)
         outcome = run.run(prepared, loaded.recipe, here, tracker, resume_from, allow, ask, until)
-    shard.gather(outcome.model)  # the first process answers prompts alone
+    sharding.gather(outcome.model)  # the first process answers prompts alone
 
 
 def _insist_on_memory(prepared: "Prepared", loaded: "LoadedRecipe", here: "Device") -> None:
     """Say what the run takes of memory, by part; raises DoesNotFitError if that is more than there is."""
-    from qlora_dpo.cli import memory_lines
+    from qlora_dpo.cli.text import memory_text
     from qlora_dpo.errors import DoesNotFitError
-    from qlora_dpo.training.room import judged
+    from qlora_dpo.planning.room import judged
 
     memory, ways = judged(prepared, loaded.recipe, here)
     if not memory.fits:
-        raise DoesNotFitError(memory_lines.does_not_fit(loaded.path, memory, ways, here))
-    click.echo(memory_lines.in_a_line(memory), err=True)
+        raise DoesNotFitError(memory_text.does_not_fit(loaded.path, memory, ways, here))
+    click.echo(memory_text.in_a_line(memory), err=True)
 
 
 def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device", processes: int) -> list[str]:
     """What the run will do, one decision a line."""
-    from qlora_dpo.model.processes import sharing
-    from qlora_dpo.recipe_model import QUANTIZED
-    from qlora_dpo.recipe_tables import is_local
+    from qlora_dpo.model.distributed.processes import sharing
+    from qlora_dpo.recipe.model import QUANTIZED
+    from qlora_dpo.recipe.tables import is_local
 
     model, lora, data, steps = (getattr(loaded.recipe, name) for name in ("model", "lora", "data", "train"))
     heldout = data.eval or data.train_name
@@ -265,7 +269,7 @@ def _plan(loaded: "LoadedRecipe", folder: Path, here: "Device", processes: int) 
 
 def _trained_on(data: "DataTable") -> list[str]:
     """The sources of the training pairs."""
-    from qlora_dpo.recipe_tables import is_local
+    from qlora_dpo.recipe.tables import is_local
 
     if data.train is not None:
         return [data.train + ("" if is_local(data.train) else f", split {data.train_split}")]
@@ -289,8 +293,8 @@ def _objective(table: "Objective") -> str:
 
 def _reference(recipe: "Recipe") -> str:
     """What the policy is compared with."""
-    from qlora_dpo.recipe_objective import ReferenceFree
-    from qlora_dpo.recipe_reference import AdapterReference, EmaReference, ModelReference
+    from qlora_dpo.recipe.objective import ReferenceFree
+    from qlora_dpo.recipe.reference import AdapterReference, EmaReference, ModelReference
 
     if isinstance(recipe.objective, ReferenceFree):
         return "no reference"

@@ -34,7 +34,7 @@ def _checked(folder: Path) -> Iterator[tuple[str, str]]:
     """Each part of `folder`, and what is wrong with it; empty if nothing is."""
     from qlora_dpo.manifest import damage
     from qlora_dpo.run_folder import CONFIG, WEIGHTS
-    from qlora_dpo.training import verify as training
+    from qlora_dpo.training.checkpoint import integrity as training
 
     if (folder / CONFIG).is_file():
         yield "adapter", damage(folder, needed=WEIGHTS)

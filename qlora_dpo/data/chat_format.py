@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.data.chat_template import REFUSALS, rendered, special_tokens, tokenize
 from qlora_dpo.data.dialogue import Message, Unusable
 from qlora_dpo.data.encoded import Ids
-from qlora_dpo.data.limits import TooMuch
+from qlora_dpo.data.template_limits import TooMuch
 from qlora_dpo.errors import ModelError
 
 _ANSWER = "Yes."

@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import Ids
-from qlora_dpo.data.limits import TooMuch, limited
+from qlora_dpo.data.template_limits import TooMuch, limited
 
 Chat = Sequence[Message]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.data import remembered
+from qlora_dpo.data import scan_cache
 from qlora_dpo.data.audit import OVERLONG, Audit, quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, chat_format
 from qlora_dpo.data.chat_template import (
@@ -28,16 +28,16 @@ from qlora_dpo.data.chat_template import (
 )
 from qlora_dpo.data.dialogue import Message, Unusable, printable
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, Ids, digest
-from qlora_dpo.data.encoded_cache import FORMAT, keep, key_of, look_up, tokenizer_text
-from qlora_dpo.data.lazily import Lazily
-from qlora_dpo.data.limits import TooMuch, few_collections
+from qlora_dpo.data.lazy_sequence import Lazily
 from qlora_dpo.data.mixture import Mixture, find_all
-from qlora_dpo.data.overlong import cut_prompt
 from qlora_dpo.data.pairs import Flags, Found, Numbers, Pair
+from qlora_dpo.data.progress import Watch, unwatched, watched
 from qlora_dpo.data.sources import Part, Rows
-from qlora_dpo.data.watched import Watch, unwatched, watched
+from qlora_dpo.data.template_limits import TooMuch, few_collections
+from qlora_dpo.data.token_cache import FORMAT, keep, key_of, look_up, tokenizer_text
+from qlora_dpo.data.truncation import cut_prompt
 from qlora_dpo.errors import DataError, ModelError, SourceError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 
 CUT = "prompt cut at the front"
 CHUNK = 1024
@@ -78,7 +78,7 @@ def load_pairs(
     in_order = wanted is None and not mixture.is_drawn
     order = np.arange(len(found.pairs)) if in_order else _drawn(found.row_P, len(rows.rows), seed)
     name = _name(mixture.rows, (table, part, seed, keep), tokenizer, form)
-    known = remembered.recall(name)
+    known = scan_cache.recall(name)
     used, looked_at, dropped = _recalled(known) or _looked_at(
         mixture, found, order, wanted, tokenizer, form, table, watch
     )
@@ -128,15 +128,15 @@ def _name(
 ) -> str | None:
     """The name under which what became of these rows is kept; None if they are few, or not to be told apart."""
     text = tokenizer_text(tokenizer)
-    if not rows.fingerprint or len(rows.rows) < remembered.MANY or text is None:
+    if not rows.fingerprint or len(rows.rows) < scan_cache.MANY or text is None:
         return None
     table, part, seed, keep = asked
     # where the rows came from is in their fingerprint
     keys = table.model_dump(mode="json", exclude={"train", "eval", "max_bad_share"}) | {"share": table.held_out_share}
-    return remembered.name_of(FORMAT, rows.fingerprint, text, repr(form), keys, part, seed, sorted(keep))
+    return scan_cache.name_of(FORMAT, rows.fingerprint, text, repr(form), keys, part, seed, sorted(keep))
 
 
-def _recalled(known: remembered.Kept | None) -> Looked | None:
+def _recalled(known: scan_cache.Kept | None) -> Looked | None:
     """What `_looked_at` has returned in an earlier run."""
     if known is None:
         return None
@@ -153,7 +153,7 @@ def _kept_for_later(name: str | None, used: "_Used", looked_at: Numbers, dropped
         return
     columns = {**used.encoded.columns(), "place": np.array(used.places, dtype=np.int64), "looked_at": looked_at}
     cut = [(place, asdict(pair)) for place, pair in used.cut.items()]
-    remembered.keep(name, columns, {"cut": cut, "repaired": used.repaired, "dropped": dropped}, used.encoded.ids)
+    scan_cache.keep(name, columns, {"cut": cut, "repaired": used.repaired, "dropped": dropped}, used.encoded.ids)
 
 
 def _looked_at(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dpo.data.lazily import Lazily
-from qlora_dpo.data.remembered import Kept
+from qlora_dpo.data.lazy_sequence import Lazily
+from qlora_dpo.data.scan_cache import Kept
 from qlora_dpo.data.spool import Spool
 
 Ids = tuple[int, ...]

@@ -16,11 +16,11 @@ from typing import IO, Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qlora_dpo.data.lazily import Lazily
+from qlora_dpo.data.lazy_sequence import Lazily
 from qlora_dpo.data.spool import IN_MEMORY, Spool
 from qlora_dpo.errors import DataError, RecipeError, SourceError
 from qlora_dpo.files import sha256_of
-from qlora_dpo.recipe_tables import DATA_ENDINGS
+from qlora_dpo.recipe.tables import DATA_ENDINGS
 
 Row = dict[str, Any]
 

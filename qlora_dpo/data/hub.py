@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from qlora_dpo.data.files import Row, arrow_rows
-from qlora_dpo.data.lazily import Lazily
+from qlora_dpo.data.lazy_sequence import Lazily
 from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
 from qlora_dpo.files import cache_home, write_whole
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qlora_dpo.data.lazily import Lazily, joined
+from qlora_dpo.data.formats import Shape
+from qlora_dpo.data.lazy_sequence import Lazily, joined
 from qlora_dpo.data.pairs import Flags, Found, Numbers, Pair, Reading, find_pairs
-from qlora_dpo.data.shapes import Shape
+from qlora_dpo.data.progress import Watch, unwatched
 from qlora_dpo.data.sources import Part, Rows, read_parts, together
-from qlora_dpo.data.watched import Watch, unwatched
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe_data import DataTable, MixTable
+from qlora_dpo.recipe.data import DataTable, MixTable
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dpo.data import remembered
+from qlora_dpo.data import scan_cache
 from qlora_dpo.data.dialogue import Message, Unusable, check_roles
 from qlora_dpo.data.files import Row
-from qlora_dpo.data.lazily import Lazily
-from qlora_dpo.data.shapes import NAMES, Shape, named, recognise, renamed, tools_of, turns_of
+from qlora_dpo.data.formats import NAMES, Shape, named, recognise, renamed, tools_of, turns_of
+from qlora_dpo.data.lazy_sequence import Lazily
+from qlora_dpo.data.progress import Watch, unwatched, watched
 from qlora_dpo.data.sources import Rows
-from qlora_dpo.data.watched import Watch, unwatched, watched
 from qlora_dpo.errors import RecipeError
 
 Numbers = NDArray[np.int64]
@@ -93,8 +93,8 @@ def find_pairs(
     if reading.columns:
         read, columns = rows.rows, reading.columns
         rows = replace(rows, rows=Lazily(len(read), lambda index: renamed(read[index], columns)))
-    large = rows.fingerprint and len(rows.rows) >= remembered.MANY
-    name = remembered.name_of(FORMAT, rows.fingerprint, vars(reading), share, sorted(keep)) if large else None
+    large = rows.fingerprint and len(rows.rows) >= scan_cache.MANY
+    name = scan_cache.name_of(FORMAT, rows.fingerprint, vars(reading), share, sorted(keep)) if large else None
     scan = _recalled(name)
     if scan is None:
         scan = _scanned(rows, keep, reading, share, watch)
@@ -129,7 +129,7 @@ class _Scan:
 
 def _recalled(name: str | None) -> _Scan | None:
     """What an earlier run has found in these rows, if it is kept."""
-    known = remembered.recall(name)
+    known = scan_cache.recall(name)
     if known is None:
         return None
     row_P, which_P = (array("q", known.columns[each].tobytes()) for each in ("row", "which"))
@@ -139,13 +139,13 @@ def _recalled(name: str | None) -> _Scan | None:
 
 
 def _kept_for_later(name: str | None, scan: _Scan) -> None:
-    columns: remembered.Columns = {
+    columns: scan_cache.Columns = {
         "row": np.array(scan.row_P, dtype=np.int64),
         "which": np.array(scan.which_P, dtype=np.int64),
         "held": np.array(scan.held_P, dtype=np.uint8),
         "answer": np.frombuffer(b"".join(scan.answers), dtype=np.uint8),
     }
-    remembered.keep(name, columns, {"shape": scan.shape.value, "dropped": scan.dropped})
+    scan_cache.keep(name, columns, {"shape": scan.shape.value, "dropped": scan.dropped})
 
 
 def _scanned(rows: Rows, keep: Mapping[str, str], reading: Reading, share: float | None, watch: Watch) -> _Scan:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_dpo.data import lazily
+from qlora_dpo.data import lazy_sequence
 from qlora_dpo.data.files import FileRows, Row, ending, read_file, shown
 from qlora_dpo.errors import DataError, RecipeError, SourceError
-from qlora_dpo.recipe_data import DataTable, MixTable
-from qlora_dpo.recipe_tables import DATA_ENDINGS, is_local, is_pattern
+from qlora_dpo.recipe.data import DataTable, MixTable
+from qlora_dpo.recipe.tables import DATA_ENDINGS, is_local, is_pattern
 
 Part = Literal["train", "eval"]
 
@@ -86,7 +86,7 @@ def together(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     name = " + ".join(each.name for each in parts)
     told = "" if any(not each.fingerprint for each in parts) else json.dumps([each.fingerprint for each in parts])
-    return Rows(name, lazily.joined([each.rows for each in parts]), _place(parts), told)
+    return Rows(name, lazy_sequence.joined([each.rows for each in parts]), _place(parts), told)
 
 
 def _read(source: Source) -> Rows:
@@ -104,7 +104,7 @@ def _read(source: Source) -> Rows:
     shown_name = shown(Path(name).expanduser())
     title = read[0].name if len(read) == 1 else shown_name if is_pattern(name) else f"{shown_name}, split {split}"
     told = "" if any(not each.fingerprint for each in read) else json.dumps([each.fingerprint for each in read])
-    return Rows(title, lazily.joined([each.rows for each in read]), _place(read), told)
+    return Rows(title, lazy_sequence.joined([each.rows for each in read]), _place(read), told)
 
 
 def check(table: DataTable, part: Part) -> None:

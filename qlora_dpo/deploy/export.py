@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from qlora_dpo.deploy.gguf_file import insist_on_architecture, read_back, write_gguf
 from qlora_dpo.deploy.gguf_tensors import Quant
-from qlora_dpo.deploy.gguf_words import words_of
+from qlora_dpo.deploy.gguf_tokenizer import words_of
 from qlora_dpo.deploy.modelfile import modelfile
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import insist_on_space, whole_folder, write_json, write_whole
@@ -16,7 +16,7 @@ from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import sources
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.run_folder import CONFIG
 
 To = Literal["gguf", "ollama"]

@@ -8,7 +8,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from qlora_dpo.deploy.gguf_tensors import ARCHITECTURES, Planned, Quant, encoded, planned_tensors, values_of
-from qlora_dpo.deploy.gguf_words import Words
+from qlora_dpo.deploy.gguf_tokenizer import Words
 from qlora_dpo.errors import ModelError
 
 FILE_TYPES = {

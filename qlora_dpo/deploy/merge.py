@@ -14,17 +14,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from qlora_dpo.adapter import Opened, open_adapter
-from qlora_dpo.deploy.card import Onto, merged_card, public_name
-from qlora_dpo.deploy.choice import RULE, Bars, choose
-from qlora_dpo.deploy.several import add_adapters
+from qlora_dpo.deploy.base_choice import RULE, Bars, choose
+from qlora_dpo.deploy.merge_card import Onto, merged_card, public_name
+from qlora_dpo.deploy.merged_weights import changed_layers, is_dora
 from qlora_dpo.deploy.shards import write_model
-from qlora_dpo.deploy.sums import changed_layers, is_dora
+from qlora_dpo.deploy.weighted_adapters import add_adapters
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import whole_folder, write_json, write_whole
 from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import device
 from qlora_dpo.model.quantized import quantization_of, quantized_layers
-from qlora_dpo.recipe_model import Quantization
+from qlora_dpo.recipe.model import Quantization
 from qlora_dpo.run_folder import CONFIG
 
 Dtype = Literal["bf16", "fp16", "fp32"]

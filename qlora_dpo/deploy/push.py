@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from qlora_dpo.deploy.parcel import Piece
+from qlora_dpo.deploy.hub_files import Piece
 from qlora_dpo.errors import RecipeError, SourceError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dpo.adapter import Opened
-from qlora_dpo.deploy.card import Onto
-from qlora_dpo.deploy.sums import add_update, changed_layers, trained_copies, trained_weight
+from qlora_dpo.deploy.merge_card import Onto
+from qlora_dpo.deploy.merged_weights import add_update, changed_layers, trained_copies, trained_weight
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import write_json
 

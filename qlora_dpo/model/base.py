@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model import processes
 from qlora_dpo.model.cast_output import CastOutput
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.quantized import compute_with_dequantized_weights
 from qlora_dpo.model.sources import Source
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.recipe.model import ModelTable
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from typing import Literal, assert_never
 import torch
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model.cards import Card
+from qlora_dpo.model.gpu_specs import Card
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model import copies, dora
-from qlora_dpo.recipe_model import LoraTable
+from qlora_dpo.model import dora, modules_to_save
+from qlora_dpo.recipe.model import LoraTable
 
 
 def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
@@ -27,7 +27,7 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         target_modules=table.target_modules if isinstance(table.target_modules, str) else list(table.target_modules),
         exclude_modules=table.exclude_modules,
         layers_to_transform=_layers(base, table),
-        modules_to_save=copies.names(base, table.modules_to_save) if table.modules_to_save else None,
+        modules_to_save=modules_to_save.names(base, table.modules_to_save) if table.modules_to_save else None,
         rank_pattern=dict(table.rank_pattern),
         alpha_pattern=dict(table.alpha_pattern),
         use_rslora=table.use_rslora,
@@ -48,7 +48,7 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         raise RecipeError("lora.target_modules names the output head, which is not trained here; leave it out")
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    copies.keep_output_dtypes(model)
+    modules_to_save.keep_output_dtypes(model)
     dora.use_exact_norms(model)
     dora.reset_magnitudes(model)
     result: PeftModel = model

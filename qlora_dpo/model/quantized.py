@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.recipe_model import Quantization
+from qlora_dpo.recipe.model import Quantization
 
 
 def compute_with_dequantized_weights(model: nn.Module) -> None:

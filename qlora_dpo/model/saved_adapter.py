@@ -19,10 +19,10 @@ from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import sha256_of
 from qlora_dpo.manifest import MANIFEST, damage
-from qlora_dpo.model import copies, dora
+from qlora_dpo.model import dora, modules_to_save
 from qlora_dpo.model.lora import names_not_finite
 from qlora_dpo.model.sources import Source, fingerprint
-from qlora_dpo.recipe_model import LoraTable, ModelTable
+from qlora_dpo.recipe.model import LoraTable, ModelTable
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHAPE: dict[str, Any] = {
@@ -165,7 +165,7 @@ def opened_by_peft(base: PreTrainedModel, saved: SavedAdapter) -> Iterator[nn.Mo
     try:
         yield opened.eval()
     finally:
-        copies.unload(opened)
+        modules_to_save.unload(opened)
 
 
 def _insist_on_plain_lora(config: dict[str, Any], folder: Path, key: str) -> None:

@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import ModelError, RecipeError, SourceError
 from qlora_dpo.files import cache_home, full_disk_named, sha256_of, whole_folder, write_json
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.recipe_tables import is_local
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.recipe.tables import is_local
 
 # What transformers needs of a repository, and the card, which names the licence; never pickled weights, never code
 WEIGHTS = "*.safetensors"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qlora_dpo.model import processes
+from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference.logps import HEAD_FIGURES, Scores
 from qlora_dpo.preference.objective import Losses
-from qlora_dpo.recipe_objective import Objective, WithSft
+from qlora_dpo.recipe.objective import Objective, WithSft
 
 TIE = 1e-4
 """Nats. Margins below this are what float32 rounds differently in another batch, so the pair counts as a tie."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_dpo.recipe_objective import (
+from qlora_dpo.recipe.objective import (
     AlphaPo,
     Aot,
     BetaDpo,

@@ -18,7 +18,7 @@ from qlora_dpo.data.encoded import EncodedPair, Ids
 from qlora_dpo.model.attention import Backend, Layout
 from qlora_dpo.model.span import Span
 from qlora_dpo.model.transfer import copied_together
-from qlora_dpo.preference.counted import Counted
+from qlora_dpo.preference.token_weights import Counted
 
 
 @dataclass(frozen=True)

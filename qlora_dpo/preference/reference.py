@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair, digests
 from qlora_dpo.errors import ModelError, SourceError
 from qlora_dpo.files import cache_home, write_whole
-from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.model.sources import Source
-from qlora_dpo.preference import shares
-from qlora_dpo.preference.answers import NONE, Answers, Digests, answers
-from qlora_dpo.preference.counted import Counted
-from qlora_dpo.preference.held import OFF, Held, as_reference
-from qlora_dpo.preference.journal import Journal, left_behind
+from qlora_dpo.preference import rank_split
+from qlora_dpo.preference.logp_journal import Journal, left_behind
+from qlora_dpo.preference.logp_table import NONE, Answers, Digests, answers
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.objective import dpo
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
-from qlora_dpo.recipe_model import ModelTable
+from qlora_dpo.preference.reference_adapter import OFF, Held, as_reference
+from qlora_dpo.preference.token_weights import Counted
+from qlora_dpo.recipe.model import ModelTable
 
 SECONDS_BETWEEN_SAVES = 60.0
 GROUPED_TOGETHER = 4096
@@ -149,14 +149,14 @@ def reference_logps(
     told how many pairs are known, and then how many each batch finished. Of several processes each computes its own
     part, and learns the others'; if memory runs out in one, all raise, and what each has added stays.
     """
-    own = shares.own_of_many(pairs)
+    own = rank_split.own_of_many(pairs)
     missing = store.missing(pairs, own)
     advance(len(pairs) - len(missing) * processes.count())
     groups: Iterable[list[int] | None] = _groups(pairs, missing, packing)
 
     def compute() -> None:
         with store:
-            for group in shares.in_step(list(groups)) if processes.sharded() else groups:
+            for group in rank_split.in_step(list(groups)) if processes.sharded() else groups:
                 some = [pairs[index] for index in group or [0]]
                 with as_reference(model, held):
                     answers_P2 = live_logps(model, some, packing, device)
@@ -194,7 +194,7 @@ def ride_along(model: nn.Module, batch: MicroBatch, device: Device, held: Held =
 def asked_now(model: nn.Module, pairs: Sequence[EncodedPair], packing: Packing, device: Device, held: Held) -> Tensor:
     """Log-probabilities (P, 2) of `pairs` by the reference as it is now, on the CPU; nothing is kept."""
     answers_P2 = torch.zeros(len(pairs), 2)
-    for group in shares.in_step(micro_batches(pairs, packing)):
+    for group in rank_split.in_step(micro_batches(pairs, packing)):
         batch = collate([pairs[index] for index in group or [0]], packing).to(device.torch_device)
         asked_P2 = ride_along(model, batch, device, held).cpu()
         if group is not None:

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qlora_dpo.data.dialogue import printable
-from qlora_dpo.recipe_model import QUANTIZED
-from qlora_dpo.recipe_tables import is_local
+from qlora_dpo.recipe.model import QUANTIZED
+from qlora_dpo.recipe.tables import is_local
 from qlora_dpo.redact import redacted
-from qlora_dpo.report.objective_words import objective_name, objective_tags
+from qlora_dpo.report.objective_names import objective_name, objective_tags
 from qlora_dpo.report.samples import prompt_text
 from qlora_dpo.report.tables import answers_markdown, markdown_cell, results_markdown
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from qlora_dpo import __version__
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.model import budget, device
+from qlora_dpo.model import device, memory
 from qlora_dpo.redact import redacted
 
 PACKAGES = (
@@ -79,7 +79,7 @@ def machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         processor=_processor(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        free_bytes=budget.free_bytes(here),
+        free_bytes=memory.free_bytes(here),
         cards=cards,
         packages={name: _version(name) for name in PACKAGES},
         switches={name: os.environ[name] for name in SWITCHES if name in os.environ},

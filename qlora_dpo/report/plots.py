@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.intervals import wilson
+from qlora_dpo.wilson import wilson
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
 """Two of Okabe and Ito's colours, which all kinds of sight tell apart, and grey for what needs no model."""

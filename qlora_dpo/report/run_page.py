@@ -7,7 +7,7 @@ from typing import Any
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.redact import redacted
 from qlora_dpo.report.card import last_part, scrubbed
-from qlora_dpo.report.objective_words import objective_name
+from qlora_dpo.report.objective_names import objective_name
 from qlora_dpo.report.page import page
 from qlora_dpo.report.plots import Plot
 from qlora_dpo.report.samples import prompt_text

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import RunError
-from qlora_dpo.intervals import wilson
-from qlora_dpo.report.objective_words import objective_name
+from qlora_dpo.report.objective_names import objective_name
+from qlora_dpo.wilson import wilson
 
 Record = Mapping[str, Any]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_dpo.intervals import wilson
+from qlora_dpo.wilson import wilson
 
 Record = Mapping[str, Any]
 Interval = tuple[str, float, float]

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dpo.data.dialogue import printable
-from qlora_dpo.intervals import wilson
+from qlora_dpo.wilson import wilson
 
 Record = Mapping[str, Any]
 

@@ -15,12 +15,12 @@ import click
 
 from qlora_dpo.data.dialogue import printable
 from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.talk.chat_history import keep
 from qlora_dpo.talk.commands import is_command, obey
 from qlora_dpo.talk.conversation import Conversation, Voice, ask, next_seed, reply
 from qlora_dpo.talk.generate import Tally
-from qlora_dpo.talk.kept import keep
-from qlora_dpo.talk.keyboard import message, remembered
-from qlora_dpo.talk.screen import ctrl_c_stops, keys_unseen
+from qlora_dpo.talk.line_editor import message, remembered
+from qlora_dpo.talk.terminal import ctrl_c_stops, keys_unseen
 
 COLOURS = {"you": "cyan", "...": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
 

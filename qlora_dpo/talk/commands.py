@@ -10,7 +10,7 @@ from typing import Literal
 from qlora_dpo.errors import QloraDpoError, RecipeError
 from qlora_dpo.talk.collect import add_pair
 from qlora_dpo.talk.conversation import Conversation, Said, latest, start_anew, transcript, undo
-from qlora_dpo.talk.settings import SETTINGS, Settings
+from qlora_dpo.talk.sampling import SETTINGS, Settings
 
 COMMANDS = {
     "/help": ("", "show this list"),

@@ -11,8 +11,8 @@ from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.talk.generate import Memory, Tally, context_tokens, prompt_ids, stream
-from qlora_dpo.talk.screen import Printable
-from qlora_dpo.talk.settings import Settings
+from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.terminal import Printable
 
 Voice = Literal["tuned", "base", "model"]
 

@@ -14,9 +14,9 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_off
 from qlora_dpo.talk.conversation import Voice
 from qlora_dpo.talk.generate import Memory, Tally, context_tokens, prompt_ids, stream
-from qlora_dpo.talk.screen import Printable
-from qlora_dpo.talk.settings import Settings
-from qlora_dpo.talk.stops import Stops
+from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.stop_strings import Stops
+from qlora_dpo.talk.terminal import Printable
 
 WAITING = 64
 """Questions in the line; one more is told to come again later."""

@@ -18,9 +18,9 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from qlora_dpo.data.chat_template import REFUSALS, chat_ids, rendered, tokenize
 from qlora_dpo.data.dialogue import Message, Unusable
-from qlora_dpo.data.limits import TooMuch
+from qlora_dpo.data.template_limits import TooMuch
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.talk.settings import Settings
+from qlora_dpo.talk.sampling import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from qlora_dpo.data.dialogue import Message, printable
 from qlora_dpo.errors import RecipeError, SourceError
-from qlora_dpo.intervals import wilson
+from qlora_dpo.wilson import wilson
 
 SECONDS = 120.0
 """A verdict may take so long."""

@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_dpo import __version__
 from qlora_dpo.errors import QloraDpoError, RecipeError
-from qlora_dpo.talk.asked import Asked, Unknown, asked
+from qlora_dpo.talk.access import HEADERS, Guard
+from qlora_dpo.talk.chat_request import Asked, Unknown, asked
 from qlora_dpo.talk.collect import add_pair
 from qlora_dpo.talk.conversation import Voice
 from qlora_dpo.talk.engine import Ended, Engine, Event, Failed, Piece, Question
 from qlora_dpo.talk.generate import Tally
-from qlora_dpo.talk.guard import HEADERS, Guard
-from qlora_dpo.talk.settings import Settings
+from qlora_dpo.talk.sampling import Settings
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css", "/icon.svg": "icon.svg"}

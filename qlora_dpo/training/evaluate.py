@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.model import processes
 from qlora_dpo.model.device import Device
-from qlora_dpo.preference import shares
+from qlora_dpo.model.distributed import processes
+from qlora_dpo.preference import rank_split
 from qlora_dpo.preference.logps import score
 from qlora_dpo.preference.metrics import Sums, sums_for
 from qlora_dpo.preference.objective import Columns, Logps, Losses, objective, together, weighs_pairs
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
-from qlora_dpo.recipe_objective import Objective
+from qlora_dpo.recipe.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Side:
         """The pairs that this process takes of them; the first one, not to be counted, if there are none for it."""
         if processes.count() == 1:
             return self
-        own = shares.own(self.pairs)
+        own = rank_split.own(self.pairs)
         indices = own or [0]
         some = [self.pairs[i] for i in indices]
         return Side(some, self.reference_P2[indices], self.columns.of(indices), counts=bool(own))
@@ -60,7 +60,7 @@ def evaluate(
     sums = sums_for(table)
     mine = processes.all_or_none(lambda: _looked_at(model, side, table, packing, device, sums, advance))
     # of all pairs at once, since a loss may compare them with each other
-    everything = shares.of_all(mine if side.counts else mine.none())
+    everything = rank_split.of_all(mine if side.counts else mine.none())
     sums = (sums if side.counts else sums_for(table)).of_all()
     losses = objective(everything, table)
     sums.add_losses(losses)
@@ -86,7 +86,7 @@ def _looked_at(
     advance: Callable[[int], None],
 ) -> Logps:
     parts = list[Logps]()
-    for group in shares.in_step(micro_batches(side.pairs, packing)):
+    for group in rank_split.in_step(micro_batches(side.pairs, packing)):
         batch = collate([side.pairs[index] for index in group or [0]], packing).to(device.torch_device)
         if group is None:
             score(model, batch, device, metrics=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.files import cache_home
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.training.checkpoint.save import newest_valid
 
 
 @contextmanager

@@ -19,28 +19,35 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.data.audit import baselines
 from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
-from qlora_dpo.model import processes, shard
-from qlora_dpo.model.budget import give_back_freed_memory
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.held import OFF, Held, follow
+from qlora_dpo.model.memory import give_back_freed_memory
+from qlora_dpo.preference.kl import kl_to_base
 from qlora_dpo.preference.metrics import sums_for
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import Store, asked_now
+from qlora_dpo.preference.reference_adapter import OFF, Held, follow
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.tracking.run_log import Tracker
 from qlora_dpo.training import schedule_free
-from qlora_dpo.training.best import best, out_of_patience, save_best
-from qlora_dpo.training.checkpoint import SinceEval, State, folder_of, load_checkpoint, load_moving, save_checkpoint
-from qlora_dpo.training.drift import kl_to_base
+from qlora_dpo.training.checkpoint.best import best, out_of_patience, save_best
+from qlora_dpo.training.checkpoint.rng_state import random_states, restore
+from qlora_dpo.training.checkpoint.save import (
+    SinceEval,
+    State,
+    folder_of,
+    load_checkpoint,
+    load_moving,
+    save_checkpoint,
+)
+from qlora_dpo.training.data_order import Plan
 from qlora_dpo.training.evaluate import Side, evaluate
-from qlora_dpo.training.finite import half_of_scale, insist_on_finite, insist_on_some_steps
-from qlora_dpo.training.fitting import as_it_fits, recompute_all
+from qlora_dpo.training.interrupts import ENDED, Stop, stop_when_asked, why_stop
+from qlora_dpo.training.nonfinite import half_of_scale, insist_on_finite, insist_on_some_steps
+from qlora_dpo.training.oom_retry import as_it_fits, recompute_all
 from qlora_dpo.training.optim import make_optimizer, make_schedule, restore_schedule
-from qlora_dpo.training.plan import Plan
-from qlora_dpo.training.random_states import random_states, restore
-from qlora_dpo.training.step import Left, gradient, is_logged, joined
-from qlora_dpo.training.stopping import ENDED, Stop, stop_when_asked, why_stop
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.training.train_step import Left, gradient, is_logged, joined
 from qlora_dpo.training.watch import Course, signs
 
 Ask = Callable[[PeftModel], Sequence[Mapping[str, Any]]]
@@ -147,7 +154,7 @@ def _tools(model: PeftModel, job: Job) -> _Tools:
 
 def _shared(tools: _Tools, model: PeftModel, job: Job) -> _Tools:
     """`tools` with the optimizer's state shared out among the processes."""
-    from qlora_dpo.training.zero2 import SharedOptimizer
+    from qlora_dpo.training.zero2_optimizer import SharedOptimizer
 
     parameters = list(trainable(model).values())
     return replace(tools, accelerated=SharedOptimizer(tools.optimizer, parameters, job.device))
@@ -321,7 +328,7 @@ def evaluate_now(model: PeftModel, job: Job, state: State, tracker: Tracker) -> 
     state.evals.append({"step": state.step, "epoch": job.plan.epoch(state.step), **record})
     tracker.evaluation(state.evals[-1])
     if job.ask is not None:
-        with shard.gathered(model):
+        with sharding.gathered(model):
             if processes.is_main():
                 tracker.samples(state.step, job.ask(model))
     _keep_the_best(model, job, state, tracker)

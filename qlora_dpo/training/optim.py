@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
-from qlora_dpo.recipe_train import TrainTable
+from qlora_dpo.recipe.train import TrainTable
 from qlora_dpo.training import schedule_free
 
 Optimizer = torch.optim.Optimizer

@@ -16,12 +16,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, digests, only_chosen
-from qlora_dpo.data.lazily import joined
-from qlora_dpo.data.watched import Watch, unwatched
+from qlora_dpo.data.lazy_sequence import joined
+from qlora_dpo.data.progress import Watch, unwatched
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model import processes, shard
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints
-from qlora_dpo.model.budget import (
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes, sharding
+from qlora_dpo.model.fused_lora import make_lean
+from qlora_dpo.model.lora import attach
+from qlora_dpo.model.memory import (
     checkpoint,
     free_bytes,
     freed_at_once,
@@ -29,30 +32,31 @@ from qlora_dpo.model.budget import (
     keep_dense_if_it_fits,
     keep_freed_memory,
 )
-from qlora_dpo.model.device import Device
-from qlora_dpo.model.lean import make_lean
-from qlora_dpo.model.lora import attach
 from qlora_dpo.model.saved_adapter import opened_by_peft, put
 from qlora_dpo.model.sources import Source, fetch
-from qlora_dpo.preference.counted import counted
-from qlora_dpo.preference.held import Held, copied
-from qlora_dpo.preference.layout import choose_packing, shortest
 from qlora_dpo.preference.pack import Packing
+from qlora_dpo.preference.packing_choice import choose_packing, shortest
 from qlora_dpo.preference.reference import guard_adapter, guard_opened, probe
-from qlora_dpo.recipe import LoadedRecipe, Recipe
-from qlora_dpo.recipe_model import ModelTable
-from qlora_dpo.recipe_objective import Sft
-from qlora_dpo.recipe_reference import EmaReference
-from qlora_dpo.training import asking
-from qlora_dpo.training import tracker as tracking
-from qlora_dpo.training.asking import Model, Named, ask_other, find_named, insist_on_moves, question
-from qlora_dpo.training.best import load_best
-from qlora_dpo.training.checkpoint import State, rows_before
-from qlora_dpo.training.columns import column_keys, columns_of
+from qlora_dpo.preference.reference_adapter import Held, copied
+from qlora_dpo.preference.token_weights import counted
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.recipe.objective import Sft
+from qlora_dpo.recipe.recipe import LoadedRecipe
+from qlora_dpo.recipe.reference import EmaReference
+from qlora_dpo.tracking import run_log as tracking
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training import reference_pass
+from qlora_dpo.training.checkpoint.best import load_best
+from qlora_dpo.training.checkpoint.save import State, rows_before
+from qlora_dpo.training.data_order import make_plan
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import Ask, Job, fit, peak_bytes
-from qlora_dpo.training.plan import make_plan
-from qlora_dpo.training.rows import (
+from qlora_dpo.training.loss_columns import column_keys, columns_of
+from qlora_dpo.training.meta_model import Load as MostTokens
+from qlora_dpo.training.meta_model import Shapes, load_of, shapes_of
+from qlora_dpo.training.reference_pass import Model, Named, ask_other, find_named, insist_on_moves, question
+from qlora_dpo.training.row_plan import (
     adapter_bytes,
     choose_rows,
     converted_bytes,
@@ -60,9 +64,6 @@ from qlora_dpo.training.rows import (
     left_for_dense,
     reference_rows,
 )
-from qlora_dpo.training.shapes import Load as MostTokens
-from qlora_dpo.training.shapes import Shapes, load_of, shapes_of
-from qlora_dpo.training.tracker import Tracker
 
 PROBED = 128
 """Tokens of a prompt's end and of an answer's beginning on which it is proved that the base is the base."""
@@ -191,7 +192,7 @@ def run(
         before = rows_before(resume_from) if chosen and resume_from is not None else None
         loaded = _with_adapter(base, prepared, recipe, device, tracker.note, before)
     with timed(seconds, "reference"):
-        asked = asked or asking.ask(what, loaded, tracker)
+        asked = asked or reference_pass.ask(what, loaded, tracker)
     model = loaded.model
     sides = (
         Side(pairs, asked.train_P2, columns_of(prepared.train.pairs, recipe.objective)),
@@ -274,7 +275,7 @@ def _with_adapter(
     if own:
         say(make_lean(model, device.torch_dtype))
     if processes.sharded():
-        say(shard.share_out(model, device))
+        say(sharding.share_out(model, device))
     for sentence in prepared.named.notes:
         say(sentence)
     before_LV = base.before_LV.to(device.torch_device)

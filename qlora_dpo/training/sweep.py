@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.files import write_json, write_whole
 from qlora_dpo.lock import LOCK
-from qlora_dpo.recipe import resolved_text
-from qlora_dpo.recipe_grid import Axis, Point, changed
-from qlora_dpo.recipe_train import Metric
-from qlora_dpo.training.best import value
+from qlora_dpo.recipe.grid import Axis, Point, changed
+from qlora_dpo.recipe.recipe import resolved_text
+from qlora_dpo.recipe.train import Metric
+from qlora_dpo.training.checkpoint.best import value
 
 FILE, BEST = "sweep.json", "best.toml"
 

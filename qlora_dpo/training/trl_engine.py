@@ -20,11 +20,11 @@ from trl import DPOConfig, DPOTrainer
 from qlora_dpo.errors import RecipeError, RunError
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe_objective import Aot, Discopop, ExoPair, Objective, Plain, Robust, Sigmoid, Sum
-from qlora_dpo.training.checkpoint import State
+from qlora_dpo.recipe.objective import Aot, Discopop, ExoPair, Objective, Plain, Robust, Sigmoid, Sum
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training.checkpoint.save import State
+from qlora_dpo.training.data_order import Plan, epoch_order
 from qlora_dpo.training.loop import Job, due, evaluate_now, peak_bytes
-from qlora_dpo.training.plan import Plan, epoch_order
-from qlora_dpo.training.tracker import Tracker
 
 
 def fit_with_trl(

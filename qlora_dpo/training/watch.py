@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.intervals import wilson
-from qlora_dpo.recipe_watch import Sign, WatchTable
+from qlora_dpo.recipe.watch import Sign, WatchTable
+from qlora_dpo.wilson import wilson
 
 STUCK_NATS = 1e-3
 """A held-out loss that has moved by less, a quarter of the run or more after its start, has not moved."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from qlora_dpo import recipe
 from qlora_dpo.model import base, device, sources
+from qlora_dpo.recipe import recipe
 
 HERE = Path(__file__).parent
 REFUSAL = re.compile(

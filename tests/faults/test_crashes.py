@@ -22,8 +22,8 @@ from qlora_dpo.files import whole_folder
 from qlora_dpo.manifest import MANIFEST, damage
 from qlora_dpo.model.lora import trainable
 from qlora_dpo.run_folder import CONFIG, WEIGHTS
-from qlora_dpo.training.checkpoint import State, newest_valid, save_checkpoint
-from qlora_dpo.training.verify import verify
+from qlora_dpo.training.checkpoint.integrity import verify
+from qlora_dpo.training.checkpoint.save import State, newest_valid, save_checkpoint
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 

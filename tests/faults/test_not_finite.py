@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.errors import DataError, RunError
 from qlora_dpo.model.lora import trainable
-from qlora_dpo.recipe_data import DataTable
-from qlora_dpo.training import step
+from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training import train_step
 from qlora_dpo.training.loop import Job, fit
-from qlora_dpo.training.tracker import Tracker
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -29,13 +29,13 @@ AT = 3
 
 
 def in_loss(model: PeftModel, job: Job, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = step.objective
+    plain = train_step.objective
 
     def planted(*given: Any) -> Any:
         losses = plain(*given)
         return replace(losses, total_P=losses.total_P * value)
 
-    monkeypatch.setattr(step, "objective", planted)
+    monkeypatch.setattr(train_step, "objective", planted)
 
 
 def in_gradient(model: PeftModel, job: Job, value: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,11 @@ from two_stages import train as whole_run
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.manifest import write_manifest
-from qlora_dpo.preference.held import Held, copied
-from qlora_dpo.recipe_reference import EmaReference
-from qlora_dpo.training.checkpoint import REFERENCE, newest_valid
+from qlora_dpo.preference.reference_adapter import Held, copied
+from qlora_dpo.recipe.reference import EmaReference
+from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.training.checkpoint.save import REFERENCE, newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import METRICS, Tracker, read
 
 pytestmark = jobs.LIBRARIES_WARN
 

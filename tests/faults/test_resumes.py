@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_dpo.errors import Interrupted, RunError
-from qlora_dpo.training.checkpoint import newest_valid
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import Tracker
 
 pytestmark = jobs.LIBRARIES_WARN
 

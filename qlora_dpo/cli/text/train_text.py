@@ -1,0 +1,132 @@
+"""The end of `train`: base and tuned model answer held-out prompts; tables, card and next commands are written."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from peft import PeftModel
+from rich.console import Console
+
+from qlora_dpo.data.audit import baselines
+from qlora_dpo.files import write_json, write_whole
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes
+from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.report.answer_counts import count_answers
+from qlora_dpo.report.next_commands import next_commands
+from qlora_dpo.report.samples import side_by_side
+from qlora_dpo.report.tables import answers_table, results_table
+from qlora_dpo.report.write import write_report
+from qlora_dpo.talk.generate import answers
+from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.training.checkpoint.best import best
+from qlora_dpo.training.loop import Ask
+from qlora_dpo.training.run import Outcome, Prepared, timed
+from qlora_dpo.training.run_metadata import facts, rounded
+
+Samples = list[dict[str, Any]]
+
+
+def answer(outcome: Outcome, recipe: Recipe, device: Device, tracker: Tracker) -> Samples:
+    """Answers of base and tuned model to the first held-out prompts, as samples.jsonl holds them."""
+    pairs = outcome.prepared.heldout.pairs[: recipe.samples.prompts]
+    prompts = [pair.prompt for pair in pairs]
+    tokenizer, limit = outcome.prepared.tokenizer, recipe.samples.max_new_tokens
+    with timed(outcome.seconds, "samples"), tracker.phase("answers", 2 * len(pairs)) as advance, device.autocast():
+        tuned = answers(outcome.model, tokenizer, prompts, limit)
+        advance(len(pairs))
+        with adapter_off(outcome.model):
+            base = answers(outcome.model, tokenizer, prompts, limit)
+        advance(len(pairs))
+    return [
+        {
+            "row": pair.row,
+            "group": pair.extra.get(recipe.samples.group_by) if recipe.samples.group_by else None,
+            "prompt": list(pair.prompt),
+            "chosen": pair.chosen,
+            "base": before.text,
+            "tuned": after.text,
+            "base_tokens": before.tokens,
+            "tuned_tokens": after.tokens,
+            "base_ended": before.ended,
+            "tuned_ended": after.ended,
+        }
+        for pair, before, after in zip(pairs, base, tuned, strict=True)
+    ]
+
+
+def asker(prepared: Prepared, recipe: Recipe, device: Device) -> Ask | None:
+    """Lets the model answer the first held-out prompts at an evaluation, as the recipe wants it; None if it does not.
+
+    The answers are greedy: no random draw of the training is moved by them.
+    """
+    count = recipe.samples.at_evaluations
+    if count is None:
+        return None
+    pairs = prepared.heldout.pairs[:count]
+
+    def ask(model: PeftModel) -> Samples:
+        with device.autocast():
+            told = answers(model, prepared.tokenizer, [pair.prompt for pair in pairs], recipe.samples.max_new_tokens)
+        return [
+            {
+                "row": pair.row,
+                "prompt": list(pair.prompt),
+                "answer": each.text,
+                "tokens": each.tokens,
+                "ended": each.ended,
+            }
+            for pair, each in zip(pairs, told, strict=True)
+        ]
+
+    return ask
+
+
+def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -> dict[str, Any]:
+    """Write run.json and return what it holds."""
+    count = processes.count()
+    several = ["--processes", str(count)] if count > 1 else []
+    run = facts(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:], *several]))
+    write_json(folder / "run.json", run)
+    return run
+
+
+def write_results(folder: Path, outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+    """Write results.json, samples.jsonl and the report; returns what results.json holds."""
+    results = summary(outcome, samples, recipe)
+    write_json(folder / "results.json", results)
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
+    write_report(folder, outcome.prepared.source.folder)
+    return results
+
+
+def show(folder: Path, results: dict[str, Any], samples: Samples, recipe: Recipe) -> None:
+    """Show the result and what to type next on stdout."""
+    console = Console()
+    console.print(results_table(results))
+    for sign in results["signs"]:
+        console.print(f"step {sign['step']}: {sign['sentence']}", style="yellow", markup=False, highlight=False)
+    if recipe.samples.group_by or recipe.samples.count_matching:
+        console.print(answers_table(results["answers"], samples))
+    console.print(side_by_side(samples, recipe.samples.show))
+    click.echo(next_commands(folder))
+
+
+def summary(outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+    """What results.json holds; `best` is by the recipe's metric_for_best_model."""
+    evals = outcome.state.evals
+    return {
+        "evals": evals,
+        "first": evals[0]["step"],
+        "best": best(evals, recipe.train.metric_for_best_model),
+        "last": evals[-1]["step"],
+        "baselines": baselines(outcome.prepared.heldout.encoded),
+        "pairs": {"train": len(outcome.prepared.train.encoded), "eval": len(outcome.prepared.heldout.encoded)},
+        "signs": outcome.state.signs,
+        "answers": count_answers(samples, recipe.samples.count_matching),
+        "seconds": rounded(outcome.seconds),
+    }

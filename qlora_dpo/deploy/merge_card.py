@@ -1,0 +1,111 @@
+"""The README.md of a merged model: what it is, how close it is to the trained one, how to load it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora_dpo.data.dialogue import printable
+from qlora_dpo.recipe.tables import is_local
+
+Onto = Literal["trained", "original"]
+"""What an update is added to."""
+
+MEASURED = (
+    ("preference accuracy", "accuracy"),
+    ("DPO loss at beta {beta:g}", "loss"),
+    ("perplexity of chosen answers", "perplexity"),
+)
+DIGITS = {"accuracy": 3, "loss": 4, "perplexity": 3}
+BITS = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def merged_card(record: Mapping[str, Any]) -> str:
+    """The model card for the record that merge.json holds; no path of the machine it was made on is in it."""
+    base = record["base"]
+    data = ModelCardData(
+        base_model=base["hub_id"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo", "merged"],
+        model_name=record["adapter"],
+    )
+    sections = [
+        f"# {_words(record['adapter'])}, merged",
+        f"`{_words(base['name'])}` with the LoRA adapter `{_words(record['adapter'])}`, as one full model in"
+        f" {DTYPES[record['dtype']]}. {sum_in_words(record['onto'], base['quantization'])}",
+        *([_words(base["note"])] if base["note"] else []),
+        "## Against the adapter model",
+        f"Measured on {record['measured_on']} ({record['tokens']} answer tokens), {record['computed_in']}.",
+        "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figure_lines(record))]),
+        *_choice(record),
+        "## Use",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _choice(record: Mapping[str, Any]) -> list[str]:
+    """Both bases side by side, and the rule that chose one; nothing where only one was measured."""
+    if "candidates" not in record:
+        return []
+    head, *rows = (f"| {' | '.join(row)} |" for row in candidate_rows(record["candidates"]))
+    table = "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *rows])
+    return ["## The base it was added to", f"The rule: {record['rule']}. So: onto {record['onto']}.", table]
+
+
+def sum_in_words(onto: Onto, quantization: str) -> str:
+    """One sentence on what the update was added to."""
+    match onto, quantization:
+        case _, "none":
+            base = "the weights it was trained on"
+        case "trained", _:
+            base = f"the dequantized {BITS[quantization]} weights it was trained on"
+        case _:
+            base = f"the original weights, not the {BITS[quantization]} ones it was trained on"
+    return f"The update is added to {base}, in float32, and rounded once."
+
+
+def figure_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures with their names, as text."""
+    lines = [
+        ("KL(trained, merged), nats per token", f"{record['kl']:.2g}"),
+        ("top-1 agreement", f"{record['top1']:.4f}"),
+    ]
+    if record["why_no_accuracy"]:
+        return [
+            *lines,
+            ("preference accuracy, trained / merged", f"not measured: {_words(record['why_no_accuracy'])}"),
+        ]
+    for name, key in MEASURED:
+        before, after = record[f"trained_{key}"], record[f"merged_{key}"]
+        named = name.format(beta=record["beta"])
+        lines.append((f"{named}, trained / merged", f"{before:.{DIGITS[key]}f} / {after:.{DIGITS[key]}f}"))
+    return lines
+
+
+def candidate_rows(candidates: Mapping[Onto, Mapping[str, Any]]) -> list[list[str]]:
+    """A table of both bases beside the trained model itself, its head first."""
+    first = next(iter(candidates.values()))
+    measured = not first["why_no_accuracy"]
+    itself = ("the adapter model", "trained", {**first, "kl": 0.0, "top1": 1.0})
+    merged = [(f"merged onto {onto}", "merged", each) for onto, each in candidates.items()]
+    rows = [["", "KL", "top-1", *(("accuracy", "loss", "perplexity") if measured else ())]]
+    for name, which, each in [itself, *merged]:
+        more = [f"{each[f'{which}_{key}']:.{DIGITS[key]}f}" for _, key in MEASURED] if measured else []
+        rows.append([name, f"{each['kl']:.2g}", f"{each['top1']:.4f}", *more])
+    return rows
+
+
+def public_name(name: str) -> str:
+    """A base's name without the folders it lies in."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local(name) else name
+
+
+def _words(text: str) -> str:
+    """Text of others on one line, without meaning to markdown or a terminal."""
+    return re.sub(r"([`|<>\[\]*])", "", " ".join(printable(text).split()))

@@ -1,0 +1,165 @@
+"""How close a merged model is to the model that was trained: KL, agreement, accuracy, loss and perplexity.
+
+P pairs, S = 2P sequences, R rows that predict an answer token, V vocabulary, D width; c one chunk of rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.model.memory import give_back_freed_memory
+from qlora_dpo.preference.logps import hidden_states
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
+
+TOKENS_AT_ONCE = 2048
+LOGITS_AT_ONCE = 2**24
+"""In float32 64 MiB, a few times over: both models' logits of some tokens, side by side."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Both models on the answers of the same pairs, each with the true tokens before it."""
+
+    kl: float  # KL(trained || merged), nats per token
+    top1: float  # share of tokens where both models have the same likeliest token
+    trained_accuracy: float  # share of pairs whose chosen answer gained more over the reference; a tie is one half
+    merged_accuracy: float
+    trained_loss: float  # DPO's, nats per pair, at the beta that was asked for
+    merged_loss: float
+    trained_perplexity: float  # of the chosen answers' tokens
+    merged_perplexity: float
+    tokens: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the trained model says about one padded batch: its states (R, D), and log-probabilities with adapter off."""
+
+    batch: MicroBatch
+    trained_RD: Tensor
+    reference_S: Tensor
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the trained model says about pairs. Of the model itself only its head is needed from then on."""
+
+    model: nn.Module
+    parts: Sequence[_Seen]
+
+
+def measure(
+    trained: nn.Module,
+    merged: nn.Module,
+    pairs: Sequence[EncodedPair],
+    pad_token_id: int,
+    device: Device,
+    beta: float = 0.1,
+) -> Agreement:
+    """Run both models, and `trained` with its adapter off as the reference, over all of `pairs`."""
+    return compared(observe(trained, pairs, pad_token_id, device), merged, device, beta)
+
+
+@torch.no_grad()
+def observe(trained: nn.Module, pairs: Sequence[EncodedPair], pad_token_id: int, device: Device) -> Observed:
+    """Run `trained` over all of `pairs`, with its adapter on and off."""
+    padded = Packing(TOKENS_AT_ONCE, pad_token_id, backend=None)  # which every model can be given
+    parts = []
+    for group in micro_batches(pairs, padded):
+        batch = collate([pairs[index] for index in group], padded).to(device.torch_device)
+        states_R = batch.state_R[batch.row_N]  # in a padded batch each state predicts one token
+        trained_RD = hidden_states(trained, batch, device)[states_R]
+        with adapter_off(trained):
+            reference_RD = hidden_states(trained, batch, device)[states_R]
+            reference_S = torch.zeros(2 * batch.pairs, device=device.torch_device)
+            for c in _chunks(batch, trained):
+                _add(reference_S, _logps(trained, reference_RD[c], device), batch, c)
+        parts.append(_Seen(batch, trained_RD, reference_S))
+    return Observed(trained, parts)
+
+
+def let_go(observed: Observed) -> None:
+    """Free the weights of the trained model, in place and whoever holds it, but those of its head."""
+    model: Any = observed.model
+    kept = {id(each) for each in model.get_output_embeddings().parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    give_back_freed_memory()
+
+
+@torch.no_grad()
+def compared(observed: Observed, merged: nn.Module, device: Device, beta: float) -> Agreement:
+    """Run `merged` over the same pairs, and compare."""
+    kl, same, tokens, pairs, chosen_tokens = 0.0, 0, 0, 0, 0
+    right, loss, chosen = (torch.zeros(2, dtype=torch.float64) for _ in range(3))
+    for part in observed.parts:
+        batch = part.batch
+        merged_RD = hidden_states(merged, batch, device)[batch.state_R[batch.row_N]]
+        logp_2S = torch.zeros(2, 2 * batch.pairs, device=device.torch_device)
+        for c in _chunks(batch, merged):
+            trained_cV = _logps(observed.model, part.trained_RD[c], device)
+            merged_cV = _logps(merged, merged_RD[c], device)
+            kl += (trained_cV.exp() * (trained_cV - merged_cV)).sum(dtype=torch.float64).item()
+            same += int((trained_cV.argmax(-1) == merged_cV.argmax(-1)).sum())
+            for row, logp_cV in enumerate((trained_cV, merged_cV)):
+                _add(logp_2S[row], logp_cV, batch, c)
+        tokens, pairs = tokens + len(batch.target_N), pairs + batch.pairs
+        chosen_tokens += int(batch.tokens_S[: batch.pairs].sum())
+        chosen += logp_2S[:, : batch.pairs].sum(1).cpu()
+        right += _right(logp_2S - part.reference_S)
+        loss += _loss(logp_2S - part.reference_S, beta)
+    perplexity = (-chosen / chosen_tokens).exp()
+    return Agreement(
+        kl=kl / tokens,
+        top1=same / tokens,
+        **_of_both("accuracy", right / pairs),
+        **_of_both("loss", loss / pairs),
+        **_of_both("perplexity", perplexity),
+        tokens=tokens,
+        pairs=pairs,
+    )
+
+
+def _of_both(name: str, values: Tensor) -> dict[str, float]:
+    trained, merged = values.tolist()
+    return {f"trained_{name}": trained, f"merged_{name}": merged}
+
+
+def _chunks(batch: MicroBatch, model: Any) -> Sequence[Tensor]:
+    """Indices of scored tokens, as many at a time as their logits may take."""
+    at_once = max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
+    chunks: Sequence[Tensor] = torch.arange(len(batch.target_N), device=batch.target_N.device).split(at_once)
+    return chunks
+
+
+def _add(logp_S: Tensor, logp_cV: Tensor, batch: MicroBatch, c: Tensor) -> None:
+    """Add the log-probabilities of the true tokens of a chunk to those of their sequences, in place."""
+    sequence_R = torch.repeat_interleave(batch.tokens_S)[batch.scored_M.argsort()]
+    logp_S.index_add_(0, sequence_R[c], logp_cV.gather(-1, batch.target_N[c, None])[:, 0])
+
+
+def _logps(model: Any, hidden_cD: Tensor, device: Device) -> Tensor:
+    with device.autocast():
+        logits_cV: Tensor = model.get_output_embeddings()(hidden_cD)
+    return logits_cV.float().log_softmax(-1)
+
+
+def _right(reward_2S: Tensor) -> Tensor:
+    """For each model, pairs whose chosen answer (the first half of S) has the higher reward, a tie as one half."""
+    chosen_2P, rejected_2P = reward_2S.chunk(2, dim=1)
+    return ((chosen_2P > rejected_2P).sum(1) + (chosen_2P == rejected_2P).sum(1) / 2).cpu()
+
+
+def _loss(reward_2S: Tensor, beta: float) -> Tensor:
+    """For each model, the sum of the sigmoid losses of all pairs (Rafailov et al. 2023, eq. 7)."""
+    chosen_2P, rejected_2P = reward_2S.chunk(2, dim=1)
+    return -F.logsigmoid(beta * (chosen_2P - rejected_2P)).sum(1).cpu()

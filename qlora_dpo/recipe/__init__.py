@@ -1,0 +1,5 @@
+"""All that decides a run: the tables of a recipe, its reader, and the sentences for a wrong one."""
+
+from qlora_dpo.recipe.recipe import Recipe, load
+
+__all__ = ["Recipe", "load"]

@@ -1,0 +1,27 @@
+"""Changes keys in the text of a recipe, and leaves every other line and comment as it is."""
+
+from collections.abc import Collection, Mapping
+
+import tomli_w
+
+from qlora_dpo.recipe.errors import key_lines
+
+
+def changed(text: str, table: str, values: Mapping[str, str], without: Collection[str] = ()) -> str:
+    """`text` with the keys `values` of `[table]`, which stands in it, and no longer with the keys `without`.
+
+    What is said behind an old value in its line is about that value, and goes with it. Values of several lines are not
+    understood.
+    """
+    lines, where = text.splitlines(), key_lines(text)
+    gone = [where[table, key] for key in without if (table, key) in where and key not in values]
+    new = []
+    for key, value in values.items():
+        line = tomli_w.dumps({key: value}).rstrip("\n")
+        if (table, key) in where:
+            lines[where[table, key] - 1] = line
+        else:
+            new.append(line)
+    head = where[(table,)]
+    kept = [line for number, line in enumerate(lines[head:], head + 1) if number not in gone]
+    return "\n".join([*lines[:head], *new, *kept]) + "\n"

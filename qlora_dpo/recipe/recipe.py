@@ -1,0 +1,251 @@
+"""All that decides a run, as one frozen value: the recipe's tables, keys, defaults and the reader that checks them."""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import ValidationError, ValidationInfo, field_validator
+
+from qlora_dpo.errors import RecipeError
+from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.recipe.errors import sentences
+from qlora_dpo.recipe.model import LoraTable, ModelTable
+from qlora_dpo.recipe.objective import TABLES, Objective, ReferenceFree, Sigmoid
+from qlora_dpo.recipe.reference import REFERENCES, AdapterReference, EmaReference, ModelReference, Reference
+from qlora_dpo.recipe.shipped import recipe_homes
+from qlora_dpo.recipe.tables import Table, is_local
+from qlora_dpo.recipe.train import SamplesTable, TrackTable, TrainTable
+from qlora_dpo.recipe.watch import WatchTable
+from qlora_dpo.redact import line_of_secret
+
+MOST_BYTES = 2**16
+"""A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
+MOST_SENTENCES = 20
+"""Mistakes that are told at once."""
+
+
+class Recipe(Table):
+    """A whole recipe. Only `[model] name` and `[data] train` have no default."""
+
+    model: ModelTable
+    lora: LoraTable = LoraTable()
+    data: DataTable
+    objective: Objective = Sigmoid()
+    train: TrainTable = TrainTable()
+    reference: Reference | None = None
+    watch: WatchTable = WatchTable()
+    samples: SamplesTable = SamplesTable()
+    track: TrackTable | None = None
+
+    @field_validator("reference")
+    @classmethod
+    def _reference_is_asked(cls, reference: Reference | None, info: ValidationInfo) -> Reference | None:
+        table, train = info.data.get("objective"), info.data.get("train")
+        if reference is not None and isinstance(table, ReferenceFree):
+            raise ValueError(
+                f'is not read by loss_type = "{table.loss_type}", which compares with no other model; leave the table '
+                "out, or choose another loss_type"
+            )
+        if train is not None and train.engine == "trl" and reference is not None and reference.kind != "base":
+            raise ValueError(
+                f'has kind = "{reference.kind}", and train.engine = "trl" knows the base alone as reference of an '
+                'adapter here; leave the table out, or set train.engine = "qlora_dpo"'
+            )
+        return reference
+
+    @property
+    def init_from(self) -> str | None:
+        """The folder of the adapter that training starts from; None: a new adapter."""
+        if self.lora.init_from is None and isinstance(self.reference, AdapterReference):
+            return self.reference.path
+        return self.lora.init_from
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """True if the untrained policy is the reference, so that the first loss is known: every log-ratio is 0."""
+        match self.reference:
+            case AdapterReference():
+                return self.init_from == self.reference.path
+            case ModelReference():
+                return False
+            case EmaReference():
+                return True
+            case _:
+                return self.init_from is None
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe with the text and name it came from."""
+
+    recipe: Recipe
+    path: Path
+    text: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run's name: the recipe file's, without its ending."""
+        return self.path.stem
+
+
+def find(path: str) -> Path:
+    """Return the recipe file at `path`, or the shipped recipe of that name; raise RecipeError if there is none."""
+    try:
+        given = Path(path).expanduser()
+        is_file, is_folder = given.is_file(), given.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if is_file:
+        return given
+    if path and is_folder:
+        raise RecipeError(f"{path}: is a folder; name a recipe file in it, for example {given / 'quickstart.toml'}")
+    shipped = [home / given.name for home in recipe_homes() if (home / given.name).is_file()]
+    if shipped and str(given.parent) in (".", "recipes"):
+        return shipped[0]
+    known = sorted({f"recipes/{file.name}" for home in recipe_homes() for file in home.glob("*.toml")})
+    raise RecipeError(f"{path}: there is no such recipe; shipped with this version: {', '.join(known) or 'none'}")
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and check the recipe at `path` with `--set` values on top.
+
+    Raises RecipeError naming every problem at once, each with file and line.
+    """
+    file = find(path)
+    text, values = _read(path, file)
+    _insist_on_no_secret(path, text, overrides)
+    set_by_hand = {".".join(keys) for keys in (_override(values, each) for each in overrides)}
+    recipe = _checked(path, text, values, overrides)
+    return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
+
+
+def insist_on_recipe(path: str, text: str) -> None:
+    """Raise RecipeError, as `load` would of the file `path`, unless `text` is a recipe."""
+    _insist_on_no_secret(path, text, ())
+    _checked(path, text, tomllib.loads(text), ())
+
+
+def _checked(path: str, text: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        told = list(sentences(error, Recipe, path, text, overrides))
+        more = [f"{path}: {len(told) - MOST_SENTENCES:,} more mistakes"] if len(told) > MOST_SENTENCES else []
+        raise RecipeError("\n".join(told[:MOST_SENTENCES] + more)) from error
+
+
+def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None:
+    """Raise RecipeError if a token stands in the recipe, which is copied into every run and its model card."""
+    line = line_of_secret(text)
+    place = f"{path}:{line}" if line else "--set" if any(map(line_of_secret, overrides)) else ""
+    if place:
+        raise RecipeError(
+            f"{place}: holds what looks like a token or a password, and a recipe is copied into every run and card; "
+            "take it out, and log in with `hf auth login` or set HF_TOKEN"
+        )
+
+
+def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> None:
+    """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `also`."""
+    tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
+    tables |= {"objective": TABLES, "reference": REFERENCES}
+    known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _keys(table)] + list(also)
+    for key in keys:
+        if key not in known:
+            near = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
+            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *also))}"
+            raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
+
+
+def _keys(table: Any) -> Iterator[str]:
+    yield from getattr(table, "model_fields", ())
+
+
+def resolved_text(recipe: Recipe) -> str:
+    """The recipe with every default written out, as TOML that `load` reads back to the same value."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def _read(path: str, file: Path) -> tuple[str, dict[str, Any]]:
+    """The recipe's text and its TOML values; `path` is how the user called `file`."""
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"{path}: has {file.stat().st_size:,} bytes; a recipe is a small TOML file")
+        text = file.read_text(encoding="utf-8-sig")
+        return text, tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start}); save the recipe as UTF-8") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: is nested too deeply to be a recipe") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: is not valid TOML: {error}") from error
+    except ValueError as error:  # more digits than Python takes for a number
+        raise RecipeError(f"{path}: holds a number with too many digits") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _override(values: dict[str, Any], assignment: str) -> list[str]:
+    """Put one `--set TABLE.KEY=VALUE` into `values` and return its keys. A bare word counts as a string."""
+    name, equals, value_text = assignment.partition("=")
+    keys = [key.strip() for key in name.split(".")]
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {assignment}: write TABLE.KEY=VALUE, for example --set lora.r=8")
+    value = _value(assignment, value_text.strip())
+    table = values
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {assignment}: {key} is a value, not a table; write TABLE.KEY=VALUE")
+    table[keys[-1]] = value
+    return keys
+
+
+def _value(assignment: str, text: str) -> Any:
+    """The TOML value in `text`; what is no TOML and does not look like a string, list or table is a bare word."""
+    try:
+        if "\n" in text:
+            raise ValueError("it has more than one line")
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError) as error:
+        if not text:
+            raise RecipeError(f"--set {assignment}: the value is missing; write TABLE.KEY=VALUE") from error
+        if text[0] in "\"'[{" or "\n" in text or len(text) > 4300:
+            raise RecipeError(f"--set {assignment}: the value is not valid TOML: {error}") from error
+        return text
+
+
+def _absolute(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
+    """Make local paths absolute: those of the recipe from its own folder, those of `--set` from the current one."""
+
+    def folder(key: str, name: str) -> str:
+        start = Path.cwd() if key in set_by_hand else home
+        try:
+            return str((start / Path(name).expanduser()).resolve())
+        except RuntimeError as error:
+            raise RecipeError(f"{key} is {name}, and there is no such home folder; write the whole path") from error
+
+    def place(key: str, name: str) -> str:
+        return folder(key, name) if is_local(name) else name
+
+    names = {"train": recipe.data.train, "eval": recipe.data.eval}
+    data: dict[str, Any] = {key: place(f"data.{key}", name) for key, name in names.items() if name is not None}
+    if recipe.data.mix is not None:
+        data["mix"] = [each.model_copy(update={"source": place("data.mix", each.source)}) for each in recipe.data.mix]
+    changed: dict[str, Table] = {
+        "data": recipe.data.model_copy(update=data),
+        "model": recipe.model.model_copy(update={"name": place("model.name", recipe.model.name)}),
+    }
+    if recipe.lora.init_from is not None:
+        changed["lora"] = recipe.lora.model_copy(update={"init_from": folder("lora.init_from", recipe.lora.init_from)})
+    match recipe.reference:
+        case AdapterReference(path=path):
+            changed["reference"] = recipe.reference.model_copy(update={"path": folder("reference.path", path)})
+        case ModelReference(name=name):
+            changed["reference"] = recipe.reference.model_copy(update={"name": place("reference.name", name)})
+    return recipe.model_copy(update=changed)

@@ -1,0 +1,96 @@
+"""What the user types: lines with editing, recall and completion, and messages of several lines."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qlora_dpo.talk.chat_history import lines_file
+from qlora_dpo.talk.commands import COMMANDS
+from qlora_dpo.talk.sampling import SETTINGS
+
+FENCE = '"""'
+MOST_LINES = 1000
+MOST_OFFERED = 100
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """While open, lines can be edited and completed, and earlier ones recalled, also those of earlier chats."""
+    try:
+        import readline
+    except ImportError:  # a Python without it: input() still reads lines
+        yield
+        return
+    terminal = sys.stdin.isatty()
+    if terminal:
+        readline.set_completer(completed)
+        readline.set_completer_delims(" ")
+        readline.parse_and_bind("tab: complete")
+        readline.set_history_length(MOST_LINES)
+        with suppress(OSError):
+            readline.read_history_file(lines_file())
+    try:
+        yield
+    finally:
+        if terminal:
+            with suppress(OSError):
+                lines_file().parent.mkdir(parents=True, exist_ok=True)
+                lines_file().touch(mode=0o600)
+                readline.write_history_file(lines_file())
+
+
+def message(first: str, more: Callable[[], str]) -> str:
+    r"""The whole message that begins with the line `first`; `more` reads a further line.
+
+    A line that ends in a backslash goes on in the next one; after a line that begins with three quotes all lines
+    belong to the message until one ends with three quotes.
+    """
+    if first.lstrip().startswith(FENCE):
+        lines = [first.lstrip().removeprefix(FENCE)]
+        while not lines[-1].rstrip().endswith(FENCE):
+            lines.append(more())
+        lines[-1] = lines[-1].rstrip().removesuffix(FENCE)
+        text = "\n".join(lines).strip("\n")
+        return f" {text}" if text.startswith("/") else text  # it is a message, whatever it begins with
+    lines = [first]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(more())
+    return "\n".join(lines)
+
+
+def completed(word: str, state: int) -> str | None:
+    """Readline's question: what `word` may become, one answer for each `state`, then None."""
+    import readline
+
+    found = offered(readline.get_line_buffer()[: readline.get_begidx()], word)
+    return found[state] if state < len(found) else None
+
+
+def offered(before: str, word: str) -> list[str]:
+    """What `word` may become after the words in `before`: commands, settings, and files."""
+    match before.split():
+        case [] if word.startswith("/") and not before:
+            return [f"{name} " if COMMANDS[name][0] else name for name in COMMANDS if name.startswith(word)]
+        case ["/set"]:
+            return [f"{name} " for name in SETTINGS if name.startswith(word)]
+        case ["/system"]:
+            return ["none"] if "none".startswith(word) else []
+        case ["/better"]:
+            return [f"{side} " for side in ("a", "b") if side.startswith(word)]
+        case ["/save"] | ["/better", _]:
+            return _files(word)
+        case _:
+            return []
+
+
+def _files(word: str) -> list[str]:
+    """Files and folders whose path begins with `word`."""
+    folder, _, start = word.rpartition("/")
+    home = Path(f"{folder}/" if "/" in word else ".").expanduser()
+    with suppress(OSError):
+        found = sorted((each for each in home.iterdir() if each.name.startswith(start)), key=lambda each: each.name)
+        front = f"{folder}/" if "/" in word else ""
+        return [f"{front}{each.name}{'/' if each.is_dir() else ''}" for each in found[:MOST_OFFERED]]
+    return []

@@ -1,0 +1,155 @@
+"""All that is told while a run goes on: metrics.jsonl, the terminal and the trackers that the recipe names."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+
+from qlora_dpo.data.dialogue import printable
+from qlora_dpo.errors import RunError
+from qlora_dpo.files import write_whole
+from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.tracking.progress import Advance, Bars, Lines, Silence, evaluation_line, on_terminal
+
+METRICS, SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
+SHOWN = 100
+"""Characters of a prompt, and of an answer to it, that are shown while a run goes on."""
+
+
+class Tracker:
+    """Follows one run from its first phase to its last: `with Tracker(...) as tracker`.
+
+    `total_steps` are the optimizer steps of the whole run, `start_step` those that an earlier, interrupted part has
+    done. `config` is what trackers show as the run's configuration, and `name` its name there. One that is `silent`
+    writes and shows nothing, as another process does so for it.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        track: TrackTable | None = None,
+        config: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        silent: bool = False,
+    ) -> None:
+        self.run_dir, self.total_steps, self.name = run_dir, total_steps, name or run_dir.name
+        self.track, self.config, self.start_step = None if silent else track, config or {}, start_step
+        self.silent = silent
+        self.display = (Silence if silent else Bars if on_terminal() else Lines)(total_steps, start_step)
+
+    def __enter__(self) -> Self:
+        path = os.devnull if self.silent else self.run_dir / METRICS
+        self.metrics: TextIO = Path(path).open("a", encoding="utf-8", newline="\n")
+        self.trackers = None
+        if self.track is not None:
+            from qlora_dpo.tracking.trackers import Trackers
+
+            self.trackers = Trackers(self.note)
+            self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
+        self.display.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.trackers is not None:
+                self.trackers.finish(exit_code=0 if kind is None else 1)
+        finally:
+            self.display.close()
+            self.metrics.close()
+
+    def step(self, step: int) -> None:
+        """Say that optimizer step `step` is done; called for every step, logged or not, it keeps the ETA right."""
+        self.display.step(step)
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a logged step: TRL's metric names, `step` and `epoch`."""
+        self.display.step(record["step"])
+        self._write("train", record)
+        self.display.train(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Write the record of an evaluation: the same names with the prefix `eval_`, `step` and `epoch`."""
+        self._write("eval", record)
+        self.note(evaluation_line(record, self.total_steps))
+
+    def sign(self, record: Mapping[str, Any]) -> None:
+        """Write a sign of trouble: `step`, its `name` and a `sentence` with advice."""
+        self._write("sign", record)
+        self.note(f"step {record['step']}: {record['sentence']}")
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the model answers after `step`, one line for each prompt, and show the beginnings."""
+        lines = [json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records]
+        with (self.run_dir / SAMPLES).open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(lines))
+        for record in records:
+            asked, answer = (_beginning(text) for text in (record["prompt"][-1]["content"], record["answer"]))
+            self.note(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
+        if self.trackers is not None:
+            self.trackers.samples(step, records)
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        """Show work beside the steps ("reference", "evaluate", "answers"); it yields `advance(count)`."""
+        return self.display.phase(name, total)
+
+    def note(self, text: str) -> None:
+        """Write one line on stderr, above the bars where there are any."""
+        self.display.note(text)
+
+    def _write(self, kind: Literal["train", "eval", "sign"], record: Mapping[str, Any]) -> None:
+        line, lost = as_line({**record, "kind": kind})
+        self.metrics.write(line)
+        self.metrics.flush()
+        if lost:
+            self.note(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
+        if self.trackers is not None and kind != "sign":
+            self.trackers.log({**record, "kind": kind})
+
+
+def _beginning(text: str) -> str:
+    """The first words of `text`, on one line."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+
+
+def as_line(record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The record as one JSON line with `kind` first, and the names whose values JSON cannot hold (NaN, infinity)."""
+    lost = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    values = {key: None if key in lost else value for key, value in record.items() if key != "kind"}
+    return json.dumps({"kind": record["kind"], **values}, allow_nan=False) + "\n", lost
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut off in the middle is left out.
+
+    Raises RunError naming any other line that is not a record.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            records.append(dict(json.loads(line)))
+            records[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{path}:{number}: is not a metrics record; the file was changed or damaged") from error
+    return records
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep the records up to and including `step`, for a run that resumes there; the file is replaced in one move."""
+    if not path.is_file():
+        return
+    read(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    write_whole(path, b"".join(kept))

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: saved, verified, and restored byte for byte."""

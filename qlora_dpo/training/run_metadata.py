@@ -1,0 +1,89 @@
+"""What run.json says of a run: enough to repeat it and to judge its figures."""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlora_dpo import __version__
+from qlora_dpo.model.base import tokenizer_fingerprints
+from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.redact import redacted
+from qlora_dpo.training import reference_pass
+from qlora_dpo.training.run import Outcome, data_fingerprint
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+
+
+def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, command: str) -> dict[str, Any]:
+    """The whole of run.json."""
+    prepared = outcome.prepared
+    return {
+        "name": folder.resolve().name,
+        "status": "stopped" if outcome.state.stopped else "finished",
+        **({"stopped": outcome.state.stopped} if outcome.state.stopped else {}),
+        "adapter_step": outcome.state.step if outcome.state.best is None else outcome.state.best,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": redacted(command),
+        "versions": {
+            "qlora_dpo": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "git_commit": _git_commit(),
+        "seed": recipe.train.seed,
+        "engine": recipe.train.engine,
+        "row_tokens": outcome.state.row_tokens or recipe.train.row_tokens,
+        "processes": processes.count(),
+        **({"sharing": processes.sharing()} if processes.sharing() else {}),
+        "device": {
+            "type": device.type,
+            "name": device.name,
+            "compute_dtype": device.compute_dtype,
+            "dtype_reason": device.dtype_reason,
+            "attention": device.attention,
+            "attention_reason": device.attention_reason,
+        },
+        "base": {
+            "name": prepared.source.name,
+            "hub_id": prepared.source.hub_id,
+            "revision": prepared.source.revision,
+            "fingerprint": prepared.source.fingerprint,
+            "note": prepared.source.note,
+            "quantization": recipe.model.quantization,
+            "double_quant": recipe.model.double_quant,
+        },
+        "tokenizer": tokenizer_fingerprints(prepared.tokenizer),
+        "data": {
+            "train": recipe.data.train_name,
+            "eval": recipe.data.eval or recipe.data.train_name,
+            "fingerprint_train": data_fingerprint(prepared.train.encoded),
+            "fingerprint_eval": data_fingerprint(prepared.heldout.encoded),
+            "train_pairs": len(prepared.train.encoded),
+            "eval_pairs": len(prepared.heldout.encoded),
+        },
+        **reference_pass.facts(recipe, prepared.named),
+        "reference_pairs_computed": outcome.reference_computed,
+        "steps": outcome.state.step,
+        "num_tokens": outcome.state.num_tokens,
+        "seconds": rounded(outcome.seconds),
+        "peak_bytes": outcome.peak_bytes,
+    }
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds by part and in total, to hundredths."""
+    return {name: round(value, 2) for name, value in {**seconds, "total": sum(seconds.values())}.items()}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, if it is one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
