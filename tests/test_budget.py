@@ -74,7 +74,7 @@ def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> No
 
 PAGES_TAKEN_ANEW = """
 import resource, sys, torch
-from qlora_dpo.model.budget import keep_freed_memory
+from qlora_dpo.model.memory import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":
     keep_freed_memory()

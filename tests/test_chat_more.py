@@ -20,7 +20,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.data.files import read_file
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import choose
-from qlora_dpo.talk import kept as kept_module
+from qlora_dpo.talk import chat_history as kept_module
 from qlora_dpo.talk.chat_history import Kept, keep, kept
 from qlora_dpo.talk.commands import COMMANDS, Outcome, obey
 from qlora_dpo.talk.line_editor import message, offered

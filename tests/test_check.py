@@ -231,7 +231,7 @@ def test_labelled_answers_are_checked_too(place: Path, capsys: pytest.CaptureFix
 
 
 FETCH = (
-    "import sys; from qlora_dpo.model.sources import fetch; from qlora_dpo.recipe_model import ModelTable;"
+    "import sys; from qlora_dpo.model.sources import fetch; from qlora_dpo.recipe.model import ModelTable;"
     "fetch(ModelTable(name=sys.argv[1], revision=sys.argv[2]))"
 )
 

@@ -31,7 +31,7 @@ from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe import load as load_recipe
 from qlora_dpo.recipe.model import LoraTable, ModelTable
-from qlora_dpo.training import shapes as from_shapes
+from qlora_dpo.training import meta_model as from_shapes
 from qlora_dpo.training.meta_model import Load
 from qlora_dpo.training.optim import make_optimizer
 

@@ -170,7 +170,7 @@ import jobs, torch
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.tracking.run_log import Tracker
 from dataclasses import replace
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)

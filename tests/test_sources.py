@@ -166,7 +166,7 @@ import json, sys, time
 from qlora_dpo.data.hub import in_a_sentence
 from qlora_dpo.data.sources import read_rows
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.recipe_data import DataTable
+from qlora_dpo.recipe.data import DataTable
 for keys, part in json.loads(sys.argv[1]):
     start = time.perf_counter()
     try:

@@ -196,7 +196,7 @@ def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, 
 
 ON_A_TERMINAL = """
 import pathlib, sys, time
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.tracking.run_log import Tracker
 with Tracker(pathlib.Path(sys.argv[1]), 48) as run:
     with run.phase("reference", 220) as advance:
         time.sleep(0.01)

@@ -35,8 +35,8 @@ def refused(*address, **more):
 def here_only(own, address):  # wandb talks to a process of its own
     return connect(own, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
 socket.socket.connect, socket.getaddrinfo = here_only, refused
-from qlora_dpo.recipe_train import TrackTable
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.tracking.run_log import Tracker
 folder, track, start, config, *records = sys.argv[1:]
 with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(**json.loads(track)),
              config=json.loads(config), name="quickstart") as run:

@@ -22,8 +22,8 @@ TRAIN = {
 
 TRACKED = """
 import json, pathlib, sys
-from qlora_dpo.recipe_train import TrackTable
-from qlora_dpo.training.tracker import Tracker
+from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.tracking.run_log import Tracker
 folder, project, start, config, *records = sys.argv[1:]
 with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(wandb=project),
              config=json.loads(config), name="quickstart") as run:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.preference.pack import micro_batches
 from qlora_dpo.tracking.run_log import Tracker
-from qlora_dpo.training import step as steps
+from qlora_dpo.training import train_step as steps
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import fit
 
