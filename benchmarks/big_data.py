@@ -215,16 +215,16 @@ def _host(data: Data) -> None:
     from qlora_dpo.preference.pack import Packing, collate, micro_batches
     from qlora_dpo.recipe.data import DataTable
     from qlora_dpo.recipe.train import TrainTable
-    from qlora_dpo.training.data_order import make_plan
+    from qlora_dpo.training.data_order import make_data_order
 
     os.environ["QLORA_DPO_CACHE"] = str(data.folder / "cache")
     table = DataTable(train=str(data.folder / "train.jsonl"), eval="./none.jsonl", max_length=512)
     pairs = load_pairs(table, "train", AutoTokenizer.from_pretrained(data.model), 42).encoded
-    plan, packing = make_plan(len(pairs), TrainTable()), Packing(2048, 0, "spans")
-    plan.indices(1)
+    plan, packing = make_data_order(len(pairs), TrainTable()), Packing(2048, 0, "spans")
+    plan.batch_indices(1)
     began, count, positions = time.process_time(), 0, 0
     for step in range(1, 201):
-        some = [pairs[index] for index in plan.indices(step)]
+        some = [pairs[index] for index in plan.batch_indices(step)]
         for group in micro_batches(some, packing):
             batch = collate([some[place] for place in group], packing)
             count, positions = count + batch.pairs, positions + batch.input_ids_BL.numel()
@@ -237,12 +237,12 @@ def _answers(folder: Path) -> tuple[int, int]:
     """How many pairs are known to the stores below `folder`, and how many answers were written for them."""
     from safetensors.numpy import load_file
 
-    from qlora_dpo.preference.logp_journal import ENDING, verified
+    from qlora_dpo.preference.logp_journal import JOURNAL_SUFFIX, decode_records
 
     known, written = set[bytes](), 0
     for file in folder.glob("*/*"):
-        if file.suffix == ENDING:
-            found = [digest.ljust(32, b"\0") for digest in verified(file.read_bytes()).digest_P.tolist()]
+        if file.suffix == JOURNAL_SUFFIX:
+            found = [digest.ljust(32, b"\0") for digest in decode_records(file.read_bytes()).digest_P.tolist()]
         else:
             found = [digest.tobytes() for digest in load_file(file)["digest"]]
         known |= set(found)

@@ -12,16 +12,16 @@ import time
 import torch
 from torch import Tensor
 
-from qlora_dpo.cli.quiet import silence
+from qlora_dpo.cli.quiet import quiet_libraries
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.model import attention
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.device import choose
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach, trainable
-from qlora_dpo.model.quantized import keep_dense
-from qlora_dpo.model.sources import fetch
-from qlora_dpo.preference.logps import score
+from qlora_dpo.model.device import select_device
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.quantized import cache_dequantized
+from qlora_dpo.model.sources import fetch_model
+from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import recipe
 from qlora_dpo.training.run import pad_token_id
@@ -31,23 +31,23 @@ ROUNDS = 7
 
 def main() -> None:
     """Measure and print."""
-    silence()
-    asked = recipe.load("recipes/quickstart.toml").recipe
-    source = fetch(asked.model)
+    quiet_libraries()
+    asked = recipe.load_recipe("recipes/quickstart.toml").recipe
+    source = fetch_model(asked.model)
     tokenizer = load_tokenizer(source)
     pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[:8]
     packing = Packing(2048, pad_token_id(tokenizer), "spans")
     batch = collate(pairs, packing)
-    devices = {name: choose(name) for name in ("bf16", "fp32")}
+    devices = {name: select_device(name) for name in ("bf16", "fp32")}
     models = {}
     for name, here in devices.items():
         base = load_base(source, asked.model, here)
-        keep_dense(base, here.torch_dtype)
-        attention.use(base)
-        models[name] = attach(base, asked.lora, 0)
-        make_lean(models[name], here.torch_dtype)
+        cache_dequantized(base, here.torch_dtype)
+        attention.enable_packed_attention(base)
+        models[name] = attach_lora(base, asked.lora, 0)
+        fuse_lora(models[name], here.torch_dtype)
     for model in models.values():  # so that gradients of lora_A are not 0
-        for name, parameter in trainable(model).items():
+        for name, parameter in trainable_parameters(model).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=1e-3, generator=torch.Generator().manual_seed(len(name)))
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -57,10 +57,12 @@ def main() -> None:
         for name, model in models.items():
             model.zero_grad()
             started = time.perf_counter()
-            scores = score(model, batch, devices[name])
+            scores = score_batch(model, batch, devices[name])
             (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
             seconds[name].append(time.perf_counter() - started)
-            gradients[name] = torch.cat([parameter.grad.flatten() for parameter in trainable(model).values()]).double()
+            gradients[name] = torch.cat(
+                [parameter.grad.flatten() for parameter in trainable_parameters(model).values()]
+            ).double()
             logps[name] = torch.cat([scores.chosen_logp_P, scores.rejected_logp_P]).detach()
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
     cosine = torch.nn.functional.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0).item()

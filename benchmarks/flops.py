@@ -11,7 +11,7 @@ import torch
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
-from qlora_dpo.preference.pack import MicroBatch, longest
+from qlora_dpo.preference.pack import MicroBatch, max_sequence_tokens
 from qlora_dpo.recipe.model import LoraTable
 
 
@@ -66,7 +66,7 @@ def ours(shape: Shape, batch: MicroBatch, *, recomputed: bool, reference: bool) 
         sequences, columns = batch.input_ids_BL.shape
         scores = sequences * columns * columns
     else:
-        scores = sum(tile.tokens * tile.sees for tile in batch.layout.tiles)
+        scores = sum(tile.tokens * tile.num_visible for tile in batch.layout.tiles)
     states = len(batch.state_R)
     tokens = batch.input_ids_BL.numel()
     head = 2 * states * shape.width * shape.vocabulary
@@ -76,7 +76,7 @@ def ours(shape: Shape, batch: MicroBatch, *, recomputed: bool, reference: bool) 
 
 def padded(shape: Shape, pairs: Sequence[EncodedPair], *, recomputed: bool, reference: bool, compact: bool) -> float:
     """Operations of one micro-batch of TRL's: both sequences of each pair, padded to the longest."""
-    columns = max(longest(pair) for pair in pairs)
+    columns = max(max_sequence_tokens(pair) for pair in pairs)
     sequences = 2 * len(pairs)
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     states = scored if compact else sequences * (columns - 1)

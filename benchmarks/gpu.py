@@ -19,7 +19,7 @@ import gpu_card
 import torch
 from gpu_table import Report
 
-from qlora_dpo.cli.quiet import silence
+from qlora_dpo.cli.quiet import quiet_libraries
 
 WHAT: dict[str, tuple[str, int, int]] = {
     "train": ("a run, the same stopped and resumed, and its planned memory beside the measured", 16, 512),
@@ -61,7 +61,7 @@ ALL = (
 
 def main() -> int:
     """Do what is asked for and return the exit code."""
-    silence()
+    quiet_libraries()
     asked = _parser().parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu --tiny shows that the benchmark runs")

@@ -27,11 +27,11 @@ use_expandable_segments()  # as every command does before torch is imported
 
 import torch  # noqa: E402
 
-from qlora_dpo.model.device import Device, choose  # noqa: E402
-from qlora_dpo.model.gpu_specs import CARDS  # noqa: E402
+from qlora_dpo.model.device import Device, select_device  # noqa: E402
+from qlora_dpo.model.gpu_specs import GPU_SPECS  # noqa: E402
 
 Form = Literal["card", "t4"]
-T4 = CARDS["t4"]
+T4 = GPU_SPECS["t4"]
 T4_PROCESSORS = 40
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "triton")
@@ -115,7 +115,7 @@ def dtype_of(form: Form) -> Literal["auto", "bf16", "fp16", "fp32"]:
 
 def here(form: Form) -> Device:
     """What is decided on this machine in this form; to be called inside of `like`."""
-    return choose(dtype_of(form))
+    return select_device(dtype_of(form))
 
 
 def command(form: Form, words: Sequence[str], **more: int) -> list[str]:

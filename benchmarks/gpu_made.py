@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from qlora_dpo.data.encoded import EncodedPair, digest
-from qlora_dpo.model.sources import Source
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
+from qlora_dpo.model.sources import ModelSource
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -99,7 +99,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def source(work: Path, shape: str) -> Source:
+def source(work: Path, shape: str) -> ModelSource:
     """The random model of this shape, made in `work` unless it lies there already; the same in every run."""
     folder = work / shape
     if not (folder / "config.json").is_file():
@@ -108,7 +108,7 @@ def source(work: Path, shape: str) -> Source:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     name = "a tiny Qwen2" if shape == "tiny" else f"Qwen2's {shape.upper()} shape"
-    return Source(f"{name}, random weights", folder, "")
+    return ModelSource(f"{name}, random weights", folder, "")
 
 
 def _model(shape: str) -> Any:
@@ -147,7 +147,7 @@ def pairs(count: int, longest: int, *, full: bool = False, seed: int = 0) -> lis
         prompt = ids(longest / 2) if full else ids(min(longest / 2, draw.lognormvariate(4.6, 0.8)))
         room = longest - len(prompt)
         chosen, rejected = (ids(room) if full else ids(min(room, draw.lognormvariate(3.9, 0.8))) for _ in range(2))
-        made.append(EncodedPair(prompt, chosen, rejected, row, digest(prompt, chosen, rejected)))
+        made.append(EncodedPair(prompt, chosen, rejected, row, digest_ids(prompt, chosen, rejected)))
     return made
 
 

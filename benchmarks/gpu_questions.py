@@ -19,8 +19,8 @@ from gpu_table import Report, gib
 from torch import Tensor, nn
 
 from qlora_dpo.model.base import load_base
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.model.quantized import dense_weight, keep_dense, linear4bit_layers
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.model.quantized import cache_dequantized, dense_weight, linear4bit_layers
 from qlora_dpo.preference.pack import Packing
 
 PROMPT, ANSWER = 64, 64
@@ -45,7 +45,7 @@ def decode(models: Path, form: Form, report: Report, shape: str, answer: int) ->
         first: Tensor | None = None
         for name, way in ways.items():
             if name.startswith("dense"):
-                keep_dense(model, work.here.torch_dtype)
+                cache_dequantized(model, work.here.torch_dtype)
             for layer in layers:
                 layer.forward = way(layer)
             alone, said, seconds = _layers_alone(layers, work.here.torch_dtype), *_greedy(model, work.here, answer)
@@ -159,10 +159,10 @@ def _gradient(model: Any, work: step.Bench, packing: Packing, known_P2: Tensor) 
     found: list[Tensor] = []
 
     def keep(*unused: Any, **more: Any) -> None:
-        found.extend(parameter.grad.flatten().double() for parameter in trainable(model[0]).values())  # type: ignore[union-attr]
+        found.extend(parameter.grad.flatten().double() for parameter in trainable_parameters(model[0]).values())  # type: ignore[union-attr]
 
     with mock.patch.object(model[1], "step", keep):
-        scaler = torch.amp.GradScaler(work.here.type, init_scale=2.0**10, enabled=work.here.grad_scaler)
+        scaler = torch.amp.GradScaler(work.here.type, init_scale=2.0**10, enabled=work.here.needs_grad_scaler)
         step.our_step((model[0], model[1], scaler), work, packing, known_P2)
     return torch.cat(found)
 

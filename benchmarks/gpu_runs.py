@@ -17,7 +17,7 @@ from gpu_card import Form
 from gpu_table import GIB, Report, gib, last_line
 from safetensors.torch import load_file
 
-from qlora_dpo.errors import INTERRUPTED
+from qlora_dpo.errors import EXIT_INTERRUPTED
 
 STEPS, STOPPED_AT = 30, 5
 PLANNED_WITHIN = 0.15
@@ -159,7 +159,10 @@ def train(place: Place, report: Report, shape: str, longest: int) -> None:
     stopped = place.train(recipe, "stopped", stop_at=STOPPED_AT)
     at = len(stopped.losses)
     report.check(
-        "exit code after SIGTERM", f"{stopped.code} at step {at}", str(INTERRUPTED), stopped.code == INTERRUPTED
+        "exit code after SIGTERM",
+        f"{stopped.code} at step {at}",
+        str(EXIT_INTERRUPTED),
+        stopped.code == EXIT_INTERRUPTED,
     )
     resumed = place.train(recipe, "stopped", "--resume")
     report.check("exit code of --resume", f"{resumed.code} {why_failed(resumed)}", "0", resumed.code == 0)
@@ -255,7 +258,7 @@ def _resumed(place: Place, recipe: Path, whole: Run, report: Report) -> str:
     """The same run stopped and resumed, in words."""
     stopped = place.train(recipe, "stopped-8bit", stop_at=STOPPED_AT)
     resumed = place.train(recipe, "stopped-8bit", "--resume")
-    if (stopped.code, resumed.code) != (INTERRUPTED, 0):
+    if (stopped.code, resumed.code) != (EXIT_INTERRUPTED, 0):
         report.failed.append("adamw_8bit, resumed")
         return f"stopped with {stopped.code}, resumed with {resumed.code}: {why_failed(resumed)}"
     return f"stopped at step {len(stopped.losses)}; resumed, {apart(resumed, whole):.1e} from the whole run"

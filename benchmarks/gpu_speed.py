@@ -20,10 +20,10 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import is_out_of_memory
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.device import Device
-from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
-from qlora_dpo.preference.reference import live_logps
+from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches
+from qlora_dpo.preference.reference import model_logps
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.recipe.train import ROW_TOKENS
+from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS
 
 LONG_ROWS = 16_384
 """Tokens of rows for a card that a row of the usual length does not fill."""
@@ -58,7 +58,7 @@ def bench(models: Path, shape: str, form: Form, pairs: Sequence[EncodedPair], qu
     source, here = gpu_made.source(models, shape), gpu_card.here(form)
     tokenizer: Any = load_tokenizer(source)
     table = ModelTable(name=str(source.folder), quantization=quantization)
-    return step.Bench(source, table, here, tokenizer, pairs, best=4, budget=ROW_TOKENS, pad=0)
+    return step.Bench(source, table, here, tokenizer, pairs, best=4, budget=DEFAULT_ROW_TOKENS, pad=0)
 
 
 def backends(here: Device) -> list[Any]:
@@ -70,7 +70,7 @@ def known_logps(work: step.Bench, model: Any, packing: Packing) -> torch.Tensor:
     """The reference's log-probabilities (P, 2) of all pairs, row by row."""
     known_P2 = torch.zeros(len(work.pairs), 2)
     for group in micro_batches(work.pairs, packing):
-        known_P2[group] = live_logps(model.eval(), [work.pairs[i] for i in group], packing, work.here)
+        known_P2[group] = model_logps(model.eval(), [work.pairs[i] for i in group], packing, work.here)
     return known_P2
 
 
@@ -121,7 +121,7 @@ def trls(work: step.Bench, defaults: Sequence[int], best: Sequence[int]) -> list
     ]
     lean = step.trainer_for(work, gradient_checkpointing=False)
     lean.precompute_ref_logps = True
-    pairs = sorted(work.pairs, key=longest, reverse=True)
+    pairs = sorted(work.pairs, key=max_sequence_tokens, reverse=True)
     reference_P2 = torch.zeros(len(pairs), 2)
     made += [
         Variant(
@@ -181,7 +181,7 @@ def speed(models: Path, form: Form, report: Report, shape: str, length: int, bat
     """Ours against TRL's on the same pairs."""
     with gpu_card.like(form):
         work = bench(models, shape, form, gpu_made.pairs(batch, length))
-        variants = ours(work, (ROW_TOKENS, LONG_ROWS))
+        variants = ours(work, (DEFAULT_ROW_TOKENS, LONG_ROWS))
         loaded = torch.cuda.memory_allocated() if ON_A_GPU else 0
         sizes = [size for size in (1, 4, 16) if size <= batch]
         try:
@@ -231,7 +231,7 @@ def memory(models: Path, form: Form, report: Report, shape: str, batch: int) -> 
             work = bench(models, shape, form, gpu_made.pairs(batch, length, full=True))
             if ON_A_GPU:
                 torch.cuda.reset_peak_memory_stats()
-            packing = Packing(ROW_TOKENS, work.pad, work.here.attention)
+            packing = Packing(DEFAULT_ROW_TOKENS, work.pad, work.here.attention)
             model = step.model_for(work, lean=True)
             known_P2 = known_logps(work, model[0], packing)
             took = Variant("", _ours(model, work, packing, known_P2), 0.0)
@@ -242,4 +242,4 @@ def memory(models: Path, form: Form, report: Report, shape: str, batch: int) -> 
         judged = ""
         if length == 1024 and ON_A_GPU:
             judged = f"target for hh.toml: under {gib(MOST_FOR_HH)}: {'yes' if peak < MOST_FOR_HH else 'NO'}"
-        report.row(f"{length:,}", f"{ROW_TOKENS:,}", gib(peak), judged)
+        report.row(f"{length:,}", f"{DEFAULT_ROW_TOKENS:,}", gib(peak), judged)

@@ -5,13 +5,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qlora_dpo.cli.quiet import silence
+from qlora_dpo.cli.quiet import quiet_libraries
 
-silence()
+quiet_libraries()
 import torch  # noqa: E402
 
 from qlora_dpo.deploy import merge, shards  # noqa: E402
-from qlora_dpo.deploy.merge_memory import room_for  # noqa: E402
+from qlora_dpo.deploy.merge_memory import estimate_merge_memory  # noqa: E402
 
 
 def resident(name: str) -> int:
@@ -30,11 +30,11 @@ def main() -> None:
     asked = parser.parse_args()
     shards.SHARD = asked.shard
     opened = merge.open_for_merge(asked.adapter)
-    room = room_for(opened, torch.bfloat16, 1)
+    room = estimate_merge_memory(opened, torch.bfloat16, 1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is another matter
     before = resident("VmRSS")
     if asked.whole:
-        shards.stored_tensors = lambda opened: None
+        shards.base_tensors = lambda opened: None
     with tempfile.TemporaryDirectory() as work:
         shards.write_model(opened, Path(work), asked.onto, torch.bfloat16)
     print(f"stated {room.writing / 1e6:.1f} MB: shard {room.shard / 1e6:.1f}, layer {room.layer / 1e6:.1f}")

@@ -9,36 +9,36 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from qlora_dpo.cli.quiet import silence
-from qlora_dpo.evaluation.merge_fidelity import measure
-from qlora_dpo.evaluation.merge_texts import texts_for
+from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_texts import load_comparison_texts
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.device import choose
+from qlora_dpo.model.device import select_device
 from qlora_dpo.model.quantized import quantized_layers
-from qlora_dpo.model.sources import fetch
+from qlora_dpo.model.sources import fetch_model
 from qlora_dpo.recipe import recipe
-from qlora_dpo.recipe.model import QUANTIZED
+from qlora_dpo.recipe.model import QUANTIZATION_NAMES
 from qlora_dpo.training.run import pad_token_id
 
 
 def main() -> None:
     """Measure and print."""
-    silence()
-    asked = recipe.load("recipes/quickstart.toml").recipe
-    source, here = fetch(asked.model), choose("fp32")
+    quiet_libraries()
+    asked = recipe.load_recipe("recipes/quickstart.toml").recipe
+    source, here = fetch_model(asked.model), select_device("fp32")
     tokenizer = load_tokenizer(source)
-    texts = texts_for(Path(), asked, tokenizer)
+    texts = load_comparison_texts(Path(), asked, tokenizer)
 
     def loaded(quantization: str) -> PreTrainedModel:
         return load_base(source, asked.model.model_copy(update={"quantization": quantization}), here)
 
     def compare(name: str, one: PreTrainedModel, other: PreTrainedModel) -> None:
-        found = measure(one, other, texts.encoded, pad_token_id(tokenizer), here)
+        found = measure_merge_fidelity(one, other, texts.encoded, pad_token_id(tokenizer), here)
         print(f"| {name} | {found.kl:.2g} | {found.top1:.4f} |", flush=True)
 
     print(f"{texts.name}\n\n| | KL, nats per token | top-1 agreement |\n| --- | --- | --- |")
     dense = loaded("none")
-    for quantization in QUANTIZED:
+    for quantization in QUANTIZATION_NAMES:
         compare(f"not quantized, {quantization}", dense, loaded(quantization))
     theirs = loaded("int8")
     for layer in quantized_layers(theirs).values():

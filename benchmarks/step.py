@@ -28,20 +28,27 @@ from typing import Any
 import flops
 import torch
 
-from qlora_dpo.cli.quiet import silence
+from qlora_dpo.cli.quiet import quiet_libraries
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach, trainable
-from qlora_dpo.model.memory import USABLE, checkpoint, checkpointable, dense_bytes, free_bytes, keep_freed_memory
-from qlora_dpo.model.quantized import keep_dense
-from qlora_dpo.model.sources import Source, fetch
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import objective
-from qlora_dpo.preference.pack import Packing, collate, longest, micro_batches
-from qlora_dpo.preference.reference import live_logps, ride_along
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.memory import (
+    USABLE_FRACTION,
+    checkpointable_layers,
+    dense_bytes,
+    free_bytes,
+    malloc_retain,
+    set_gradient_checkpointing,
+)
+from qlora_dpo.model.quantized import cache_dequantized
+from qlora_dpo.model.sources import ModelSource, fetch_model
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.objective import compute_losses
+from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches
+from qlora_dpo.preference.reference import batch_reference_logps, model_logps
 from qlora_dpo.recipe import recipe
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.model import LoraTable, ModelTable
@@ -66,7 +73,7 @@ NOTES = {
 class Bench:
     """What all variants share."""
 
-    source: Source
+    source: ModelSource
     table: ModelTable
     here: device.Device
     tokenizer: Any
@@ -78,7 +85,7 @@ class Bench:
 
 def main() -> None:
     """Measure and print."""
-    silence()
+    quiet_libraries()
     asked = _arguments()
     bench = _bench(asked)
     names = asked.only.split(",") if asked.only else [*TRL, *OURS]
@@ -88,7 +95,7 @@ def main() -> None:
     steps = steps_of(bench, names)
     if asked.peak:
         if bench.here.type == "cpu":
-            keep_freed_memory(keep=names[0] in OURS)
+            malloc_retain(retain=names[0] in OURS)
         before = _resident()
         steps[names[0]]()
         print(json.dumps({"loaded": before, "peak": peak(bench.here)}))
@@ -104,7 +111,7 @@ def timed(bench: Bench, steps: dict[str, Callable[[], None]], rounds: int) -> di
     for turn in range(rounds):
         for name, step in steps.items():
             if bench.here.type == "cpu":
-                keep_freed_memory(keep=name in OURS)  # ours sets this when it trains, nobody else does
+                malloc_retain(retain=name in OURS)  # ours sets this when it trains, nobody else does
             started = time.perf_counter()
             step()
             wait(bench.here)
@@ -132,10 +139,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _bench(asked: argparse.Namespace) -> Bench:
-    quickstart = recipe.load("recipes/quickstart.toml").recipe.model
+    quickstart = recipe.load_recipe("recipes/quickstart.toml").recipe.model
     table = ModelTable(name=asked.model) if asked.model else quickstart
     table = table.model_copy(update={"quantization": asked.quantization})
-    source, here = fetch(table), device.choose(asked.dtype)
+    source, here = fetch_model(table), device.select_device(asked.dtype)
     tokenizer: Any = load_tokenizer(source)
     data = DataTable(train=asked.data, eval="unused.jsonl", max_length=asked.max_length, max_train_samples=asked.batch)
     pairs = load_pairs(data, "train", tokenizer, seed=0).encoded
@@ -151,7 +158,7 @@ def steps_of(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]
     if {"trl-best", "trl-compact"} & set(names):
         best = trainer_for(bench, gradient_checkpointing=False)
         best.precompute_ref_logps = True
-        sorted_pairs = sorted(bench.pairs, key=longest, reverse=True)
+        sorted_pairs = sorted(bench.pairs, key=max_sequence_tokens, reverse=True)
         reference_P2 = torch.zeros(len(sorted_pairs), 2)
         for name in ("trl-best", "trl-compact"):
             steps[name] = lambda compact=name == "trl-compact": trl_step(
@@ -164,8 +171,8 @@ def steps_of(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], None]
     if {"lean", "cached", "checkpointed"} & set(names):
         lean = model_for(bench, lean=True)
         packed = Packing(bench.budget, bench.pad, bench.here.attention)
-        known_P2 = live_logps(lean[0].eval(), bench.pairs, packed, bench.here)
-        layers = len(checkpointable(lean[0]))
+        known_P2 = model_logps(lean[0].eval(), bench.pairs, packed, bench.here)
+        layers = len(checkpointable_layers(lean[0]))
         steps["lean"] = lambda: our_step(lean, bench, packed)
         steps["cached"] = lambda: our_step(lean, bench, packed, known_P2)
         steps["checkpointed"] = lambda: our_step(lean, bench, packed, known_P2, recomputed=layers)
@@ -199,8 +206,10 @@ def trainer_for(bench: Bench, **changed: Any) -> Any:
             task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules
         ),
     )
-    if bench.here.grad_scaler:  # TRL has rounded a 4-bit model's adapter to bf16, which no loss scaler can unscale
-        for parameter in trainable(trainer.model).values():
+    if (
+        bench.here.needs_grad_scaler
+    ):  # TRL has rounded a 4-bit model's adapter to bf16, which no loss scaler can unscale
+        for parameter in trainable_parameters(trainer.model).values():
             parameter.data = parameter.data.float()
     trainer.create_optimizer()
     trainer.optimizer = trainer.accelerator.prepare_optimizer(trainer.optimizer)
@@ -234,7 +243,7 @@ def trl_step(
             known = reference_P2[start : start + at_once]
             inputs |= {"ref_chosen_logps": known[:, 0], "ref_rejected_logps": known[:, 1]}
         trainer.training_step(trainer.model, inputs, None)
-    trainer.accelerator.clip_grad_norm_(list(trainable(trainer.model).values()), 1.0)
+    trainer.accelerator.clip_grad_norm_(list(trainable_parameters(trainer.model).values()), 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     trl.trainer.utils._use_triton = chosen
@@ -246,14 +255,14 @@ def model_for(bench: Bench, *, lean: bool, dense: bool = True) -> tuple[Any, Any
     Lean ones keep `dense` weights where there is room, as a run does.
     """
     base = load_base(bench.source, bench.table, bench.here)
-    if lean and dense and dense_bytes(base, bench.here.torch_dtype) <= free_bytes(bench.here) * USABLE / 2:
-        keep_dense(base, bench.here.torch_dtype)
-    attention.use(base)
-    model = attach(base, LoraTable(), seed=0)
+    if lean and dense and dense_bytes(base, bench.here.torch_dtype) <= free_bytes(bench.here) * USABLE_FRACTION / 2:
+        cache_dequantized(base, bench.here.torch_dtype)
+    attention.enable_packed_attention(base)
+    model = attach_lora(base, LoraTable(), seed=0)
     if lean:
-        make_lean(model, bench.here.torch_dtype)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-6)
-    return model, optimizer, torch.amp.GradScaler(bench.here.type, enabled=bench.here.grad_scaler)
+        fuse_lora(model, bench.here.torch_dtype)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-6)
+    return model, optimizer, torch.amp.GradScaler(bench.here.type, enabled=bench.here.needs_grad_scaler)
 
 
 def our_step(
@@ -267,15 +276,19 @@ def our_step(
     """One optimizer step as the loop takes it; without `known_P2` the reference is asked along."""
     model, optimizer, scaler = ours
     model.train()
-    checkpoint(model, recomputed)
+    set_gradient_checkpointing(model, recomputed)
     place = bench.here.torch_device
     for group in micro_batches(bench.pairs, packing):
         batch = collate([bench.pairs[i] for i in group], packing).to(place)
-        reference_P2 = ride_along(model, batch, bench.here) if known_P2 is None else known_P2[group].to(place)
-        scores = score(model, batch, bench.here, metrics=False)  # wanted in logged steps only
-        scaler.scale(objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(bench.pairs)).backward()
+        reference_P2 = (
+            batch_reference_logps(model, batch, bench.here) if known_P2 is None else known_P2[group].to(place)
+        )
+        scores = score_batch(model, batch, bench.here, metrics=False)  # wanted in logged steps only
+        scaler.scale(
+            compute_losses(scores.with_reference(reference_P2), Sigmoid()).total_P.sum() / len(bench.pairs)
+        ).backward()
     scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), 1.0)
+    torch.nn.utils.clip_grad_norm_(list(trainable_parameters(model).values()), 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -309,13 +322,13 @@ def _work(bench: Bench, name: str, shape: flops.Shape) -> tuple[float, float]:
     if name in TRL:
         defaults = name in ("trl-4", "trl-1")
         at_once = {"trl-4": 4, "trl-1": 1}.get(name, bench.best)
-        pairs = bench.pairs if defaults else sorted(bench.pairs, key=longest, reverse=True)
+        pairs = bench.pairs if defaults else sorted(bench.pairs, key=max_sequence_tokens, reverse=True)
         groups = [pairs[start : start + at_once] for start in range(0, count, at_once)]
         total = sum(
             flops.padded(shape, group, recomputed=defaults, reference=defaults, compact=name == "trl-compact")
             for group in groups
         )
-        return sum(2 * len(group) * max(map(longest, group)) for group in groups) / count, total / count
+        return sum(2 * len(group) * max(map(max_sequence_tokens, group)) for group in groups) / count, total / count
     packing = Packing(bench.budget, bench.pad, None if name == "padded" else bench.here.attention)
     batches = [collate([bench.pairs[i] for i in group], packing) for group in micro_batches(bench.pairs, packing)]
     reference = name not in ("cached", "checkpointed")

@@ -13,40 +13,40 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError, RunError
-from qlora_dpo.files import write_whole
-from qlora_dpo.manifest import MANIFEST, damage, write_manifest
+from qlora_dpo.files import atomic_write
+from qlora_dpo.manifest import MANIFEST, find_damage, write_manifest
 from qlora_dpo.model import base, device, dora, modules_to_save, sources
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import names_not_finite
-from qlora_dpo.model.sources import Source
+from qlora_dpo.model.lora import nonfinite_names
+from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.run_folder import CONFIG, WEIGHTS, described, newest
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, newest_adapter, read_run_metadata
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A model that is ready to answer, and what is known of it. `run` and `recipe` are None for a foreign model."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: Device
-    source: Source
+    source: ModelSource
     folder: Path | None = None
     run: dict[str, Any] | None = None
     recipe: Recipe | None = None
 
 
-def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
     """Write adapter and tokenizer in PEFT's and transformers' own formats, and a manifest of them.
 
     Without adapter_config.json, which goes first and comes last, the folder counts as none: it never holds a mixture of
     two adapters. Raises RunError if a weight is not finite.
     """
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if bad := names_not_finite(weights):
+    if bad := nonfinite_names(weights):
         raise RunError(f"{folder}: no adapter was written, since {bad[0]} is not finite; lower train.learning_rate")
     config = model.peft_config["default"]
     config.base_model_name_or_path = source.hub_id or str(source.folder)
@@ -55,63 +55,67 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerB
         model.save_pretrained(work, save_embedding_layers=False)
         tokenizer.save_pretrained(work)
         Path(work, "README.md").unlink(missing_ok=True)
-        files = sorted(Path(work).iterdir(), key=lambda each: each.name == CONFIG)
-        for name in (CONFIG, MANIFEST):
+        files = sorted(Path(work).iterdir(), key=lambda each: each.name == ADAPTER_CONFIG_NAME)
+        for name in (ADAPTER_CONFIG_NAME, MANIFEST):
             (folder / name).unlink(missing_ok=True)
         for file in files:
-            write_whole(folder / file.name, file.read_bytes())
+            atomic_write(folder / file.name, file.read_bytes())
     write_manifest(folder, [folder / file.name for file in files])
 
 
-def open_model(target: str | None, dtype: str = "auto") -> Opened:
+def open_model(target: str | None, dtype: str = "auto") -> OpenedModel:
     """Open an adapter folder, a model folder or a hub name; None is the newest adapter.
 
     Raises RecipeError if there is no such thing, ModelError if it cannot be loaded or does not fit its base.
     """
-    folder = newest() if target is None else Path(target).expanduser()
-    if (folder / CONFIG).is_file():
+    folder = newest_adapter() if target is None else Path(target).expanduser()
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
         return open_adapter(folder, dtype)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise RecipeError(f"{folder}: is neither an adapter ({CONFIG}) nor a model (config.json)")
+            raise RecipeError(f"{folder}: is neither an adapter ({ADAPTER_CONFIG_NAME}) nor a model (config.json)")
         return _open_dense(ModelTable(name=str(folder.resolve()), quantization="none"), dtype, folder)
     if target is not None and target.count("/") == 1 and not target.startswith((".", "~", "/", "adapters/", "merged/")):
         return _open_from_hub(target, dtype)
     raise RecipeError(f"{target}: there is no such folder; name an adapter, a merged model or a hub model")
 
 
-def _open_from_hub(name: str, dtype: str) -> Opened:
+def _open_from_hub(name: str, dtype: str) -> OpenedModel:
     """Open a model or, with its base, an adapter that lies on a hub."""
-    folder = sources.download(name, also=["resolved.toml"])
-    if not (folder / CONFIG).is_file():
+    folder = sources.download_model(name, also=["resolved.toml"])
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return _open_dense(ModelTable(name=name, revision=folder.name, quantization="none"), dtype, None)
     opened = open_adapter(folder, dtype)
     opened.folder = Path(name)  # what it is called: the folder in the cache is named by a hash
     return opened
 
 
-def open_adapter(folder: Path, dtype: str = "auto") -> Opened:
+def open_adapter(folder: Path, dtype: str = "auto") -> OpenedModel:
     """Open the base as it was trained on, with the adapter of `folder`; raise ModelError if either has changed."""
-    table, run, recipe = described(folder)
-    here = device.choose(dtype)  # type: ignore[arg-type]
-    source = sources.fetch(table)
+    table, run, recipe = read_run_metadata(folder)
+    here = device.select_device(dtype)  # type: ignore[arg-type]
+    source = sources.fetch_model(table)
     if run is not None:
-        _insist_on_the_base_of(run, table, source, folder)
-    if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file() and (damaged := damage(folder, needed=WEIGHTS)):
+        _check_base_matches(run, table, source, folder)
+    if (
+        (folder / MANIFEST).is_file()
+        and (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file()
+        and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME))
+    ):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
     model = base.load_base(source, table, here)
     own = (folder / "tokenizer.json").is_file()
-    tokenizer = base.load_tokenizer(Source(source.name, folder if own else source.folder, ""))
+    tokenizer = base.load_tokenizer(ModelSource(source.name, folder if own else source.folder, ""))
     # not the tokenizer's own, which another release of transformers may build in another way
     trained = (run or {}).get("tokenizer", {}).get("template")
     if trained and trained != base.tokenizer_fingerprints(tokenizer)["template"]:
         raise ModelError(
             f"{folder}: its chat template is another than it was trained with; take chat_template.jinja from a backup"
         )
-    return Opened(attach_saved(model, folder), tokenizer, here, source, folder, run, recipe)
+    return OpenedModel(attach_saved_adapter(model, folder), tokenizer, here, source, folder, run, recipe)
 
 
-def _insist_on_the_base_of(run: dict[str, Any], table: ModelTable, source: Source, folder: Path) -> None:
+def _check_base_matches(run: dict[str, Any], table: ModelTable, source: ModelSource, folder: Path) -> None:
     """Raise ModelError if the adapter of `run` was trained on other weights, or on weights quantized in another way."""
     trained = run["base"]
     if source.fingerprint != trained["fingerprint"]:
@@ -124,26 +128,26 @@ def _insist_on_the_base_of(run: dict[str, Any], table: ModelTable, source: Sourc
             )
 
 
-def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
+def attach_saved_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Attach the adapter of `folder` to its base, in evaluation mode, and check that every tensor found its place."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, framework="pt") as file:
             saved = set(file.keys())
         peft = PeftModel.from_pretrained(model, folder)
         _restore_copies(peft, folder)
     except FileNotFoundError as error:
-        raise ModelError(f"{folder}: has no {WEIGHTS}{_converted(folder)}") from error
+        raise ModelError(f"{folder}: has no {ADAPTER_SAFE_WEIGHTS_NAME}{_converted(folder)}") from error
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if sizes := re.search(r"size mismatch for (\S+):", str(error)):
             raise ModelError(
-                f"{folder}: was made for a base of another size: {printable(sizes[1])} does not fit this one; name the "
-                f"right base as base_model_name_or_path in {CONFIG}"
+                f"{folder}: was made for a base of another size: {sanitize_text(sizes[1])} does not fit this one; name the "
+                f"right base as base_model_name_or_path in {ADAPTER_CONFIG_NAME}"
             ) from error
         first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {printable(first)}") from error
+        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {sanitize_text(first)}") from error
     if misplaced := saved ^ set(get_peft_model_state_dict(peft, save_embedding_layers=False)):
         raise ModelError(
-            f"{folder}: {len(misplaced)} tensors do not fit the base, for example {printable(min(misplaced))}"
+            f"{folder}: {len(misplaced)} tensors do not fit the base, for example {sanitize_text(min(misplaced))}"
         )
     dora.use_exact_norms(peft)
     return peft.eval()
@@ -151,11 +155,11 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def _restore_copies(peft: PeftModel, folder: Path) -> None:
     """Give whole copies the float32 values that were trained: PEFT has rounded them to the dtype of the base."""
-    trained = modules_to_save.whole(peft)
+    trained = modules_to_save.trained_copies(peft)
     if trained:
         for module in trained.values():
             module.float()
-        set_peft_model_state_dict(peft, load_file(folder / WEIGHTS))
+        set_peft_model_state_dict(peft, load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME))
         modules_to_save.keep_output_dtypes(peft)
 
 
@@ -167,11 +171,11 @@ def _converted(folder: Path) -> str:
     return (
         f", and {pickled} is pickled, which can run code and is not read; if you trust it, convert it: python -c "
         f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled}', weights_only=True), "
-        f"'{WEIGHTS}')\" in that folder"
+        f"'{ADAPTER_SAFE_WEIGHTS_NAME}')\" in that folder"
     )
 
 
-def _open_dense(table: ModelTable, dtype: str, folder: Path | None) -> Opened:
-    here = device.choose(dtype)  # type: ignore[arg-type]
-    source = sources.fetch(table)
-    return Opened(base.load_base(source, table, here), base.load_tokenizer(source), here, source, folder)
+def _open_dense(table: ModelTable, dtype: str, folder: Path | None) -> OpenedModel:
+    here = device.select_device(dtype)  # type: ignore[arg-type]
+    source = sources.fetch_model(table)
+    return OpenedModel(base.load_base(source, table, here), base.load_tokenizer(source), here, source, folder)

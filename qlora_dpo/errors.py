@@ -1,15 +1,15 @@
 """Errors a user can act on: one sentence each, with the exit code the command line ends with."""
 
-DONE, FAILED, USAGE, GATE, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_GATE, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-OUT_OF_MEMORY = (
+OOM_MESSAGES = (
     *("out of memory", "not enough memory", "defaultcpuallocator: can't allocate", "cannot allocate memory"),
     # a full card often says so first in a product or an attention, whose libraries allocate for themselves
     *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
     *("cudnn_status_internal_error_device_allocation_failed", "cudnn_status_internal_error_host_allocation_failed"),
 )
 """What such errors say, in lower-case letters."""
-LESS_MEMORY = (
+REDUCE_MEMORY_ADVICE = (
     "lower train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing = true, and close other "
     "programs that hold memory"
 )
@@ -21,20 +21,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     # by its name, since this file is read before torch is imported
     torchs = any(f"{kind.__module__}.{kind.__name__}" == "torch.OutOfMemoryError" for kind in type(error).__mro__)
-    told = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    told = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in OOM_MESSAGES)
     return isinstance(error, MemoryError) or torchs or told
 
 
 class QloraDpoError(Exception):
     """Base of all errors whose text is meant for the user: where, what was found, what would be right, what to do."""
 
-    exit_code = FAILED
+    exit_code = EXIT_FAILURE
 
 
 class RecipeError(QloraDpoError):
     """The recipe or the command line asks for something that does not exist or does not fit together."""
 
-    exit_code = USAGE
+    exit_code = EXIT_USAGE
 
 
 class DataError(QloraDpoError):
@@ -60,16 +60,16 @@ class ProcessEndedError(RunError):
 class GateError(QloraDpoError):
     """A measured figure is below the bar that the user set."""
 
-    exit_code = GATE
+    exit_code = EXIT_GATE
 
 
 class DoesNotFitError(QloraDpoError):
     """The plan needs more memory or disk than there is."""
 
-    exit_code = DOES_NOT_FIT
+    exit_code = EXIT_DOES_NOT_FIT
 
 
 class Interrupted(QloraDpoError):
     """The user stopped the run; a checkpoint was saved first."""
 
-    exit_code = INTERRUPTED
+    exit_code = EXIT_INTERRUPTED

@@ -22,14 +22,14 @@ def cache_home() -> Path:
 
 
 @contextmanager
-def full_disk_named(target: Path) -> Iterator[None]:
+def translate_disk_errors(target: Path) -> Iterator[None]:
     """Turn a full or read-only disk into a SourceError that names `target`."""
     try:
         yield
     except OSError as error:
         match error.errno:
             case errno.ENOSPC | errno.EDQUOT:
-                sentence = f"{target}: the disk is full; {_more_space(target)}"
+                sentence = f"{target}: the disk is full; {_free_space_advice(target)}"
             case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR:
                 sentence = f"{target}: cannot be written ({error.strerror}); choose a folder that you may write to"
             case _:
@@ -37,25 +37,25 @@ def full_disk_named(target: Path) -> Iterator[None]:
         raise SourceError(sentence) from error
 
 
-def insist_on_space(target: Path, needed: int) -> None:
+def check_disk_space(target: Path, needed: int) -> None:
     """Raise SourceError if the disk that `target` will lie on has fewer than `needed` bytes free."""
     home = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(home).free
     if free < needed:
         raise SourceError(
-            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; {_more_space(target)}"
+            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; {_free_space_advice(target)}"
         )
 
 
-def _more_space(target: Path) -> str:
+def _free_space_advice(target: Path) -> str:
     cached = target.absolute().is_relative_to(cache_home().absolute())
     return "free some space" + (", or set QLORA_DPO_CACHE to another disk" if cached else "")
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | str) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it to `path`."""
     data = content.encode() if isinstance(content, str) else content
-    with full_disk_named(path):
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -68,18 +68,18 @@ def write_whole(path: Path, content: bytes | str) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        _flush_folder(path.parent)
+        _fsync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, whole or not at all; NaN and infinity are refused."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to fill; rename it to `path` at the end, remove it after any error."""
-    with full_disk_named(path):
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -88,27 +88,27 @@ def whole_folder(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     file.chmod(0o644)
-                    _flush_file(file)
-            _flush_folder(temporary)
+                    _fsync_file(file)
+            _fsync_folder(temporary)
             temporary.rename(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _flush_folder(path.parent)
+        _fsync_folder(path.parent)
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_file(path: Path) -> None:
+def _fsync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def _fsync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,41 +10,41 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.files import full_disk_named
+from qlora_dpo.files import translate_disk_errors
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
-def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def lock_folder(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes out of `folder`, which is made if it is not there.
 
-    The kernel drops the lock when its owner dies, however it dies; then `say` is told from whom it was taken over.
+    The kernel drops the lock when its owner dies, however it dies; then `log` is told from whom it was taken over.
     Raises RunError, which names the owner, if a process that lives holds it.
     """
-    with full_disk_named(folder):
-        handle = _locked(folder)
+    with translate_disk_errors(folder):
+        handle = _acquire(folder)
     try:
-        if before := _owner(handle):
-            say(f"{folder}: taken over from {before}, which ended without leaving")
+        if before := _lock_owner(handle):
+            log(f"{folder}: taken over from {before}, which ended without leaving")
         me = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with full_disk_named(folder):
+        with translate_disk_errors(folder):
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(me).encode(), 0)
         yield
     finally:
         # removed while it is still held, so that nobody waits on a file that is no longer there
-        (folder / LOCK).unlink(missing_ok=True)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(handle)
 
 
-def _locked(folder: Path) -> int:
+def _acquire(folder: Path) -> int:
     """The open lock file of `folder`, locked."""
-    path = folder / LOCK
+    path = folder / LOCK_FILE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -57,7 +57,7 @@ def _locked(folder: Path) -> int:
             if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
                 return handle
         except BlockingIOError as error:
-            owner = _owner(handle) or "another process"
+            owner = _lock_owner(handle) or "another process"
             os.close(handle)
             raise RunError(
                 f"{folder}: is in use by {owner}; wait for it, or name another folder with -o DIR"
@@ -67,7 +67,7 @@ def _locked(folder: Path) -> int:
         os.close(handle)
 
 
-def _owner(handle: int) -> str:
+def _lock_owner(handle: int) -> str:
     """Who wrote the lock file, in words; empty if nobody did."""
     try:
         owner = json.loads(os.pread(handle, 4096, 0))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_dpo.files import sha256_of, write_json
+from qlora_dpo.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 
@@ -13,11 +13,11 @@ def write_manifest(folder: Path, files: Iterable[Path]) -> None:
     """List `files` of `folder` in its manifest."""
     write_json(
         folder / MANIFEST,
-        {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(files)},
+        {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(files)},
     )
 
 
-def listed(folder: Path) -> list[str]:
+def manifest_files(folder: Path) -> list[str]:
     """The names of the files that the manifest lists; empty if there is none or it is damaged."""
     try:
         names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -26,8 +26,8 @@ def listed(folder: Path) -> list[str]:
     return list(names) if isinstance(names, dict) else []
 
 
-def damage(folder: Path, needed: str) -> str:
-    """What is wrong with a folder, in a few words; empty if every file is as its manifest says and `needed` is one."""
+def find_damage(folder: Path, required: str) -> str:
+    """What is wrong with a folder, in a few words; empty if every file is as its manifest says and `required` is one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
@@ -35,7 +35,7 @@ def damage(folder: Path, needed: str) -> str:
                 return f"{MANIFEST} names a file outside of the folder"
             if (folder / name).stat().st_size != expected["bytes"]:
                 return f"{name} has not its size"
-            if sha256_of(folder / name) != expected["sha256"]:
+            if file_sha256(folder / name) != expected["sha256"]:
                 return f"{name} has not its SHA-256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -43,4 +43,4 @@ def damage(folder: Path, needed: str) -> str:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    return "" if needed in manifest else f"{needed} is not in the manifest"
+    return "" if required in manifest else f"{required} is not in the manifest"

@@ -5,45 +5,45 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-HIDDEN = "***"
-_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_LOOKS = re.compile(
+REDACTED = "***"
+_SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_LIKELY_SECRET = re.compile(
     # hub, OpenAI, GitHub, GitLab, Slack, AWS, Google
     r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[A-Za-z0-9_-]{16,}"
     r"|(?<=://)[^/\s@]+(?=@)"  # user and password in an address
     r"|(?<=[?&]token=)[^&\s]+|(?<=[?&]key=)[^&\s]+",
     re.IGNORECASE,
 )
-_SURELY = re.compile(
+_CERTAIN_SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{40,}|\bglpat-[A-Za-z0-9_-]{20,}"
     r"|\bsk-[A-Za-z0-9_-]{40,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{35}|://[^/\s:@]*:[^/\s@]+@"
 )
-LEAST = 8
+MIN_SECRET_LENGTH = 8
 """Characters of a value that counts as a secret: a shorter one would be found in ordinary words."""
 
 
-def redacted(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """`text` with *** for every secret in it."""
-    for secret in sorted(_secrets(), key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
-    return _LOOKS.sub(HIDDEN, text)
+    for secret in sorted(_known_secrets(), key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return _LIKELY_SECRET.sub(REDACTED, text)
 
 
-def line_of_secret(text: str) -> int | None:
+def find_secret_line(text: str) -> int | None:
     """The first line, from 1, that surely holds a token or an address with a password; None if there is none."""
-    found = _SURELY.search(text)
+    found = _CERTAIN_SECRET.search(text)
     return text.count("\n", 0, found.start()) + 1 if found else None
 
 
-def _secrets() -> Iterator[str]:
+def _known_secrets() -> Iterator[str]:
     """Values of environment variables that are named like secrets and do not name a file, and the hub login's token."""
     for name, value in os.environ.items():
-        if _NAMES.search(name) and len(value) >= LEAST and not value.startswith(("/", "~")):
+        if _SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_LENGTH and not value.startswith(("/", "~")):
             yield value
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     try:
         token = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return
-    if len(token) >= LEAST:
+    if len(token) >= MIN_SECRET_LENGTH:
         yield token

@@ -10,39 +10,39 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError, RunError
-from qlora_dpo.files import write_whole
-from qlora_dpo.lock import LOCK, held
+from qlora_dpo.files import atomic_write
+from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.recipe.recipe import LoadedRecipe, resolved_text
+from qlora_dpo.recipe.recipe import LoadedRecipe, resolved_toml
 
 HOME = Path("adapters")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 METRICS, EVALUATION_SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
 AUDIT = "audit.json"
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+RUN_NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a run may be called: it becomes a folder, a card's title and a tracker's run."""
 FIRST_FILES = ("recipe.toml", "resolved.toml", AUDIT, METRICS, EVALUATION_SAMPLES)
-LEFT_BY_ATTEMPTS = (*FIRST_FILES, "wandb", "tensorboard", "trackio", LOCK)
+LEFT_BY_ATTEMPTS = (*FIRST_FILES, "wandb", "tensorboard", "trackio", LOCK_FILE)
 
 
-def claim(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> None:
+def init_run_folder(folder: Path, loaded: LoadedRecipe, *, resume: bool) -> None:
     """Make `folder` the directory of one run: its recipe as written, and with every default written out.
 
     Raises RunError if it holds anything already, unless the run resumes there.
     """
-    _insist_on_room(folder, resume=resume)
+    _check_run_folder(folder, resume=resume)
     if not resume:
-        write_whole(folder / "recipe.toml", loaded.text)
-    write_whole(folder / "resolved.toml", resolved_text(loaded.recipe))
+        atomic_write(folder / "recipe.toml", loaded.text)
+    atomic_write(folder / "resolved.toml", resolved_toml(loaded.recipe))
 
 
-def _insist_on_room(folder: Path, *, resume: bool) -> None:
-    if not NAME.fullmatch(folder.resolve().name):
+def _check_run_folder(folder: Path, *, resume: bool) -> None:
+    if not RUN_NAME_PATTERN.fullmatch(folder.resolve().name):
         raise RecipeError(
-            f"{printable(str(folder))}: the name of a run has letters, digits, dots, - and _ only, and at most 64 of "
+            f"{sanitize_text(str(folder))}: the name of a run has letters, digits, dots, - and _ only, and at most 64 of "
             "them; name another folder with -o DIR"
         )
     if folder.exists() and not folder.is_dir():
@@ -63,18 +63,20 @@ def _insist_on_room(folder: Path, *, resume: bool) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, loaded: LoadedRecipe, *, resume: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """`claim` for as long as a run lasts, and let no other in: one that fails early leaves `folder` as it was.
+def exclusive_run_folder(
+    folder: Path, loaded: LoadedRecipe, *, resume: bool, log: Callable[[str], None]
+) -> Iterator[None]:
+    """`init_run_folder` for as long as a run lasts, and let no other in: one that fails early leaves `folder` as it was.
 
     Raises RunError if another process is in it; `say` is told if one died there.
     """
     new = not folder.exists()
-    _insist_on_room(folder, resume=resume)
+    _check_run_folder(folder, resume=resume)
     try:
-        with held(folder, say):
-            _insist_on_room(folder, resume=resume)  # another run may have come and gone in between
-            with _undone_if_it_fails_early(folder, resume=resume):
-                claim(folder, loaded, resume=resume)
+        with lock_folder(folder, log):
+            _check_run_folder(folder, resume=resume)  # another run may have come and gone in between
+            with _rollback_on_early_failure(folder, resume=resume):
+                init_run_folder(folder, loaded, resume=resume)
                 yield
     except BaseException:
         if new and folder.is_dir():
@@ -84,7 +86,7 @@ def claimed(folder: Path, loaded: LoadedRecipe, *, resume: bool, say: Callable[[
 
 
 @contextmanager
-def _undone_if_it_fails_early(folder: Path, *, resume: bool) -> Iterator[None]:
+def _rollback_on_early_failure(folder: Path, *, resume: bool) -> Iterator[None]:
     """Put back the recipe of a resumed run that fails; take away that of a run that fails before its first figure."""
     resolved = folder / "resolved.toml"
     before = resolved.read_bytes() if resume and resolved.is_file() else None
@@ -92,7 +94,7 @@ def _undone_if_it_fails_early(folder: Path, *, resume: bool) -> Iterator[None]:
         yield
     except BaseException:
         if before is not None:
-            write_whole(resolved, before)
+            atomic_write(resolved, before)
         elif not resume and not _has_figures(folder):
             for name in FIRST_FILES:
                 (folder / name).unlink(missing_ok=True)
@@ -103,26 +105,28 @@ def _has_figures(folder: Path) -> bool:
     return (folder / METRICS).is_file() and (folder / METRICS).stat().st_size > 0
 
 
-def newest(home: Path = HOME) -> Path:
+def newest_adapter(home: Path = HOME) -> Path:
     """The adapter in `home` that was saved last; RunError if there is none."""
-    found = sorted(home.glob(f"*/{CONFIG}"), key=lambda file: (file.stat().st_mtime, file))
+    found = sorted(home.glob(f"*/{ADAPTER_CONFIG_NAME}"), key=lambda file: (file.stat().st_mtime, file))
     if not found:
         raise RunError(f"{home}: holds no adapter; train one first: qlora-dpo train recipes/quickstart.toml")
     return found[-1].parent
 
 
-def described(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:
+def read_run_metadata(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:
     """What the folder says of its base: the model table, run.json and the resolved recipe, where they exist."""
     try:
         if (folder / "run.json").is_file() and (folder / "resolved.toml").is_file():
             recipe = Recipe.model_validate(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return _as_trained(recipe.model, run["base"].get("revision")), run, recipe
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
         return _foreign_base(config["base_model_name_or_path"], config.get("revision")), None, None
     except (ValueError, KeyError, ValidationError) as error:
         why = type(error).__name__
-        raise ModelError(f"{folder}: its {CONFIG}, run.json or resolved.toml is damaged ({why})") from error
+        raise ModelError(
+            f"{folder}: its {ADAPTER_CONFIG_NAME}, run.json or resolved.toml is damaged ({why})"
+        ) from error
 
 
 def _as_trained(table: ModelTable, commit: str | None) -> ModelTable:

@@ -3,7 +3,7 @@
 import math
 
 
-def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval for a share (Wilson 1927); 95 % with the default `z`. A tie may count as half a success.
 
     Unlike share +- z * standard error it stays within 0 and 1, and it is not empty at 0 or n successes.

@@ -67,9 +67,11 @@ def save_adapter(
         "data": {"train": str(train), "eval": str(heldout)},
     }
     loaded = LoadedRecipe(Recipe.model_validate(values), folder.with_suffix(".toml"), "# the recipe\n")
-    run_folder.claim(folder, loaded, resume=False)
-    source = sources.fetch(loaded.recipe.model)
-    model = lora.attach(base.load_base(source, loaded.recipe.model, device.choose("fp32")), loaded.recipe.lora, seed=1)
+    run_folder.init_run_folder(folder, loaded, resume=False)
+    source = sources.fetch_model(loaded.recipe.model)
+    model = lora.attach_lora(
+        base.load_base(source, loaded.recipe.model, device.select_device("fp32")), loaded.recipe.lora, seed=1
+    )
     generator = torch.Generator().manual_seed(2)
     for module in model.modules():
         if hasattr(module, "lora_B"):

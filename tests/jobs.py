@@ -12,22 +12,22 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.model import attention, device, sources
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach, trainable
-from qlora_dpo.model.quantized import keep_dense
-from qlora_dpo.model.sources import Source
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.quantized import cache_dequantized
+from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.reference import Store, reference_logps
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.training.checkpoint.save import State
-from qlora_dpo.training.data_order import make_plan
-from qlora_dpo.training.evaluate import Side
-from qlora_dpo.training.loop import Job
+from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.data_order import make_data_order
+from qlora_dpo.training.evaluate import PreferenceDataset
+from qlora_dpo.training.loop import TrainContext
 from qlora_dpo.training.run import data_fingerprint
 
 # PEFT 0.21 and TRL 1.16 call things in transformers 5.23 by their older names
@@ -36,18 +36,18 @@ LIBRARIES_WARN = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointin
 torch.set_num_threads(1)  # matrices this small only lose by being shared out
 
 PAD = 0
-CPU = device.choose("fp32")
+CPU = device.select_device("fp32")
 PADDED = Packing(512, PAD, backend=None)
 PACKED = Packing(512, PAD, backend="spans")
 _folder = tempfile.TemporaryDirectory(prefix="qlora-dpo-tiny-")
 
 
 @functools.cache
-def source() -> Source:
+def source() -> ModelSource:
     """The tiny Qwen2 with its tokenizer, saved as a transformers folder."""
     tiny.qwen2().save_pretrained(_folder.name)
     tiny.tokenizer().save_pretrained(_folder.name)
-    return sources.fetch(ModelTable(name=_folder.name))
+    return sources.fetch_model(ModelTable(name=_folder.name))
 
 
 def pairs(count: int, seed: int = 0, longest_prompt: int = 12, longest_answer: int = 9) -> list[EncodedPair]:
@@ -59,7 +59,7 @@ def pairs(count: int, seed: int = 0, longest_prompt: int = 12, longest_answer: i
         return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
 
     made = [(ids(2, longest_prompt), ids(1, longest_answer), ids(1, longest_answer)) for _ in range(count)]
-    return [EncodedPair(p, c, r, row, digest(p, c, r)) for row, (p, c, r) in enumerate(made, 1)]
+    return [EncodedPair(p, c, r, row, digest_ids(p, c, r)) for row, (p, c, r) in enumerate(made, 1)]
 
 
 def recipe(quantization: str = "none", **tables: dict[str, Any]) -> Recipe:
@@ -78,15 +78,15 @@ def recipe(quantization: str = "none", **tables: dict[str, Any]) -> Recipe:
 def base_model(quantization: str = "none", place: Device = CPU) -> Any:
     """The tiny Qwen2 as a run loads it, ready for packed rows."""
     base = load_base(source(), ModelTable(name=source().name, quantization=quantization), place)  # type: ignore[arg-type]
-    keep_dense(base, place.torch_dtype)
-    attention.use(base)
+    cache_dequantized(base, place.torch_dtype)
+    attention.enable_packed_attention(base)
     return base
 
 
 def fresh(what: Recipe, place: Device = CPU) -> PeftModel:
     """Base and untrained adapter of a recipe, as a run loads them."""
-    model = attach(base_model(what.model.quantization, place), what.lora, what.train.seed)
-    make_lean(model, place.torch_dtype)
+    model = attach_lora(base_model(what.model.quantization, place), what.lora, what.train.seed)
+    fuse_lora(model, place.torch_dtype)
     return model
 
 
@@ -104,25 +104,27 @@ def scaling(first: float) -> Callable[..., Accelerator]:
 def stirred(model: PeftModel, seed: int = 1) -> PeftModel:
     """The model with an adapter that does something: lora_B random too, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
-def job(model: PeftModel, what: Recipe, folder: Path, train: int = 10, heldout: int = 6, place: Device = CPU) -> Job:
+def job(
+    model: PeftModel, what: Recipe, folder: Path, train: int = 10, heldout: int = 6, place: Device = CPU
+) -> TrainContext:
     """A job over random pairs, with the reference's log-probabilities of them."""
-    store, sides = Store(folder / "reference"), []
+    store, sides = ReferenceLogpCache(folder / "reference"), []
     packing = Packing(what.train.micro_batch_tokens, PAD, place.attention)
     for seed, count in ((0, train), (1, heldout)):
         some = pairs(count, seed)
-        sides.append(Side(some, reference_logps(model, some, store, packing, place)))
-    return Job(what, place, make_plan(train, what.train), sides[0], sides[1], packing, folder, store)
+        sides.append(PreferenceDataset(some, compute_reference_logps(model, some, store, packing, place)))
+    return TrainContext(what, place, make_data_order(train, what.train), sides[0], sides[1], packing, folder, store)
 
 
-def start(of: Job) -> State:
+def start(of: TrainContext) -> TrainState:
     """The state before the first step."""
-    return State(
+    return TrainState(
         0,
         of.recipe.model_dump(exclude_none=True),
         {
@@ -136,12 +138,12 @@ def start(of: Job) -> State:
 
 def adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of the adapter's weights by name."""
-    return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
 def gradients(model: PeftModel) -> torch.Tensor:
     """All gradients of the adapter in one vector."""
-    return torch.cat([p.grad.flatten().double() for p in trainable(model).values() if p.grad is not None])
+    return torch.cat([p.grad.flatten().double() for p in trainable_parameters(model).values() if p.grad is not None])
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:

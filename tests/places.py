@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlora_dpo.model import device
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 
 Where = Literal["cpu", "cuda"]
 
@@ -48,12 +48,12 @@ def chosen(where: Where, dtype: Any) -> Device:
     if where == "cuda" and dtype == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this card has no bf16")
     with mock.patch.object(device, "has_gpu", lambda: where == "cuda"):
-        return device.choose(dtype)
+        return device.select_device(dtype)
 
 
 def moved(model: Any, place: Device) -> Any:
     """The model with all that is trained on `place`, wherever it was made."""
-    for parameter in trainable(model).values():
+    for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.to(place.torch_device)
     return model
 

@@ -54,7 +54,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_dpo
-from qlora_dpo.model.gpu_specs import CARDS, Card
+from qlora_dpo.model.gpu_specs import GPU_SPECS, GpuSpec
 
 aten = torch.ops.aten
 Place = Literal["cpu", "cuda"]
@@ -188,7 +188,7 @@ class Generator:
 class PretendedGPU:
     """What a program sees of the GPU, and what a test can learn of the program."""
 
-    def __init__(self, card: Card, multiprocessors: int, *, fused: bool) -> None:
+    def __init__(self, card: GpuSpec, multiprocessors: int, *, fused: bool) -> None:
         self.card, self.multiprocessors = card, multiprocessors
         self.memory, self.generator = Memory(), Generator()
         self.waits: Counter[tuple[str, str]] = Counter()
@@ -630,7 +630,7 @@ def pretended_gpu(card: str = "t4", *, fused: bool = True) -> Iterator[Pretended
 
     Models must be loaded inside. Tensors that are on the GPU mean nothing afterwards.
     """
-    gpu = PretendedGPU(CARDS[card], MULTIPROCESSORS[card], fused=fused)
+    gpu = PretendedGPU(GPU_SPECS[card], MULTIPROCESSORS[card], fused=fused)
     group = torch._C._group_tensors_by_device_and_dtype
     engine, thread = vars(torch.autograd)["_engine_run_backward"], threading.Thread.run
 

@@ -15,18 +15,18 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qlora_dpo.model.device import choose
-from qlora_dpo.talk.access import Guard
-from qlora_dpo.talk.conversation import Conversation, Voice, ask, reply
-from qlora_dpo.talk.engine import Engine, Line
-from qlora_dpo.talk.http_server import bound, reading, serve
-from qlora_dpo.talk.sampling import Settings
-from qlora_dpo.talk.serve import Limits, Service, application
+from qlora_dpo.model.device import select_device
+from qlora_dpo.talk.access import AccessPolicy
+from qlora_dpo.talk.conversation import Conversation, ModelVariant, add_user_message, stream_reply
+from qlora_dpo.talk.engine import Engine, RequestQueue
+from qlora_dpo.talk.http_server import bind_socket, serve_in_thread, serve_until_stopped
+from qlora_dpo.talk.sampling import SamplingParams
+from qlora_dpo.talk.serve import ClientLimits, Service, create_app
 
-GREEDY = Settings(temperature=0, max_new_tokens=16, seed=0)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=16, seed=0)
 
 
-MODELS: dict[str, Voice] = {"tuned": "tuned", "plain": "base"}
+MODELS: dict[str, ModelVariant] = {"tuned": "tuned", "plain": "base"}
 
 
 def adapted() -> Any:
@@ -113,25 +113,32 @@ def answer_of(raw: bytes) -> tuple[int, Any]:
 
 @contextmanager
 def served(
-    settings: Settings = GREEDY,
+    settings: SamplingParams = GREEDY,
     *,
     model: Any = None,
     key: str | None = None,
     host: str = "127.0.0.1",
     collect: Path | None = None,
-    limits: Limits | None = None,
+    limits: ClientLimits | None = None,
     engine: Mapping[str, Any] | None = None,
     waiting: int = 64,
 ) -> Iterator[Served]:
     """The server, from its first request to its last."""
     complaints: list[str] = []
     model = adapted() if model is None else model
-    held = Engine(model, tiny.tokenizer(), choose("fp32"), Line(waiting), complain=complaints.append, **(engine or {}))
-    service = Service(held, dict(MODELS), settings, Guard(host, key), collect, limits or Limits())
-    listener = bound("127.0.0.1", 0)
+    held = Engine(
+        model,
+        tiny.tokenizer(),
+        select_device("fp32"),
+        RequestQueue(waiting),
+        log_error=complaints.append,
+        **(engine or {}),
+    )
+    service = Service(held, dict(MODELS), settings, AccessPolicy(host, key), collect, limits or ClientLimits())
+    listener = bind_socket("127.0.0.1", 0)
     port, stopping = listener.getsockname()[1], threading.Event()
     worker = threading.Thread(target=held.work, args=(stopping,), daemon=True)
-    with reading(application(service), listener):
+    with serve_in_thread(create_app(service), listener):
         worker.start()
         try:
             yield Served(service, port, complaints)
@@ -146,17 +153,19 @@ def expected(server: Served, voice: str, *texts: str, system: str | None = None)
     held = Conversation("x", engine.model, engine.tokenizer, engine.device, GREEDY, (voice,), system)  # type: ignore[arg-type]
     said = []
     for text in texts:
-        ask(held, text)
-        said.append("".join(reply(held, voice, 0)))  # type: ignore[arg-type]
+        add_user_message(held, text)
+        said.append("".join(stream_reply(held, voice, 0)))  # type: ignore[arg-type]
     return said
 
 
 def main() -> None:
     """Serve in a process of its own, in float32, where greedy answers cannot depend on what is remembered."""
-    engine = Engine(adapted(), tiny.tokenizer(), choose("fp32"), complain=lambda told: print(told, file=sys.stderr))
-    service = Service(engine, MODELS, Settings(max_new_tokens=200), Guard("127.0.0.1", None))
-    listener = bound("127.0.0.1", 0)
-    serve(application(service), engine, listener, lambda: print(listener.getsockname()[1], flush=True))
+    engine = Engine(
+        adapted(), tiny.tokenizer(), select_device("fp32"), log_error=lambda told: print(told, file=sys.stderr)
+    )
+    service = Service(engine, MODELS, SamplingParams(max_new_tokens=200), AccessPolicy("127.0.0.1", None))
+    listener = bind_socket("127.0.0.1", 0)
+    serve_until_stopped(create_app(service), engine, listener, lambda: print(listener.getsockname()[1], flush=True))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 
 FIGURES: dict[str, Any] = {
     "kl": 0.0,
@@ -19,9 +19,9 @@ FIGURES: dict[str, Any] = {
 }
 
 
-def tracker_that_stops(folder: Path, total_steps: int, stop_at: int) -> Tracker:
+def tracker_that_stops(folder: Path, total_steps: int, stop_at: int) -> RunLog:
     """A tracker whose process gets SIGTERM when step `stop_at` is done; 0 for none."""
-    tracker = Tracker(folder, total_steps)
+    tracker = RunLog(folder, total_steps)
     said = tracker.step
 
     def step(number: int) -> None:

@@ -18,13 +18,13 @@ from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model.base import load_tokenizer
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach, trainable
-from qlora_dpo.preference.reference import guard_adapter, probe
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.preference.reference import check_adapter_off_is_base, probe_logits
 from qlora_dpo.recipe.recipe import LoadedRecipe
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.save import newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -52,10 +52,10 @@ def attached(what: Any) -> Any:
     """Base and adapter of a recipe; it is proved that the adapter changes nothing yet."""
     base = jobs.base_model(what.model.quantization)
     pair = jobs.pairs(1, seed=5)[0]
-    before_LV = probe(base, pair, jobs.CPU)
-    model = attach(base, what.lora, what.train.seed)
-    make_lean(model, jobs.CPU.torch_dtype)
-    guard_adapter(model, before_LV, pair, jobs.PACKED, jobs.CPU)
+    before_LV = probe_logits(base, pair, jobs.CPU)
+    model = attach_lora(base, what.lora, what.train.seed)
+    fuse_lora(model, jobs.CPU.torch_dtype)
+    check_adapter_off_is_base(model, before_LV, pair, jobs.PACKED, jobs.CPU)
     return model
 
 
@@ -64,7 +64,7 @@ def trained(what: Any, folder: Path, resume: Path | None = None, stop_at: int = 
     folder.mkdir(exist_ok=True)
     model = attached(what)
     job = jobs.job(model, what, folder)
-    tracker = Tracker(folder, job.plan.total_steps)
+    tracker = RunLog(folder, job.data_order.total_steps)
     said = tracker.step
 
     def step(number: int) -> None:
@@ -74,7 +74,7 @@ def trained(what: Any, folder: Path, resume: Path | None = None, stop_at: int = 
 
     tracker.step = step  # type: ignore[method-assign]
     with tracker:
-        fit(model, job, jobs.start(job), tracker, resume)
+        train_loop(model, job, jobs.start(job), tracker, resume)
     return model.eval()
 
 
@@ -83,18 +83,20 @@ def trained(what: Any, folder: Path, resume: Path | None = None, stop_at: int = 
 def test_each_kind_trains_reopens_and_merges(kind: str, quantization: str, tmp_path: Path) -> None:
     what = jobs.recipe(quantization, lora={"r": 4, "lora_alpha": 8, **KINDS[kind]}, train={"max_steps": 3})
     model = trained(what, tmp_path / "run")
-    moved = [name for name, each in trainable(model).items() if "lora_B" in name and float(each.abs().max()) > 0]
+    moved = [
+        name for name, each in trainable_parameters(model).items() if "lora_B" in name and float(each.abs().max()) > 0
+    ]
     assert moved
     ids = torch.tensor([jobs.pairs(1, seed=7)[0].prompt])
     expected = model(input_ids=ids, use_cache=False).logits
     folder = tmp_path / "saved"
     loaded = LoadedRecipe(what, tmp_path / "saved.toml", "# the recipe\n")
-    run_folder.claim(folder, loaded, resume=False)
+    run_folder.init_run_folder(folder, loaded, resume=False)
     adapter.save_adapter(folder, model, load_tokenizer(jobs.source()), jobs.source())
     (folder / "run.json").write_text(json.dumps({"name": "saved", "base": {"fingerprint": jobs.source().fingerprint}}))
     opened = merging.open_for_merge(folder)
     torch.testing.assert_close(opened.model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    merging.merge(opened, tmp_path / "merged", "trained", "fp32", lambda written: {**FIGURES, "kl": 0.0})
+    merging.merge_adapter(opened, tmp_path / "merged", "trained", "fp32", lambda written: {**FIGURES, "kl": 0.0})
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(full(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -113,7 +115,7 @@ FIGURES = {
 def test_targets_are_those_that_were_named() -> None:
     def layers(**keys: Any) -> set[str]:
         model = attached(jobs.recipe("nf4", lora=keys))
-        names = {name.partition(".lora_A")[0] for name in trainable(model) if "lora_A" in name}
+        names = {name.partition(".lora_A")[0] for name in trainable_parameters(model) if "lora_A" in name}
         return {name.removeprefix("base_model.model.model.layers.") for name in names}
 
     everything = layers()
@@ -137,7 +139,9 @@ def test_lora_plus_moves_lora_b_more(tmp_path: Path) -> None:
 
 def test_patterns_give_modules_their_own_rank_and_scale() -> None:
     model = attached(jobs.recipe(lora={"r": 4, "lora_alpha": 8, **KINDS["ranks by module"]}))
-    ranks = {name.split(".")[-4]: each.shape[0] for name, each in trainable(model).items() if "lora_A" in name}
+    ranks = {
+        name.split(".")[-4]: each.shape[0] for name, each in trainable_parameters(model).items() if "lora_A" in name
+    }
     assert ranks["q_proj"] == 8 and ranks["down_proj"] == 2 and ranks["k_proj"] == 4
     layers = {name.rpartition(".")[2]: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
     scales = {name: layer.scaling["default"] for name, layer in layers.items()}

@@ -2,17 +2,17 @@
 
 import pytest
 
-from qlora_dpo.data.audit import OVERLONG, Audit, baselines, insist_on_few_bad_rows, quantiles
+from qlora_dpo.data.audit import OVERLONG, Audit, check_bad_share, length_baselines, length_quantiles
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import DataError
 
 AUDIT = Audit(
     source="pairs.jsonl",
-    shape="strings (prompt, chosen and rejected)",
+    format="strings (prompt, chosen and rejected)",
     rows=2_006,
     used=2_000,
     dropped={"empty answer": (3, 17), "equal answers": (4,)},
-    not_drawn=3,
+    not_sampled=3,
     repaired={"prompt cut at the front": (9,), "control tokens read as text": (9, 12)},
     tokens={"prompt": (10, 20, 30), "chosen": (5, 6, 7), "rejected": (1, 2, 3)},
     note="A note.",
@@ -44,12 +44,12 @@ def test_the_account_is_a_table_of_plain_text() -> None:
 
 
 def test_row_numbers_are_named_on_request() -> None:
-    assert "\n".join(AUDIT.lines(numbers=True)) == TABLE + NUMBERS
+    assert "\n".join(AUDIT.lines(with_row_numbers=True)) == TABLE + NUMBERS
 
 
 def test_what_did_not_happen_has_no_line() -> None:
     clean = Audit("pairs.jsonl", "strings", 2, 2, {}, 0, {}, {})
-    assert clean.lines(numbers=True) == ["pairs.jsonl: strings", "  rows read   2", "  pairs used  2"]
+    assert clean.lines(with_row_numbers=True) == ["pairs.jsonl: strings", "  rows read   2", "  pairs used  2"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_did_not_happen_has_no_line() -> None:
     [([], (0, 0, 0)), ([7], (7, 7, 7)), ([1, 2], (1, 1, 2)), (list(range(101)), (50, 95, 100)), ([9, 1, 5], (5, 5, 9))],
 )
 def test_quantiles_are_lengths_that_occur(lengths: list[int], expected: tuple[int, int, int]) -> None:
-    assert quantiles(lengths) == expected
+    assert length_quantiles(lengths) == expected
 
 
 def pair(chosen: int, rejected: int) -> EncodedPair:
@@ -65,13 +65,13 @@ def pair(chosen: int, rejected: int) -> EncodedPair:
 
 
 def test_baselines_count_a_tie_as_one_half() -> None:
-    found = baselines([pair(5, 1), pair(1, 5), pair(1, 5), pair(2, 2)])
+    found = length_baselines([pair(5, 1), pair(1, 5), pair(1, 5), pair(2, 2)])
     assert found == {"longer": 1.5 / 4, "shorter": 2.5 / 4}
 
 
 def test_baselines_need_pairs() -> None:
     with pytest.raises(ValueError, match=r"^baselines need at least one pair$"):
-        baselines([])
+        length_baselines([])
 
 
 def account(used: int, dropped: dict[str, tuple[int, ...]], not_drawn: int = 0) -> Audit:
@@ -84,19 +84,19 @@ def account(used: int, dropped: dict[str, tuple[int, ...]], not_drawn: int = 0) 
 def test_more_bad_rows_than_are_allowed_refuse_the_run_with_their_reasons() -> None:
     audit = account(97, {"equal answers": (3, 9), "empty answer": (4,)})
     with pytest.raises(DataError) as error:
-        insist_on_few_bad_rows(audit, 0.01)
+        check_bad_share(audit, 0.01)
     assert str(error.value) == (
         "pairs.jsonl: 3 of 100 rows (3.0%) are no usable pairs: equal answers (2, first pairs.jsonl:3), "
         "empty answer (1, first pairs.jsonl:4); "
         "data.max_bad_share = 0.01 allows 1.0%; list them with --dropped-rows and mend them, or raise it"
     )
-    insist_on_few_bad_rows(audit, 0.03)
+    check_bad_share(audit, 0.03)
 
 
 def test_long_pairs_are_not_bad_and_rows_that_were_not_drawn_do_not_count() -> None:
-    insist_on_few_bad_rows(account(50, {OVERLONG: tuple(range(1, 51))}), 0)
+    check_bad_share(account(50, {OVERLONG: tuple(range(1, 51))}), 0)
     with pytest.raises(DataError, match=r"1 of 50 rows \(2\.0%\)"):
-        insist_on_few_bad_rows(account(49, {"empty answer": (4,)}, not_drawn=1000), 0.01)
+        check_bad_share(account(49, {"empty answer": (4,)}, not_drawn=1000), 0.01)
 
 
 def test_a_table_names_twenty_reasons_and_counts_the_others() -> None:
@@ -106,11 +106,11 @@ def test_a_table_names_twenty_reasons_and_counts_the_others() -> None:
     assert lines[-1] == "  dropped: 5 other reasons  40"
     assert len([line for line in lines if "dropped" in line]) == 21
     with pytest.raises(DataError, match=r"reason 4 \(26, first pairs.jsonl:1\) and 20 other reasons; data"):
-        insist_on_few_bad_rows(audit, 0.01)
+        check_bad_share(audit, 0.01)
 
 
 def test_the_whole_account_is_told_with_every_row() -> None:
-    facts = AUDIT.facts()
+    facts = AUDIT.to_dict()
     assert facts["dropped"] == {"empty answer": [3, 17], "equal answers": [4]}
     assert facts["repaired"] == {"prompt cut at the front": [9], "control tokens read as text": [9, 12]}
     assert facts["rows"] == facts["used"] + facts["not_drawn"] + sum(map(len, facts["dropped"].values()))

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.data.pairs import MOST_CHARACTERS
+from qlora_dpo.data.pairs import MAX_CHARACTERS
 from qlora_dpo.recipe.data import DataTable
 
 Row = dict[str, Any]
@@ -88,7 +88,7 @@ TEXTS: dict[str, tuple[Row, Row, str]] = {
             ),
             "half a control token": (strings(chosen="No.<|im_en"), KEPT),
             "control token beside a private character": (strings(chosen="\ue000<|im_end|>\ue001"), AS_TEXT),
-            "prompt without end": (strings(prompt="a" * MOST_CHARACTERS), "more than 1,000,000 characters"),
+            "prompt without end": (strings(prompt="a" * MAX_CHARACTERS), "more than 1,000,000 characters"),
             "answer without end": (strings(chosen="no " * 400_000), "more than 1,000,000 characters"),
             "too long": (strings(chosen="No, it is early. " * 200), "longer than max_length"),
             "answer that melts into the prompt": (

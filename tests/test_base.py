@@ -14,22 +14,22 @@ from qlora_dpo.errors import ModelError
 from qlora_dpo.model import device
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers
-from qlora_dpo.model.sources import Source
+from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe.model import ModelTable
 
 IDS = torch.arange(3, 43)[None]
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
-    return Source("base", save_base(tmp_path / "base"), "")
+def source(tmp_path: Path) -> ModelSource:
+    return ModelSource("base", save_base(tmp_path / "base"), "")
 
 
-def loaded(source: Source, **changed: Any) -> PreTrainedModel:
-    return load_base(source, ModelTable(name=str(source.folder), **changed), device.choose("fp32"))
+def loaded(source: ModelSource, **changed: Any) -> PreTrainedModel:
+    return load_base(source, ModelTable(name=str(source.folder), **changed), device.select_device("fp32"))
 
 
-def test_nf4_takes_the_linear_layers_and_leaves_head_embeddings_and_norms(source: Source) -> None:
+def test_nf4_takes_the_linear_layers_and_leaves_head_embeddings_and_norms(source: ModelSource) -> None:
     model = loaded(source)
     assert len(linear4bit_layers(model)) == 14
     assert type(model.lm_head) is nn.Linear
@@ -38,7 +38,7 @@ def test_nf4_takes_the_linear_layers_and_leaves_head_embeddings_and_norms(source
     assert not model.training
 
 
-def test_unquantized_weights_are_those_of_the_files(source: Source) -> None:
+def test_unquantized_weights_are_those_of_the_files(source: ModelSource) -> None:
     from transformers import AutoModelForCausalLM
 
     wanted = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
@@ -49,7 +49,7 @@ def test_unquantized_weights_are_those_of_the_files(source: Source) -> None:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_the_dequantized_weight_is_the_one_the_layer_computes_with(source: Source, double_quant: bool) -> None:
+def test_the_dequantized_weight_is_the_one_the_layer_computes_with(source: ModelSource, double_quant: bool) -> None:
     for name, layer in linear4bit_layers(loaded(source, double_quant=double_quant)).items():
         x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -57,7 +57,7 @@ def test_the_dequantized_weight_is_the_one_the_layer_computes_with(source: Sourc
             torch.testing.assert_close(layer(x), wanted, atol=1e-6, rtol=1e-6, msg=name)
 
 
-def test_every_block_of_64_has_at_most_16_values_scaled_by_its_largest(source: Source) -> None:
+def test_every_block_of_64_has_at_most_16_values_scaled_by_its_largest(source: ModelSource) -> None:
     from safetensors.torch import load_file
 
     original = load_file(source.folder / "model.safetensors")
@@ -75,7 +75,7 @@ def state_of(layer: bnb.nn.Linear4bit) -> Any:
     return layer.weight.quant_state
 
 
-def test_no_forward_pass_changes_or_repacks_a_4_bit_weight(source: Source) -> None:
+def test_no_forward_pass_changes_or_repacks_a_4_bit_weight(source: ModelSource) -> None:
     model = loaded(source)
     before = {name: dequantized(layer) for name, layer in linear4bit_layers(model).items()}
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_no_forward_pass_changes_or_repacks_a_4_bit_weight(source: Source) -> No
 
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="only a CPU with AVX512-BF16 repacks 4-bit weights")
-def test_without_the_guard_this_cpu_repacks_a_weight_and_reading_it_back_is_refused(source: Source) -> None:
+def test_without_the_guard_this_cpu_repacks_a_weight_and_reading_it_back_is_refused(source: ModelSource) -> None:
     model = loaded(source)
     layer = next(iter(linear4bit_layers(model).values()))
     layer.support_avx512bf16_for_cpu = True  # what compute_with_dequantized_weights switched off
@@ -103,13 +103,13 @@ def test_without_the_guard_this_cpu_repacks_a_weight_and_reading_it_back_is_refu
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dequantizing_into_16_bits_rounds_the_float32_weight_once(source: Source, dtype: torch.dtype) -> None:
+def test_dequantizing_into_16_bits_rounds_the_float32_weight_once(source: ModelSource, dtype: torch.dtype) -> None:
     for layer in linear4bit_layers(loaded(source)).values():
         assert torch.equal(dense_weight(layer, dtype), dequantized(layer).to(dtype))
 
 
 def test_a_4_bit_layer_never_computes_by_bitsandbytes_own_product(
-    source: Source, monkeypatch: pytest.MonkeyPatch
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded(source)
     expected = model(IDS).logits
@@ -127,7 +127,7 @@ def test_a_4_bit_layer_never_computes_by_bitsandbytes_own_product(
     assert torch.equal(model(IDS).logits, expected)
 
 
-def test_reading_back_leaves_the_layer_as_it_was(source: Source) -> None:
+def test_reading_back_leaves_the_layer_as_it_was(source: ModelSource) -> None:
     layer = next(iter(linear4bit_layers(loaded(source)).values()))
     kept: Tensor = layer.weight.data.clone()
     state = state_of(layer).dtype
@@ -136,7 +136,7 @@ def test_reading_back_leaves_the_layer_as_it_was(source: Source) -> None:
     assert state_of(layer).dtype == state
 
 
-def test_a_tokenizer_without_padding_token_pads_with_its_end_token(source: Source) -> None:
+def test_a_tokenizer_without_padding_token_pads_with_its_end_token(source: ModelSource) -> None:
     import tiny
 
     bare = tiny.tokenizer()
@@ -145,7 +145,7 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end_token(source: Sourc
     assert load_tokenizer(source).pad_token == "<|im_end|>"
 
 
-def test_weights_that_are_no_causal_language_model_are_refused_in_one_sentence(source: Source) -> None:
+def test_weights_that_are_no_causal_language_model_are_refused_in_one_sentence(source: ModelSource) -> None:
     (source.folder / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(ModelError) as raised:
         loaded(source)

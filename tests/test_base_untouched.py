@@ -10,12 +10,12 @@ import pytest
 import torch
 from adapters_made import save_adapter, save_base
 
-from qlora_dpo.adapter import Opened, open_adapter
+from qlora_dpo.adapter import OpenedModel, open_adapter
 from qlora_dpo.deploy import shards
-from qlora_dpo.evaluation.merge_fidelity import measure
+from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
 from qlora_dpo.model.quantized import linear4bit_layers
 from qlora_dpo.recipe.model import Quantization
-from qlora_dpo.talk.generate import answers
+from qlora_dpo.talk.generate import generate_greedy
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -39,16 +39,16 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
     }
 
 
-def chat(opened: Opened, folder: Path) -> None:
+def chat(opened: OpenedModel, folder: Path) -> None:
     with opened.device.autocast():
-        assert len(answers(opened.model, opened.tokenizer, ASKED, 8)) == 3
+        assert len(generate_greedy(opened.model, opened.tokenizer, ASKED, 8)) == 3
 
 
-def evaluate(opened: Opened, folder: Path) -> None:
-    measure(opened.model, opened.model, jobs.pairs(4), 0, opened.device)
+def evaluate(opened: OpenedModel, folder: Path) -> None:
+    measure_merge_fidelity(opened.model, opened.model, jobs.pairs(4), 0, opened.device)
 
 
-def merge(opened: Opened, folder: Path) -> None:
+def merge(opened: OpenedModel, folder: Path) -> None:
     chat(opened, folder)
     shards.write_model(opened, folder, "trained", torch.bfloat16)
 
@@ -57,7 +57,7 @@ def merge(opened: Opened, folder: Path) -> None:
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_base_is_the_same_before_and_after(
-    use: Callable[[Opened, Path], None], quantization: Quantization, dtype: str, tmp_path: Path
+    use: Callable[[OpenedModel, Path], None], quantization: Quantization, dtype: str, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base")
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in base.iterdir()}

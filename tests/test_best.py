@@ -17,11 +17,11 @@ from workplace import HH, Workplace
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.recipe.train import TrainTable
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
-from qlora_dpo.training.checkpoint.best import best, load_best, out_of_patience
-from qlora_dpo.training.checkpoint.integrity import folder_of_best
-from qlora_dpo.training.checkpoint.save import State, newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
+from qlora_dpo.training.checkpoint.best import best_step, load_best, out_of_patience
+from qlora_dpo.training.checkpoint.integrity import best_adapter_dir
+from qlora_dpo.training.checkpoint.save import TrainState, newest_valid
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -35,13 +35,15 @@ TRAIN = {
 """Ten random pairs of which nothing can be learned for others: the held-out loss rises sooner or later."""
 
 
-def train(folder: Path, stop_at: int | None = None, resume: Path | None = None, **changes: Any) -> tuple[Any, State]:
+def train(
+    folder: Path, stop_at: int | None = None, resume: Path | None = None, **changes: Any
+) -> tuple[Any, TrainState]:
     """Train in `folder`; with `stop_at`, Ctrl-C comes while that step ends."""
     what = jobs.recipe(train={**TRAIN, **changes}, lora={"lora_alpha": 64})
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder)
-    with Tracker(folder, job.plan.total_steps) as tracker:
+    with RunLog(folder, job.data_order.total_steps) as tracker:
         said = tracker.step
 
         def step(number: int) -> None:
@@ -50,7 +52,7 @@ def train(folder: Path, stop_at: int | None = None, resume: Path | None = None, 
                 os.kill(os.getpid(), signal.SIGINT)
 
         tracker.step = step  # type: ignore[method-assign]
-        state = fit(model, job, jobs.start(job), tracker, resume)
+        state = train_loop(model, job, jobs.start(job), tracker, resume)
     return model, state
 
 
@@ -64,8 +66,8 @@ def evals(*losses: float, **more: list[float]) -> list[dict[str, Any]]:
 
 def test_the_best_is_the_lowest_loss_and_the_highest_accuracy() -> None:
     records = evals(0.69, 0.5, 0.6, 0.5, **{"eval_rewards/accuracies": [0.5, 0.7, 0.8, 0.8]})
-    assert best(records, "loss") == 10
-    assert best(records, "rewards/accuracies") == 20
+    assert best_step(records, "loss") == 10
+    assert best_step(records, "rewards/accuracies") == 20
 
 
 def test_patience_is_counted_as_transformers_counts_it() -> None:
@@ -83,7 +85,7 @@ def test_patience_is_counted_as_transformers_counts_it() -> None:
 
 def test_a_metric_that_a_run_does_not_measure_is_named_with_those_it_does() -> None:
     with pytest.raises(RunError) as error:
-        best(evals(0.69, 0.5), "sft_loss")
+        best_step(evals(0.69, 0.5), "sft_loss")
     assert str(error.value) == ('train.metric_for_best_model = "sft_loss" is not measured in this run; it has loss')
 
 
@@ -126,7 +128,7 @@ def test_a_resumed_run_has_the_same_best(stop_at: int, tmp_path: Path) -> None:
     _, state = train(tmp_path / "parts", resume=newest)
     assert state.best is not None
     assert state.best == whole.best
-    files = [folder_of_best(tmp_path / part, state.best) / "adapter.safetensors" for part in ("whole", "parts")]
+    files = [best_adapter_dir(tmp_path / part, state.best) / "adapter.safetensors" for part in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -134,7 +136,7 @@ def test_a_checkpoint_whose_best_adapter_is_damaged_is_not_resumed_from(tmp_path
     with pytest.raises(Interrupted):
         train(tmp_path, stop_at=4)
     saved = json.loads((tmp_path / "checkpoints/step-000004/state.json").read_text())["best"]
-    file = folder_of_best(tmp_path, saved) / "adapter.safetensors"
+    file = best_adapter_dir(tmp_path, saved) / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(RunError, match=rf"step-000004: skipped, since the best adapter so far, best-{saved:06d}, is d"):
         newest_valid(tmp_path)
@@ -151,23 +153,23 @@ def test_a_run_that_finds_nothing_better_stops_early_with_its_last_steps_told(tm
         f"stopped early after step {state.step}: 2 evaluations were no better by loss than step {3 * lowest}"
     )
     assert not state.stopped_by_sign
-    logged = [record["step"] for record in read(tmp_path / METRICS) if record["kind"] == "train"]
+    logged = [record["step"] for record in read_metrics(tmp_path / METRICS) if record["kind"] == "train"]
     assert logged == [1, state.step]
     assert (tmp_path / "checkpoints" / f"step-{state.step:06d}").is_dir()
 
 
 def test_trls_engine_stops_early_too_and_keeps_the_best(tmp_path: Path) -> None:
-    from qlora_dpo.training.trl_engine import fit_with_trl
+    from qlora_dpo.training.trl_engine import train_with_trl
 
     what = jobs.recipe(train={**TRAIN, "early_stopping_patience": 2, "engine": "trl"}, lora={"lora_alpha": 64})
     model: PeftModel = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    with Tracker(tmp_path, job.plan.total_steps) as tracker:
-        _, state = fit_with_trl(model, job, jobs.start(job), tracker, jobs.tiny.tokenizer())
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker:
+        _, state = train_with_trl(model, job, jobs.start(job), tracker, jobs.tiny.tokenizer())
     losses = [record["eval_loss"] for record in state.evals]
     assert len(losses) == losses.index(min(losses)) + 3 < 7
     assert state.best is not None
-    assert folder_of_best(tmp_path, state.best).is_dir()
+    assert best_adapter_dir(tmp_path, state.best).is_dir()
 
 
 @pytest.fixture(scope="module")

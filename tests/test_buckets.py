@@ -8,8 +8,8 @@ import torch
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.attention import BATCHED_TILE
-from qlora_dpo.model.buckets import ALIGNED, Buckets, buckets_of
-from qlora_dpo.model.gather import take, take_back, take_once
+from qlora_dpo.model.buckets import KEY_ALIGNMENT, Buckets, make_buckets
+from qlora_dpo.model.gather import gather_rows, gather_rows_padded, gather_rows_unique
 from qlora_dpo.model.span import Span
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 
@@ -39,7 +39,7 @@ def rows_of_tiles(tokens: int) -> list[list[Span]]:
 
 def needed(tiles: list[Span]) -> int:
     """Scores of each query with the keys that it sees."""
-    return sum((tile.sees - tile.tokens) * tile.tokens + tile.tokens * (tile.tokens + 1) // 2 for tile in tiles)
+    return sum((tile.num_visible - tile.tokens) * tile.tokens + tile.tokens * (tile.tokens + 1) // 2 for tile in tiles)
 
 
 def computed(buckets: Buckets) -> int:
@@ -49,16 +49,16 @@ def computed(buckets: Buckets) -> int:
 @pytest.mark.parametrize(("tokens", "times", "calls"), [(2048, 1.9, 7), (16384, 1.75, 20)])
 def test_on_hhs_lengths_less_than_twice_the_scores_needed_are_computed(tokens: int, times: float, calls: int) -> None:
     rows = rows_of_tiles(tokens)
-    found = [buckets_of(tiles) for tiles in rows]
+    found = [make_buckets(tiles) for tiles in rows]
     assert sum(map(computed, found)) < times * sum(map(needed, rows))
     assert sum(len(each.tiles) for each in found) <= calls * len(found)
 
 
 def test_every_token_is_queried_once_and_read_as_often_as_it_is_seen() -> None:
     tiles = rows_of_tiles(2048)[0]
-    buckets = buckets_of(tiles)
+    buckets = make_buckets(tiles)
     assert Counter(tile for group in buckets.tiles for tile in group) == Counter(tiles)
-    assert all(k % ALIGNED == 0 for _, _, k in buckets.sizes)
+    assert all(k % KEY_ALIGNMENT == 0 for _, _, k in buckets.sizes)
     index = buckets.index_tensors()
     count = sum(tile.tokens for tile in tiles)
     assert index["query"][index["place"]].tolist() == list(range(count))
@@ -70,24 +70,24 @@ def test_every_token_is_queried_once_and_read_as_often_as_it_is_seen() -> None:
 
 def test_gradients_of_what_is_read_are_those_of_indexing() -> None:
     tiles = rows_of_tiles(2048)[1]
-    index = buckets_of(tiles).index_tensors()
+    index = make_buckets(tiles).index_tensors()
     x = torch.randn(sum(tile.tokens for tile in tiles), 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(index["key"]), 3, dtype=torch.float64)
     real = torch.zeros(len(weight), dtype=torch.bool)
     real[index["order"]] = True  # padding has no gradient where attention hides it
     weight[~real] = 0
-    (ours,) = torch.autograd.grad((take(x, index["key"], index["order"], index["counts"]) * weight).sum(), x)
+    (ours,) = torch.autograd.grad((gather_rows(x, index["key"], index["order"], index["counts"]) * weight).sum(), x)
     (plain,) = torch.autograd.grad((x[index["key"]] * weight).sum(), x)
     torch.testing.assert_close(ours, plain)
-    once = take_once(x, index["query"], index["place"])
-    assert torch.equal(take_back(once, index["place"]), x)
-    (back,) = torch.autograd.grad((take_back(once * 2, index["place"]) * x.detach()).sum(), x)
+    once = gather_rows_padded(x, index["query"], index["place"])
+    assert torch.equal(gather_rows_unique(once, index["place"]), x)
+    (back,) = torch.autograd.grad((gather_rows_unique(once * 2, index["place"]) * x.detach()).sum(), x)
     torch.testing.assert_close(back, 2 * x.detach())
 
 
 def test_the_gradient_of_a_token_that_many_read_is_summed_in_float32() -> None:
     many = 4096
     x = torch.zeros(1, 1, dtype=torch.float16, requires_grad=True)
-    read = take(x, torch.zeros(many, dtype=torch.long), torch.arange(many), torch.tensor([many]))
+    read = gather_rows(x, torch.zeros(many, dtype=torch.long), torch.arange(many), torch.tensor([many]))
     (gradient,) = torch.autograd.grad(read.float().sum() * 0.7, x)
     assert gradient.item() == pytest.approx(many * 0.7, rel=1e-3)

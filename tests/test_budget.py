@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from qlora_dpo.model import memory
-from qlora_dpo.model.memory import Kept, checkpoint, checkpointable
-from qlora_dpo.preference.logps import score
+from qlora_dpo.model.memory import ActivationBytes, checkpointable_layers, set_gradient_checkpointing
+from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import MicroBatch, collate
 
 pytestmark = jobs.LIBRARIES_WARN
 
-TEN = Kept(layer=10.0, layer_input=1.0)
+TEN = ActivationBytes(layer=10.0, layer_input=1.0)
 
 
 def test_bytes_of_a_row_fall_with_every_recomputed_layer_but_the_one_that_is_there_at_the_time() -> None:
@@ -28,10 +28,10 @@ def test_bytes_of_a_row_fall_with_every_recomputed_layer_but_the_one_that_is_the
 
 def test_only_the_first_layers_are_recomputed() -> None:
     model = jobs.fresh(jobs.recipe())
-    checkpoint(model, 1)
-    assert [layer.gradient_checkpointing for layer in checkpointable(model)] == [True, False]
-    checkpoint(model, 0)
-    assert [layer.gradient_checkpointing for layer in checkpointable(model)] == [False, False]
+    set_gradient_checkpointing(model, 1)
+    assert [layer.gradient_checkpointing for layer in checkpointable_layers(model)] == [True, False]
+    set_gradient_checkpointing(model, 0)
+    assert [layer.gradient_checkpointing for layer in checkpointable_layers(model)] == [False, False]
 
 
 def test_what_a_token_keeps_is_measured_whatever_the_row_is() -> None:
@@ -40,7 +40,7 @@ def test_what_a_token_keeps_is_measured_whatever_the_row_is() -> None:
     for count in (6, 24):
         batch = collate(jobs.pairs(count), jobs.PACKED)
         tokens = batch.input_ids_BL.numel()
-        found.append(memory.kept(model.get_base_model(), partial(logps_of, model, batch), tokens))
+        found.append(memory.measure_activation_bytes(model.get_base_model(), partial(logps_of, model, batch), tokens))
     # width 64, inner width 128: dozens of float32 vectors of either size, and not hundreds
     assert 2_000 < found[0].layer < 20_000
     assert found[1].layer == pytest.approx(found[0].layer, rel=0.2)
@@ -48,12 +48,12 @@ def test_what_a_token_keeps_is_measured_whatever_the_row_is() -> None:
 
 
 def logps_of(model: Any, batch: MicroBatch) -> torch.Tensor:
-    return score(model, batch, jobs.CPU).chosen_logp_P
+    return score_batch(model, batch, jobs.CPU).chosen_logp_P
 
 
 def test_free_memory_is_what_the_machine_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert 0 < memory.free_bytes(jobs.CPU) <= jobs.CPU.total_bytes
-    monkeypatch.setattr(memory, "_left_in_group", lambda: 5)
+    monkeypatch.setattr(memory, "_cgroup_free_bytes", lambda: 5)
     assert memory.free_bytes(jobs.CPU) == 5
 
 
@@ -63,7 +63,7 @@ def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> No
     need = memory.dense_bytes(base, torch.float32)
     layers = [layer for layer in base.modules() if isinstance(layer, torch.nn.Linear)]
     assert need == sum(layer.weight.numel() for layer in layers) * 4
-    kept, words = memory.keep_dense_if_it_fits(base, jobs.CPU, need + spare)
+    kept, words = memory.cache_dequantized_if_fits(base, jobs.CPU, need + spare)
     assert words == (
         f"weights: the linear layers take {need / 2**30:.1f} GiB in fp32, and {need / 2**30:.1f} GiB are free for "
         f"that: converted {how}"
@@ -74,10 +74,10 @@ def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> No
 
 PAGES_TAKEN_ANEW = """
 import resource, sys, torch
-from qlora_dpo.model.memory import keep_freed_memory
+from qlora_dpo.model.memory import malloc_retain
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    malloc_retain()
 for _ in range(3):
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

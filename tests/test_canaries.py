@@ -101,7 +101,7 @@ def test_a_recipe_that_holds_a_token_is_refused_by_line(
 
 
 def test_names_that_look_a_little_like_tokens_are_taken(empty_folder: Path) -> None:
-    from qlora_dpo.recipe import load
+    from qlora_dpo.recipe import load_recipe
 
     Path("good.toml").write_text('[model]\nname = "sk-learn/hf_model-v2"\n[data]\ntrain = "c/sk-based-pairs-of-2024"\n')
-    assert load("good.toml").recipe.model.name == "sk-learn/hf_model-v2"
+    assert load_recipe("good.toml").recipe.model.name == "sk-learn/hf_model-v2"

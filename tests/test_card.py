@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from qlora_dpo.report import card
-from qlora_dpo.report.card import fenced, hub_id, model_card, preformatted, scrubbed
+from qlora_dpo.report.card import code_block, model_card, parse_hub_id, pre_block, strip_local_paths
 
 HOSTILE = '</pre></td><script>alert(1)</script>\n\n# A heading\n```\n---\n| a | b |\n{{ x }} {% x %} & "quotes"'
 EVALS = [
@@ -140,7 +140,7 @@ def test_no_path_of_the_machine_is_in_a_card() -> None:
     ],
 )
 def test_absolute_paths_are_cut_down_to_their_last_part(text: str, clean: str) -> None:
-    assert scrubbed(text) == clean
+    assert strip_local_paths(text) == clean
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_absolute_paths_are_cut_down_to_their_last_part(text: str, clean: str) -
     ],
 )
 def test_hub_names_are_told_from_paths_and_packages(name: str | None, found: bool) -> None:
-    assert hub_id(name) == (name if found else None)
+    assert parse_hub_id(name) == (name if found else None)
 
 
 def test_model_text_stays_in_its_block_and_reads_as_it_was() -> None:
@@ -173,16 +173,16 @@ def test_model_text_stays_in_its_block_and_reads_as_it_was() -> None:
 
 
 def test_long_lines_of_a_sample_are_wrapped_and_none_is_lost() -> None:
-    block = preformatted("word " * 100 + "\n\nend")
+    block = pre_block("word " * 100 + "\n\nend")
     lines = block.removeprefix("<pre>").removesuffix("</pre>\n").splitlines()
     assert max(map(len, lines)) <= 96
     assert " ".join(lines).split() == ["word"] * 100 + ["end"]
     assert lines[-2:] == ["", "end"]
-    assert preformatted(" \n") == "<pre>(nothing)</pre>\n"
+    assert pre_block(" \n") == "<pre>(nothing)</pre>\n"
 
 
 def test_a_recipe_with_a_fence_in_it_stays_in_its_fence() -> None:
-    assert fenced("# ```` is a fence\n", "toml") == "`````toml\n# ```` is a fence\n`````\n"
+    assert code_block("# ```` is a fence\n", "toml") == "`````toml\n# ```` is a fence\n`````\n"
 
 
 def test_the_whole_body_of_a_small_card() -> None:

@@ -21,44 +21,53 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo.cli import main
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model.device import choose
-from qlora_dpo.talk.chat import talk
-from qlora_dpo.talk.commands import COMMANDS, Outcome, is_command, obey
-from qlora_dpo.talk.conversation import Conversation, Voice, ask, fit, next_seed, reply, transcript, undo
-from qlora_dpo.talk.generate import prompt_ids
-from qlora_dpo.talk.sampling import Settings
-from qlora_dpo.talk.terminal import LONGEST_HELD, Printable
+from qlora_dpo.model.device import select_device
+from qlora_dpo.talk.chat import run_chat
+from qlora_dpo.talk.commands import COMMANDS, CommandResult, is_command, run_command
+from qlora_dpo.talk.conversation import (
+    Conversation,
+    ModelVariant,
+    add_user_message,
+    fit_to_context,
+    next_seed,
+    stream_reply,
+    transcript,
+    undo_last_turn,
+)
+from qlora_dpo.talk.generate import tokenize_prompt
+from qlora_dpo.talk.sampling import SamplingParams
+from qlora_dpo.talk.terminal import LONGEST_HELD, EscapeFilter
 
 # PEFT asks transformers for a property by the name that transformers is about to drop
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = Settings(temperature=1.0, top_p=0.9, max_new_tokens=8, seed=5)
+SETTINGS = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=8, seed=5)
 
 
-def conversation(adapter: bool = False, settings: Settings = SETTINGS) -> Conversation:
+def conversation(adapter: bool = False, settings: SamplingParams = SETTINGS) -> Conversation:
     model = lively.qwen2()
     if adapter:
         torch.manual_seed(1)
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(model, config).eval()  # type: ignore[assignment,operator]
-    voices: tuple[Voice, ...] = ("tuned",) if adapter else ("model",)
-    return Conversation("merged/tiny", model, tiny.tokenizer(), choose("fp32"), settings, voices)
+    voices: tuple[ModelVariant, ...] = ("tuned",) if adapter else ("model",)
+    return Conversation("merged/tiny", model, tiny.tokenizer(), select_device("fp32"), settings, voices)
 
 
 def said(held: Conversation, question: str) -> list[str]:
     """Ask, let every voice answer, and return the answers."""
-    ask(held, question)
+    add_user_message(held, question)
     seed = next_seed(held)
-    return ["".join(reply(held, voice, seed)) for voice in held.voices]
+    return ["".join(stream_reply(held, voice, seed)) for voice in held.variants]
 
 
 # commands
 
 
 def test_help_names_every_command_once() -> None:
-    lines = obey(conversation(), "/help").text.splitlines()
+    lines = run_command(conversation(), "/help").text.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == list(COMMANDS)
     assert lines[0] == "  /help                show this list"
 
@@ -96,8 +105,8 @@ def test_a_command_that_cannot_be_carried_out_says_why_and_changes_nothing(
     line: str, told: str, empty_folder: Path
 ) -> None:
     held = conversation()
-    assert obey(held, line) == Outcome(told)
-    assert (held.settings, held.voices, held.messages, held.system) == (SETTINGS, ("model",), [], None)
+    assert run_command(held, line) == CommandResult(told)
+    assert (held.settings, held.variants, held.messages, held.system) == (SETTINGS, ("model",), [], None)
     assert list(empty_folder.iterdir()) == []
 
 
@@ -107,42 +116,42 @@ def test_a_space_before_a_slash_makes_it_a_message() -> None:
 
 
 def test_quit_leaves() -> None:
-    assert obey(conversation(), "/quit") == Outcome("", "leave")
+    assert run_command(conversation(), "/quit") == CommandResult("", "leave")
 
 
 def test_set_changes_one_setting_in_either_spelling() -> None:
     held = conversation()
-    assert obey(held, "/set temperature 0.5") == Outcome("temperature is 0.5 now")
-    assert obey(held, "/set top-p 1") == Outcome("top_p is 1.0 now")
-    assert held.settings == Settings(0.5, 1.0, 8, 5)
+    assert run_command(held, "/set temperature 0.5") == CommandResult("temperature is 0.5 now")
+    assert run_command(held, "/set top-p 1") == CommandResult("top_p is 1.0 now")
+    assert held.settings == SamplingParams(0.5, 1.0, 8, 5)
 
 
 def test_setting_the_seed_repeats_the_replies() -> None:
     held = conversation()
     first = said(held, "rice?")
-    obey(held, "/new")
+    run_command(held, "/new")
     assert said(held, "rice?") != first
-    obey(held, "/new")
-    obey(held, "/set seed 5")
+    run_command(held, "/new")
+    run_command(held, "/set seed 5")
     assert said(held, "rice?") == first
 
 
 def test_system_sets_shows_and_removes_the_prompt() -> None:
     held = conversation()
-    assert obey(held, "/system  You are a cat. ") == Outcome("system prompt: You are a cat.")
-    assert obey(held, "/system") == Outcome("system prompt: You are a cat.")
+    assert run_command(held, "/system  You are a cat. ") == CommandResult("system prompt: You are a cat.")
+    assert run_command(held, "/system") == CommandResult("system prompt: You are a cat.")
     held.messages.append({"role": "user", "content": "rice?"})
     assert transcript(held)[0] == {"role": "system", "content": "You are a cat."}
-    assert obey(held, "/system none") == Outcome("system prompt removed")
+    assert run_command(held, "/system none") == CommandResult("system prompt removed")
     assert transcript(held) == [{"role": "user", "content": "rice?"}]
 
 
 def test_a_system_prompt_changes_the_answer_as_in_a_new_conversation() -> None:
-    greedy = Settings(temperature=0, max_new_tokens=8, seed=0)
+    greedy = SamplingParams(temperature=0, max_new_tokens=8, seed=0)
     held, fresh = conversation(settings=greedy), conversation(settings=greedy)
     without = said(held, "rice?")
-    obey(held, "/system You are a cat.")
-    obey(held, "/new")
+    run_command(held, "/system You are a cat.")
+    run_command(held, "/new")
     fresh.system = "You are a cat."
     assert said(held, "rice?") == said(fresh, "rice?") != without
 
@@ -153,59 +162,59 @@ def test_undo_takes_back_the_last_question_and_answer() -> None:
     before = list(held.messages)
     said(held, "and  a very long question about " + "birds " * 20)
     told = "taken back: and a very long question about birds birds birds birds bi..."
-    assert obey(held, "/undo") == Outcome(told)
+    assert run_command(held, "/undo") == CommandResult(told)
     assert held.messages == before
-    assert obey(held, "/undo") == Outcome("taken back: rice?")
+    assert run_command(held, "/undo") == CommandResult("taken back: rice?")
     assert held.messages == []
 
 
 def test_retry_asks_the_last_question_again_with_other_draws() -> None:
     held = conversation()
     first = said(held, "rice?")
-    outcome = obey(held, "/retry")
-    assert (outcome, held.messages) == (Outcome("", "answer", "rice?"), [])
+    outcome = run_command(held, "/retry")
+    assert (outcome, held.messages) == (CommandResult("", "answer", "rice?"), [])
     second = said(held, outcome.question)
     assert second != first
     assert held.messages == [{"role": "user", "content": "rice?"}, {"role": "assistant", "content": second[0]}]
 
 
 def test_retry_at_temperature_0_warns_that_nothing_changes() -> None:
-    held = conversation(settings=Settings(temperature=0, max_new_tokens=4, seed=0))
+    held = conversation(settings=SamplingParams(temperature=0, max_new_tokens=4, seed=0))
     said(held, "rice?")
     told = "temperature is 0, so the answer is the same again"
-    assert obey(held, "/retry") == Outcome(told, "answer", "rice?")
+    assert run_command(held, "/retry") == CommandResult(told, "answer", "rice?")
 
 
 def test_base_answers_with_the_adapter_off_and_again_with_it() -> None:
     held, plain = conversation(adapter=True), conversation()
     tuned = said(held, "rice?")
-    obey(held, "/new")
-    assert obey(held, "/base") == Outcome("the base model answers from here on")
+    run_command(held, "/new")
+    assert run_command(held, "/base") == CommandResult("the base model answers from here on")
     held.draws = 0
     assert said(held, "rice?") == said(plain, "rice?") != tuned
-    obey(held, "/new")
-    assert obey(held, "/base") == Outcome("the tuned model answers from here on")
+    run_command(held, "/new")
+    assert run_command(held, "/base") == CommandResult("the tuned model answers from here on")
     held.draws = 0
     assert said(held, "rice?") == tuned
 
 
 def test_both_answers_the_same_history_twice_and_keeps_the_tuned_answer() -> None:
     held, tuned = conversation(adapter=True), conversation(adapter=True)
-    assert obey(held, "/both") == Outcome("the tuned and the base model answer from here on")
+    assert run_command(held, "/both") == CommandResult("the tuned and the base model answer from here on")
     for question in ("rice?", "Thank you"):
         two = said(held, question)
         assert two[0] != two[1]
         assert two[:1] == said(tuned, question)
     assert held.messages == tuned.messages
-    assert obey(held, "/both") == Outcome("the tuned model answers from here on")
-    assert held.voices == ("tuned",)
+    assert run_command(held, "/both") == CommandResult("the tuned model answers from here on")
+    assert held.variants == ("tuned",)
 
 
 def test_save_writes_the_conversation_as_json_and_never_overwrites(empty_folder: Path) -> None:
     held = conversation()
     held.system = "Grüße"
     answer = said(held, "rice?")[0]
-    assert obey(held, "/save my chat.json") == Outcome("saved 2 messages to my chat.json")
+    assert run_command(held, "/save my chat.json") == CommandResult("saved 2 messages to my chat.json")
     text = Path("my chat.json").read_text(encoding="utf-8")
     assert json.loads(text) == {
         "model": "merged/tiny",
@@ -217,9 +226,11 @@ def test_save_writes_the_conversation_as_json_and_never_overwrites(empty_folder:
     }
     said(held, "more")
     told = "my chat.json exists and is never overwritten; choose another name"
-    assert obey(held, "/save my chat.json") == Outcome(told)
+    assert run_command(held, "/save my chat.json") == CommandResult(told)
     assert Path("my chat.json").read_text(encoding="utf-8") == text
-    assert obey(held, "/save no/where.json") == Outcome("no/where.json cannot be written: No such file or directory")
+    assert run_command(held, "/save no/where.json") == CommandResult(
+        "no/where.json cannot be written: No such file or directory"
+    )
 
 
 # history
@@ -227,8 +238,8 @@ def test_save_writes_the_conversation_as_json_and_never_overwrites(empty_folder:
 
 def test_a_reply_that_is_stopped_is_kept_as_far_as_it_was_said() -> None:
     held = conversation()
-    ask(held, "rice?")
-    with closing(reply(held, "model", 1)) as pieces:
+    add_user_message(held, "rice?")
+    with closing(stream_reply(held, "model", 1)) as pieces:
         heard = next(pieces) + next(pieces)
     assert held.messages == [{"role": "user", "content": "rice?"}, {"role": "assistant", "content": heard}]
 
@@ -242,9 +253,9 @@ def test_a_question_whose_answer_breaks_before_its_first_word_is_taken_back() ->
         raise KeyboardInterrupt
 
     hook = held.model.register_forward_pre_hook(interrupt)
-    ask(held, "Thank you")
+    add_user_message(held, "Thank you")
     with pytest.raises(KeyboardInterrupt):
-        next(reply(held, "model", 1))
+        next(stream_reply(held, "model", 1))
     hook.remove()
     assert held.messages == before
 
@@ -257,7 +268,7 @@ def test_an_answer_that_ends_at_once_is_an_empty_message() -> None:
 
 
 def test_escapes_in_a_reply_are_neither_shown_nor_kept() -> None:
-    held = conversation(settings=Settings(temperature=0, max_new_tokens=30, seed=0))
+    held = conversation(settings=SamplingParams(temperature=0, max_new_tokens=30, seed=0))
     tokens = iter(tiny.tokenizer()("a\x1b[31mred\x1b]0;title\x07\u202e\x9b2Jb")["input_ids"] + [2])
 
     def dictate(module: object, given: object, logits: torch.Tensor) -> torch.Tensor:
@@ -282,8 +293,8 @@ def test_the_oldest_messages_are_left_out_when_the_context_is_full_and_it_is_sai
 
 
 def ask_and_answer(held: Conversation, question: str) -> str:
-    note = ask(held, question)
-    "".join(reply(held, "model", next_seed(held)))
+    note = add_user_message(held, question)
+    "".join(stream_reply(held, "model", next_seed(held)))
     return note
 
 
@@ -293,22 +304,22 @@ def test_a_message_that_alone_is_too_long_is_refused_and_taken_back() -> None:
     before = list(held.messages)
     held.model.config.max_position_embeddings = 60
     with pytest.raises(RecipeError) as caught:
-        ask(held, "birds " * 60)
+        add_user_message(held, "birds " * 60)
     assert re.fullmatch(
         r"this message makes 1\d\d tokens and a reply may take 8, but the model reads 60 at most; "
         r"shorten the message, or set max_new_tokens lower",
         str(caught.value),
     )
-    assert (held.messages, held.left_out) == (before, 0)
+    assert (held.messages, held.num_dropped) == (before, 0)
 
 
 def test_undo_lets_the_model_read_the_old_messages_again() -> None:
     held = conversation()
     for number in range(4):
         said(held, f"{number} rice?")
-    held.left_out = 4
-    undo(held)
-    assert (held.left_out, fit(held)) == (0, "")
+    held.num_dropped = 4
+    undo_last_turn(held)
+    assert (held.num_dropped, fit_to_context(held)) == (0, "")
 
 
 # text that would steer the terminal
@@ -338,22 +349,22 @@ HOSTILE = [
 def test_however_text_is_split_what_is_shown_is_what_the_whole_would_show(text: str) -> None:
     for first in range(len(text) + 1):
         for second in range(first, len(text) + 1):
-            filtered = Printable()
+            filtered = EscapeFilter()
             pieces = [filtered.feed(part) for part in (text[:first], text[first:second], text[second:])]
-            assert "".join(pieces) + filtered.rest() == printable(text)
-    one_by_one = Printable()
-    assert "".join(one_by_one.feed(letter) for letter in text) + one_by_one.rest() == printable(text)
+            assert "".join(pieces) + filtered.rest() == sanitize_text(text)
+    one_by_one = EscapeFilter()
+    assert "".join(one_by_one.feed(letter) for letter in text) + one_by_one.rest() == sanitize_text(text)
 
 
 def test_no_control_character_passes_the_filter() -> None:
     every = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F)]))
-    filtered = Printable()
+    filtered = EscapeFilter()
     shown = "".join(filtered.feed(letter + "x") for letter in every) + filtered.rest()
     assert set(shown) <= {"x", "\t", "\n"}
 
 
 def test_a_string_that_is_never_closed_does_not_hold_the_text_back_for_ever() -> None:
-    filtered = Printable()
+    filtered = EscapeFilter()
     shown = filtered.feed("\x1b]0;" + "x" * LONGEST_HELD)
     assert shown == "0;" + "x" * LONGEST_HELD
 
@@ -386,8 +397,8 @@ def piped(folders: Path, text: bytes, *arguments: str) -> subprocess.CompletedPr
 def test_a_pipe_gives_one_answer_on_stdout_and_nothing_else(folders: Path) -> None:
     asked = ["merged/tiny", "-s", "You are a cat.", "--temperature", "0", "--max-new-tokens", "6"]
     done = piped(folders, b" /help me\n", *asked)
-    held = conversation(settings=Settings(temperature=0, max_new_tokens=6, seed=0))
-    held.device = choose()
+    held = conversation(settings=SamplingParams(temperature=0, max_new_tokens=6, seed=0))
+    held.device = select_device()
     held.system = "You are a cat."
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode() == f"{said(held, '/help me')[0]}\n"
@@ -442,7 +453,7 @@ def test_a_pipe_that_cannot_be_answered_is_a_sentence_and_code_2(
     text: bytes, arguments: list[str], told: str, pipe: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, shown, notes = pipe(text, *arguments)
-    tokens = len(prompt_ids(tiny.tokenizer(), [{"role": "user", "content": "hi"}]))
+    tokens = len(tokenize_prompt(tiny.tokenizer(), [{"role": "user", "content": "hi"}]))
     # transformers' loading bar is off in a process of our own, as the test of the pipe shows
     assert (code, shown, notes.splitlines()[-1]) == (2, "", f"qlora-dpo: {told.format(tokens=tokens)}")
 
@@ -531,7 +542,7 @@ def hold_the_stopped_chat(terminal: Terminal, folders: Path) -> None:
 def chat_of(lines: str, held: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold a whole chat whose user types `lines` and then leaves."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    talk(held)
+    run_chat(held)
 
 
 def test_a_chat_writes_answers_to_stdout_and_all_else_to_stderr(
@@ -540,12 +551,12 @@ def test_a_chat_writes_answers_to_stdout_and_all_else_to_stderr(
     held = conversation(adapter=True)
     chat_of("/both\n\nrice?\n/undo\n/quit\nnever read\n", held, monkeypatch)
     again = conversation(adapter=True)
-    again.voices = ("tuned", "base")
+    again.variants = ("tuned", "base")
     shown, notes = capsys.readouterr()
     assert shown == "".join(f"{answer}\n" for answer in said(again, "rice?"))
     cut = "(stopped at max_new_tokens, 8; /set max_new_tokens 16 allows more)\n(FIGURES)\n"
     found = re.findall(r"\((\d+) tokens, [\d.]+ tokens/s, (\d+) of (\d+) prompt tokens reused\)", notes)
-    prompt = str(len(prompt_ids(held.tokenizer, [{"role": "user", "content": "rice?"}])))
+    prompt = str(len(tokenize_prompt(held.tokenizer, [{"role": "user", "content": "rice?"}])))
     assert found == [("8", "0", prompt)] * 2
     assert re.sub(r"\(\d+ tokens, .*reused\)", "(FIGURES)", notes) == (
         f"merged/tiny · {held.device.name}, fp32 · /help lists commands, Ctrl+D leaves\n"
@@ -565,7 +576,7 @@ def test_a_retry_in_a_chat_shows_another_answer(
     want = []
     for _ in range(2):
         want += said(again, "rice?")
-        undo(again)
+        undo_last_turn(again)
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in want)
     assert held.messages[-1]["content"] == want[1] != want[0]
 

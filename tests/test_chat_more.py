@@ -17,15 +17,15 @@ from served import adapted, save_adapted
 from test_chat import Terminal, conversation, said
 
 from qlora_dpo.cli import main
-from qlora_dpo.data.files import read_file
+from qlora_dpo.data.files import read_data_file
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model.device import choose
+from qlora_dpo.model.device import select_device
 from qlora_dpo.talk import chat_history as kept_module
-from qlora_dpo.talk.chat_history import Kept, keep, kept
-from qlora_dpo.talk.commands import COMMANDS, Outcome, obey
-from qlora_dpo.talk.line_editor import message, offered
-from qlora_dpo.talk.reward import reward
-from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.chat_history import SavedChat, load_chat, save_chat
+from qlora_dpo.talk.commands import COMMANDS, CommandResult, run_command
+from qlora_dpo.talk.line_editor import completion_candidates, read_message
+from qlora_dpo.talk.reward import implicit_reward
+from qlora_dpo.talk.sampling import SamplingParams
 
 ASKED = [{"role": "user", "content": "rice?"}]
 
@@ -34,7 +34,7 @@ ASKED = [{"role": "user", "content": "rice?"}]
 
 def test_the_reward_is_what_transformers_and_peft_alone_compute() -> None:
     model, words = adapted(), tiny.tokenizer()
-    found = reward(model, words, choose("fp32"), ASKED, "The library.")
+    found = implicit_reward(model, words, select_device("fp32"), ASKED, "The library.")
     before = words.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
     ids = torch.tensor([[*before, *words("The library.")["input_ids"], words.eos_token_id]])
 
@@ -48,7 +48,7 @@ def test_the_reward_is_what_transformers_and_peft_alone_compute() -> None:
         base = logp()
     assert (found.tuned, found.base) == pytest.approx((tuned, base), abs=1e-4)
     assert found.tokens == ids.shape[1] - len(before)
-    assert found.of(0.1) == pytest.approx(0.1 * (tuned - base), abs=1e-5)
+    assert found.at_beta(0.1) == pytest.approx(0.1 * (tuned - base), abs=1e-5)
     assert abs(tuned - base) > 1
 
 
@@ -57,35 +57,39 @@ def test_the_reward_of_an_adapter_that_does_nothing_is_0() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    assert reward(model, tiny.tokenizer(), choose("fp32"), ASKED, "Yes.").of(0.1) == 0
+    assert implicit_reward(model, tiny.tokenizer(), select_device("fp32"), ASKED, "Yes.").at_beta(0.1) == 0
 
 
 def test_the_end_token_of_an_answer_that_was_cut_off_is_not_scored() -> None:
     model, words = adapted(), tiny.tokenizer()
-    whole, cut = (reward(model, words, choose("fp32"), ASKED, "The library.", ended) for ended in (True, False))
+    whole, cut = (
+        implicit_reward(model, words, select_device("fp32"), ASKED, "The library.", ended) for ended in (True, False)
+    )
     assert whole.tokens == cut.tokens + 1
     with pytest.raises(RecipeError, match="the answer has no tokens to score"):
-        reward(model, words, choose("fp32"), ASKED, "", ended=False)
+        implicit_reward(model, words, select_device("fp32"), ASKED, "", ended=False)
 
 
 def test_reward_shows_every_voice_with_its_arithmetic() -> None:
     held = conversation(adapter=True)
-    assert obey(held, "/reward") == Outcome("there is no answer yet")
+    assert run_command(held, "/reward") == CommandResult("there is no answer yet")
     held.beta = 0.2
-    obey(held, "/both")
+    run_command(held, "/both")
     answers = said(held, "rice?")
-    lines = obey(held, "/reward").text.splitlines()
+    lines = run_command(held, "/reward").text.splitlines()
     assert len(lines) == 2
     for line, voice, answer in zip(lines, ("tuned", "base"), answers, strict=True):
-        found = reward(held.model, held.tokenizer, held.device, ASKED, answer, ended=False)
-        figures = f"{found.of(0.2):+.3f} = 0.2 * ({found.tuned:.2f} - {found.base:.2f}) nats, {found.tokens} tokens"
+        found = implicit_reward(held.model, held.tokenizer, held.device, ASKED, answer, ended=False)
+        figures = (
+            f"{found.at_beta(0.2):+.3f} = 0.2 * ({found.tuned:.2f} - {found.base:.2f}) nats, {found.tokens} tokens"
+        )
         assert line == f"{voice}: reward {figures}"
 
 
 def test_where_beta_is_not_known_it_is_said() -> None:
     held = conversation(adapter=True)
     said(held, "rice?")
-    last = obey(held, "/reward").text.splitlines()[-1]
+    last = run_command(held, "/reward").text.splitlines()[-1]
     assert last == "(what beta the adapter was trained with is not known; 0.1 is the usual one)"
 
 
@@ -95,11 +99,11 @@ def test_where_beta_is_not_known_it_is_said() -> None:
 def test_a_vote_between_tuned_and_base_is_a_pair_and_the_conversation_goes_on_from_it(empty_folder: Path) -> None:
     held = conversation(adapter=True)
     held.system = "You are a cat."
-    obey(held, "/both")
+    run_command(held, "/both")
     tuned, base = said(held, "rice?")
     told = "appended to pairs.jsonl: b is better; the conversation goes on from it"
-    assert obey(held, "/better b pairs.jsonl") == Outcome(told)
-    assert read_file(Path("pairs.jsonl")).rows == [
+    assert run_command(held, "/better b pairs.jsonl") == CommandResult(told)
+    assert read_data_file(Path("pairs.jsonl")).rows == [
         {
             "prompt": [{"role": "system", "content": "You are a cat."}, *ASKED],
             "chosen": [{"role": "assistant", "content": base.strip()}],
@@ -111,17 +115,17 @@ def test_a_vote_between_tuned_and_base_is_a_pair_and_the_conversation_goes_on_fr
     assert held.messages[-1]["content"] == base
     # the file is remembered, and the next pair has the whole conversation as its prompt
     said(held, "Thank you")
-    assert obey(held, "/better a").text.startswith("appended to pairs.jsonl: a is better")
-    second = read_file(Path("pairs.jsonl")).rows[1]["prompt"]
+    assert run_command(held, "/better a").text.startswith("appended to pairs.jsonl: a is better")
+    second = read_data_file(Path("pairs.jsonl")).rows[1]["prompt"]
     assert [turn["content"] for turn in second] == ["You are a cat.", "rice?", base, "Thank you"]
 
 
 def test_a_vote_between_two_tries_is_a_pair_too(empty_folder: Path) -> None:
     held = conversation()
     first = said(held, "rice?")[0]
-    second = said(held, obey(held, "/retry").question)[0]
-    assert obey(held, "/better a pairs.jsonl").text.startswith("appended")
-    row = read_file(Path("pairs.jsonl")).rows[0]
+    second = said(held, run_command(held, "/retry").question)[0]
+    assert run_command(held, "/better a pairs.jsonl").text.startswith("appended")
+    row = read_data_file(Path("pairs.jsonl")).rows[0]
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == (first.strip(), second.strip())
     assert held.messages == [*ASKED, {"role": "assistant", "content": first}]
 
@@ -129,11 +133,11 @@ def test_a_vote_between_two_tries_is_a_pair_too(empty_folder: Path) -> None:
 @pytest.mark.parametrize("line", ["/undo", "/new", "/system You are a dog."])
 def test_answers_to_what_was_asked_before_are_not_voted_on(line: str, empty_folder: Path) -> None:
     held = conversation(adapter=True)
-    obey(held, "/both")
+    run_command(held, "/both")
     said(held, "rice?")
-    obey(held, line)
+    run_command(held, line)
     told = "there are no two answers to the last message; /both and /retry give another one"
-    assert obey(held, "/better a pairs.jsonl") == Outcome(told)
+    assert run_command(held, "/better a pairs.jsonl") == CommandResult(told)
     assert not Path("pairs.jsonl").exists()
 
 
@@ -146,19 +150,19 @@ def test_answers_to_what_was_asked_before_are_not_voted_on(line: str, empty_fold
 )
 def test_a_file_that_votes_cannot_go_to_is_refused(name: str, told: str, empty_folder: Path) -> None:
     held = conversation(adapter=True)
-    obey(held, "/both")
+    run_command(held, "/both")
     said(held, "rice?")
-    assert obey(held, f"/better a {name}") == Outcome(told)
+    assert run_command(held, f"/better a {name}") == CommandResult(told)
 
 
 def test_a_chat_becomes_training_data(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held = conversation(adapter=True, settings=Settings(temperature=1.5, top_p=1, max_new_tokens=12, seed=3))
-    obey(held, "/both")
+    held = conversation(adapter=True, settings=SamplingParams(temperature=1.5, top_p=1, max_new_tokens=12, seed=3))
+    run_command(held, "/both")
     for number in range(15):
         said(held, f"And bird {number}?")
-        assert obey(held, f"/better {'ab'[number % 2]} pairs.jsonl").text.startswith("appended"), number
+        assert run_command(held, f"/better {'ab'[number % 2]} pairs.jsonl").text.startswith("appended"), number
         if number % 3:
-            obey(held, "/new")
+            run_command(held, "/new")
     save_base(empty_folder / "small")
     Path("recipe.toml").write_text(
         '[model]\nname = "./small"\nquantization = "none"\n[lora]\nr = 2\n'
@@ -185,22 +189,22 @@ def test_a_chat_becomes_training_data(empty_folder: Path, capsys: pytest.Capture
 )
 def test_a_message_may_have_several_lines(lines: list[str], text: str) -> None:
     rest: Iterator[str] = iter(lines[1:])
-    assert message(lines[0], lambda: next(rest)) == text
+    assert read_message(lines[0], lambda: next(rest)) == text
     assert list(rest) == []
 
 
 def test_commands_settings_and_files_are_completed(empty_folder: Path) -> None:
     Path("pairs.jsonl").touch()
     Path("parts").mkdir()
-    assert offered("", "/re") == ["/retry", "/reward"]
-    assert offered("", "/be") == ["/better "]
-    assert offered("", "/") == [f"{name} " if COMMANDS[name][0] else name for name in COMMANDS]
-    assert offered("/set ", "to") == ["top_p "]
-    assert offered("/better ", "") == ["a ", "b "]
-    assert offered("/better a ", "pa") == ["pairs.jsonl", "parts/"]
-    assert offered("/save ", "pai") == ["pairs.jsonl"]
-    assert offered("tell me about ", "/re") == []
-    assert offered("", "re") == []
+    assert completion_candidates("", "/re") == ["/retry", "/reward"]
+    assert completion_candidates("", "/be") == ["/better "]
+    assert completion_candidates("", "/") == [f"{name} " if COMMANDS[name][0] else name for name in COMMANDS]
+    assert completion_candidates("/set ", "to") == ["top_p "]
+    assert completion_candidates("/better ", "") == ["a ", "b "]
+    assert completion_candidates("/better a ", "pa") == ["pairs.jsonl", "parts/"]
+    assert completion_candidates("/save ", "pai") == ["pairs.jsonl"]
+    assert completion_candidates("tell me about ", "/re") == []
+    assert completion_candidates("", "re") == []
 
 
 # another day
@@ -217,8 +221,8 @@ def test_a_conversation_is_kept_for_its_owner_alone_and_comes_back(own_cache: Pa
     held = conversation()
     held.target, held.system = "/models/tiny", "Grüße"
     said(held, "rice?")
-    keep(held)
-    assert kept() == Kept("/models/tiny", "Grüße", held.messages)
+    save_chat(held)
+    assert load_chat() == SavedChat("/models/tiny", "Grüße", held.messages)
     assert (own_cache / "last_chat.json").stat().st_mode & 0o777 == 0o600
     assert [each.name for each in own_cache.iterdir()] == ["last_chat.json"]
 
@@ -226,16 +230,16 @@ def test_a_conversation_is_kept_for_its_owner_alone_and_comes_back(own_cache: Pa
 def test_a_pipe_goes_on_with_c_from_any_folder(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = conversation(adapter=True, settings=Settings(temperature=0, max_new_tokens=4, seed=0))
+    held = conversation(adapter=True, settings=SamplingParams(temperature=0, max_new_tokens=4, seed=0))
     held.target, held.system = str(home / "mine"), "You are a cat."
     said(held, "rice?")
-    keep(held)
+    save_chat(held)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Thank you")))
     assert main(["chat", "-c", "--temperature", "0", "--max-new-tokens", "4"]) == 0
     shown = capsys.readouterr().out
-    after = kept()
+    after = load_chat()
     assert (after.model, after.system, after.messages[:2]) == (held.target, held.system, held.messages)
     assert [turn["content"] for turn in after.messages[2:]] == ["Thank you", shown.removesuffix("\n")]
 
@@ -254,14 +258,14 @@ def test_a_damaged_conversation_is_refused(text: str, own_cache: Path) -> None:
     own_cache.mkdir()
     (own_cache / "last_chat.json").write_text(text)
     with pytest.raises(RecipeError) as caught:
-        kept()
+        load_chat()
     told = f"-c: {own_cache}/last_chat.json is damaged; leave -c out to begin a new conversation"
     assert str(caught.value) == told
 
 
 def test_there_may_be_nothing_to_go_on_with(own_cache: Path) -> None:
     with pytest.raises(RecipeError, match=r"^-c: there is no conversation to go on with; leave -c out to begin one$"):
-        kept()
+        load_chat()
 
 
 def test_a_chat_in_the_terminal_is_edited_completed_and_goes_on_with_c(home: Path, own_cache: Path) -> None:
@@ -279,9 +283,9 @@ def test_a_chat_in_the_terminal_is_edited_completed_and_goes_on_with_c(home: Pat
         terminal.until("you: ")
         terminal.type("\x04")
         assert terminal.code() == 0
-    assert kept().messages[0]["content"] == "first\nsecond"
+    assert load_chat().messages[0]["content"] == "first\nsecond"
     row = json.loads((home / "pairs.jsonl").read_text(encoding="utf-8"))
-    assert [turn["content"].strip() for turn in kept().messages[1:]] == [row["chosen"][0]["content"]]
+    assert [turn["content"].strip() for turn in load_chat().messages[1:]] == [row["chosen"][0]["content"]]
     assert (own_cache / "chat_lines").stat().st_mode & 0o777 == 0o600
     with closing(Terminal(home, "-c", "--max-new-tokens", "4")) as terminal:
         terminal.until("(goes on after 2 messages; /new begins anew)")
@@ -298,7 +302,7 @@ def test_keeping_never_ends_a_chat(own_cache: Path) -> None:
     held = conversation()
     held.target = "x"
     said(held, "rice?")
-    keep(held)
+    save_chat(held)
     assert own_cache.read_text() == "a file where the folder should be"
-    assert kept_module.lines_file() == own_cache / "chat_lines"
+    assert kept_module.input_history_file() == own_cache / "chat_lines"
     assert os.environ["QLORA_DPO_CACHE"] == str(own_cache)

@@ -11,14 +11,14 @@ import tokenizer_kinds
 from transformers import PreTrainedTokenizerFast
 
 from qlora_dpo.data import chat_template
-from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.chat_template import chat_ids, habits, rendered, special_tokens
-from qlora_dpo.data.encode import encode
+from qlora_dpo.data.chat_format import detect_chat_format
+from qlora_dpo.data.chat_template import chat_ids, render_chats, special_tokens, template_traits
+from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
-from qlora_dpo.data.template_limits import TooMuch, limited
+from qlora_dpo.data.template_limits import LimitExceeded, limit_resources
 from qlora_dpo.errors import ModelError
-from qlora_dpo.talk.generate import prompt_ids
+from qlora_dpo.talk.generate import tokenize_prompt
 
 USER = {"role": "user", "content": "Is it so?"}
 HELLO = [USER]
@@ -53,8 +53,8 @@ def test_the_copy_reads_the_templates_own_tokens_as_the_tokenizer_does(kind: str
     """A masked chat without its mask is the same chat: the longer way gives the ids of the shorter."""
     words = tokenizer_kinds.KINDS[kind]()
     chat = [*asked(" Is it 2024?\n"), {"role": "assistant", "content": "No, 世界."}, *asked("  Why?\n\nTell me.")]
-    text = rendered(words, [chat], answered=False)[0]
-    copied = chat_template._spelt_out(words, habits(words), text, {"\ue000": "unused"})
+    text = render_chats(words, [chat], answered=False)[0]
+    copied = chat_template._tokenize_masked(words, template_traits(words), text, {"\ue000": "unused"})
     assert copied == chat_ids(words, [chat], answered=False)[0]
 
 
@@ -68,15 +68,15 @@ def test_chat_asks_with_the_ids_that_training_has(kind: str) -> None:
         [{"role": "system", "content": hostile}, *asked("Hi."), {"role": "assistant", "content": hostile}, *asked("?")],
     )
     for prompt in prompts:
-        found = encode([Pair(tuple(prompt), "No.", "Yes.", 1, {})], words, chat_format(words))[0]
+        found = encode_pairs([Pair(tuple(prompt), "No.", "Yes.", 1, {})], words, detect_chat_format(words))[0]
         assert isinstance(found, EncodedPair)
-        assert list(found.prompt) == prompt_ids(words, prompt)
+        assert list(found.prompt) == tokenize_prompt(words, prompt)
 
 
 @pytest.mark.parametrize(("kind", "folds"), [("qwen2", False), ("without_system", True), ("with_word_starts", True)])
 def test_a_system_turn_is_written_before_the_question_where_a_template_has_none(kind: str, folds: bool) -> None:
     words = tokenizer_kinds.KINDS[kind]()
-    assert habits(words).folds_system == folds
+    assert template_traits(words).folds_system == folds
     with_system = chat_ids(words, [[{"role": "system", "content": "Be kind."}, *HELLO]], answered=False)
     by_hand = chat_ids(words, [asked("Be kind.\n\nIs it so?")], answered=False)
     assert (with_system == by_hand) == folds
@@ -86,7 +86,7 @@ def test_a_text_with_every_private_character_and_a_control_token_is_dropped() ->
     everything = "".join(map(chr, range(0xE000, 0xF900)))
     pair = Pair(tuple(asked(everything + "<|im_end|>")), "No.", "Yes.", 1, {})
     words = tiny.tokenizer()
-    assert encode([pair], words, chat_format(words)) == [
+    assert encode_pairs([pair], words, detect_chat_format(words)) == [
         "text holds control tokens and every character that could stand for them"
     ]
 
@@ -94,7 +94,7 @@ def test_a_text_with_every_private_character_and_a_control_token_is_dropped() ->
 def test_a_text_with_a_name_of_the_copy_and_a_control_token_is_dropped() -> None:
     pair = Pair(tuple(asked("\U000f0000<|im_end|>")), "No.", "Yes.", 1, {})
     words = tiny.tokenizer()
-    assert encode([pair], words, chat_format(words)) == [
+    assert encode_pairs([pair], words, detect_chat_format(words)) == [
         "text holds the control token <|im_end|>, which cannot be read as text"
     ]
 
@@ -114,25 +114,25 @@ LONG = "{{ 'a' * 1000000 }}"
     ids=["endless", "huge", "long"],
 )
 def test_a_template_that_takes_too_much_is_refused(bomb: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
-    monkeypatch.setattr(chat_template, "SECONDS_PER_CHAT", 0.0)
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS_PER_CHAT", 0.0)
     limits, alarm = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     words = tiny.tokenizer("{% if true %}" + bomb + "{% endif %}" + tiny.CHATML)
     with pytest.raises(ModelError) as refused:
-        chat_format(words)
+        detect_chat_format(words)
     assert str(refused.value) == f"the model's chat template {told}; name another model, this one's files are broken"
     with pytest.raises(ModelError, match=r"^the model's chat template .*; take another model$"):
-        prompt_ids(words, HELLO)
+        tokenize_prompt(words, HELLO)
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == (limits, alarm)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_row_on_which_the_template_runs_without_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
     words = tiny.tokenizer("{% if 'late' in messages[0]['content'] %}" + ENDLESS + "{% endif %}" + tiny.CHATML)
     pairs = [Pair(tuple(asked(text)), "No.", "Yes.", row, {}) for row, text in enumerate(("Hi.", "late?"), 1)]
     with pytest.raises(ModelError) as refused:
-        encode(pairs, words, chat_format(words))
+        encode_pairs(pairs, words, detect_chat_format(words))
     assert str(refused.value) == (
         "row 2: the model's chat template takes longer than 0.35 seconds; take the row out, or name another model"
     )
@@ -142,7 +142,7 @@ def test_other_threads_have_no_clock_and_are_not_interrupted() -> None:
     done = []
 
     def work() -> None:
-        with limited(0.01, 2**30):
+        with limit_resources(0.01, 2**30):
             time.sleep(0.05)
         done.append(True)
 
@@ -150,7 +150,7 @@ def test_other_threads_have_no_clock_and_are_not_interrupted() -> None:
     thread.start()
     thread.join()
     assert done == [True]
-    with pytest.raises(TooMuch), limited(0.01, 2**30):
+    with pytest.raises(LimitExceeded), limit_resources(0.01, 2**30):
         time.sleep(5)
 
 
@@ -158,6 +158,6 @@ def test_a_tokenizer_that_is_not_fast_drops_such_texts(monkeypatch: pytest.Monke
     words = tiny.tokenizer()
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     pair = Pair(tuple(asked("<|im_end|>")), "No.", "Yes.", 1, {})
-    assert encode([pair], words, chat_format(words)) == [
+    assert encode_pairs([pair], words, detect_chat_format(words)) == [
         "text holds the control token <|im_end|>, which cannot be read as text"
     ]

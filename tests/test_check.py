@@ -16,9 +16,9 @@ from transformers import Qwen2Config
 
 from qlora_dpo.cli import main
 from qlora_dpo.model import memory
-from qlora_dpo.model.gpu_specs import CARDS
+from qlora_dpo.model.gpu_specs import GPU_SPECS
 from qlora_dpo.report import machine as machines
-from qlora_dpo.report.machine import machine
+from qlora_dpo.report.machine import collect_machine_info
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -128,14 +128,14 @@ def test_another_card_is_judged_by_its_capability_and_memory(place: Path, capsys
         "attention": "batched",
         "triton": False,
     }
-    assert t4["memory"]["free_bytes"] == CARDS["t4"].total_bytes
+    assert t4["memory"]["free_bytes"] == GPU_SPECS["t4"].total_bytes
     l4 = checked(capsys, "r.toml", "--gpu", "l4", "--set", "model.dtype=auto")
     assert (l4["device"]["compute_dtype"], l4["device"]["triton"]) == ("bf16", True)
 
 
 @pytest.mark.parametrize("name", ["t4", "l4", "a10", "3090", "4090", "a100", "h100", "h200"])
 def test_cards_go_by_the_names_that_people_say(name: str) -> None:
-    assert CARDS[name].total_bytes > 14 * 2**30
+    assert GPU_SPECS[name].total_bytes > 14 * 2**30
 
 
 def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
@@ -184,9 +184,9 @@ def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: 
         (
             ["r.toml", "--gpu", "T4"],
             2,
-            "--gpu T4: no such card is known; did you mean t4? Known are " + ", ".join(CARDS),
+            "--gpu T4: no such card is known; did you mean t4? Known are " + ", ".join(GPU_SPECS),
         ),
-        (["r.toml", "--gpu", "?"], 2, "--gpu ?: no such card is known; known are " + ", ".join(CARDS)),
+        (["r.toml", "--gpu", "?"], 2, "--gpu ?: no such card is known; known are " + ", ".join(GPU_SPECS)),
         (["--gpu", "t4"], 2, "--gpu needs a RECIPE; see qlora-dpo check --help"),
         (["--set", "lora.r=8"], 2, "--set needs a RECIPE; see qlora-dpo check --help"),
         (
@@ -231,8 +231,8 @@ def test_labelled_answers_are_checked_too(place: Path, capsys: pytest.CaptureFix
 
 
 FETCH = (
-    "import sys; from qlora_dpo.model.sources import fetch; from qlora_dpo.recipe.model import ModelTable;"
-    "fetch(ModelTable(name=sys.argv[1], revision=sys.argv[2]))"
+    "import sys; from qlora_dpo.model.sources import fetch_model; from qlora_dpo.recipe.model import ModelTable;"
+    "fetch_model(ModelTable(name=sys.argv[1], revision=sys.argv[2]))"
 )
 
 
@@ -273,7 +273,7 @@ def test_the_machine_is_a_block_to_paste(capsys: pytest.CaptureFixture[str], mon
 def test_the_machine_as_json_has_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    here = machine()
+    here = collect_machine_info()
     assert found["packages"] == here.packages
     assert [(each["what"], each["yes"]) for each in found["verdicts"]] == [(v.what, v.yes) for v in here.verdicts]
 
@@ -288,7 +288,7 @@ def test_packages_outside_of_what_was_tested_are_warnings(
         f"torch {torch} is not <2, which is what was tested",
         "no-such-package is not installed; it needs >=1",
     )
-    assert machine().warnings == expected
+    assert collect_machine_info().warnings == expected
     assert main(["check", "--strict"]) == 3
     told = capsys.readouterr()
     assert told.err == f"qlora-dpo: this machine: 2 warnings: {expected[0]}; and 1 more\n"

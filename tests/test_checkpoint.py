@@ -19,13 +19,13 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from qlora_dpo.errors import Interrupted, RunError, SourceError
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.integrity import verify
-from qlora_dpo.training.checkpoint.rng_state import random_states, restore
-from qlora_dpo.training.checkpoint.save import State, newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
+from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
+from qlora_dpo.training.checkpoint.save import TrainState, newest_valid
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -44,9 +44,9 @@ def train(
     allowed: tuple[str, ...] = (),
     until: float = math.inf,
     **changes: Any,
-) -> tuple[PeftModel, State]:
+) -> tuple[PeftModel, TrainState]:
     """Train in `folder`; with `stop_at`, the signal arrives while that step ends."""
-    place = jobs.device.choose(dtype)  # type: ignore[arg-type]
+    place = jobs.device.select_device(dtype)  # type: ignore[arg-type]
     tables = {
         "train": {**TRAIN, "seed": seed, **changes},
         "lora": {"lora_dropout": 0.1},
@@ -55,10 +55,10 @@ def train(
     what = jobs.recipe(quantization, **tables)
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what, place)
-    job = replace(jobs.job(model, what, folder, heldout=heldout, place=place), allowed=allowed, until=until)
+    job = replace(jobs.job(model, what, folder, heldout=heldout, place=place), allowed_changes=allowed, deadline=until)
     if resume is None:
         torch.manual_seed(1)
-    with Tracker(folder, job.plan.total_steps) as tracker:
+    with RunLog(folder, job.data_order.total_steps) as tracker:
         if stop_at is not None:
             said = tracker.step
 
@@ -68,7 +68,7 @@ def train(
                     os.kill(os.getpid(), stop_with)
 
             tracker.step = step  # type: ignore[method-assign]
-        return model, fit(model, job, jobs.start(job), tracker, resume)
+        return model, train_loop(model, job, jobs.start(job), tracker, resume)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def stopped(tmp_path: Path) -> Path:
 
 def stepped(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     """Take a step by a gradient of ones."""
-    for parameter in trainable(model).values():
+    for parameter in trainable_parameters(model).values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
 
@@ -93,7 +93,7 @@ def test_the_moments_of_a_paged_optimizer_are_put_back_into_its_own_buffers(
     what = jobs.recipe()
     model = jobs.fresh(what)
     state = jobs.start(jobs.job(model, what, tmp_path))
-    weights = list(trainable(model).values())
+    weights = list(trainable_parameters(model).values())
     optimizer, other = (bnb.optim.PagedAdamW32bit(weights, lr=0.1) for _ in range(2))
     stepped(model, optimizer)
     expected = {each: dict(optimizer.state[each]) for each in weights}
@@ -115,7 +115,7 @@ def test_the_moments_of_a_paged_optimizer_are_put_back_into_its_own_buffers(
     before = jobs.adapter(model)
     stepped(model, optimizer)
     after = jobs.adapter(model)
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         parameter.data.copy_(before[name])
     stepped(model, other)
     assert jobs.all_apart(jobs.adapter(model), after) == 0
@@ -149,7 +149,7 @@ def test_a_signal_ends_the_step_and_saves_a_checkpoint(
     saved = tmp_path / "checkpoints" / "step-000003"
     assert str(error.value) == f"stopped after step 3 as asked; {saved} is saved, --resume goes on from there"
     assert error.value.exit_code == 130
-    assert verify(saved) == ""
+    assert checkpoint_damage(saved) == ""
     assert "stopping and saving a checkpoint; once more stops at once\n" in capsys.readouterr().err
     assert signal.getsignal(number) == before
 
@@ -260,14 +260,14 @@ def test_a_changed_recipe_is_refused_with_what_changed(stopped: Path) -> None:
 def test_changed_data_tokenizer_template_and_base_are_refused_by_name(stopped: Path) -> None:
     newest, _ = newest_valid(stopped)
     model = jobs.fresh(jobs.recipe("nf4"))
-    kept = State(**save.json.loads((newest / "state.json").read_text()))
+    kept = TrainState(**save.json.loads((newest / "state.json").read_text()))
     for names in (["base"], ["pairs"], ["tokenizer", "pairs"], ["base", "tokenizer", "template", "pairs"]):
-        asked = State(0, kept.recipe, kept.fingerprints | dict.fromkeys(names, "other"))
+        asked = TrainState(0, kept.recipe, kept.fingerprints | dict.fromkeys(names, "other"))
         with pytest.raises(RunError) as error:
-            save.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable(model).values()))
+            save.load_checkpoint(newest, asked, model, torch.optim.AdamW(jobs.trainable_parameters(model).values()))
         assert str(error.value) == (
             f"{newest}: belongs to another run; changed since: "
-            f"{'; '.join(save.FINGERPRINTS[name] for name in names)}; put it back, or go on with "
+            f"{'; '.join(save.FINGERPRINT_LABELS[name] for name in names)}; put it back, or go on with "
             f"{' '.join(f'--allow {name}' for name in names)}"
         )
 
@@ -278,9 +278,11 @@ def test_a_checkpoint_of_another_version_is_named(stopped: Path, tmp_path: Path)
     state = save.json.loads((newest / "state.json").read_text())
     (tmp_path / newest.name / "state.json").write_text(save.json.dumps({**state, "a_later_field": 1}))
     model = jobs.fresh(jobs.recipe("nf4"))
-    kept = State(**state)
+    kept = TrainState(**state)
     with pytest.raises(RunError) as error:
-        save.load_checkpoint(tmp_path / newest.name, kept, model, torch.optim.AdamW(jobs.trainable(model).values()))
+        save.load_checkpoint(
+            tmp_path / newest.name, kept, model, torch.optim.AdamW(jobs.trainable_parameters(model).values())
+        )
     assert str(error.value) == (
         f"{tmp_path / newest.name}: was saved by another version of qlora_dpo; go on with that one"
     )
@@ -291,9 +293,9 @@ def test_every_generator_goes_on_where_it_stood() -> None:
         return (torch.rand(()).item(), random.random(), random.gauss(), np.random.rand(), np.random.randn())
 
     draws()  # gauss and randn make two numbers and keep one
-    states = random_states()
+    states = get_rng_states()
     expected = [draws() for _ in range(3)]
-    restore(states)
+    set_rng_states(states)
     assert [draws() for _ in range(3)] == expected
 
 
@@ -308,15 +310,15 @@ def test_what_is_allowed_may_change_and_is_what_later_resumes_compare_with(stopp
 def test_another_rank_cannot_be_allowed(stopped: Path) -> None:
     newest, _ = newest_valid(stopped)
     model = jobs.fresh(jobs.recipe("nf4", lora={"r": 8}))
-    kept = State(**save.json.loads((newest / "state.json").read_text()))
+    kept = TrainState(**save.json.loads((newest / "state.json").read_text()))
     with pytest.raises(RunError) as error:
-        save.load_checkpoint(newest, kept, model, torch.optim.AdamW(jobs.trainable(model).values()))
+        save.load_checkpoint(newest, kept, model, torch.optim.AdamW(jobs.trainable_parameters(model).values()))
     assert str(error.value) == (
         f"{newest}: its adapter has other layers or ranks than [lora] asks for; put [lora] back"
     )
 
 
-SAME = {name: name for name in save.FINGERPRINTS}
+SAME = {name: name for name in save.FINGERPRINT_LABELS}
 
 
 def every_key() -> list[str]:
@@ -327,8 +329,8 @@ def every_key() -> list[str]:
 
 @pytest.mark.parametrize("key", every_key())
 def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str) -> None:
-    was = State(0, jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump(), SAME)
-    now = State(0, jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump(), dict(SAME))
+    was = TrainState(0, jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump(), SAME)
+    now = TrainState(0, jobs.recipe(track={"wandb": "project"}, reference={"kind": "ema"}).model_dump(), dict(SAME))
     table, name = key.split(".")
     now.recipe[table][name] = "something else"
     free = key.startswith(("samples.", "track.", "watch.")) or key in {
@@ -340,7 +342,7 @@ def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str)
         "train.early_stopping_patience",
         "train.early_stopping_threshold",
     }
-    assert list(save._differences(was, now)) == ([] if free else [key])
+    assert list(save._resume_differences(was, now)) == ([] if free else [key])
 
 
 def test_a_resumed_run_may_have_another_max_steps(stopped: Path) -> None:

@@ -214,13 +214,16 @@ def test_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
 
 
 def test_what_the_user_has_set_is_left_alone() -> None:
-    code = "import os; from qlora_dpo.cli.quiet import silence; silence(); print(os.environ['TRANSFORMERS_VERBOSITY'])"
+    code = (
+        "import os; from qlora_dpo.cli.quiet import quiet_libraries; quiet_libraries();"
+        "print(os.environ['TRANSFORMERS_VERBOSITY'])"
+    )
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "debug"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "debug\n"
 
 
 def test_importing_the_quantizer_prints_nothing() -> None:
-    code = "from qlora_dpo.cli.quiet import silence; silence(); import transformers, bitsandbytes"
+    code = "from qlora_dpo.cli.quiet import quiet_libraries; quiet_libraries(); import transformers, bitsandbytes"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -10,7 +10,7 @@ from adapters_made import save_base
 from qlora_dpo.cli import main
 from qlora_dpo.errors import SourceError
 from qlora_dpo.talk import collect
-from qlora_dpo.talk.collect import add_pair
+from qlora_dpo.talk.collect import append_pair
 
 RECIPE = """
 [model]
@@ -34,7 +34,7 @@ def test_what_was_voted_for_trains(empty_folder: Path, capsys: pytest.CaptureFix
         earlier = [{"role": "user", "content": f"rice {number}?"}, {"role": "assistant", "content": "Yes."}]
         system = [{"role": "system", "content": "You are a cat."}] if number % 2 else []
         prompt = [*system, *(earlier if number % 3 else []), {"role": "user", "content": f"And bird {number}?"}]
-        add_pair(Path("pairs.jsonl"), prompt, ("The library.", "tuned"), (f"I can't {number}.", "base"))
+        append_pair(Path("pairs.jsonl"), prompt, ("The library.", "tuned"), (f"I can't {number}.", "base"))
     Path("recipe.toml").write_text(RECIPE)
     assert main(["train", "recipe.toml", "-o", "adapters/voted"]) == 0, capsys.readouterr().err
     assert (empty_folder / "adapters/voted/adapter_model.safetensors").is_file()
@@ -47,7 +47,7 @@ def test_pairs_written_at_once_do_not_tear_each_other(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         for _ in range(10):
-            add_pair(file, prompt, (f"{number} " * 3000, "tuned"), ("no", "base"))
+            append_pair(file, prompt, (f"{number} " * 3000, "tuned"), ("no", "base"))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -61,10 +61,10 @@ def test_pairs_written_at_once_do_not_tear_each_other(tmp_path: Path) -> None:
 
 def test_a_disk_that_fills_up_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, prompt = tmp_path / "pairs.jsonl", [{"role": "user", "content": "rice?"}]
-    add_pair(file, prompt, ("yes", "tuned"), ("no", "base"))
+    append_pair(file, prompt, ("yes", "tuned"), ("no", "base"))
     before = file.read_bytes()
     real = collect.os.write
     monkeypatch.setattr(collect.os, "write", lambda handle, data: real(handle, data[:10]))
     with pytest.raises(SourceError, match="the disk is full"):
-        add_pair(file, prompt, ("yes", "tuned"), ("no", "base"))
+        append_pair(file, prompt, ("yes", "tuned"), ("no", "base"))
     assert file.read_bytes() == before

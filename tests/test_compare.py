@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_dpo.cli import main
-from qlora_dpo.report.compare_view import compared_page
+from qlora_dpo.report.compare_view import comparison_page
 
 pytestmark = LIBRARIES_WARN
 
@@ -202,7 +202,7 @@ def test_the_page_holds_hostile_text_as_text_and_asks_nobody() -> None:
         "prompts": [{"prompt": [{"role": "user", "content": HOSTILE}], "answers": [said]}],
     }
     page = Tags()
-    page.feed(compared_page(record))
+    page.feed(comparison_page(record))
     assert {tag for tag, _ in page.tags} & {"script", "img", "link", "iframe"} == set()
     assert [name for _, each in page.tags for name in each if name in ("src", "href") or name.startswith("on")] == []
     assert page.text.count(HOSTILE.removesuffix("\x1b[31m")) >= 5

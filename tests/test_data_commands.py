@@ -12,8 +12,8 @@ import tiny
 from qlora_dpo.cli import main
 from qlora_dpo.data import lint
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.data.pairs import find_pairs
-from qlora_dpo.data.sources import Rows
+from qlora_dpo.data.pairs import parse_pairs
+from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.recipe.data import DataTable
 
 LONG = "How do I find my way from the station to the library?"
@@ -28,7 +28,7 @@ def write(*rows: Any, name: str = "p.jsonl") -> None:
 
 
 def found(*rows: Any) -> Any:
-    return find_pairs(Rows("p", list(rows), str))
+    return parse_pairs(SourceRows("p", list(rows), str))
 
 
 ODD = [
@@ -43,7 +43,7 @@ ODD = [
 
 
 def test_every_kind_of_oddity_is_found_with_its_rows() -> None:
-    assert {each.what: each.rows for each in lint.findings(found(*ODD))} == {
+    assert {each.problem: each.rows for each in lint.find_problems(found(*ODD))} == {
         "no pair: empty answer": (2,),
         "the same pair again": (3,),
         "alike but for case, punctuation and spaces": (4,),
@@ -53,29 +53,29 @@ def test_every_kind_of_oddity_is_found_with_its_rows() -> None:
 
 
 def test_clean_rows_have_nothing_odd() -> None:
-    assert lint.findings(found(row("a?"), row("b?"))) == []
+    assert lint.find_problems(found(row("a?"), row("b?"))) == []
 
 
 def test_uneven_labels_are_found() -> None:
     rows = [{"prompt": f"{n}?", "completion": f"No, {n}.", "label": n > 0} for n in range(10)]
-    (only,) = lint.findings(found(*rows))
-    assert (only.what, only.rows, only.fixable) == ("labels are 90% true", (1,), False)
-    assert lint.lengths(found(*rows).pairs) is None
+    (only,) = lint.find_problems(found(*rows))
+    assert (only.problem, only.rows, only.fixable) == ("labels are 90% true", (1,), False)
+    assert lint.length_stats(found(*rows).pairs) is None
 
 
 def test_length_bias_is_a_share_and_an_effect_size() -> None:
     # logarithms of the lengths differ by ln 2, ln 2, ln 2, 0: mean 0.75 ln 2, deviation 0.5 ln 2
-    bias = lint.lengths(found(*[row(f"{n}?", "abcd", "ab" if n else "dcba") for n in range(4)]).pairs)
+    bias = lint.length_stats(found(*[row(f"{n}?", "abcd", "ab" if n else "dcba") for n in range(4)]).pairs)
     assert bias is not None
     assert bias.chosen_longer == (3 + 0.5) / 4
-    assert bias.effect == pytest.approx(1.5)
-    assert bias.sentence() == (
+    assert bias.effect_size == pytest.approx(1.5)
+    assert bias.describe() == (
         "the chosen answer is the longer one in 87.5%, effect size +1.50; the loss may teach longer answers"
     )
 
 
 def test_prompts_on_both_sides_are_found() -> None:
-    assert lint.overlap(found(row("a?"), row("b?")).pairs, found(row("c?"), row("b?")).pairs) == (2,)
+    assert lint.prompt_overlap(found(row("a?"), row("b?")).pairs, found(row("c?"), row("b?")).pairs) == (2,)
 
 
 def test_lint_tells_what_it_found_and_writes_the_other_rows(

@@ -28,7 +28,7 @@ T4, A10 = ("Tesla T4", (7, 5)), ("NVIDIA A10", (8, 6))
 
 @pytest.mark.parametrize("gpu", [T4], indirect=True)
 def test_a_t4_computes_in_fp16_with_a_grad_scaler_and_without_triton(gpu: None) -> None:
-    assert device.choose().lines() == [
+    assert device.select_device().describe() == [
         "device      Tesla T4 (cuda, 16 GiB)",
         "compute     fp16 + GradScaler: capability (7, 5) is below (8, 0), where bf16 is only emulated",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
@@ -38,7 +38,7 @@ def test_a_t4_computes_in_fp16_with_a_grad_scaler_and_without_triton(gpu: None) 
 
 @pytest.mark.parametrize("gpu", [A10], indirect=True)
 def test_an_ampere_gpu_computes_in_bf16(gpu: None) -> None:
-    assert device.choose().lines() == [
+    assert device.select_device().describe() == [
         "device      NVIDIA A10 (cuda, 16 GiB)",
         "compute     bf16: capability (8, 6) has native bf16",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
@@ -48,22 +48,22 @@ def test_an_ampere_gpu_computes_in_bf16(gpu: None) -> None:
 
 @pytest.mark.parametrize("gpu", [("NVIDIA A100", (8, 0))], indirect=True)
 def test_capability_8_0_is_the_first_with_bf16(gpu: None) -> None:
-    assert device.choose().compute_dtype == "bf16"
+    assert device.select_device().compute_dtype == "bf16"
 
 
 @pytest.mark.parametrize("gpu", [T4, A10], indirect=True)
 @pytest.mark.parametrize(("dtype", "scaler"), [("fp32", False), ("fp16", True)])
 def test_the_recipe_may_ask_for_another_dtype_on_a_gpu(gpu: None, dtype: str, scaler: bool) -> None:
-    chosen = device.choose(dtype)  # type: ignore[arg-type]
+    chosen = device.select_device(dtype)  # type: ignore[arg-type]
     assert (chosen.compute_dtype, chosen.dtype_reason) == (dtype, "the recipe asks for it")
-    assert (chosen.grad_scaler, chosen.torch_dtype) == (scaler, device.TORCH_DTYPES[chosen.compute_dtype])
+    assert (chosen.needs_grad_scaler, chosen.torch_dtype) == (scaler, device.TORCH_DTYPES[chosen.compute_dtype])
 
 
 @pytest.mark.parametrize(("gpu", "reduced"), [(T4, False), (A10, True)], indirect=["gpu"])
 def test_in_fp16_no_product_is_summed_in_fp16(gpu: None, reduced: bool) -> None:
     matmul = torch.backends.cuda.matmul
     matmul.allow_fp16_reduced_precision_reduction = True  # torch's own choice
-    device.choose()
+    device.select_device()
     found = matmul.allow_fp16_reduced_precision_reduction
     matmul.allow_fp16_reduced_precision_reduction = True
     assert found == reduced
@@ -72,7 +72,7 @@ def test_in_fp16_no_product_is_summed_in_fp16(gpu: None, reduced: bool) -> None:
 @pytest.mark.parametrize("gpu", [T4], indirect=True)
 def test_bf16_is_refused_on_a_gpu_that_would_only_emulate_it(gpu: None) -> None:
     with pytest.raises(RecipeError) as error:
-        device.choose("bf16")
+        device.select_device("bf16")
     assert str(error.value) == (
         'model.dtype = "bf16": Tesla T4 has capability (7, 5), below (8, 0), so bf16 would only be emulated, and '
         'attention would hold all scores at once; choose "auto", "fp16" or "fp32"'
@@ -92,8 +92,8 @@ def test_a_cpu_computes_in_bf16_where_it_has_the_instructions(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    chosen = device.choose()
-    assert chosen.lines()[1:] == [
+    chosen = device.select_device()
+    assert chosen.describe()[1:] == [
         f"compute     {dtype}: {reason}",
         "adapter     float32 weights, gradients and optimizer state; float32 loss and log-softmax",
         "attention   spans: SDPA span by span, without padding; Triton not used",
@@ -124,7 +124,7 @@ def test_flash_attention_needs_a_card_16_bits_and_a_torch_that_have_it_and_the_o
     gpu: None, dtype: str, varlen: bool, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "has_varlen", lambda: varlen)
-    chosen = device.choose(dtype)  # type: ignore[arg-type]
+    chosen = device.select_device(dtype)  # type: ignore[arg-type]
     assert (chosen.attention, chosen.attention_reason) == expected
 
 
@@ -153,5 +153,5 @@ def test_without_varlen_attention_there_is_none(monkeypatch: pytest.MonkeyPatch)
 def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError) as error:
-        device.choose("fp16")
+        device.select_device("fp16")
     assert str(error.value) == 'model.dtype = "fp16" needs a GPU; on this CPU choose "auto", "bf16" or "fp32"'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dpo.data.dialogue import Unusable, check_roles, parse_hh, printable, split_chats, split_hh
+from qlora_dpo.data.dialogue import InvalidRow, check_roles, parse_hh, sanitize_text, split_chats, split_hh
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")
@@ -40,7 +40,7 @@ def test_a_marker_inside_a_line_is_text() -> None:
 
 @pytest.mark.parametrize("text", ["", "Hello", "\n\nAssistant: Hello.", " \n\nHuman: Hi."])
 def test_text_that_begins_otherwise_has_no_turns(text: str) -> None:
-    with pytest.raises(Unusable, match=r"^no Human turn at the start$"):
+    with pytest.raises(InvalidRow, match=r"^no Human turn at the start$"):
         parse_hh(text)
 
 
@@ -69,7 +69,7 @@ def test_replies_with_paragraphs_stay_whole() -> None:
 def test_chats_that_cannot_be_split_have_a_reason(
     chosen: list[dict[str, str]], rejected: list[dict[str, str]], reason: str
 ) -> None:
-    with pytest.raises(Unusable) as unusable:
+    with pytest.raises(InvalidRow) as unusable:
         split_chats(chosen, rejected)
     assert str(unusable.value) == reason
 
@@ -79,7 +79,7 @@ def test_a_prompt_is_an_optional_system_turn_then_user_and_assistant_in_turn() -
     check_roles([user("a")])
     check_roles([system, user("a"), assistant("b"), user("c")])
     for wrong in ([user("a"), assistant("b")], [user("a"), system, user("b")], [system, system, user("a")]):
-        with pytest.raises(Unusable, match=r"^roles do not alternate$"):
+        with pytest.raises(InvalidRow, match=r"^roles do not alternate$"):
             check_roles(wrong)
 
 
@@ -108,13 +108,13 @@ def test_a_prompt_is_an_optional_system_turn_then_user_and_assistant_in_turn() -
     ],
 )
 def test_printable_text_steers_no_terminal(text: str, shown: str) -> None:
-    assert printable(text) == shown
+    assert sanitize_text(text) == shown
 
 
 def test_printable_leaves_nothing_for_a_second_pass() -> None:
     tricky = "\x1b[\x1b[31m31m\x9b\x1b]0;\x1b]0;x\x07\x07\u202e\x00\x1b"
-    assert printable(printable(tricky)) == printable(tricky)
-    assert not set(printable(tricky)) & {"\x1b", "\x9b", "\x07", "\u202e"}
+    assert sanitize_text(sanitize_text(tricky)) == sanitize_text(tricky)
+    assert not set(sanitize_text(tricky)) & {"\x1b", "\x9b", "\x07", "\u202e"}
 
 
 @needs_shared
@@ -125,7 +125,7 @@ def test_real_hh_dialogues_are_rebuilt_from_prompt_and_answers() -> None:
         for row in map(json.loads, file):
             try:
                 prompt, chosen, rejected = split_hh(row["chosen"], row["rejected"])
-            except Unusable:
+            except InvalidRow:
                 continue
             text = "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in prompt) + "\n\nAssistant: "
             if re.search(r"\n\n(Human|Assistant):(?! )", row["chosen"] + row["rejected"]):

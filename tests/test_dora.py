@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from qlora_dpo.model.device import choose
-from qlora_dpo.model.lora import adapter_off, attach, trainable
+from qlora_dpo.model.device import select_device
+from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.quantized import compute_with_dequantized_weights
 from qlora_dpo.recipe.model import LoraTable
 
@@ -19,8 +19,8 @@ IDS = torch.arange(3, 40)[None]
 
 
 def with_dora(quantization: str, dtype: Any) -> tuple[Any, Any]:
-    place = choose(dtype)
-    model = attach(jobs.base_model(quantization, place), LoraTable(r=4, lora_alpha=8, use_dora=True), 0).eval()
+    place = select_device(dtype)
+    model = attach_lora(jobs.base_model(quantization, place), LoraTable(r=4, lora_alpha=8, use_dora=True), 0).eval()
     return model, place
 
 
@@ -35,7 +35,7 @@ def logits(model: Any, dtype: torch.dtype | None) -> Tensor:
 def test_an_untrained_adapter_changes_no_bit(quantization: str, dtype: torch.dtype | None) -> None:
     model, _ = with_dora(quantization, "fp32")
     on = logits(model, dtype)
-    with adapter_off(model):
+    with adapter_disabled(model):
         assert torch.equal(on, logits(model, dtype))
 
 
@@ -62,11 +62,11 @@ def test_outputs_and_gradients_are_pefts_in_float32(quantization: str) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, use_dora=True, target_modules="all-linear")
     theirs = jobs.stirred(get_peft_model(base, config)).eval()
     with torch.no_grad():
-        for name, parameter in trainable(ours).items():
-            parameter.copy_(trainable(theirs)[name])
+        for name, parameter in trainable_parameters(ours).items():
+            parameter.copy_(trainable_parameters(theirs)[name])
     for model in (ours, theirs):
         model(IDS).logits.logsumexp(-1).sum().backward()
     torch.testing.assert_close(logits(ours, None), logits(theirs, None), atol=1e-5, rtol=1e-5)
-    for name, parameter in trainable(ours).items():
+    for name, parameter in trainable_parameters(ours).items():
         assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, trainable(theirs)[name].grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(parameter.grad, trainable_parameters(theirs)[name].grad, atol=1e-4, rtol=1e-4)

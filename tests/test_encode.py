@@ -14,9 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl.data_utils import extract_prompt
 
-from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.encode import PairSet, encode, load_pairs, tokens
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.chat_format import detect_chat_format
+from qlora_dpo.data.encode import PairSet, encode_pairs, load_pairs, pair_num_tokens
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import DataError, ModelError
 from qlora_dpo.recipe.data import DataTable
@@ -54,7 +54,7 @@ def whole(pair: Pair, answer: str) -> list[dict[str, str]]:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair] = PAIRS) -> list[EncodedPair]:
-    found = encode(pairs, tokenizer, chat_format(tokenizer))
+    found = encode_pairs(pairs, tokenizer, detect_chat_format(tokenizer))
     assert not [each for each in found if isinstance(each, str)]
     return [each for each in found if isinstance(each, EncodedPair)]
 
@@ -102,16 +102,20 @@ def test_every_answer_decodes_to_its_text_and_the_end_token() -> None:
 )
 def test_the_end_token_is_found_by_looking_at_the_template(template: str, end: str, trailing: int) -> None:
     tokenizer = tiny.tokenizer(template)
-    form = chat_format(tokenizer)
-    assert (form.end, form.trailing, form.appended) == (tokenizer.convert_tokens_to_ids(end), trailing, False)
+    form = detect_chat_format(tokenizer)
+    assert (form.end_token_id, form.num_trailing, form.eos_appended) == (
+        tokenizer.convert_tokens_to_ids(end),
+        trailing,
+        False,
+    )
     assert form.note == ""
     for found in encoded(tokenizer, PAIRS[:1]):
-        assert found.chosen[-1] == found.rejected[-1] == form.end
+        assert found.chosen[-1] == found.rejected[-1] == form.end_token_id
 
 
 def test_without_an_end_in_the_template_the_eos_token_is_added_and_said() -> None:
     tokenizer = tiny.tokenizer(ROLES.replace("END", "'\n'") + START)
-    form = chat_format(tokenizer)
+    form = detect_chat_format(tokenizer)
     assert form.note == "the chat template ends no answer, so the end-of-text token is added to each"
     found = encoded(tokenizer, PAIRS[:1])[0]
     assert [*found.prompt, *found.chosen] == [*ids(tokenizer, whole(PAIRS[0], PAIRS[0].chosen)), tokenizer.eos_token_id]
@@ -139,7 +143,7 @@ def test_without_an_end_in_the_template_the_eos_token_is_added_and_said() -> Non
 )
 def test_a_template_that_hides_answers_is_refused(template: str, message: str) -> None:
     with pytest.raises(ModelError) as refused:
-        chat_format(tiny.tokenizer(template))
+        detect_chat_format(tiny.tokenizer(template))
     assert str(refused.value) == message
 
 
@@ -147,14 +151,14 @@ def test_a_template_without_any_end_is_refused() -> None:
     tokenizer = tiny.tokenizer(ROLES.replace("END", "'\n'") + START)
     tokenizer.eos_token = None
     with pytest.raises(ModelError) as refused:
-        chat_format(tokenizer)
+        detect_chat_format(tokenizer)
     assert str(refused.value) == "the model's chat template ends no answer and its tokenizer has no end-of-text token"
 
 
 def test_a_chat_that_the_template_refuses_is_dropped_alone() -> None:
     refusing = "{% if 'late' in messages[0]['content'] %}{{ raise_exception('No dates.') }}{% endif %}"
     tokenizer = tiny.tokenizer(refusing + tiny.CHATML)
-    found = encode(PAIRS, tokenizer, chat_format(tokenizer))
+    found = encode_pairs(PAIRS, tokenizer, detect_chat_format(tokenizer))
     assert found[0] == "chat template refuses it: No dates."
     assert found[1:] == encoded(tiny.tokenizer())[1:]
 
@@ -162,7 +166,7 @@ def test_a_chat_that_the_template_refuses_is_dropped_alone() -> None:
 def test_answers_that_a_template_makes_equal_are_dropped() -> None:
     tokenizer = tiny.tokenizer(tiny.CHATML.replace("message['content']", "message['content'] | replace('!', '')"))
     pair = Pair((user("Is it late?"),), "No!", "No", 1, {})
-    assert encode([pair], tokenizer, chat_format(tokenizer)) == ["equal answers"]
+    assert encode_pairs([pair], tokenizer, detect_chat_format(tokenizer)) == ["equal answers"]
 
 
 def test_the_digest_is_sha_256_of_lengths_and_ids() -> None:
@@ -172,7 +176,7 @@ def test_the_digest_is_sha_256_of_lengths_and_ids() -> None:
         for part in (first.prompt, first.chosen, first.rejected)
     )
     assert first.digest == hashlib.sha256(content).digest()
-    assert digest((1, 2), (3,), (4,)) != digest((1,), (2, 3), (4,))
+    assert digest_ids((1, 2), (3,), (4,)) != digest_ids((1,), (2, 3), (4,))
 
 
 def load(rows: list[dict[str, Any]], part: Any = "train", seed: int = 0, **keys: Any) -> PairSet:
@@ -194,12 +198,12 @@ def test_pairs_and_ids_are_in_the_order_of_the_rows(empty_folder: Path) -> None:
     assert held.encoded == [
         replace(each, row=number) for each, number in zip(encoded(tiny.tokenizer(), held.pairs), (1, 3), strict=True)
     ]
-    assert (held.audit.rows, held.audit.used, held.audit.not_drawn) == (3, 2, 0)
+    assert (held.audit.rows, held.audit.used, held.audit.not_sampled) == (3, 2, 0)
     assert held.audit.dropped == {"empty answer": (2,)}
 
 
 def test_a_pair_of_exactly_max_length_is_used(empty_folder: Path) -> None:
-    exact = tokens(load([row(1)]).encoded[0])
+    exact = pair_num_tokens(load([row(1)]).encoded[0])
     rows = [row(1), row(1, "No. No.")]
     held = load(rows, max_length=exact)
     assert [pair.row for pair in held.pairs] == [1]
@@ -212,7 +216,7 @@ def test_a_draw_takes_the_rows_with_the_smallest_random_numbers(empty_folder: Pa
     smallest = sorted(sorted(range(1, 41), key=lambda number: draws[number - 1])[:5])
     held = load([row(number) for number in range(1, 41)], seed=7, max_train_samples=5)
     assert [pair.row for pair in held.pairs] == smallest
-    assert (held.audit.used, held.audit.not_drawn) == (5, 35)
+    assert (held.audit.used, held.audit.not_sampled) == (5, 35)
 
 
 def test_a_row_that_becomes_unusable_moves_no_other_in_the_draw(empty_folder: Path) -> None:
@@ -234,7 +238,7 @@ def test_another_seed_draws_other_rows_and_more_samples_keep_the_first(empty_fol
 
 def test_asking_for_more_samples_than_there_are_gives_all(empty_folder: Path) -> None:
     held = load([row(1), row(2)], max_train_samples=9)
-    assert (held.audit.used, held.audit.not_drawn) == (2, 0)
+    assert (held.audit.used, held.audit.not_sampled) == (2, 0)
 
 
 LONG = {
@@ -245,7 +249,7 @@ LONG = {
 
 
 def test_a_cut_prompt_keeps_the_system_turn_and_loses_the_oldest_turns_first(empty_folder: Path) -> None:
-    full = tokens(load([LONG]).encoded[0])
+    full = pair_num_tokens(load([LONG]).encoded[0])
     held = load([LONG], max_length=full - 1, overlong="cut_prompt")
     assert held.pairs[0].prompt == (SYSTEM, *LONG["prompt"][3:])
     assert held.audit.repaired == {"prompt cut at the front": (1,)}
@@ -254,22 +258,22 @@ def test_a_cut_prompt_keeps_the_system_turn_and_loses_the_oldest_turns_first(emp
 
 def test_the_last_user_turn_is_cut_at_the_front_by_whole_tokens_and_no_more_than_needed(empty_folder: Path) -> None:
     long = {"prompt": "x y z " * 20 + "Is it?", "chosen": "No.", "rejected": "Yes."}
-    full = tokens(load([long]).encoded[0])
+    full = pair_num_tokens(load([long]).encoded[0])
     for room in (full - 1, full - 7, full - 30):
         held = load([long], max_length=room, overlong="cut_prompt")
         left = held.pairs[0].prompt[0]["content"]
         assert long["prompt"].endswith(left)
-        assert tokens(held.encoded[0]) == room
+        assert pair_num_tokens(held.encoded[0]) == room
         assert (held.pairs[0].chosen, held.pairs[0].rejected) == ("No.", "Yes.")
 
 
 def test_a_cut_goes_between_characters_where_tokens_split_them(empty_folder: Path) -> None:
     long = {"prompt": "🦜世" * 20 + "Is it?", "chosen": "No.", "rejected": "Yes."}
-    full = tokens(load([long]).encoded[0])
+    full = pair_num_tokens(load([long]).encoded[0])
     for room in range(full - 12, full):
         held = load([long], max_length=room, overlong="cut_prompt")
         assert long["prompt"].endswith(held.pairs[0].prompt[0]["content"])
-        assert room - 3 <= tokens(held.encoded[0]) <= room
+        assert room - 3 <= pair_num_tokens(held.encoded[0]) <= room
 
 
 @pytest.mark.parametrize(
@@ -304,11 +308,11 @@ def test_real_hh_rows_are_all_accounted_for_and_end_with_the_end_token(overlong:
     held = load_pairs(table, "train", tokenizer, seed=3)
     account = held.audit
     assert account.rows == 2_354
-    assert account.rows == account.used + account.not_drawn + sum(map(len, account.dropped.values()))
+    assert account.rows == account.used + account.not_sampled + sum(map(len, account.dropped.values()))
     assert account.used == len(held.pairs) == 600
     assert ("prompt cut at the front" in account.repaired) == (overlong == "cut_prompt")
     for pair, found in zip(held.pairs, held.encoded, strict=True):
-        assert tokens(found) <= 700
+        assert pair_num_tokens(found) <= 700
         text = tokenizer.apply_chat_template(whole(pair, pair.chosen), tokenize=False)
         assert tokenizer.decode([*found.prompt, *found.chosen]) + "\n" == text
         assert found.chosen[-1] == found.rejected[-1] == tokenizer.eos_token_id

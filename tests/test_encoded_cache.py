@@ -8,9 +8,9 @@ import pytest
 import tiny
 
 from qlora_dpo.data import encode as encoding
-from qlora_dpo.data.chat_format import chat_format
+from qlora_dpo.data.chat_format import detect_chat_format
 from qlora_dpo.data.pairs import Pair
-from qlora_dpo.data.token_cache import keep, key_of, look_up
+from qlora_dpo.data.token_cache import load_tokens, store_tokens, token_cache_key
 
 
 def pair(number: int, chosen: str = "Ask the people.") -> Pair:
@@ -27,15 +27,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def encoded(tokenizer: Any, pairs: list[Pair] = PAIRS) -> list[Any]:
-    return encoding._encoded_once(pairs, tokenizer, chat_format(tokenizer))
+    return encoding._encode_cached(pairs, tokenizer, detect_chat_format(tokenizer))
 
 
 def test_the_second_time_nothing_is_tokenized_and_the_same_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     words = tiny.tokenizer()
     first = encoded(words)
-    assert first == encoding.encode(PAIRS, words, chat_format(words))
+    assert first == encoding.encode_pairs(PAIRS, words, detect_chat_format(words))
     assert [isinstance(each, str) for each in first] == [False, True, False, True]
-    monkeypatch.setattr(encoding, "encode", lambda *asked: pytest.fail("tokenized again"))
+    monkeypatch.setattr(encoding, "encode_pairs", lambda *asked: pytest.fail("tokenized again"))
     assert encoded(words) == first
 
 
@@ -49,10 +49,10 @@ def test_a_kept_pair_has_the_row_number_it_is_asked_with() -> None:
 def test_another_text_or_template_has_another_name() -> None:
     words, other = tiny.tokenizer(), tiny.tokenizer(tiny.CHATML.replace("helpful", "curt"))
     names = {
-        key_of(PAIRS, words, chat_format(words)),
-        key_of(PAIRS[:3], words, chat_format(words)),
-        key_of([*PAIRS[:3], pair(4, "Sit.")], words, chat_format(words)),
-        key_of(PAIRS, other, chat_format(other)),
+        token_cache_key(PAIRS, words, detect_chat_format(words)),
+        token_cache_key(PAIRS[:3], words, detect_chat_format(words)),
+        token_cache_key([*PAIRS[:3], pair(4, "Sit.")], words, detect_chat_format(words)),
+        token_cache_key(PAIRS, other, detect_chat_format(other)),
     }
     assert len(names) == 4
 
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_never_used(damage: str, own_cache: Path) -> None:
             file.write_bytes(content[: len(content) // 2])
         case "emptied":
             file.write_bytes(b"")
-    assert look_up(file.stem, PAIRS) is None
+    assert load_tokens(file.stem, PAIRS) is None
     assert encoded(words) == first
 
 
@@ -85,12 +85,12 @@ def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "file"))
     words = tiny.tokenizer()
-    assert encoded(words) == encoding.encode(PAIRS, words, chat_format(words))
+    assert encoded(words) == encoding.encode_pairs(PAIRS, words, detect_chat_format(words))
 
 
 def test_no_pairs_can_be_kept() -> None:
     words = tiny.tokenizer()
-    key = key_of([], words, chat_format(words))
+    key = token_cache_key([], words, detect_chat_format(words))
     assert key is not None
-    keep(key, [])
-    assert look_up(key, []) == []
+    store_tokens(key, [])
+    assert load_tokens(key, []) == []

@@ -24,15 +24,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_dpo.cli import main
-from qlora_dpo.evaluation.adapter_eval import examine
+from qlora_dpo.evaluation.adapter_eval import score_adapter
 from qlora_dpo.evaluation.calibration import calibration
-from qlora_dpo.evaluation.eval_metrics import judgement
-from qlora_dpo.evaluation.length_bias import by_difference, by_length, length_controlled
-from qlora_dpo.preference.objective import Columns
-from qlora_dpo.preference.reference import Store, reference_logps
-from qlora_dpo.preference.token_weights import counted
-from qlora_dpo.report.eval_tables import judgement_tables
-from qlora_dpo.training.evaluate import Side, evaluate
+from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
+from qlora_dpo.evaluation.length_bias import (
+    accuracy_by_length,
+    accuracy_by_length_difference,
+    length_controlled_accuracy,
+)
+from qlora_dpo.preference.objective import LossColumns
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.token_weights import make_token_weighting
+from qlora_dpo.report.eval_tables import eval_metric_tables
+from qlora_dpo.training.evaluate import PreferenceDataset, evaluate
 
 pytestmark = LIBRARIES_WARN
 
@@ -293,21 +297,21 @@ def test_what_is_too_long_is_counted_and_max_length_decides(made: Path, capsys: 
 def test_eval_says_what_trainings_own_evaluation_says(objective: dict[str, Any], tmp_path: Path) -> None:
     what = jobs.recipe(objective=objective)
     model, pairs = jobs.stirred(jobs.fresh(what)), jobs.pairs(9)
-    weighed = counted(what.objective)
+    weighed = make_token_weighting(what.objective)
     packing = jobs.PACKED.__class__(128, jobs.PAD, "spans", weighed)
-    reference_P2 = reference_logps(model, pairs, Store(tmp_path / "training"), packing, jobs.CPU)
+    reference_P2 = compute_reference_logps(model, pairs, ReferenceLogpCache(tmp_path / "training"), packing, jobs.CPU)
     kto = objective.get("loss_type") == "kto"
-    columns = Columns(label_P=torch.tensor([True, False, True] * 3)) if kto else Columns()
-    record = evaluate(model, Side(pairs, reference_P2, columns), what.objective, packing, jobs.CPU)
+    columns = LossColumns(label_P=torch.tensor([True, False, True] * 3)) if kto else LossColumns()
+    record = evaluate(model, PreferenceDataset(pairs, reference_P2, columns), what.objective, packing, jobs.CPU)
     plain_packing = jobs.PACKED.__class__(128, jobs.PAD, "spans")
     asked: list[int] = []
-    found = examine(
+    found = score_adapter(
         model,
         pairs,
         columns,
         what.objective,
         plain_packing,
-        lambda each: Store(tmp_path / (each.name if each else "plain")),
+        lambda each: ReferenceLogpCache(tmp_path / (each.name if each else "plain")),
         jobs.CPU,
         asked.append,
     )
@@ -316,17 +320,17 @@ def test_eval_says_what_trainings_own_evaluation_says(objective: dict[str, Any],
         "preference_loss": found.preference_P.mean(),
         "rewards/chosen": found.rewards_P2[:, 0].mean(),
         "rewards/rejected": found.rewards_P2[:, 1].mean(),
-        "rewards/accuracies": found.right_P.mean(),
+        "rewards/accuracies": found.correct_P.mean(),
     }.items():
         assert record[f"eval_{name}"] == pytest.approx(float(value), rel=1e-5), name
     assert sum(asked) == 3 * len(pairs)
-    figures = judgement(found, pairs, what.objective, {})
+    figures = compute_eval_metrics(found, pairs, what.objective, {})
     assert (figures["length"] is None) == kto
     shown = StringIO()
-    Console(file=shown, width=100).print(judgement_tables(figures))
+    Console(file=shown, width=100).print(eval_metric_tables(figures))
     assert ("at equal lengths" in shown.getvalue()) != kto
-    whole_P2 = reference_logps(model, pairs, Store(tmp_path / "whole"), plain_packing, jobs.CPU)
-    torch.testing.assert_close(found.base_P2.float(), whole_P2)
+    whole_P2 = compute_reference_logps(model, pairs, ReferenceLogpCache(tmp_path / "whole"), plain_packing, jobs.CPU)
+    torch.testing.assert_close(found.base_logp_P2.float(), whole_P2)
 
 
 def test_confidence_that_is_met_is_calibrated_and_a_coin_that_is_sure_is_not() -> None:
@@ -344,11 +348,11 @@ def test_confidence_that_is_met_is_calibrated_and_a_coin_that_is_sure_is_not() -
 def test_what_picks_by_length_alone_is_a_coin_at_equal_lengths() -> None:
     tokens_P2 = torch.tensor([(10 + d, 10) for d in (-6, -3, -1, 1, 3, 6)])
     right_P = (tokens_P2[:, 0] > tokens_P2[:, 1]).double()
-    longer = length_controlled(tokens_P2, right_P)
+    longer = length_controlled_accuracy(tokens_P2, right_P)
     assert longer.accuracy == pytest.approx(0.5, abs=1e-9)
-    assert longer.pull > 0
-    groups = by_difference(tokens_P2, right_P)
-    assert {name: each.right / each.pairs for name, each in groups.items()} == {"shorter": 0, "longer": 1}
+    assert longer.length_coefficient > 0
+    groups = accuracy_by_length_difference(tokens_P2, right_P)
+    assert {name: each.num_correct / each.pairs for name, each in groups.items()} == {"shorter": 0, "longer": 1}
 
 
 def test_the_controlled_accuracy_is_the_regularized_maximum_likelihood() -> None:
@@ -356,18 +360,18 @@ def test_the_controlled_accuracy_is_the_regularized_maximum_likelihood() -> None
     generator = torch.Generator().manual_seed(0)
     tokens_P2 = torch.randint(1, 60, (50, 2), generator=generator)
     right_P = torch.randint(0, 3, (50,), generator=generator).double() / 2
-    found = length_controlled(tokens_P2, right_P)
+    found = length_controlled_accuracy(tokens_P2, right_P)
     d_P = (tokens_P2[:, 0] - tokens_P2[:, 1]).double()
     x_P = torch.tanh(d_P / d_P.std(correction=0))
     theta = math.log(found.accuracy / (1 - found.accuracy))
-    short_P = right_P - torch.sigmoid(theta + found.pull * x_P)
+    short_P = right_P - torch.sigmoid(theta + found.length_coefficient * x_P)
     assert float(short_P.sum()) == pytest.approx(0, abs=1e-8)
-    assert float((short_P * x_P).sum()) == pytest.approx(found.pull, abs=1e-8)
-    assert length_controlled(tokens_P2, torch.ones(50)).accuracy == 1
-    assert length_controlled(torch.ones(50, 2), right_P).accuracy == float(right_P.mean())
+    assert float((short_P * x_P).sum()) == pytest.approx(found.length_coefficient, abs=1e-8)
+    assert length_controlled_accuracy(tokens_P2, torch.ones(50)).accuracy == 1
+    assert length_controlled_accuracy(torch.ones(50, 2), right_P).accuracy == float(right_P.mean())
 
 
 def test_every_pair_is_in_one_bin_of_length() -> None:
     tokens_P2 = torch.tensor([(n, n + 2) for n in range(1, 13)])
-    bins = by_length(tokens_P2, torch.ones(12))
+    bins = accuracy_by_length(tokens_P2, torch.ones(12))
     assert [(each.low, each.high, each.pairs) for each in bins] == [(2, 4, 3), (5, 7, 3), (8, 10, 3), (11, 13, 3)]

@@ -16,11 +16,11 @@ from qlora_dpo.cli import main
 from qlora_dpo.errors import Interrupted
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.talk.generate import answers
+from qlora_dpo.talk.generate import generate_greedy
 from qlora_dpo.tracking import run_log as tracking
-from qlora_dpo.tracking.run_log import SAMPLES, Tracker
+from qlora_dpo.tracking.run_log import EVALUATION_SAMPLES, RunLog
 from qlora_dpo.training.checkpoint.save import newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -28,11 +28,11 @@ ASKED = {"role": "user", "content": "How do I find the library?"}
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / EVALUATION_SAMPLES).read_text(encoding="utf-8").splitlines()]
 
 
 def ask(model: Any) -> Sequence[dict[str, Any]]:
-    (told,) = answers(model, load_tokenizer(jobs.source()), [[ASKED]], 6)
+    (told,) = generate_greedy(model, load_tokenizer(jobs.source()), [[ASKED]], 6)
     return [{"row": 1, "prompt": [ASKED], "answer": told.text, "tokens": told.tokens, "ended": told.ended}]
 
 
@@ -43,8 +43,8 @@ def trained(what: Recipe, folder: Path, asks: bool, resume: Path | None = None, 
     job = jobs.job(model, what, folder)
     if asks:
         object.__setattr__(job, "ask", ask)
-    with tracker_that_stops(folder, job.plan.total_steps, stop_at) as tracker:
-        fit(model, job, jobs.start(job), tracker, resume)
+    with tracker_that_stops(folder, job.data_order.total_steps, stop_at) as tracker:
+        train_loop(model, job, jobs.start(job), tracker, resume)
     return jobs.adapter(model)
 
 
@@ -54,21 +54,25 @@ def test_answers_change_no_step_and_a_resumed_run_has_each_once(tmp_path: Path) 
     asked = trained(what, tmp_path / "with", asks=True)
     assert all(torch.equal(asked[name], without[name]) for name in without)
     assert [line["step"] for line in lines_of(tmp_path / "with")] == [0, 2, 4, 6]
-    assert not (tmp_path / "without" / SAMPLES).exists()
+    assert not (tmp_path / "without" / EVALUATION_SAMPLES).exists()
 
     with pytest.raises(Interrupted):
         trained(what, tmp_path / "part", asks=True, stop_at=4)
     checkpoint = newest_valid(tmp_path / "part")[0]
-    tracking.cut(tmp_path / "part" / SAMPLES, int(checkpoint.name.removeprefix("step-")))  # as `follow` does
+    tracking.truncate_metrics(
+        tmp_path / "part" / EVALUATION_SAMPLES, int(checkpoint.name.removeprefix("step-"))
+    )  # as `follow` does
     resumed = trained(what, tmp_path / "part", asks=True, resume=checkpoint)
     assert all(torch.equal(resumed[name], without[name]) for name in without)
     assert lines_of(tmp_path / "part") == lines_of(tmp_path / "with")
 
 
 def test_they_are_shown_in_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(tmp_path, 48) as run:
-        run.samples(20, [{"row": 7, "prompt": [ASKED], "answer": "On\n\nthe \x1b[31mleft, " + "a" * 200, "tokens": 9}])
-        run.samples(40, [{"row": 7, "prompt": [ASKED], "answer": "", "tokens": 0}])
+    with RunLog(tmp_path, 48) as run:
+        run.log_samples(
+            20, [{"row": 7, "prompt": [ASKED], "answer": "On\n\nthe \x1b[31mleft, " + "a" * 200, "tokens": 9}]
+        )
+        run.log_samples(40, [{"row": 7, "prompt": [ASKED], "answer": "", "tokens": 0}])
     assert capsys.readouterr().err.splitlines() == [
         f"step 20/48  How do I find the library? -> On the left, {'a' * 87}...",
         "step 40/48  How do I find the library? -> (nothing)",

@@ -18,14 +18,14 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from workplace import rows
 
-from qlora_dpo.preference.objective import Columns
-from qlora_dpo.preference.reference import Store, reference_logps
-from qlora_dpo.preference.token_weights import counted
-from qlora_dpo.recipe.objective import TABLES, loss_types
-from qlora_dpo.recipe.reference import REFERENCES
-from qlora_dpo.tracking.run_log import Tracker
-from qlora_dpo.training.evaluate import Side
-from qlora_dpo.training.loop import fit
+from qlora_dpo.preference.objective import LossColumns
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.token_weights import make_token_weighting
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
+from qlora_dpo.recipe.reference import REFERENCE_TABLES
+from qlora_dpo.tracking.run_log import RunLog
+from qlora_dpo.training.evaluate import PreferenceDataset
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 TESTS = Path(__file__).parent
@@ -138,7 +138,7 @@ def every_key() -> list[str]:
     """All keys of a recipe but those of losses, and those of losses that name columns of the data."""
     tables = jobs.recipe(track={"wandb": "project"}).model_dump()
     plain = [f"{name}.{key}" for name, keys in tables.items() if name not in ("objective", "reference") for key in keys]
-    references = {f"reference.{key}" for table in REFERENCES for key in table.model_fields if key != "kind"}
+    references = {f"reference.{key}" for table in REFERENCE_TABLES for key in table.model_fields if key != "kind"}
     return [*plain, *sorted(references), *(key for key in CHANGES if key.startswith("objective."))]
 
 
@@ -283,7 +283,7 @@ def keys_of_losses() -> list[tuple[str, str]]:
     """Losses with each of their keys that names no column."""
     return [
         (loss, key)
-        for table in TABLES
+        for table in OBJECTIVE_TABLES
         for key in table.model_fields
         if key != "loss_type" and not key.endswith(("_column", "_columns"))
         # losses of one table differ in what they make of beta, and read the other keys in the same place
@@ -298,21 +298,23 @@ def learned(folder: Path, **objective: Any) -> torch.Tensor:
     model: PeftModel = jobs.stirred(jobs.fresh(what))
     folder.mkdir()
     job = jobs.job(model, what, folder)
-    packing, sides = replace(job.packing, counted=counted(what.objective)), []
+    packing, sides = replace(job.packing, token_weighting=make_token_weighting(what.objective)), []
     generator = torch.Generator().manual_seed(0)
     for seed, count in ((0, 10), (1, 6)):
         pairs = jobs.pairs(count, seed)
         scores_P2 = torch.rand(count, 2, generator=generator).sort(1, descending=True).values
         label_P = torch.arange(count) % 2 == 0 if what.objective.loss_type == "kto" else None
-        store = Store(folder / f"of-{seed}")
+        store = ReferenceLogpCache(folder / f"of-{seed}")
         sides.append(
-            Side(
-                pairs, reference_logps(model, pairs, store, packing, jobs.CPU), Columns(None, None, scores_P2, label_P)
+            PreferenceDataset(
+                pairs,
+                compute_reference_logps(model, pairs, store, packing, jobs.CPU),
+                LossColumns(None, None, scores_P2, label_P),
             )
         )
     job = replace(job, packing=packing, train=sides[0], heldout=sides[1])
-    with Tracker(folder, job.plan.total_steps) as tracker:
-        fit(model, job, jobs.start(job), tracker)
+    with RunLog(folder, job.data_order.total_steps) as tracker:
+        train_loop(model, job, jobs.start(job), tracker)
     return torch.cat([value.flatten() for value in jobs.adapter(model).values()])
 
 

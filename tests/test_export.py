@@ -20,9 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import export as exporting
 from qlora_dpo.deploy import gguf_file
-from qlora_dpo.deploy.gguf_tensors import QUANTS, interleaved, rope_factors
-from qlora_dpo.deploy.gguf_tokenizer import SPLITS, words_of
-from qlora_dpo.deploy.modelfile import CHATML, modelfile
+from qlora_dpo.deploy.gguf_tensors import QUANTS, rope_factors, rope_permuted
+from qlora_dpo.deploy.gguf_tokenizer import PRE_TOKENIZER_PATTERNS, convert_tokenizer
+from qlora_dpo.deploy.modelfile import CHATML, ollama_modelfile
 from qlora_dpo.errors import ModelError
 
 TEXTS = (
@@ -154,12 +154,12 @@ def test_every_type_reads_back_within_its_rounding(models_made: Path, tmp_path: 
     assert ends == (quant.upper() if quant in UNIT else "Q8_0")
     assert found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     record = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert record["error"] <= gguf_file.MOST_ERROR[quant]  # type: ignore[index]
+    assert record["error"] <= gguf_file.MAX_QUANT_ERROR[quant]  # type: ignore[index]
 
 
 def test_rows_are_ordered_so_that_neighbours_turn_together() -> None:
     rows = torch.arange(8.0)[:, None]  # two heads of four rows: transformers turns 0 with 2 and 1 with 3
-    assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert rope_permuted(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_llama_3_frequencies_are_those_of_transformers() -> None:
@@ -223,7 +223,7 @@ def test_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_file_that_reads_back_otherwise_is_not_kept(
     models_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = gguf_file.encoded
+    real = gguf_file.quantize_values
     monkeypatch.setattr(
         gguf_file, "encoded", lambda tensor, values: real(tensor, -values if "ffn_up" in tensor.name else values)
     )
@@ -262,9 +262,12 @@ def split(expression: str) -> Any:
 def test_each_way_to_split_has_its_name_in_llama_cpp() -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
-    for pre, name in ((plain, "gpt-2"), (digits, "smollm"), (split(SPLITS["qwen2"]), "qwen2")):
-        assert words_of(splitting(pre), 500, "it").split == name
-    assert words_of(splitting(split(SPLITS["llama-bpe"]), ignore_merges=True), 500, "it").split == "llama-bpe"
+    for pre, name in ((plain, "gpt-2"), (digits, "smollm"), (split(PRE_TOKENIZER_PATTERNS["qwen2"]), "qwen2")):
+        assert convert_tokenizer(splitting(pre), 500, "it").split == name
+    assert (
+        convert_tokenizer(splitting(split(PRE_TOKENIZER_PATTERNS["llama-bpe"]), ignore_merges=True), 500, "it").split
+        == "llama-bpe"
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,14 +275,14 @@ def test_each_way_to_split_has_its_name_in_llama_cpp() -> None:
     [
         {"pre": pre_tokenizers.Whitespace()},
         {"pre": split(r"\d+")},
-        {"pre": split(SPLITS["llama-bpe"])},
+        {"pre": split(PRE_TOKENIZER_PATTERNS["llama-bpe"])},
         {"pre": pre_tokenizers.ByteLevel(add_prefix_space=True)},
         {"pre": pre_tokenizers.ByteLevel(add_prefix_space=False), "normalizer": normalizers.Lowercase()},
     ],
 )
 def test_a_way_to_split_without_a_name_is_refused(unknown: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as raised:
-        words_of(splitting(**unknown), 500, "it")
+        convert_tokenizer(splitting(**unknown), 500, "it")
     assert str(raised.value) == "it: its tokenizer splits or changes text in a way that has no name in GGUF"
 
 
@@ -288,9 +291,9 @@ def test_other_kinds_of_tokenizers_are_refused() -> None:
     with pytest.raises(
         ModelError, match=r"^it: its tokenizer is of the kind WordLevel; only byte-level BPE is written"
     ):
-        words_of(words, 500, "it")
+        convert_tokenizer(words, 500, "it")
     with pytest.raises(ModelError, match=r"^it: its tokenizer has 400 words and its embedding matrix 300 rows$"):
-        words_of(tiny.tokenizer(), 300, "it")
+        convert_tokenizer(tiny.tokenizer(), 300, "it")
 
 
 # --- Ollama
@@ -306,16 +309,16 @@ def test_the_modelfile_has_template_system_prompt_and_stop(models_made: Path, tm
 
 def test_a_template_that_is_no_chatml_is_left_to_ollama() -> None:
     words = tiny.tokenizer("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
-    assert modelfile("x.gguf", words) == 'FROM ./x.gguf\nPARAMETER stop "<|im_end|>"\n'
+    assert ollama_modelfile("x.gguf", words) == 'FROM ./x.gguf\nPARAMETER stop "<|im_end|>"\n'
 
 
 def test_a_full_disk_is_named_before_anything_is_written(
     models_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_dpo.errors import SourceError
-    from qlora_dpo.files import insist_on_space
+    from qlora_dpo.files import check_disk_space
 
-    monkeypatch.setattr(exporting, "insist_on_space", lambda output, needed: insist_on_space(output, 10**18))
+    monkeypatch.setattr(exporting, "check_disk_space", lambda output, needed: check_disk_space(output, 10**18))
     with pytest.raises(SourceError, match=r"out: needs 1,000,000,000,000\.0 MB and the disk has"):
-        exporting.export(exporting.full_model(str(models_made / "qwen2")), tmp_path / "out", "gguf", "f16")
+        exporting.export_model(exporting.full_model(str(models_made / "qwen2")), tmp_path / "out", "gguf", "f16")
     assert not (tmp_path / "out").exists()

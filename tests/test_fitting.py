@@ -12,14 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_dpo.errors import DOES_NOT_FIT, DoesNotFitError
-from qlora_dpo.manifest import damage
-from qlora_dpo.model.memory import checkpointable
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
+from qlora_dpo.manifest import find_damage
+from qlora_dpo.model.memory import checkpointable_layers
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import evaluate, train_step
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.save import State
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -30,7 +30,7 @@ Score = Callable[..., Any]
 
 def train(
     folder: Path, resume: bool = False, rows: int = ROWS, said: list[str] | None = None, **tables: dict[str, Any]
-) -> tuple[PeftModel, State, list[dict[str, Any]], list[str]]:
+) -> tuple[PeftModel, TrainState, list[dict[str, Any]], list[str]]:
     """Train the tiny model in `folder`: the model, the final state, the metrics, and what was `said` of memory."""
     own = {"learning_rate": 1e-2, "micro_batch_tokens": rows, **tables.pop("train", {})}
     what, told = jobs.recipe(train=own, **tables), [] if said is None else said
@@ -42,15 +42,15 @@ def train(
     def note(sentence: str) -> None:
         told.extend([sentence] if "out of memory" in sentence else [])
 
-    with Tracker(folder, job.plan.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "note", note)
-        state = fit(model, job, jobs.start(job), tracker, newest)
-    return model, state, read(folder / METRICS), told
+    with RunLog(folder, job.data_order.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker, "info", note)
+        state = train_loop(model, job, jobs.start(job), tracker, newest)
+    return model, state, read_metrics(folder / METRICS), told
 
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, module: Any, *calls: int) -> list[int]:
     """Let a forward pass of `module` run out of memory at its n-th calls, counted from 1; the tokens of all calls."""
-    whole, asked = module.score, list[int]()
+    whole, asked = module.score_batch, list[int]()
 
     def score(model: Any, batch: Any, *others: Any, **keys: Any) -> Any:
         asked.append(batch.tokens)
@@ -59,7 +59,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, module: Any, *calls: int) -> list[
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return found
 
-    monkeypatch.setattr(module, "score", score)
+    monkeypatch.setattr(module, "score_batch", score)
     return asked
 
 
@@ -117,8 +117,8 @@ def test_four_times_in_a_row_end_the_run_with_a_checkpoint_that_goes_on(tmp_path
         "step 2: out of memory with rows of 15 tokens; rows of 7 from here on, and all layers recomputed",
     ]
     assert len(asked) == 2 + 4
-    assert error.value.exit_code == DOES_NOT_FIT
-    assert damage(saved, needed="state.json") == ""
+    assert error.value.exit_code == EXIT_DOES_NOT_FIT
+    assert find_damage(saved, required="state.json") == ""
     model, state, *_ = train(folder, resume=True)
     assert (state.step, state.row_tokens) == (3, ROWS // 16)
     other, *_ = train(tmp_path / "other")
@@ -135,7 +135,7 @@ def test_the_last_try_recomputes_all_layers_unless_the_recipe_says_otherwise(
     model, state, _, said = train(tmp_path / "run", lora=lora, train=tables)
     assert len(said) == 3
     assert said[-1].endswith("from here on, and all layers recomputed") == recomputes
-    assert [layer.gradient_checkpointing for layer in checkpointable(model)] == [recomputes] * 2
+    assert [layer.gradient_checkpointing for layer in checkpointable_layers(model)] == [recomputes] * 2
     assert (state.step, state.row_tokens) == (3, ROWS // 8)
     assert jobs.all_apart(jobs.adapter(model), jobs.adapter(other)) == 0
 
@@ -158,7 +158,7 @@ def test_another_error_is_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.
     def score(*_: Any, **__: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(train_step, "score", score)
+    monkeypatch.setattr(train_step, "score_batch", score)
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
         train(tmp_path / "run")
 
@@ -170,7 +170,7 @@ import jobs, torch
 from qlora_dpo.data.encoded import EncodedPair, digest
 from qlora_dpo.training.evaluate import Side
 from qlora_dpo.training.loop import fit
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 from dataclasses import replace
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -185,7 +185,7 @@ folder = Path(sys.argv[1])
 model = jobs.fresh(what)
 job = jobs.job(model, what, folder, train=32)
 job = replace(job, train=Side(pairs, torch.zeros(32, 2)))
-with Tracker(folder, 2) as tracker:
+with RunLog(folder, 2) as tracker:
     small = replace(job, packing=replace(job.packing, token_budget=600))
     fit(model, small, jobs.start(job), tracker)  # so that the threads and buffers of a first run are there
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -10,16 +10,24 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.talk.generate import Answer, Memory, answers, context_tokens, end_ids, prompt_ids, stream
-from qlora_dpo.talk.sampling import Settings, settings_for
+from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.talk.generate import (
+    Completion,
+    KVCache,
+    context_tokens,
+    generate_greedy,
+    generate_stream,
+    stop_token_ids,
+    tokenize_prompt,
+)
+from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
 # PEFT asks transformers for a property by the name that transformers is about to drop
 
 QUESTIONS = ["rice?", "How do I find a book about birds?", "Thank you", "What is the best way to sit on a mat?", "cat"]
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
-GREEDY = Settings(temperature=0, max_new_tokens=12, seed=0)
-SAMPLED = Settings(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=7)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=12, seed=0)
+SAMPLED = SamplingParams(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=7)
 
 
 def with_adapter(model: tiny.Qwen2ForCausalLM) -> PeftModel:
@@ -31,16 +39,16 @@ def with_adapter(model: tiny.Qwen2ForCausalLM) -> PeftModel:
 def by_transformers(model: torch.nn.Module, prompt: list[dict[str, str]], ends: list[int], most: int) -> list[int]:
     """The tokens that transformers' own greedy search gives for one prompt by itself."""
     words = tiny.tokenizer()
-    ids = torch.tensor([prompt_ids(words, prompt)])
+    ids = torch.tensor([tokenize_prompt(words, prompt)])
     how = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=ends, pad_token_id=words.pad_token_id)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)  # type: ignore[operator]
     return [int(token) for token in out[0, ids.shape[1] :]]
 
 
-def expected(tokens: list[int], ends: list[int]) -> Answer:
+def expected(tokens: list[int], ends: list[int]) -> Completion:
     ended = tokens[-1] in ends
     said = tokens[:-1] if ended else tokens
-    return Answer(tiny.tokenizer().decode(said, skip_special_tokens=True), len(said), ended)
+    return Completion(tiny.tokenizer().decode(said, skip_special_tokens=True), len(said), ended)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 16_384])
@@ -52,16 +60,16 @@ def test_batched_greedy_answers_are_those_of_transformers_for_each_prompt_alone(
     ends = [words.eos_token_id, common]
     model.generation_config.eos_token_id = ends
     want = [expected(by_transformers(model, prompt, ends, 24), ends) for prompt in PROMPTS]
-    assert answers(model, words, PROMPTS, 24, batch_tokens) == want
+    assert generate_greedy(model, words, PROMPTS, 24, batch_tokens) == want
     assert {answer.ended for answer in want} == {True, False}
     assert len({answer.text for answer in want}) == len(want)
 
 
 def test_answers_ignore_sampling_and_penalties_of_the_generation_config() -> None:
     model = lively.qwen2()
-    plain = answers(model, tiny.tokenizer(), PROMPTS, 16)
+    plain = generate_greedy(model, tiny.tokenizer(), PROMPTS, 16)
     model.generation_config.update(do_sample=True, temperature=2.0, top_p=0.5, repetition_penalty=1.5)
-    assert answers(model, tiny.tokenizer(), PROMPTS, 16) == plain
+    assert generate_greedy(model, tiny.tokenizer(), PROMPTS, 16) == plain
 
 
 def test_answers_leave_training_mode_as_it_was_and_answer_without_dropout() -> None:
@@ -69,21 +77,21 @@ def test_answers_leave_training_mode_as_it_was_and_answer_without_dropout() -> N
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.9
-    quiet = answers(model, tiny.tokenizer(), PROMPTS, 8)
-    assert answers(model.train(), tiny.tokenizer(), PROMPTS, 8) == quiet
+    quiet = generate_greedy(model, tiny.tokenizer(), PROMPTS, 8)
+    assert generate_greedy(model.train(), tiny.tokenizer(), PROMPTS, 8) == quiet
     assert model.training
 
 
 def test_no_prompts_give_no_answers() -> None:
-    assert answers(tiny.qwen2(), tiny.tokenizer(), [], 8) == []
+    assert generate_greedy(tiny.qwen2(), tiny.tokenizer(), [], 8) == []
 
 
 def test_answers_with_the_adapter_off_are_those_of_the_base() -> None:
-    base = answers(lively.qwen2(), tiny.tokenizer(), PROMPTS, 8)
+    base = generate_greedy(lively.qwen2(), tiny.tokenizer(), PROMPTS, 8)
     model = with_adapter(lively.qwen2())
-    assert answers(model, tiny.tokenizer(), PROMPTS, 8) != base
-    with adapter_off(model):
-        assert answers(model, tiny.tokenizer(), PROMPTS, 8) == base
+    assert generate_greedy(model, tiny.tokenizer(), PROMPTS, 8) != base
+    with adapter_disabled(model):
+        assert generate_greedy(model, tiny.tokenizer(), PROMPTS, 8) == base
 
 
 def test_end_tokens_are_the_tokenizers_the_generation_configs_and_the_templates() -> None:
@@ -91,24 +99,24 @@ def test_end_tokens_are_the_tokenizers_the_generation_configs_and_the_templates(
     words.eos_token = "<|endoftext|>"
     model.generation_config.eos_token_id = [5, 6]
     names = {"<|endoftext|>", "<|im_end|>"}
-    assert end_ids(model, words) == {5, 6, *(words.convert_tokens_to_ids(name) for name in names)}
+    assert stop_token_ids(model, words) == {5, 6, *(words.convert_tokens_to_ids(name) for name in names)}
 
 
 def test_a_template_that_ends_an_answer_with_plain_text_adds_no_end_token() -> None:
     model = tiny.qwen2()
     model.generation_config.eos_token_id = None
     words = tiny.tokenizer("{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}")
-    assert end_ids(model, words) == {words.eos_token_id}
+    assert stop_token_ids(model, words) == {words.eos_token_id}
 
 
-def said(model: torch.nn.Module, ids: list[int], settings: Settings, memory: Memory) -> str:
-    return "".join(stream(model, tiny.tokenizer(), ids, settings, memory))
+def said(model: torch.nn.Module, ids: list[int], settings: SamplingParams, memory: KVCache) -> str:
+    return "".join(generate_stream(model, tiny.tokenizer(), ids, settings, memory))
 
 
 def test_streamed_greedy_reply_is_the_batched_answer() -> None:
     model, words = lively.qwen2(), tiny.tokenizer()
-    streamed = [said(model, prompt_ids(words, prompt), GREEDY, Memory()) for prompt in PROMPTS]
-    assert streamed == [answer.text for answer in answers(model, words, PROMPTS, GREEDY.max_new_tokens)]
+    streamed = [said(model, tokenize_prompt(words, prompt), GREEDY, KVCache()) for prompt in PROMPTS]
+    assert streamed == [answer.text for answer in generate_greedy(model, words, PROMPTS, GREEDY.max_new_tokens)]
 
 
 @pytest.fixture(params=["llama", "qwen2", "mistral with a sliding window"])
@@ -136,32 +144,32 @@ def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 
 def test_a_reply_from_memory_is_the_reply_without_it(any_model: torch.nn.Module) -> None:
-    words, memory = tiny.tokenizer(), Memory()
+    words, memory = tiny.tokenizer(), KVCache()
     history = [{"role": "user", "content": "rice?"}]
     for question in ("Thank you", "and the dog?", "How?"):
-        fresh = said(any_model, prompt_ids(words, history), SAMPLED, Memory())
-        assert said(any_model, prompt_ids(words, history), SAMPLED, memory) == fresh
+        fresh = said(any_model, tokenize_prompt(words, history), SAMPLED, KVCache())
+        assert said(any_model, tokenize_prompt(words, history), SAMPLED, memory) == fresh
         history += [{"role": "assistant", "content": fresh}, {"role": "user", "content": question}]
 
 
 def test_an_edited_history_is_answered_as_if_it_were_new(any_model: torch.nn.Module) -> None:
-    words, memory = tiny.tokenizer(), Memory()
+    words, memory = tiny.tokenizer(), KVCache()
     long = [
         {"role": "system", "content": "You are a cat."},
         {"role": "user", "content": "What is the best way to sit?"},
     ]
-    said(any_model, prompt_ids(words, long), SAMPLED, memory)
+    said(any_model, tokenize_prompt(words, long), SAMPLED, memory)
     for edited in ([long[0], {"role": "user", "content": "What is rice?"}], PROMPTS[0], long):
-        ids = prompt_ids(words, edited)
-        assert said(any_model, ids, SAMPLED, memory) == said(any_model, ids, SAMPLED, Memory())
+        ids = tokenize_prompt(words, edited)
+        assert said(any_model, ids, SAMPLED, memory) == said(any_model, ids, SAMPLED, KVCache())
 
 
 def test_a_longer_conversation_runs_only_its_new_tokens() -> None:
-    model, words, memory = lively.qwen2(), tiny.tokenizer(), Memory()
-    ids = prompt_ids(words, PROMPTS[1])
+    model, words, memory = lively.qwen2(), tiny.tokenizer(), KVCache()
+    ids = tokenize_prompt(words, PROMPTS[1])
     ran: list[int] = []
     model.register_forward_pre_hook(lambda _, __, given: ran.append(given["input_ids"].shape[1]), with_kwargs=True)
-    one_token = Settings(temperature=0, max_new_tokens=1, seed=0)
+    one_token = SamplingParams(temperature=0, max_new_tokens=1, seed=0)
     said(model, ids, one_token, memory)
     said(model, [*ids, 9, 8, 7], one_token, memory)
     said(model, [*ids, 9, 8, 7], one_token, memory)
@@ -169,17 +177,17 @@ def test_a_longer_conversation_runs_only_its_new_tokens() -> None:
 
 
 def test_a_stopped_reply_leaves_a_memory_that_still_answers_right() -> None:
-    model, words, memory = lively.qwen2(), tiny.tokenizer(), Memory()
-    ids = prompt_ids(words, PROMPTS[1])
-    reply = stream(model, words, ids, SAMPLED, memory)
+    model, words, memory = lively.qwen2(), tiny.tokenizer(), KVCache()
+    ids = tokenize_prompt(words, PROMPTS[1])
+    reply = generate_stream(model, words, ids, SAMPLED, memory)
     next(reply), next(reply)
     reply.close()
-    assert said(model, ids, SAMPLED, memory) == said(model, ids, SAMPLED, Memory())
+    assert said(model, ids, SAMPLED, memory) == said(model, ids, SAMPLED, KVCache())
 
 
 def test_a_forward_that_fails_half_way_leaves_an_empty_memory() -> None:
-    model, words, memory = lively.qwen2(), tiny.tokenizer(), Memory()
-    ids = prompt_ids(words, PROMPTS[1])
+    model, words, memory = lively.qwen2(), tiny.tokenizer(), KVCache()
+    ids = tokenize_prompt(words, PROMPTS[1])
     said(model, ids, SAMPLED, memory)
 
     def interrupt(*_: object) -> None:
@@ -189,20 +197,20 @@ def test_a_forward_that_fails_half_way_leaves_an_empty_memory() -> None:
     with pytest.raises(KeyboardInterrupt):
         said(model, [*ids, 9], SAMPLED, memory)
     hook.remove()
-    assert said(model, [*ids, 9], SAMPLED, memory) == said(model, [*ids, 9], SAMPLED, Memory())
+    assert said(model, [*ids, 9], SAMPLED, memory) == said(model, [*ids, 9], SAMPLED, KVCache())
 
 
 def test_a_seed_repeats_a_reply_and_another_seed_does_not() -> None:
-    model, ids = lively.qwen2(), prompt_ids(tiny.tokenizer(), PROMPTS[1])
-    other = Settings(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=8)
-    assert said(model, ids, SAMPLED, Memory()) == said(model, ids, SAMPLED, Memory())
-    assert said(model, ids, SAMPLED, Memory()) != said(model, ids, other, Memory())
+    model, ids = lively.qwen2(), tokenize_prompt(tiny.tokenizer(), PROMPTS[1])
+    other = SamplingParams(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=8)
+    assert said(model, ids, SAMPLED, KVCache()) == said(model, ids, SAMPLED, KVCache())
+    assert said(model, ids, SAMPLED, KVCache()) != said(model, ids, other, KVCache())
 
 
 def test_a_top_p_close_to_0_is_greedy_at_any_temperature() -> None:
-    model, ids = lively.qwen2(), prompt_ids(tiny.tokenizer(), PROMPTS[1])
-    nucleus = Settings(temperature=2.0, top_p=1e-6, max_new_tokens=12, seed=3)
-    assert said(model, ids, nucleus, Memory()) == said(model, ids, GREEDY, Memory())
+    model, ids = lively.qwen2(), tokenize_prompt(tiny.tokenizer(), PROMPTS[1])
+    nucleus = SamplingParams(temperature=2.0, top_p=1e-6, max_new_tokens=12, seed=3)
+    assert said(model, ids, nucleus, KVCache()) == said(model, ids, GREEDY, KVCache())
 
 
 def parrot(tokens: list[int]) -> Iterator[str]:
@@ -216,8 +224,8 @@ def parrot(tokens: list[int]) -> Iterator[str]:
         return forced
 
     model.lm_head.register_forward_hook(dictate)
-    settings = Settings(temperature=0, max_new_tokens=len(tokens), seed=0)
-    return stream(model, tiny.tokenizer(), [5], settings, Memory())
+    settings = SamplingParams(temperature=0, max_new_tokens=len(tokens), seed=0)
+    return generate_stream(model, tiny.tokenizer(), [5], settings, KVCache())
 
 
 def test_characters_of_several_tokens_come_whole() -> None:
@@ -245,7 +253,7 @@ def test_a_model_that_computes_no_numbers_is_a_sentence() -> None:
     model = tiny.qwen2()
     model.lm_head.weight.data[:] = float("nan")
     with pytest.raises(ModelError) as caught:
-        said(model, [5, 6], GREEDY, Memory())
+        said(model, [5, 6], GREEDY, KVCache())
     assert str(caught.value) == "the model's output is not a number; its weights or its compute dtype are broken"
 
 
@@ -261,7 +269,7 @@ def test_a_model_that_computes_no_numbers_is_a_sentence() -> None:
 )
 def test_a_conversation_that_cannot_be_written_is_a_sentence(template: str | None, message: str) -> None:
     with pytest.raises(ModelError) as caught:
-        prompt_ids(tiny.tokenizer(template), PROMPTS[0])
+        tokenize_prompt(tiny.tokenizer(template), PROMPTS[0])
     assert str(caught.value) == message
 
 
@@ -271,11 +279,11 @@ def test_context_is_the_models_number_of_positions() -> None:
 
 def test_settings_are_the_users_then_the_models_then_the_defaults() -> None:
     config = GenerationConfig(do_sample=True, temperature=0.6)
-    assert settings_for(config, None, {"temperature": None, "seed": 1}) == Settings(0.6, 0.9, 512, 1)
-    assert settings_for(config, None, {"temperature": 0.0, "top_p": 0.5, "max_new_tokens": 7, "seed": 1}) == Settings(
-        0.0, 0.5, 7, 1
-    )
-    assert settings_for(GenerationConfig(), 600, {"seed": 1}) == Settings(0.7, 0.9, 300, 1)
+    assert resolve_sampling_params(config, None, {"temperature": None, "seed": 1}) == SamplingParams(0.6, 0.9, 512, 1)
+    assert resolve_sampling_params(
+        config, None, {"temperature": 0.0, "top_p": 0.5, "max_new_tokens": 7, "seed": 1}
+    ) == SamplingParams(0.0, 0.5, 7, 1)
+    assert resolve_sampling_params(GenerationConfig(), 600, {"seed": 1}) == SamplingParams(0.7, 0.9, 300, 1)
 
 
 @pytest.mark.parametrize(
@@ -290,5 +298,5 @@ def test_settings_are_the_users_then_the_models_then_the_defaults() -> None:
 )
 def test_a_setting_out_of_range_is_a_sentence(given: dict[str, float], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        Settings(**given)  # type: ignore[arg-type]
+        SamplingParams(**given)  # type: ignore[arg-type]
     assert str(caught.value) == message

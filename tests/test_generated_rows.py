@@ -11,7 +11,7 @@ import tokenizer_kinds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_dpo.data.chat_template import folded, habits, special_tokens
+from qlora_dpo.data.chat_template import fold_system, special_tokens, template_traits
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe.data import DataTable
@@ -64,7 +64,7 @@ def check(kind: str, rows: list[dict[str, Any]], seen: Counter[str]) -> None:
     control = special_tokens(words)
     for pair, ids in zip(held.pairs, held.encoded, strict=True):
         for answer, found in ((pair.chosen, ids.chosen), (pair.rejected, ids.rejected)):
-            chat = folded(habits(words), [*pair.prompt, {"role": "assistant", "content": answer}])
+            chat = fold_system(template_traits(words), [*pair.prompt, {"role": "assistant", "content": answer}])
             bare = words.apply_chat_template([turn | {"content": "x"} for turn in chat], return_dict=False)
             expected = [each for each in bare if each in control]
             assert [each for each in (*ids.prompt, *found) if each in control] == expected

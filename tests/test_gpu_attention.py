@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention
-from qlora_dpo.model.attention import Layout
+from qlora_dpo.model.attention import PackedLayout
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.preference.packing_choice import choose_packing
@@ -36,12 +36,12 @@ def dialogues(count: int, longest: int) -> list[EncodedPair]:
     return pairs
 
 
-def loop(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def loop(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Plain attention of each span over what it sees, (1, T, H, D)."""
     group = query.shape[1] // key.shape[1]
     outputs = []
     for span in layout.spans:
-        seen = [token for start, stop in span.stretches for token in range(start, stop)]
+        seen = [token for start, stop in span.visible_ranges for token in range(start, stop)]
         wide_key, wide_value = (part[:, :, seen].repeat_interleave(group, 1) for part in (key, value))
         scores = query[:, :, span.start : span.stop] @ wide_key.transpose(2, 3) * scale
         hidden = torch.ones(span.tokens, len(seen), dtype=torch.bool).triu(len(seen) - span.tokens + 1)

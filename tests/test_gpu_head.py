@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.preference import logps
-from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate
 
 WIDTH = 64
@@ -59,7 +59,7 @@ def asked(place: Device, words: int, monkeypatch: pytest.MonkeyPatch) -> tuple[A
 def answered(place: Device, batch: Any, leaf_TD: Tensor, head: nn.Linear, weight_S: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of all answers, and the hidden states' gradient of their weighed sum."""
     leaf_TD.grad = None
-    scores = score(Headed(head), batch, place)
+    scores = score_batch(Headed(head), batch, place)
     logp_S = torch.cat([scores.chosen_logp_P, scores.rejected_logp_P])
     (weight_S.to(logp_S.device) * logp_S).sum().backward()
     assert leaf_TD.grad is not None

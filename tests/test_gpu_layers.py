@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import adapter_off, attach, trainable
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantized_layers
-from qlora_dpo.preference.reference import probe
+from qlora_dpo.preference.reference import probe_logits
 from qlora_dpo.recipe.model import ModelTable
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -76,15 +76,15 @@ def test_with_the_adapter_off_a_pair_of_any_length_has_the_bases_bits(
     (pair,) = jobs.pairs(1, longest_prompt=2, longest_answer=1)
     pair = type(pair)(tuple(range(3, 2 + tokens)), (5,), (6,), 1, b"")
     base = base_of(quantization, place)
-    before_LV = probe(base, pair, place)
+    before_LV = probe_logits(base, pair, place)
     assert before_LV.shape[0] == tokens
-    model = attach(base, jobs.recipe().lora, 42)
-    make_lean(model, place.torch_dtype)
-    assert torch.equal(probe(model, pair, place), before_LV)
+    model = attach_lora(base, jobs.recipe().lora, 42)
+    fuse_lora(model, place.torch_dtype)
+    assert torch.equal(probe_logits(model, pair, place), before_LV)
     places.moved(jobs.stirred(model), place)
-    assert not torch.equal(probe(model, pair, place), before_LV)
-    with adapter_off(model):
-        assert torch.equal(probe(model, pair, place), before_LV)
+    assert not torch.equal(probe_logits(model, pair, place), before_LV)
+    with adapter_disabled(model):
+        assert torch.equal(probe_logits(model, pair, place), before_LV)
 
 
 @PLACES
@@ -93,10 +93,10 @@ def test_lean_layers_give_outputs_and_gradients_of_pefts_in_float64(
     where: Where, dtype: str, quantization: str
 ) -> None:
     place = places.chosen(where, dtype)
-    lean = places.moved(jobs.stirred(attach(base_of(quantization, place), jobs.recipe().lora, 42)), place)
-    exact = attach(tiny.qwen2().double().requires_grad_(False), jobs.recipe().lora, 42)
+    lean = places.moved(jobs.stirred(attach_lora(base_of(quantization, place), jobs.recipe().lora, 42)), place)
+    exact = attach_lora(tiny.qwen2().double().requires_grad_(False), jobs.recipe().lora, 42)
     copy_weights(lean, exact)
-    make_lean(lean, place.torch_dtype)
+    fuse_lora(lean, place.torch_dtype)
     ids = torch.arange(3, 90)[None]
     with place.autocast():
         found = lean(input_ids=ids.to(place.torch_device), use_cache=False).logits
@@ -121,6 +121,6 @@ def copy_weights(source: Any, target: Any) -> None:
 
 def gradients(model: Any) -> Tensor:
     """All gradients of the adapter in one vector, in the order of their names."""
-    named = trainable(model)
+    named = trainable_parameters(model)
     slopes = [named[name].grad for name in sorted(named)]
     return torch.cat([slope.flatten().cpu().double() for slope in slopes if slope is not None])

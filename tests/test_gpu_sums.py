@@ -8,7 +8,7 @@ import torch
 from places import ONE_PRODUCT, PLACES, Where, apart
 from torch import Tensor
 
-from qlora_dpo.model.gather import sum_rows, take, take_back, take_once
+from qlora_dpo.model.gather import gather_rows, gather_rows_padded, gather_rows_unique, sum_rows
 
 TOKENS, WIDTH, PLACES_READ = 400, 96, 3000
 Function = Callable[[Tensor], Tensor]
@@ -30,9 +30,11 @@ def drawn() -> dict[str, Tensor]:
 def ours(name: str, index: dict[str, Tensor]) -> Function:
     match name:
         case "read several times":
-            return lambda x_TW: take(x_TW, index["token"], index["order"], index["counts"])
+            return lambda x_TW: gather_rows(x_TW, index["token"], index["order"], index["counts"])
         case "read once and put back":
-            return lambda x_TW: take_back(take_once(x_TW, index["query"], index["place"]) * 2, index["place"])
+            return lambda x_TW: gather_rows_unique(
+                gather_rows_padded(x_TW, index["query"], index["place"]) * 2, index["place"]
+            )
         case _:
             read = ours("read several times", index)
             return lambda x_TW: sum_rows(read(x_TW).float(), index["counts"])  # as everywhere, in float32

@@ -8,10 +8,21 @@ import pytest
 import torch
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import asked_now, live_logps, reference_logps, ride_along
-from qlora_dpo.preference.reference_adapter import OFF, Held, as_reference, copied, follow
+from qlora_dpo.preference.reference import (
+    batch_reference_logps,
+    compute_reference_logps,
+    fresh_reference_logps,
+    model_logps,
+)
+from qlora_dpo.preference.reference_adapter import (
+    ADAPTER_OFF,
+    ReferenceAdapter,
+    as_reference,
+    clone_adapter,
+    sync_reference,
+)
 from qlora_dpo.recipe.reference import EmaReference
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -28,78 +39,88 @@ def ema(alpha: float, steps: int) -> EmaReference:
 def test_held_weights_answer_as_the_model_that_has_them(quantization: str, lora: dict[str, Any]) -> None:
     what = jobs.recipe(quantization, lora=lora)
     model = jobs.stirred(jobs.fresh(what), seed=1)
-    first_P2, weights = live_logps(model, PAIRS, jobs.PACKED, jobs.CPU), copied(model)
+    first_P2, weights = model_logps(model, PAIRS, jobs.PACKED, jobs.CPU), clone_adapter(model)
     jobs.stirred(model, seed=2)
-    second_P2 = live_logps(model, PAIRS, jobs.PACKED, jobs.CPU)
+    second_P2 = model_logps(model, PAIRS, jobs.PACKED, jobs.CPU)
     assert not torch.allclose(first_P2, second_P2, atol=1e-3)
     model.train()
-    assert torch.equal(ride_along(model, collate(PAIRS, jobs.PACKED), jobs.CPU, Held(weights)), first_P2)
-    assert torch.equal(asked_now(model, PAIRS, jobs.PACKED, jobs.CPU, Held(weights)), first_P2)
-    assert torch.equal(live_logps(model.eval(), PAIRS, jobs.PACKED, jobs.CPU), second_P2)
+    assert torch.equal(
+        batch_reference_logps(model, collate(PAIRS, jobs.PACKED), jobs.CPU, ReferenceAdapter(weights)), first_P2
+    )
+    assert torch.equal(fresh_reference_logps(model, PAIRS, jobs.PACKED, jobs.CPU, ReferenceAdapter(weights)), first_P2)
+    assert torch.equal(model_logps(model.eval(), PAIRS, jobs.PACKED, jobs.CPU), second_P2)
 
 
 def test_asking_leaves_the_parameters_what_they_are() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    weights = {name: torch.zeros_like(value) for name, value in copied(model).items()}
-    before = {name: (id(parameter), parameter.data_ptr()) for name, parameter in trainable(model).items()}
-    with pytest.raises(KeyboardInterrupt), as_reference(model, Held(weights)):
+    weights = {name: torch.zeros_like(value) for name, value in clone_adapter(model).items()}
+    before = {name: (id(parameter), parameter.data_ptr()) for name, parameter in trainable_parameters(model).items()}
+    with pytest.raises(KeyboardInterrupt), as_reference(model, ReferenceAdapter(weights)):
         raise KeyboardInterrupt
-    assert before == {name: (id(parameter), parameter.data_ptr()) for name, parameter in trainable(model).items()}
+    assert before == {
+        name: (id(parameter), parameter.data_ptr()) for name, parameter in trainable_parameters(model).items()
+    }
     assert all(not bool(value.any()) for value in weights.values())
 
 
 def test_without_held_weights_the_adapter_is_off() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    base_P2 = live_logps(jobs.base_model(), PAIRS, jobs.PACKED, jobs.CPU)
-    torch.testing.assert_close(asked_now(model, PAIRS, jobs.PACKED, jobs.CPU, OFF), base_P2, rtol=1e-5, atol=1e-5)
+    base_P2 = model_logps(jobs.base_model(), PAIRS, jobs.PACKED, jobs.CPU)
+    torch.testing.assert_close(
+        fresh_reference_logps(model, PAIRS, jobs.PACKED, jobs.CPU, ADAPTER_OFF), base_P2, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_answers_of_held_weights_are_kept_like_any_other(tmp_path: Any) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    own_P2, held = live_logps(model, PAIRS, jobs.PACKED, jobs.CPU), Held(copied(model))
+    own_P2, held = model_logps(model, PAIRS, jobs.PACKED, jobs.CPU), ReferenceAdapter(clone_adapter(model))
     jobs.stirred(model, seed=5)
-    store = jobs.Store(tmp_path)
-    asked_P2 = reference_logps(model, PAIRS, store, jobs.PACKED, jobs.CPU, held=held)
+    store = jobs.ReferenceLogpCache(tmp_path)
+    asked_P2 = compute_reference_logps(model, PAIRS, store, jobs.PACKED, jobs.CPU, reference=held)
     assert torch.equal(asked_P2, own_P2)
-    assert store.computed == len(PAIRS)
+    assert store.local_computed == len(PAIRS)
 
 
 def test_the_copy_moves_by_alpha_every_so_many_steps() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    name = next(iter(trainable(model)))
-    policy = trainable(model)[name]
-    held = Held({each: torch.zeros_like(value) for each, value in copied(model).items()}, ema(0.25, 2))
+    name = next(iter(trainable_parameters(model)))
+    policy = trainable_parameters(model)[name]
+    held = ReferenceAdapter(
+        {each: torch.zeros_like(value) for each, value in clone_adapter(model).items()}, ema(0.25, 2)
+    )
     assert held.weights is not None
     expected = {1: 0.0, 2: 0.25, 3: 0.25, 4: 0.25 + 0.75 * 0.25}
     for step, share in expected.items():
-        follow(model, held, step)
+        sync_reference(model, held, step)
         torch.testing.assert_close(held.weights[name], share * policy.data)
 
 
 def test_a_hard_update_is_the_policy_bit_for_bit() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    held = Held({name: torch.randn_like(value) for name, value in copied(model).items()}, ema(1.0, 3))
+    held = ReferenceAdapter(
+        {name: torch.randn_like(value) for name, value in clone_adapter(model).items()}, ema(1.0, 3)
+    )
     assert held.weights is not None
-    follow(model, held, 3)
-    assert all(torch.equal(held.weights[name], value) for name, value in copied(model).items())
+    sync_reference(model, held, 3)
+    assert all(torch.equal(held.weights[name], value) for name, value in clone_adapter(model).items())
 
 
 def test_the_copy_moves_as_trl_moves_its_reference() -> None:
     model, other = (jobs.stirred(jobs.fresh(jobs.recipe()), seed) for seed in (1, 2))
-    held = Held(copied(other), ema(0.6, 1))
+    held = ReferenceAdapter(clone_adapter(other), ema(0.6, 1))
     assert held.weights is not None
     for step in range(1, 4):
-        follow(model, held, step)
+        sync_reference(model, held, step)
         SyncRefModelCallback._sync_target_model(model, other, 0.6)
-    moved = copied(other)
+    moved = clone_adapter(other)
     assert all(torch.equal(held.weights[name], moved[name]) for name in moved)
 
 
 def test_a_frozen_copy_never_moves() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    weights = copied(model)
+    weights = clone_adapter(model)
     jobs.stirred(model, seed=3)
     before = {name: value.clone() for name, value in weights.items()}
-    follow(model, Held(weights), 1)
+    sync_reference(model, ReferenceAdapter(weights), 1)
     assert all(torch.equal(weights[name], before[name]) for name in before)
     assert not math.isclose(float(next(iter(before.values())).sum()), 0.0)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from qlora_dpo.cli import main
-from qlora_dpo.cli.init import PLAIN
-from qlora_dpo.recipe import load
-from qlora_dpo.recipe.edit import changed
-from qlora_dpo.recipe.shipped import purpose, shipped
+from qlora_dpo.cli.init import DEFAULT_TEMPLATE
+from qlora_dpo.recipe import load_recipe
+from qlora_dpo.recipe.edit import edit_table
+from qlora_dpo.recipe.shipped import recipe_purpose, shipped_recipes
 
-NAMES = list(shipped())
+NAMES = list(shipped_recipes())
 
 
 def written(path: str, *options: str) -> str:
@@ -25,14 +25,18 @@ def test_every_template_is_written_as_it_is_but_for_its_own_name(empty_folder: P
     text = written("mine.toml", "--template", name)
     head, rest = text.split("\n#\n", 1)
     assert head == f"# From the template {name}."
-    own = shipped()[name].read_text(encoding="utf-8").replace(f"recipes/{name}.toml", "mine.toml")
+    own = shipped_recipes()[name].read_text(encoding="utf-8").replace(f"recipes/{name}.toml", "mine.toml")
     assert [line for line in rest.splitlines() if line not in own.splitlines()] == [
         line
         for line in rest.splitlines()
         if line.startswith(("train = ", "eval = ", "source = ")) and "house_rules" in line
     ]
     # the user's own files and adapters lie beside the user's recipe
-    assert load("mine.toml").recipe == load(str(shipped()[name])).recipe or "my-pairs" in own or "../adapters" in own
+    assert (
+        load_recipe("mine.toml").recipe == load_recipe(str(shipped_recipes()[name])).recipe
+        or "my-pairs" in own
+        or "../adapters" in own
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "multi-dataset"])
@@ -42,7 +46,7 @@ def test_every_template_takes_another_model_and_other_data(empty_folder: Path, n
     assert text.startswith(
         f"# From the template {name} with another model and other data; what is expected below is the template's.\n#\n"
     )
-    recipe, before = load("mine.toml").recipe, load(str(shipped()[name])).recipe
+    recipe, before = load_recipe("mine.toml").recipe, load_recipe(str(shipped_recipes()[name])).recipe
     assert (recipe.model.name, recipe.model.revision, recipe.model.sha256) == ("org/base", None, None)
     assert (recipe.data.train, recipe.data.eval) == (str(empty_folder / "pairs.jsonl"), None)
     assert (recipe.data.train_split, recipe.data.eval_split) == ("train", "test")
@@ -83,7 +87,7 @@ def test_paths_start_where_the_user_is_and_are_written_as_the_recipe_sees_them(
     Path("pairs").mkdir()
     text = written("deep/er/mine.toml", "--data", "pairs", "--model", "./base")
     assert 'train = "../../pairs"\n' in text and 'name = "../../base"\n' in text
-    recipe = load("deep/er/mine.toml").recipe
+    recipe = load_recipe("deep/er/mine.toml").recipe
     assert (recipe.data.train, recipe.model.name) == (str(empty_folder / "pairs"), str(empty_folder / "base"))
     assert 'train = "./pairs"\n' in written("mine.toml", "--data", "pairs")
     assert 'train = "org/pairs"\n' in written("hub.toml", "--data", "org/pairs")
@@ -93,9 +97,9 @@ def test_paths_start_where_the_user_is_and_are_written_as_the_recipe_sees_them(
 
 
 def test_a_package_model_of_a_shipped_recipe_keeps_its_sha256(empty_folder: Path) -> None:
-    quickstart = load(str(shipped()["quickstart"])).recipe.model
+    quickstart = load_recipe(str(shipped_recipes()["quickstart"])).recipe.model
     written("mine.toml", "--template", "simpo", "--model", quickstart.name)
-    assert load("mine.toml").recipe.model == quickstart
+    assert load_recipe("mine.toml").recipe.model == quickstart
 
 
 @pytest.mark.parametrize(
@@ -129,15 +133,15 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
 def test_the_help_lists_every_template_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "--help"]) == 0
     told = capsys.readouterr().out
-    for name, file in shipped().items():
-        assert f"\n  {name:<18}{purpose(file)}\n" in told
-    assert f"[{PLAIN}]" in told
+    for name, file in shipped_recipes().items():
+        assert f"\n  {name:<18}{recipe_purpose(file)}\n" in told
+    assert f"[{DEFAULT_TEMPLATE}]" in told
     assert max(map(len, told.splitlines())) <= 80
 
 
 def test_a_key_is_changed_in_its_line_and_every_other_line_stays() -> None:
     text = '# a\n[data]  # b\ntrain = "x"   # of x\neval = "y"\n\nmax_length = 8   # c\n[model]\ntrain = "other"\n'
-    assert changed(text, "data", {"train": 'a "b"', "format": "hh"}, without=("eval", "columns")) == (
+    assert edit_table(text, "data", {"train": 'a "b"', "format": "hh"}, removed=("eval", "columns")) == (
         '# a\n[data]  # b\nformat = "hh"\ntrain = "a \\"b\\""\n\nmax_length = 8   # c\n[model]\ntrain = "other"\n'
     )
 

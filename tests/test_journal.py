@@ -13,98 +13,108 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_dpo.data.encoded import digests
+from qlora_dpo.data.encoded import pair_digests
 from qlora_dpo.preference import logp_journal, reference
-from qlora_dpo.preference.logp_journal import RECORD, Journal, left_behind, records, verified
-from qlora_dpo.preference.logp_table import NONE, answers
-from qlora_dpo.preference.reference import Store, read_store, reference_logps
+from qlora_dpo.preference.logp_journal import (
+    RECORD_DTYPE,
+    LogpJournal,
+    decode_records,
+    encode_records,
+    orphaned_journals,
+)
+from qlora_dpo.preference.logp_table import EMPTY_LOGP_TABLE, make_logp_table
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps, read_logp_table
 
 pytestmark = jobs.LIBRARIES_WARN
 
 PAIRS = jobs.pairs(9)
-DIGESTS = digests(PAIRS)
+DIGESTS = pair_digests(PAIRS)
 LOGPS = np.arange(18, dtype=np.float32).reshape(9, 2)
-CONTENT = records(DIGESTS, LOGPS)
+CONTENT = encode_records(DIGESTS, LOGPS)
 
 DIES_AFTER_TWO_BATCHES = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import jobs
-from qlora_dpo.preference.reference import Store, reference_logps
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
 done = []
 def advance(pairs):
     done.append(pairs)
     if len(done) == 3:  # the first tells how many are known
         os.kill(os.getpid(), signal.SIGKILL)
 rows = replace(jobs.PACKED, token_budget=64)
-reference_logps(jobs.base_model(), jobs.pairs(9), Store(Path(sys.argv[1])), rows, jobs.CPU, advance)
+compute_reference_logps(jobs.base_model(), jobs.pairs(9), ReferenceLogpCache(Path(sys.argv[1])), rows, jobs.CPU, advance)
 """
 
 
 def test_answers_are_found_by_digest_and_the_newer_ones_win() -> None:
-    some = answers(DIGESTS[:4][::-1], LOGPS[:4][::-1])
+    some = make_logp_table(DIGESTS[:4][::-1], LOGPS[:4][::-1])
     assert list(some.digest_P) == sorted(some.digest_P)
-    found = some.find(DIGESTS)
+    found = some.lookup(DIGESTS)
     assert np.array_equal(found[:4], LOGPS[:4])
     assert np.isnan(found[4:]).all()
-    both = some.beside(answers(DIGESTS[3:6], LOGPS[3:6] + 100))
-    assert np.array_equal(both.find(DIGESTS[:6]), np.concatenate([LOGPS[:3], LOGPS[3:6] + 100]))
+    both = some.merged_with(make_logp_table(DIGESTS[3:6], LOGPS[3:6] + 100))
+    assert np.array_equal(both.lookup(DIGESTS[:6]), np.concatenate([LOGPS[:3], LOGPS[3:6] + 100]))
     assert len(both) == 6
-    assert np.array_equal(answers(DIGESTS[[1, 1]], LOGPS[:2]).find(DIGESTS[[1]]), LOGPS[[1]])
-    assert np.isnan(NONE.find(DIGESTS)).all()
+    assert np.array_equal(make_logp_table(DIGESTS[[1, 1]], LOGPS[:2]).lookup(DIGESTS[[1]]), LOGPS[[1]])
+    assert np.isnan(EMPTY_LOGP_TABLE.lookup(DIGESTS)).all()
 
 
 def test_digests_that_end_in_zeros_are_told_apart() -> None:
     two = np.array([b"\1" + bytes(31), b"\1" + bytes(30) + b"\1"], dtype="S32")
-    assert np.array_equal(answers(two, LOGPS[:2]).find(two[::-1]), LOGPS[:2][::-1])
+    assert np.array_equal(make_logp_table(two, LOGPS[:2]).lookup(two[::-1]), LOGPS[:2][::-1])
 
 
-@pytest.mark.parametrize("bytes_left", range(2 * RECORD.itemsize, 3 * RECORD.itemsize))
+@pytest.mark.parametrize("bytes_left", range(2 * RECORD_DTYPE.itemsize, 3 * RECORD_DTYPE.itemsize))
 def test_a_record_that_was_cut_off_is_left_out(bytes_left: int) -> None:
-    assert set(verified(CONTENT[:bytes_left]).digest_P) == set(DIGESTS[:2])
+    assert set(decode_records(CONTENT[:bytes_left]).digest_P) == set(DIGESTS[:2])
 
 
-@pytest.mark.parametrize("byte", range(RECORD.itemsize))
+@pytest.mark.parametrize("byte", range(RECORD_DTYPE.itemsize))
 def test_a_record_with_a_flipped_bit_is_left_out_and_no_other(byte: int) -> None:
-    at = 3 * RECORD.itemsize + byte
-    found = verified(CONTENT[:at] + bytes([CONTENT[at] ^ 4]) + CONTENT[at + 1 :])
+    at = 3 * RECORD_DTYPE.itemsize + byte
+    found = decode_records(CONTENT[:at] + bytes([CONTENT[at] ^ 4]) + CONTENT[at + 1 :])
     assert set(found.digest_P) == set(DIGESTS) - {DIGESTS[3]}
 
 
 def test_zeros_are_no_record() -> None:
-    assert len(verified(bytes(4 * RECORD.itemsize))) == 0
+    assert len(decode_records(bytes(4 * RECORD_DTYPE.itemsize))) == 0
 
 
 def test_a_journal_whose_process_lives_is_left_alone(tmp_path: Path) -> None:
-    own = Journal(tmp_path)
+    own = LogpJournal(tmp_path)
     own.add(DIGESTS, LOGPS)
-    with left_behind(tmp_path) as found:
+    with orphaned_journals(tmp_path) as found:
         assert found == {}
     own.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_after_a_save_the_journal_starts_anew(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = ReferenceLogpCache(tmp_path)
     store.add(PAIRS[:2], torch.from_numpy(LOGPS[:2]))
     path = store.journal.path
     assert path is not None
-    assert path.stat().st_size == 2 * RECORD.itemsize
+    assert path.stat().st_size == 2 * RECORD_DTYPE.itemsize
     store.save()
     assert path.stat().st_size == 0
     store.add(PAIRS[2:3], torch.from_numpy(LOGPS[2:3]))
-    assert set(verified(path.read_bytes()).digest_P) == {DIGESTS[2]}
-    assert path.stat().st_size == RECORD.itemsize
+    assert set(decode_records(path.read_bytes()).digest_P) == {DIGESTS[2]}
+    assert path.stat().st_size == RECORD_DTYPE.itemsize
     with store:
         pass
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"] * 2
-    assert np.array_equal(read_store(tmp_path).find(DIGESTS[:3]), LOGPS[:3])
+    assert np.array_equal(read_logp_table(tmp_path).lookup(DIGESTS[:3]), LOGPS[:3])
 
 
 def test_killed_in_its_pass_a_run_computes_no_pair_again(tmp_path: Path) -> None:
-    whole = reference_logps(
-        jobs.base_model(), PAIRS, Store(tmp_path / "whole"), replace(jobs.PACKED, token_budget=64), jobs.CPU
+    whole = compute_reference_logps(
+        jobs.base_model(),
+        PAIRS,
+        ReferenceLogpCache(tmp_path / "whole"),
+        replace(jobs.PACKED, token_budget=64),
+        jobs.CPU,
     )
     folder = tmp_path / "killed"
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
@@ -112,15 +122,15 @@ def test_killed_in_its_pass_a_run_computes_no_pair_again(tmp_path: Path) -> None
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = folder.iterdir()
-    before = set(verified(left.read_bytes()).digest_P)
+    before = set(decode_records(left.read_bytes()).digest_P)
     assert 0 < len(before) < len(PAIRS)
     left.write_bytes(left.read_bytes() + CONTENT[:11])  # a record that was in flight
-    store, asked = Store(folder), list[Any]()
+    store, asked = ReferenceLogpCache(folder), list[Any]()
     add = store.add
     store.add = lambda pairs, logps: asked.extend(pairs) or add(pairs, logps)  # type: ignore[method-assign,func-returns-value]
-    again = reference_logps(jobs.base_model(), PAIRS, store, replace(jobs.PACKED, token_budget=64), jobs.CPU)
+    again = compute_reference_logps(jobs.base_model(), PAIRS, store, replace(jobs.PACKED, token_budget=64), jobs.CPU)
     assert {pair.digest for pair in asked} == {pair.digest for pair in PAIRS} - before
-    assert len(asked) == store.computed == len(PAIRS) - len(before)
+    assert len(asked) == store.local_computed == len(PAIRS) - len(before)
     torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-5)
     assert {file.suffix for file in folder.iterdir()} == {".safetensors"}
 
@@ -128,24 +138,26 @@ def test_killed_in_its_pass_a_run_computes_no_pair_again(tmp_path: Path) -> None
 def test_without_room_for_what_was_left_it_stays_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / f"left{logp_journal.ENDING}").write_bytes(CONTENT)
+    (tmp_path / f"left{logp_journal.JOURNAL_SUFFIX}").write_bytes(CONTENT)
 
     def full(*some: Any) -> None:
         raise reference.SourceError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "write_whole", full)
-        assert len(Store(tmp_path).known) == 0
-    assert (tmp_path / f"left{logp_journal.ENDING}").is_file()
-    assert len(Store(tmp_path).known) == len(PAIRS)
+        patched.setattr(reference, "atomic_write", full)
+        assert len(ReferenceLogpCache(tmp_path).known) == 0
+    assert (tmp_path / f"left{logp_journal.JOURNAL_SUFFIX}").is_file()
+    assert len(ReferenceLogpCache(tmp_path).known) == len(PAIRS)
 
 
 def test_pairs_are_grouped_a_few_thousand_at_a_time_and_each_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "GROUPED_TOGETHER", 2)
-    whole = reference_logps(jobs.base_model(), PAIRS, Store(tmp_path / "one"), jobs.PACKED, jobs.CPU)
-    store, twice = Store(tmp_path / "two"), [*PAIRS, *PAIRS[:4]]
-    found = reference_logps(jobs.base_model(), twice, store, jobs.PACKED, jobs.CPU)
-    assert store.computed == len(PAIRS)
+    monkeypatch.setattr(reference, "GROUPING_BLOCK", 2)
+    whole = compute_reference_logps(
+        jobs.base_model(), PAIRS, ReferenceLogpCache(tmp_path / "one"), jobs.PACKED, jobs.CPU
+    )
+    store, twice = ReferenceLogpCache(tmp_path / "two"), [*PAIRS, *PAIRS[:4]]
+    found = compute_reference_logps(jobs.base_model(), twice, store, jobs.PACKED, jobs.CPU)
+    assert store.local_computed == len(PAIRS)
     torch.testing.assert_close(found, torch.cat([whole, whole[:4]]), rtol=1e-5, atol=1e-5)

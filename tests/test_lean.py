@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from qlora_dpo.model import memory
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import adapter_off, attach, trainable
-from qlora_dpo.model.quantized import dense_weight, dequantized, keep_dense, linear4bit_layers
-from qlora_dpo.preference.logps import score
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
+from qlora_dpo.model.quantized import cache_dequantized, dense_weight, dequantized, linear4bit_layers
+from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import MicroBatch, collate
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -26,8 +26,8 @@ PAIR = jobs.pairs(1, seed=3)[0]
 def both(quantization: str, place: Any = jobs.CPU, targets: Any = "all-linear") -> tuple[Any, Any]:
     """The same model and adapter twice: with PEFT's layers, and with lean ones."""
     table = jobs.recipe(lora={"target_modules": targets}).lora
-    models = [jobs.stirred(attach(jobs.base_model(quantization, place), table, 42)) for _ in range(2)]
-    make_lean(models[1], place.torch_dtype)
+    models = [jobs.stirred(attach_lora(jobs.base_model(quantization, place), table, 42)) for _ in range(2)]
+    fuse_lora(models[1], place.torch_dtype)
     return models[0], models[1]
 
 
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_pefts_layers(quantization: str, targ
 
 @QUANTIZATIONS
 def test_in_bf16_outputs_have_the_dtype_of_pefts_and_differ_by_rounding(quantization: str) -> None:
-    place = jobs.device.choose("bf16")
+    place = jobs.device.select_device("bf16")
     peft, lean = (logits(model, place).detach() for model in both(quantization, place))
     assert peft.dtype == lean.dtype
     assert jobs.apart(lean, peft) < 2e-2
@@ -60,25 +60,25 @@ def test_in_bf16_outputs_have_the_dtype_of_pefts_and_differ_by_rounding(quantiza
 @QUANTIZATIONS
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_with_the_adapter_off_a_lean_model_is_the_base_bit_for_bit(quantization: str, dtype: Any) -> None:
-    place = jobs.device.choose(dtype)
+    place = jobs.device.select_device(dtype)
     base = jobs.base_model(quantization, place)
     with torch.no_grad():
         before = logits(base, place)
-        model = jobs.stirred(attach(base, jobs.recipe().lora, 42))
-        make_lean(model, place.torch_dtype)
+        model = jobs.stirred(attach_lora(base, jobs.recipe().lora, 42))
+        fuse_lora(model, place.torch_dtype)
         assert not torch.equal(logits(model, place), before)
-        with adapter_off(model):
+        with adapter_disabled(model):
             assert torch.equal(logits(model, place), before)
 
 
 @QUANTIZATIONS
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_adapter_of_zeros_changes_no_bit_in_a_pass_with_gradients(quantization: str, dtype: Any) -> None:
-    place = jobs.device.choose(dtype)
+    place = jobs.device.select_device(dtype)
     base = jobs.base_model(quantization, place)
     before = logits(base, place)
-    model = attach(base, jobs.recipe().lora, 42)
-    make_lean(model, place.torch_dtype)
+    model = attach_lora(base, jobs.recipe().lora, 42)
+    fuse_lora(model, place.torch_dtype)
     assert torch.equal(logits(model, place), before)
 
 
@@ -86,7 +86,7 @@ def test_an_adapter_of_zeros_changes_no_bit_in_a_pass_with_gradients(quantizatio
 def test_gated_mlps_and_norms_are_found_by_what_they_compute(kind: str) -> None:
     """Gemma's activation is another and its norm adds 1 to the weight: both stay transformers' own."""
     model = get_peft_model(architectures.made(architectures.CONFIGS[kind]), LoraConfig(target_modules="all-linear"))
-    make_lean(model, torch.float32)
+    fuse_lora(model, torch.float32)
     lean = [name for name, module in model.named_modules() if "forward" in vars(module)]
     mlps, norms = (sum(name.endswith(end) for name in lean) for end in ("mlp", "norm"))
     heads = 4 if kind == "qwen3" else 0  # a norm of queries and one of keys in each of two layers
@@ -101,19 +101,19 @@ def test_a_lean_model_gives_the_gradients_of_pefts(kind: str) -> None:
         config = LoraConfig(r=4, target_modules="all-linear")
         model = jobs.stirred(get_peft_model(architectures.made(architectures.CONFIGS[kind]), config))
         if lean:
-            make_lean(model, torch.float32)
+            fuse_lora(model, torch.float32)
         logits(model).square().mean().backward()
         found.append(jobs.gradients(model))
     assert jobs.apart(found[1], found[0]) < 1e-5
 
 
 def test_gradients_of_the_adapter_are_float32_in_bf16() -> None:
-    place = jobs.device.choose("bf16")
+    place = jobs.device.select_device("bf16")
     model = both("nf4", place)[1]
     logits(model, place).float().sum().backward()
-    assert {parameter.grad.dtype for parameter in trainable(model).values() if parameter.grad is not None} == {
-        torch.float32
-    }
+    assert {
+        parameter.grad.dtype for parameter in trainable_parameters(model).values() if parameter.grad is not None
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_gradients_of_the_adapter_are_float32_in_bf16() -> None:
 def test_what_is_not_plain_lora_is_left_to_peft(change: dict[str, Any], says: str) -> None:
     options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **change}
     model = get_peft_model(jobs.base_model(), LoraConfig(**options))
-    assert make_lean(model, torch.float32) == says
+    assert fuse_lora(model, torch.float32) == says
 
 
 def test_dropout_is_applied_in_training() -> None:
     base = jobs.base_model()
     table = jobs.recipe(lora={"lora_dropout": 0.5}).lora
-    model = jobs.stirred(attach(base, table, 42))
-    make_lean(model, torch.float32)
+    model = jobs.stirred(attach_lora(base, table, 42))
+    fuse_lora(model, torch.float32)
     evaluated = logits(model).detach()
     assert torch.equal(logits(model).detach(), evaluated)
     assert not torch.equal(logits(model.train()).detach(), evaluated)
@@ -160,15 +160,15 @@ def test_a_weight_that_has_the_compute_dtype_already_is_not_kept_twice() -> None
     layers = [module for module in jobs.base_model().modules() if isinstance(module, nn.Linear)]
     assert not [layer for layer in layers if hasattr(layer, "dense_weight")]
     for layer in layers:
-        keep_dense(layer, torch.bfloat16)
+        cache_dequantized(layer, torch.bfloat16)
     assert all(layer.dense_weight.dtype == torch.bfloat16 for layer in layers)
 
 
 def test_in_16_bits_a_lean_layer_keeps_less_than_pefts() -> None:
-    place = jobs.device.choose("bf16")
+    place = jobs.device.select_device("bf16")
     batch = collate(jobs.pairs(8), jobs.PACKED)
     peft, lean = (
-        memory.kept(
+        memory.measure_activation_bytes(
             model.get_base_model(), partial(logps_of, model.train(), batch, place), batch.input_ids_BL.numel()
         ).layer
         for model in both("nf4", place)
@@ -177,4 +177,4 @@ def test_in_16_bits_a_lean_layer_keeps_less_than_pefts() -> None:
 
 
 def logps_of(model: Any, batch: MicroBatch, place: Any) -> torch.Tensor:
-    return score(model, batch, place).chosen_logp_P
+    return score_batch(model, batch, place).chosen_logp_P

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.preference import logps, pack
-from qlora_dpo.preference.logps import Scores, score
+from qlora_dpo.preference.logps import Scores, score_batch
 from qlora_dpo.preference.pack import collate
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -32,7 +32,7 @@ def model_with(tied: bool, head_bias: bool) -> Any:
     if head_bias:
         base.lm_head.bias = nn.Parameter(0.5 * torch.randn(base.lm_head.out_features, generator=generator))
     base.requires_grad_(False)
-    attention.use(base)
+    attention.enable_packed_attention(base)
     return jobs.stirred(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")))
 
 
@@ -65,8 +65,8 @@ def ours(scores: Scores) -> Tensor:
 @pytest.fixture
 def three_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that works in many small chunks of states and of words, the last of them incomplete."""
-    monkeypatch.setattr(pack, "STATES_AT_ONCE", 3)
-    monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": 70})
+    monkeypatch.setattr(pack, "STATES_PER_CHUNK", 3)
+    monkeypatch.setattr(logps, "VOCAB_TILE", {"cpu": 70})
 
 
 HEADS = pytest.mark.parametrize(("tied", "head_bias"), [(True, False), (False, False), (False, True)])
@@ -77,7 +77,10 @@ def test_log_probabilities_are_those_of_the_full_logits(tied: bool, head_bias: b
     model = model_with(tied, head_bias)
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(score(model, collate(PAIRS, jobs.PACKED), jobs.CPU)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5
+            ours(score_batch(model, collate(PAIRS, jobs.PACKED), jobs.CPU)),
+            plain_logps(model, PAIRS),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -87,7 +90,7 @@ def test_gradients_are_those_of_autograd_through_full_logits(
 ) -> None:
     model = model_with(tied, head_bias)
     weight_S = torch.linspace(-1, 2, 2 * len(PAIRS))
-    (weight_S * ours(score(model, collate(PAIRS, jobs.PACKED), jobs.CPU))).sum().backward()
+    (weight_S * ours(score_batch(model, collate(PAIRS, jobs.PACKED), jobs.CPU))).sum().backward()
     chunked = jobs.gradients(model)
     model.zero_grad()
     (weight_S * plain_logps(model, PAIRS)).sum().backward()
@@ -96,21 +99,21 @@ def test_gradients_are_those_of_autograd_through_full_logits(
 
 @pytest.mark.parametrize(("states", "words"), [(1, 3), (3, 4), (100, 100)])
 def test_the_heads_gradient_is_the_numeric_one(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "STATES_AT_ONCE", states)
-    monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
+    monkeypatch.setattr(pack, "STATES_PER_CHUNK", states)
+    monkeypatch.setattr(logps, "VOCAB_TILE", {"cpu": words})
     pair = EncodedPair((1, 2), (3, 4, 5), (3, 6), 1, b"")  # both answers begin alike: a state with two scored tokens
     batch = collate([pair], jobs.PACKED)
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(batch.input_ids_BL.numel(), 5, dtype=torch.float64, generator=generator, requires_grad=True)
     weight_VD, bias_V = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((11, 5), (11,)))
     assert torch.autograd.gradcheck(
-        lambda hidden: logps._HeadLogps.apply(hidden, weight_VD, bias_V, batch, True, False)[0], hidden_TD
+        lambda hidden: logps._ChunkedLogps.apply(hidden, weight_VD, bias_V, batch, True, False)[0], hidden_TD
     )
 
 
 def test_log_probabilities_and_loss_terms_are_float32_under_bf16() -> None:
-    place = jobs.device.choose("bf16")
-    scores = score(jobs.stirred(jobs.fresh(jobs.recipe(), place)), collate(PAIRS, jobs.PACKED), place)
+    place = jobs.device.select_device("bf16")
+    scores = score_batch(jobs.stirred(jobs.fresh(jobs.recipe(), place)), collate(PAIRS, jobs.PACKED), place)
     assert scores.chosen_logp_P.dtype == scores.rejected_logp_P.dtype == torch.float32
 
 
@@ -118,9 +121,9 @@ def test_log_probabilities_and_loss_terms_are_float32_under_bf16() -> None:
 def test_a_pair_has_the_same_log_probabilities_in_every_batch() -> None:
     model = model_with(tied=True, head_bias=False)
     longer = jobs.pairs(6, seed=9, longest_prompt=60)
-    together = score(model, collate([*PAIRS, *longer], jobs.PACKED), jobs.CPU)
+    together = score_batch(model, collate([*PAIRS, *longer], jobs.PACKED), jobs.CPU)
     for index, pair in enumerate(PAIRS):
-        alone = score(model, collate([pair], jobs.PACKED), jobs.CPU)
+        alone = score_batch(model, collate([pair], jobs.PACKED), jobs.CPU)
         torch.testing.assert_close(together.chosen_logp_P[index], alone.chosen_logp_P[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(together.rejected_logp_P[index], alone.rejected_logp_P[0], rtol=1e-5, atol=1e-5)
 
@@ -129,7 +132,7 @@ def test_a_pair_has_the_same_log_probabilities_in_every_batch() -> None:
 def test_what_the_padding_holds_does_not_matter() -> None:
     model = model_with(tied=True, head_bias=False)
     padded = [replace(jobs.PADDED, pad_token_id=pad) for pad in (0, 77)]
-    first, second = (ours(score(model, collate(PAIRS, packing), jobs.CPU)) for packing in padded)
+    first, second = (ours(score_batch(model, collate(PAIRS, packing), jobs.CPU)) for packing in padded)
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
@@ -143,11 +146,11 @@ def test_logits_entropy_and_token_accuracy_are_those_of_the_full_logits(three_ro
         for pair, guess in zip(PAIRS, logits_TV, strict=False)
     ]
     chosen, rejected = (torch.cat(part) for part in _halves(full_logits(model, pairs)))
-    scores = score(model, collate(pairs, jobs.PACKED), jobs.CPU)
+    scores = score_batch(model, collate(pairs, jobs.PACKED), jobs.CPU)
     both = torch.cat([chosen, rejected]).log_softmax(-1)
     right = chosen.argmax(-1) == torch.tensor([token for pair in pairs for token in pair.chosen])
-    assert scores.figures_4 is not None
-    chosen_logits, rejected_logits, entropy, top1 = scores.figures_4.tolist()
+    assert scores.head_metrics_4 is not None
+    chosen_logits, rejected_logits, entropy, top1 = scores.head_metrics_4.tolist()
     assert chosen_logits == pytest.approx(chosen.mean(-1).sum().item(), rel=1e-4)
     assert rejected_logits == pytest.approx(rejected.mean(-1).sum().item(), rel=1e-4)
     assert entropy == pytest.approx(-(both.exp() * both).sum().item(), rel=1e-5)
@@ -158,8 +161,8 @@ def test_logits_entropy_and_token_accuracy_are_those_of_the_full_logits(three_ro
 
 def test_scoring_leaves_the_frozen_weights_without_gradients() -> None:
     model = model_with(tied=True, head_bias=False)
-    ours(score(model, collate(PAIRS, jobs.PACKED), jobs.CPU)).sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable(model))
+    ours(score_batch(model, collate(PAIRS, jobs.PACKED), jobs.CPU)).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable_parameters(model))
 
 
 def _halves(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

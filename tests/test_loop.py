@@ -16,17 +16,17 @@ from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import RunError
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.model.quantized import dequantized, linear4bit_layers
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import objective
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.objective import compute_losses
 from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.recipe.objective import Sigmoid
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import nonfinite
-from qlora_dpo.training.checkpoint.save import State
-from qlora_dpo.training.evaluate import Side, evaluate
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.evaluate import PreferenceDataset, evaluate
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -35,15 +35,15 @@ PAIRS = jobs.pairs(8)
 
 def train(
     folder: Path, quantization: str = "none", model: PeftModel | None = None, **tables: dict[str, Any]
-) -> tuple[PeftModel, State, list[dict[str, Any]]]:
+) -> tuple[PeftModel, TrainState, list[dict[str, Any]]]:
     """Train the tiny model in `folder`: the model, the final state and the metrics."""
     what = jobs.recipe(quantization, **tables)
     folder.mkdir(exist_ok=True)
     model = model or jobs.fresh(what)
     job = jobs.job(model, what, folder)
-    with Tracker(folder, job.plan.total_steps) as tracker:
-        state = fit(model, job, jobs.start(job), tracker)
-    return model, state, read(folder / METRICS)
+    with RunLog(folder, job.data_order.total_steps) as tracker:
+        state = train_loop(model, job, jobs.start(job), tracker)
+    return model, state, read_metrics(folder / METRICS)
 
 
 def step_gradient(
@@ -56,8 +56,8 @@ def step_gradient(
     """The gradient of the mean loss over all pairs, summed over micro-batches."""
     model.zero_grad()
     for group in groups:
-        scores = score(model, collate([pairs[i] for i in group], jobs.PACKED), jobs.CPU)
-        (objective(scores.beside(reference_P2[group]), table).total_P.sum() / len(pairs)).backward()
+        scores = score_batch(model, collate([pairs[i] for i in group], jobs.PACKED), jobs.CPU)
+        (compute_losses(scores.with_reference(reference_P2[group]), table).total_P.sum() / len(pairs)).backward()
     return jobs.gradients(model)
 
 
@@ -76,9 +76,9 @@ def test_the_short_last_step_of_an_epoch_is_the_mean_over_its_own_pairs(tmp_path
     what = jobs.recipe(train={"max_grad_norm": 1e9})
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)  # ten pairs in steps of four: the third step has two
-    last = job.plan.indices(3)
-    assert (len(last), job.plan.total_steps) == (2, 3)
-    tracker = Tracker(tmp_path, 3)
+    last = job.data_order.batch_indices(3)
+    assert (len(last), job.data_order.total_steps) == (2, 3)
+    tracker = RunLog(tmp_path, 3)
     said, expected = tracker.step, list[torch.Tensor]()
 
     def step(number: int) -> None:
@@ -91,8 +91,8 @@ def test_the_short_last_step_of_an_epoch_is_the_mean_over_its_own_pairs(tmp_path
 
     tracker.step = step  # type: ignore[method-assign]
     with tracker:
-        fit(model, job, jobs.start(job), tracker)
-    logged = [record["grad_norm"] for record in read(tmp_path / METRICS) if record["kind"] == "train"]
+        train_loop(model, job, jobs.start(job), tracker)
+    logged = [record["grad_norm"] for record in read_metrics(tmp_path / METRICS) if record["kind"] == "train"]
     assert logged[2] == pytest.approx(float(torch.stack(expected).mean(0).norm()), rel=1e-5)
 
 
@@ -129,7 +129,7 @@ VARYING = {
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    side = Side(PAIRS, -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0)))
+    side = PreferenceDataset(PAIRS, -30 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0)))
     table = Sigmoid(sft_weight=0.3)
     expected, found = (
         evaluate(model, side, table, replace(jobs.PACKED, token_budget=tokens), jobs.CPU) for tokens in (200, budget)
@@ -142,18 +142,18 @@ def test_an_evaluation_does_not_depend_on_the_token_budget(budget: int) -> None:
 def test_an_evaluation_leaves_the_model_in_its_mode_and_weights() -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe())).train()
     before = jobs.adapter(model)
-    evaluate(model, Side(PAIRS, torch.zeros(8, 2)), Sigmoid(), jobs.PACKED, jobs.CPU)
+    evaluate(model, PreferenceDataset(PAIRS, torch.zeros(8, 2)), Sigmoid(), jobs.PACKED, jobs.CPU)
     assert model.training
     assert jobs.all_apart(jobs.adapter(model), before) == 0
 
 
 def test_a_tie_counts_as_half_a_right_answer() -> None:
     model = jobs.base_model()
-    batch = score(model, collate(PAIRS, jobs.PACKED), jobs.CPU)
+    batch = score_batch(model, collate(PAIRS, jobs.PACKED), jobs.CPU)
     reference_P2 = torch.stack([batch.chosen_logp_P, batch.rejected_logp_P], 1).detach()
     reference_P2[:2, 0] -= 1  # two pairs are right by 1 nat, one is wrong by 1, five are ties
     reference_P2[2, 0] += 1
-    found = evaluate(model, Side(PAIRS, reference_P2), Sigmoid(), jobs.PACKED, jobs.CPU)
+    found = evaluate(model, PreferenceDataset(PAIRS, reference_P2), Sigmoid(), jobs.PACKED, jobs.CPU)
     assert (found["eval_rewards/accuracies"], found["eval_ties"], found["eval_pairs"]) == (4.5 / 8, 5, 8)
     assert found["eval_rewards/margins"] == pytest.approx(0.1 * (2 - 1) / 8)
 
@@ -173,13 +173,13 @@ def test_ten_small_steps_move_nearly_every_lora_weight(quantization: str, tmp_pa
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])
 def test_training_leaves_every_bit_of_a_4_bit_base_as_it_was(dtype: Any, tmp_path: Path) -> None:
     what = jobs.recipe("nf4", train={"num_train_epochs": 2})
-    place = jobs.device.choose(dtype)
+    place = jobs.device.select_device(dtype)
     model = jobs.fresh(what, place)
     job = jobs.job(model, what, tmp_path, place=place)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     weights = {name: dequantized(layer).clone() for name, layer in linear4bit_layers(model).items()}
-    with Tracker(tmp_path, job.plan.total_steps) as tracker:
-        fit(model, job, jobs.start(job), tracker)
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker:
+        train_loop(model, job, jobs.start(job), tracker)
     now = dict(model.named_parameters())
     assert len(weights) == 14
     assert [name for name, value in frozen.items() if not torch.equal(now[name], value)] == []
@@ -281,12 +281,12 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_with_the_steps_rows(tmp_
     what = jobs.recipe()
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    name, weight = next(iter(trainable(model).items()))
+    name, weight = next(iter(trainable_parameters(model).items()))
     weight.data[0, 0] = float("nan")
     before = copy.deepcopy(jobs.adapter(model))
-    rows = ", ".join(str(job.train.pairs[i].row) for i in job.plan.indices(1))
-    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
-        fit(model, job, jobs.start(job), tracker)
+    rows = ", ".join(str(job.train.pairs[i].row) for i in job.data_order.batch_indices(1))
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker, pytest.raises(RunError) as error:
+        train_loop(model, job, jobs.start(job), tracker)
     assert str(error.value) == (
         f"step 1: the weight {name} is not finite, so nothing was changed; the step's pairs are rows {rows} of "
         "data.train; look at them, or lower train.learning_rate"
@@ -298,11 +298,11 @@ def test_a_reference_that_is_not_finite_is_found_by_the_row_of_its_pair(tmp_path
     what = jobs.recipe()
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    pair = job.plan.indices(1)[2]
+    pair = job.data_order.batch_indices(1)[2]
     job.train.reference_P2[pair, 0] = float("inf")
     before = jobs.adapter(model)
-    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
-        fit(model, job, jobs.start(job), tracker)
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker, pytest.raises(RunError) as error:
+        train_loop(model, job, jobs.start(job), tracker)
     assert str(error.value).startswith(f"step 1: the loss of row {job.train.pairs[pair].row} is not finite, so nothing")
     assert jobs.all_apart(jobs.adapter(model), before) == 0
 
@@ -311,10 +311,10 @@ def test_a_gradient_that_overflows_is_found_by_the_name_of_its_weight(tmp_path: 
     what = jobs.recipe()
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    name, weight = list(trainable(model).items())[3]
+    name, weight = list(trainable_parameters(model).items())[3]
     weight.register_hook(lambda gradient: gradient * float("inf"))
-    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
-        fit(model, job, jobs.start(job), tracker)
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker, pytest.raises(RunError) as error:
+        train_loop(model, job, jobs.start(job), tracker)
     assert str(error.value).startswith(f"step 1: the gradient of {name} is not finite, so nothing was changed; ")
 
 
@@ -327,7 +327,7 @@ def test_a_learning_rate_that_blows_the_weights_up_ends_the_run_and_saves_nothin
 
 
 def test_steps_skipped_in_a_row_are_counted_apart_from_all() -> None:
-    state, counts = State(0, {}, {}), []
+    state, counts = TrainState(0, {}, {}), []
     for skipped in (True, True, False, True):
         state.count_skipped(skipped)
         counts.append((state.skipped_steps, state.skipped_in_a_row))
@@ -335,10 +335,10 @@ def test_steps_skipped_in_a_row_are_counted_apart_from_all() -> None:
 
 
 def test_scaled_gradients_may_overflow_four_times_in_a_row_but_not_five() -> None:
-    nonfinite.insist_on_finite(7, float("inf"), {}, [3], [3, 4], scaled=True)
-    nonfinite.insist_on_some_steps(7, 4, {}, [], [3, 4])
+    nonfinite.check_finite(7, float("inf"), {}, [3], [3, 4], scaled=True)
+    nonfinite.check_skipped_steps(7, 4, {}, [], [3, 4])
     with pytest.raises(RunError) as error:
-        nonfinite.insist_on_some_steps(7, 5, {}, [], [3, 4])
+        nonfinite.check_skipped_steps(7, 5, {}, [], [3, 4])
     assert str(error.value) == (
         "step 7: the norm of the gradient is not finite, so nothing was changed; the step's pairs are rows 3, 4 of "
         "data.train; look at them, or lower train.learning_rate; 5 steps in a row were skipped"
@@ -348,12 +348,12 @@ def test_scaled_gradients_may_overflow_four_times_in_a_row_but_not_five() -> Non
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_loss_that_is_not_finite_beside_a_finite_gradient_is_refused(scaled: bool) -> None:
     with pytest.raises(RunError, match="step 7: the loss of row 3 is not finite"):
-        nonfinite.insist_on_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)
+        nonfinite.check_finite(7, 1.0, {}, [3], [3, 4], scaled=scaled)
 
 
 def test_in_fp16_a_loss_that_is_not_finite_is_told_to_be_an_overflow() -> None:
     with pytest.raises(RunError) as error:
-        nonfinite.insist_on_finite(1, float("nan"), {}, [3], [3, 4], scaled=False, fp16=True)
+        nonfinite.check_finite(1, float("nan"), {}, [3], [3, 4], scaled=False, fp16=True)
     assert str(error.value) == (
         "step 1: the loss of row 3 is not finite, so nothing was changed; the step's pairs are rows 3, 4 of "
         'data.train; they may overflow fp16, which ends at 65,504: set model.dtype = "fp32", or take a card with '
@@ -361,7 +361,7 @@ def test_in_fp16_a_loss_that_is_not_finite_is_told_to_be_an_overflow() -> None:
     )
     weights = {"a": torch.nn.Parameter(torch.tensor([float("nan")]))}  # then it is no overflow of a pair's
     with pytest.raises(RunError, match=r"the weight a is not finite.* lower train\.learning_rate$"):
-        nonfinite.insist_on_finite(1, float("nan"), weights, [3], [3, 4], scaled=False, fp16=True)
+        nonfinite.check_finite(1, float("nan"), weights, [3], [3, 4], scaled=False, fp16=True)
 
 
 def test_the_logged_gradient_norm_is_that_of_the_mean_loss(tmp_path: Path) -> None:
@@ -371,9 +371,9 @@ def test_the_logged_gradient_norm_is_that_of_the_mean_loss(tmp_path: Path) -> No
     job = jobs.job(model, what, tmp_path, train=8)
     expected = step_gradient(model, job.train.reference_P2, [list(range(8))], what.objective).norm()
     model.zero_grad()
-    with Tracker(tmp_path, job.plan.total_steps) as tracker:
-        fit(model, job, jobs.start(job), tracker)
-    (line,) = [each for each in read(tmp_path / METRICS) if each["kind"] == "train"]
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker:
+        train_loop(model, job, jobs.start(job), tracker)
+    (line,) = [each for each in read_metrics(tmp_path / METRICS) if each["kind"] == "train"]
     assert line["grad_norm"] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -385,10 +385,10 @@ def test_dropout_works_in_training_and_not_in_an_evaluation(tmp_path: Path) -> N
         model = jobs.stirred(jobs.fresh(what))  # in evaluation mode, as after asking the reference
         job = jobs.job(model, what, tmp_path / str(seed))
         torch.manual_seed(seed)
-        with Tracker(tmp_path / str(seed), job.plan.total_steps) as tracker:
-            fit(model, job, jobs.start(job), tracker)
+        with RunLog(tmp_path / str(seed), job.data_order.total_steps) as tracker:
+            train_loop(model, job, jobs.start(job), tracker)
         kept.append(jobs.adapter(model))
     assert jobs.all_apart(kept[0], kept[1]) > 1e-4
-    side = Side(PAIRS, torch.zeros(8, 2))
+    side = PreferenceDataset(PAIRS, torch.zeros(8, 2))
     first, second = (evaluate(model.train(), side, Sigmoid(), jobs.PACKED, jobs.CPU) for _ in range(2))
     assert first["eval_loss"] == second["eval_loss"]

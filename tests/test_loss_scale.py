@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import loop
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.save import State
-from qlora_dpo.training.loop import Job, fit
+from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.loop import TrainContext, train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -42,7 +42,9 @@ def scaling(monkeypatch: pytest.MonkeyPatch, first: float = FIRST) -> None:
     monkeypatch.setattr(loop, "Accelerator", jobs.scaling(first))
 
 
-def train(folder: Path, resume: bool = False, **tables: dict[str, Any]) -> tuple[PeftModel, State, list[str], Job]:
+def train(
+    folder: Path, resume: bool = False, **tables: dict[str, Any]
+) -> tuple[PeftModel, TrainState, list[str], TrainContext]:
     """Train the tiny model in fp16 in `folder`: the model, the final state, what was said of scales, and the job."""
     AcceleratorState._reset_state(True)
     what = jobs.recipe(**{**STEEP, **tables})
@@ -51,16 +53,18 @@ def train(folder: Path, resume: bool = False, **tables: dict[str, Any]) -> tuple
     model, said = jobs.fresh(what, FP16), list[str]()
     job = jobs.job(model, what, folder, train=12, place=FP16)
     newest = save.newest_valid(folder)[0] if resume else None
-    with Tracker(folder, job.plan.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "note", said.append)
-        state = fit(model, job, jobs.start(job), tracker, newest)
+    with RunLog(folder, job.data_order.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker, "info", said.append)
+        state = train_loop(model, job, jobs.start(job), tracker, newest)
     return model, state, [each for each in said if "was computed" in each], job
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """All that was logged, without what a clock gave."""
     clock = ("seconds", "pairs_per_second", "tokens_per_second", "memory_bytes")
-    return [{name: value for name, value in each.items() if name not in clock} for each in read(folder / METRICS)]
+    return [
+        {name: value for name, value in each.items() if name not in clock} for each in read_metrics(folder / METRICS)
+    ]
 
 
 def test_a_scale_at_which_the_first_gradient_overflows_is_halved_and_the_step_is_the_same(
@@ -125,15 +129,15 @@ def test_a_first_loss_that_is_not_finite_is_refused_at_once_whatever_the_scale(
 ) -> None:
     scaling(monkeypatch)
     asked = list[int]()
-    whole = loop.gradient
+    whole = loop.accumulate_gradients
 
-    def gradient(model: PeftModel, job: Job, *others: Any) -> list[int]:
-        pair = job.plan.indices(1)[2]
+    def gradient(model: PeftModel, job: TrainContext, *others: Any) -> list[int]:
+        pair = job.data_order.batch_indices(1)[2]
         job.train.reference_P2[pair, 0] = float("inf")
         asked.append(job.train.pairs[pair].row)
         return whole(model, job, *others)
 
-    monkeypatch.setattr(loop, "gradient", gradient)
+    monkeypatch.setattr(loop, "accumulate_gradients", gradient)
     with pytest.raises(RunError) as error:
         train(tmp_path / "run")
     (row,) = asked  # computed once
@@ -144,15 +148,15 @@ def test_after_the_first_step_an_overflow_is_skipped_and_five_in_a_row_end_the_r
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaling(monkeypatch, 1.0)
-    whole = loop.gradient
+    whole = loop.accumulate_gradients
 
-    def gradient(model: PeftModel, job: Job, state: State, *others: Any) -> list[int]:
+    def gradient(model: PeftModel, job: TrainContext, state: TrainState, *others: Any) -> list[int]:
         wrong = whole(model, job, state, *others)
         if state.step:
-            next(iter(loop.trainable(model).values())).grad[0, 0] = float("inf")
+            next(iter(loop.trainable_parameters(model).values())).grad[0, 0] = float("inf")
         return wrong
 
-    monkeypatch.setattr(loop, "gradient", gradient)
+    monkeypatch.setattr(loop, "accumulate_gradients", gradient)
     with pytest.raises(RunError) as error:
         train(tmp_path / "run", train={**STEEP["train"], "max_steps": 9, "num_train_epochs": 5})
     assert str(error.value).startswith("step 6: ")

@@ -14,22 +14,22 @@ from test_trl_oracle import inputs, our_losses, stirred_trainer
 from torch import Tensor
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.metrics import sums_for
-from qlora_dpo.preference.objective import Columns, Logps, beta_at, dynamic_beta, objective, together
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.metrics import make_metric_sums
+from qlora_dpo.preference.objective import Logps, LossColumns, beta_at, compute_losses, concat_logps, dynamic_beta
 from qlora_dpo.preference.pack import collate, micro_batches
-from qlora_dpo.preference.token_weights import counted
-from qlora_dpo.recipe.objective import TABLES, BetaDpo, Objective, loss_types
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.preference.token_weights import make_token_weighting
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, BetaDpo, Objective, loss_types
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import train_step
-from qlora_dpo.training.loop import fit
-from qlora_dpo.training.trl_engine import insist_on_trls
+from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.trl_engine import check_trl_supports
 
 pytestmark = jobs.LIBRARIES_WARN
 
 READER: TypeAdapter[Any] = TypeAdapter(Objective)
-ALL = [name for table in TABLES for name in loss_types(table)]
+ALL = [name for table in OBJECTIVE_TABLES for name in loss_types(table)]
 NEEDED: dict[str, dict[str, Any]] = {
     "robust": {"label_smoothing": 0.1},
     "sum": {"losses": {"sigmoid": 0.8, "bco_pair": 0.2}},
@@ -73,9 +73,9 @@ def test_loss_and_gradients_are_those_of_trl(case: str, tmp_path: Path) -> None:
     expected = jobs.gradients(model)
     model.zero_grad()
     if "ld_alpha" in what:  # the reference weighs the same tokens
-        packing = replace(jobs.PACKED, counted=counted(job.recipe.objective))
+        packing = replace(jobs.PACKED, token_weighting=make_token_weighting(job.recipe.objective))
         with model.disable_adapter():
-            scores = score(model, collate(job.train.pairs[:4], packing), jobs.CPU)
+            scores = score_batch(model, collate(job.train.pairs[:4], packing), jobs.CPU)
         job.train.reference_P2[:4] = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], 1).detach()
     losses = our_losses(model, job)
     losses.total_P.mean().backward()
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_trl(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in ALL if name not in {case.split()[0].strip(":") for case in TRLS}])
 def test_what_trl_does_not_have_is_refused_for_its_engine(name: str) -> None:
     with pytest.raises(RecipeError) as error:
-        insist_on_trls(table(name))
+        check_trl_supports(table(name))
     assert str(error.value) == (
         f'[objective] has loss_type = "{name}", which TRL\'s DPOTrainer does not have; leave it out, or set '
         'train.engine = "qlora_dpo"'
@@ -129,7 +129,7 @@ WORKED: dict[str, tuple[Any, float]] = {
 
 def worked(free: bool = False) -> Logps:
     reference_P2 = torch.zeros(1, 2) if free else torch.tensor([[-9.0, -10.0]])
-    columns = Columns(torch.tensor([1.0]), torch.tensor([0.7]), torch.tensor([[5.0, 1.0]]), torch.tensor([True]))
+    columns = LossColumns(torch.tensor([1.0]), torch.tensor([0.7]), torch.tensor([[5.0, 1.0]]), torch.tensor([True]))
     one = [torch.tensor([value]) for value in (-8.0, -12.0, 4.0, 5.0)]
     return Logps(*one, reference_P2, one[0], None, columns)
 
@@ -143,19 +143,19 @@ def test_the_loss_of_one_pair_is_the_number_worked_by_hand(case: str) -> None:
         logps = replace(logps, columns=replace(logps.columns, margin_P=None))  # type: ignore[type-var]
     if case == "kto, bad":
         logps = replace(logps, columns=replace(logps.columns, label_P=torch.tensor([False])))  # type: ignore[type-var]
-    assert objective(logps, what).total_P.item() == pytest.approx(expected, rel=1e-5)
+    assert compute_losses(logps, what).total_P.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_kto_measures_a_good_answer_by_how_far_the_policy_is_from_the_reference() -> None:
     logps = replace(worked(), reference_P2=torch.tensor([[-9.0, -13.5]]))  # the other answer is 1.5 nats likelier
-    losses = objective(logps, table("kto", beta=0.5))
+    losses = compute_losses(logps, table("kto", beta=0.5))
     assert losses.total_P.item() == pytest.approx(1 / (1 + math.exp(0.5 * (1.0 - 1.5))), rel=1e-6)
     assert losses.rewards_P2.tolist() == [[0.5, 0.75]]
 
 
 def test_dpop_counts_what_the_chosen_answer_loses() -> None:
     logps = replace(worked(), reference_P2=torch.tensor([[-7.5, -10.0]]))  # the chosen one is 0.5 nats less likely
-    found = objective(logps, table("dpop", beta=0.5, dpop_lambda=2.0)).total_P.item()
+    found = compute_losses(logps, table("dpop", beta=0.5, dpop_lambda=2.0)).total_P.item()
     assert found == pytest.approx(math.log1p(math.exp(-0.5 * (1.5 - 2.0 * 0.5))), rel=1e-6)
 
 
@@ -175,7 +175,7 @@ def random_logps(count: int = 6, dtype: torch.dtype = torch.float64, seed: int =
         values[:, 2:],
         values[:, 0],
         None,
-        Columns(scores_P2=scores_P2, label_P=torch.arange(count) % 2 == 0),
+        LossColumns(scores_P2=scores_P2, label_P=torch.arange(count) % 2 == 0),
     )
 
 
@@ -192,21 +192,23 @@ AS_DPO = {
 @pytest.mark.parametrize("case", AS_DPO)
 def test_at_its_limit_a_loss_is_dpo(case: str) -> None:
     logps = random_logps()
-    torch.testing.assert_close(objective(logps, AS_DPO[case]).total_P, objective(logps, table("sigmoid")).total_P)
+    torch.testing.assert_close(
+        compute_losses(logps, AS_DPO[case]).total_P, compute_losses(logps, table("sigmoid")).total_P
+    )
 
 
 def test_alphapo_is_simpo_as_alpha_goes_to_0() -> None:
     logps = replace(random_logps(), reference_P2=torch.zeros(6, 2, dtype=torch.float64))
-    simpo = objective(logps, table("simpo")).total_P
-    torch.testing.assert_close(objective(logps, table("alphapo", alpha=0.0)).total_P, simpo)
-    torch.testing.assert_close(objective(logps, table("alphapo", alpha=1e-7)).total_P, simpo, rtol=1e-5, atol=1e-5)
+    simpo = compute_losses(logps, table("simpo")).total_P
+    torch.testing.assert_close(compute_losses(logps, table("alphapo", alpha=0.0)).total_P, simpo)
+    torch.testing.assert_close(compute_losses(logps, table("alphapo", alpha=1e-7)).total_P, simpo, rtol=1e-5, atol=1e-5)
 
 
 def test_orpo_is_finite_where_an_answer_is_all_but_certain() -> None:
     sure = torch.tensor([-1e-7, -50.0, -0.7], requires_grad=True)
     one = torch.ones(3)
     logps = Logps(sure, torch.tensor([-3.0, -3.0, -1e-9]), one, one, torch.zeros(3, 2), sure)
-    total_P = objective(logps, table("orpo")).total_P
+    total_P = compute_losses(logps, table("orpo")).total_P
     total_P.sum().backward()
     assert total_P.isfinite().all() and sure.grad is not None and sure.grad.isfinite().all()
 
@@ -218,14 +220,14 @@ def test_the_slope_is_that_of_autograd_and_finite_far_out(name: str) -> None:
     leaves = {key: getattr(logps, key).clone().requires_grad_() for key in ("chosen_logp_P", "rejected_logp_P")}
 
     def total(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-        return objective(replace(logps, chosen_logp_P=chosen_P, rejected_logp_P=rejected_P), what).total_P.sum()
+        return compute_losses(replace(logps, chosen_logp_P=chosen_P, rejected_logp_P=rejected_P), what).total_P.sum()
 
     assert torch.autograd.gradcheck(total, tuple(leaves.values()))
     if name == "discopop":  # its exponential part grows without bound for hopeless pairs only where it is blended in
         return
     far = random_logps(2, torch.float32)
     chosen_P = torch.tensor([-1e4, -1.0], requires_grad=True)
-    losses = objective(replace(far, chosen_logp_P=chosen_P, chosen_whole_P=chosen_P), what)
+    losses = compute_losses(replace(far, chosen_logp_P=chosen_P, chosen_logp_all_P=chosen_P), what)
     losses.total_P.sum().backward()
     assert losses.total_P.isfinite().all() or name == "alphapo"  # whose reward is e to the mean log-probability
 
@@ -235,7 +237,7 @@ def test_the_loss_of_a_pair_is_multiplied_by_its_weight(name: str) -> None:
     logps, weight_P = random_logps(), torch.tensor([0.0, 1.0, 2.0, 0.5, 1.0, 3.0], dtype=torch.float64)
     weighed = replace(logps, columns=replace(logps.columns, weight_P=weight_P))  # type: ignore[type-var]
     torch.testing.assert_close(
-        objective(weighed, table(name)).total_P, weight_P * objective(logps, table(name)).total_P
+        compute_losses(weighed, table(name)).total_P, weight_P * compute_losses(logps, table(name)).total_P
     )
 
 
@@ -261,13 +263,13 @@ def test_the_parts_of_a_step_are_put_together_in_order() -> None:
             *(getattr(whole, name)[some] for name in ("chosen_logp_P", "rejected_logp_P", "chosen_tokens_P")),
             whole.rejected_tokens_P[some],
             whole.reference_P2[some],
-            whole.chosen_whole_P[some],
+            whole.chosen_logp_all_P[some],
             None,
-            whole.columns.of(some),  # type: ignore[union-attr]
+            whole.columns.select(some),  # type: ignore[union-attr]
         )
         for some in ([0, 1], [2], [3, 4, 5])
     ]
-    found = together(parts)
+    found = concat_logps(parts)
     for name, value in whole.items().items():
         assert torch.equal(found.items()[name], value), name
     assert torch.equal(found.columns.scores_P2, whole.columns.scores_P2)  # type: ignore[union-attr,arg-type]
@@ -289,9 +291,9 @@ def test_the_token_budget_changes_no_adapter(name: str, tmp_path: Path) -> None:
         folder = tmp_path / str(budget)
         folder.mkdir()
         job = jobs.job(model, what, folder)
-        with Tracker(folder, job.plan.total_steps) as tracker:
-            fit(model, job, jobs.start(job), tracker)
-        runs.append((jobs.adapter(model), read(folder / METRICS)))
+        with RunLog(folder, job.data_order.total_steps) as tracker:
+            train_loop(model, job, jobs.start(job), tracker)
+        runs.append((jobs.adapter(model), read_metrics(folder / METRICS)))
     assert jobs.all_apart(runs[0][0], runs[1][0]) < 2e-5
     for one, other in zip(runs[0][1], runs[1][1], strict=True):
         for key in ("loss", "preference_loss", "eval_loss", "grad_norm", "num_tokens"):
@@ -305,17 +307,19 @@ def test_a_loss_over_a_whole_step_has_the_gradient_of_one_pass(tmp_path: Path) -
     )
     model = jobs.stirred(jobs.fresh(what))
     job = jobs.job(model, what, tmp_path)
-    assert len(micro_batches([job.train.pairs[i] for i in job.plan.indices(1)], job.packing)) > 2
-    some = job.plan.indices(1)
-    scores = score(model, collate([job.train.pairs[i] for i in some], jobs.PACKED), jobs.CPU)
-    objective(scores.beside(job.train.reference_P2[some]), what.objective).total_P.mean().backward()
+    assert len(micro_batches([job.train.pairs[i] for i in job.data_order.batch_indices(1)], job.packing)) > 2
+    some = job.data_order.batch_indices(1)
+    scores = score_batch(model, collate([job.train.pairs[i] for i in some], jobs.PACKED), jobs.CPU)
+    compute_losses(scores.with_reference(job.train.reference_P2[some]), what.objective).total_P.mean().backward()
     expected = jobs.gradients(model).norm()
     model.zero_grad()
-    with Tracker(tmp_path, 1) as tracker:
-        fit(model, job, jobs.start(job), tracker)
-    logged = next(record for record in read(tmp_path / METRICS) if record["kind"] == "train")
+    with RunLog(tmp_path, 1) as tracker:
+        train_loop(model, job, jobs.start(job), tracker)
+    logged = next(record for record in read_metrics(tmp_path / METRICS) if record["kind"] == "train")
     assert logged["grad_norm"] == pytest.approx(float(expected), rel=1e-5)
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in trainable(model).values())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all() for parameter in trainable_parameters(model).values()
+    )
 
 
 def test_a_loss_over_a_whole_step_asks_twice_with_the_same_dropout(
@@ -331,12 +335,14 @@ def test_a_loss_over_a_whole_step_asks_twice_with_the_same_dropout(
     asked = list[Tensor]()
 
     def seen(*given: Any, **more: Any) -> Any:
-        found = score(*given, **more)
+        found = score_batch(*given, **more)
         asked.append(found.chosen_logp_P.detach())
         return found
 
-    monkeypatch.setattr(train_step, "score", seen)
-    train_step.gradient(model, job, jobs.start(job), lambda loss: loss.backward(), sums_for(what.objective))
+    monkeypatch.setattr(train_step, "score_batch", seen)
+    train_step.accumulate_gradients(
+        model, job, jobs.start(job), lambda loss: loss.backward(), make_metric_sums(what.objective)
+    )
     once, again = asked[: len(asked) // 2], asked[len(asked) // 2 :]
     assert len(once) == len(again) > 2
     assert all(torch.equal(first, second) for first, second in zip(once, again, strict=True))
@@ -347,7 +353,7 @@ def test_a_loss_over_a_whole_step_asks_twice_with_the_same_dropout(
 
 
 def test_sampo_counts_as_many_tokens_of_both_answers_the_same_each_time() -> None:
-    weigh = counted(table("sampo"))
+    weigh = make_token_weighting(table("sampo"))
     assert weigh is not None
     for pair in jobs.pairs(20):
         chosen, rejected = weigh.weights(pair)
@@ -357,7 +363,7 @@ def test_sampo_counts_as_many_tokens_of_both_answers_the_same_each_time() -> Non
 
 
 def test_ld_weighs_what_lies_beyond_the_shorter_answer() -> None:
-    weigh = counted(table("sigmoid", ld_alpha=0.25))
-    assert weigh is not None and counted(table("sigmoid", ld_alpha=1.0)) is None
+    weigh = make_token_weighting(table("sigmoid", ld_alpha=0.25))
+    assert weigh is not None and make_token_weighting(table("sigmoid", ld_alpha=1.0)) is None
     pair = replace(jobs.pairs(1)[0], chosen=(5, 6), rejected=(7, 8, 9, 10))
     assert weigh.weights(pair) == ([1.0, 1.0], [1.0, 1.0, 0.25, 0.25])

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.data.formats import UNDERSTOOD
+from qlora_dpo.data.formats import SUPPORTED_FORMATS
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe.data import DataTable
 
@@ -225,7 +225,7 @@ FILES = {
         "p.csv",
         b"Is it late?,No.,Yes.\nIs it early?,Yes.,No.\n",
         1,
-        f'p.csv: has no column "chosen"; it has Is it late?, No., Yes.; {UNDERSTOOD}',
+        f'p.csv: has no column "chosen"; it has Is it late?, No., Yes.; {SUPPORTED_FORMATS}',
     ),
     "CSV header only": one(
         "p.csv", b"prompt,chosen,rejected\n", 1, "p.csv: holds no rows; a preference set has one pair per row"
@@ -277,7 +277,7 @@ FILES = {
         parquet([good(chosen=1)]),
         1,
         'p.parquet, row 1: "prompt" is a string, "chosen" is a number and "rejected" is a string; it has the columns '
-        f"prompt, chosen, rejected; {UNDERSTOOD}",
+        f"prompt, chosen, rejected; {SUPPORTED_FORMATS}",
     ),
 }
 
@@ -286,7 +286,7 @@ COLUMNS = {
         "p.jsonl",
         lines(without("rejected")),
         1,
-        f'p.jsonl: has no column "rejected"; it has prompt, chosen; {UNDERSTOOD}',
+        f'p.jsonl: has no column "rejected"; it has prompt, chosen; {SUPPORTED_FORMATS}',
     ),
     "misspelt column": one(
         "p.jsonl",
@@ -299,14 +299,14 @@ COLUMNS = {
         "p.jsonl",
         lines({"\x1b[2J\u202ewords": 1}),
         1,
-        f'p.jsonl: has no column "chosen"; it has words; {UNDERSTOOD}',
+        f'p.jsonl: has no column "chosen"; it has words; {SUPPORTED_FORMATS}',
     ),
     "string beside a list": one(
         "p.jsonl",
         lines(good(rejected=["Yes."])),
         1,
         'p.jsonl:1: "prompt" is a string, "chosen" is a string and "rejected" is a list; it has the columns prompt, '
-        f"chosen, rejected; {UNDERSTOOD}",
+        f"chosen, rejected; {SUPPORTED_FORMATS}",
     ),
     "answers null everywhere": one(
         "p.jsonl",
@@ -378,7 +378,7 @@ def test_a_column_to_keep_must_exist(empty_folder: Path) -> None:
             "train",
             tiny.tokenizer(),
             0,
-            keep={"kind": "samples.group_by"},
+            extra_columns={"kind": "samples.group_by"},
         )
     assert str(refused.value) == (
         'p.jsonl: has no column "kind", which samples.group_by names; it has prompt, chosen, rejected'

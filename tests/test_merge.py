@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_dpo.adapter import Opened, open_model
+from qlora_dpo.adapter import OpenedModel, open_model
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy import shards
-from qlora_dpo.deploy.merge_card import Onto
+from qlora_dpo.deploy.merge_card import BaseWeights
 from qlora_dpo.errors import ModelError, RunError
-from qlora_dpo.evaluation.merge_fidelity import measure
-from qlora_dpo.evaluation.merge_texts import SENTENCES, texts_for
-from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_texts import FALLBACK_SENTENCES, load_comparison_texts
+from qlora_dpo.model.lora import adapter_disabled
 from qlora_dpo.model.quantized import dequantized, linear4bit_layers
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -56,10 +56,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_both(tmp_path_factory.mktemp("made"))
 
 
-def merged(adapter: Path, output: Path, dtype: merging.Dtype = "bf16", onto: Onto = "trained") -> tuple[Opened, Any]:
+def merged(
+    adapter: Path, output: Path, dtype: merging.Dtype = "bf16", onto: BaseWeights = "trained"
+) -> tuple[OpenedModel, Any]:
     """The opened adapter, and the merged model as plain transformers loads it, in the dtype of its config."""
     opened = merging.open_for_merge(adapter)
-    merging.merge(opened, output, onto, dtype, unchecked)
+    merging.merge_adapter(opened, output, onto, dtype, unchecked)
     return opened, AutoModelForCausalLM.from_pretrained(output)
 
 
@@ -77,7 +79,7 @@ def test_in_float32_the_merged_model_has_the_adapter_models_logits(
     opened, full = merged(place / quantization, tmp_path / "m", "fp32")
     with torch.no_grad():
         wanted, found = opened.model(IDS).logits, full(IDS).logits
-        with adapter_off(opened.model):
+        with adapter_disabled(opened.model):
             before = opened.model(IDS).logits
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - before).abs().max() > 0.1, "the adapter must do something for this test to mean anything"
@@ -103,8 +105,8 @@ def test_every_weight_is_the_float32_sum_rounded_once(
 
 def test_in_bf16_it_agrees_with_the_trained_model_as_promised(place: Path, tmp_path: Path) -> None:
     opened, full = merged(place / "nf4", tmp_path / "m")
-    texts = texts_for(place / "nf4", opened.recipe, opened.tokenizer)
-    found = measure(opened.model, full.float(), texts.encoded, 0, opened.device)
+    texts = load_comparison_texts(place / "nf4", opened.recipe, opened.tokenizer)
+    found = measure_merge_fidelity(opened.model, full.float(), texts.encoded, 0, opened.device)
     assert found.kl <= 0.001
     assert found.top1 >= 0.99
 
@@ -137,7 +139,7 @@ def test_biases_embeddings_and_norms_are_the_bases_bit_for_bit_even_after_a_bf16
     opened = merging.open_for_merge(place / "nf4")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         opened.model(IDS)
-    merging.merge(opened, tmp_path / "m", "trained", "bf16", unchecked)
+    merging.merge_adapter(opened, tmp_path / "m", "trained", "bf16", unchecked)
     before, after = stored(place / "base"), stored(tmp_path / "m")
     assert before.keys() == after.keys()
     untouched = [name for name in before if not name.endswith("proj.weight")]
@@ -207,7 +209,7 @@ def test_tokenizer_template_and_generation_config_come_along(place: Path, tmp_pa
 def test_the_weights_are_sharded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD", "100KB")
     opened = merging.open_for_merge(place / "nf4")
-    result = merging.merge(opened, tmp_path / "m", "trained", "bf16", unchecked)
+    result = merging.merge_adapter(opened, tmp_path / "m", "trained", "bf16", unchecked)
     assert result.shards == len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "m" / "model.safetensors.index.json").is_file()
     with torch.no_grad():
@@ -224,9 +226,9 @@ def test_evaluating_and_training_before_the_merge_changes_no_bit(place: Path, tm
     opened.model.eval()
     with torch.no_grad():
         opened.model(IDS)
-        with adapter_off(opened.model):
+        with adapter_disabled(opened.model):
             opened.model(IDS)
-    merging.merge(opened, tmp_path / "used", "trained", "bf16", unchecked)
+    merging.merge_adapter(opened, tmp_path / "used", "trained", "bf16", unchecked)
     plain, used = stored(tmp_path / "plain"), stored(tmp_path / "used")
     assert all(torch.equal(plain[name], used[name]) for name in plain)
 
@@ -332,7 +334,7 @@ def test_if_the_check_raises_nothing_is_left(place: Path, tmp_path: Path) -> Non
         raise RunError("no")
 
     with pytest.raises(RunError, match=r"^no$"):
-        merging.merge(merging.open_for_merge(place / "nf4"), tmp_path / "m", "trained", "bf16", refuses)
+        merging.merge_adapter(merging.open_for_merge(place / "nf4"), tmp_path / "m", "trained", "bf16", refuses)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -345,7 +347,7 @@ def test_if_the_check_raises_nothing_is_left(place: Path, tmp_path: Path) -> Non
 )
 def test_a_model_that_is_not_the_trained_one_is_not_kept(place: Path, tmp_path: Path, kl: float, sentence: str) -> None:
     with pytest.raises(ModelError) as raised:
-        merging.merge(
+        merging.merge_adapter(
             merging.open_for_merge(place / "nf4"), tmp_path / "m", "trained", "bf16", lambda _: {**FIGURES, "kl": kl}
         )
     assert str(raised.value) == f"{sentence}nothing was kept"
@@ -393,8 +395,8 @@ def test_a_foreign_adapter_with_rank_patterns_is_merged_as_peft_merges_it(own: P
 
 def test_a_model_agrees_with_itself_and_its_kl_is_zero(place: Path) -> None:
     opened = merging.open_for_merge(place / "nf4")
-    pairs = texts_for(place / "nf4", opened.recipe, opened.tokenizer).encoded
-    found = measure(opened.model, opened.model, pairs, 0, opened.device)
+    pairs = load_comparison_texts(place / "nf4", opened.recipe, opened.tokenizer).encoded
+    found = measure_merge_fidelity(opened.model, opened.model, pairs, 0, opened.device)
     assert (found.kl, found.top1, found.pairs) == (0.0, 1.0, 12)
     assert found.trained_accuracy == found.merged_accuracy
     assert found.tokens == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
@@ -403,7 +405,7 @@ def test_a_model_agrees_with_itself_and_its_kl_is_zero(place: Path) -> None:
 def test_the_figures_are_those_of_the_full_logits_one_sequence_at_a_time(place: Path) -> None:
     opened = merging.open_for_merge(place / "nf4")
     other = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32).eval()
-    pairs = texts_for(place / "nf4", opened.recipe, opened.tokenizer).encoded
+    pairs = load_comparison_texts(place / "nf4", opened.recipe, opened.tokenizer).encoded
     kl, same, right, tokens = 0.0, 0, {"trained": 0, "merged": 0}, 0
     with torch.no_grad():
         for pair in pairs:
@@ -412,7 +414,7 @@ def test_the_figures_are_those_of_the_full_logits_one_sequence_at_a_time(place: 
                 ids = torch.tensor([pair.prompt + answer])
                 rows = slice(len(pair.prompt) - 1, -1)
                 by_model = {"trained": opened.model(ids).logits, "merged": other(ids).logits}
-                with adapter_off(opened.model):
+                with adapter_disabled(opened.model):
                     by_model["reference"] = opened.model(ids).logits
                 logp = {name: logits[0, rows].double().log_softmax(-1) for name, logits in by_model.items()}
                 for name, values in logp.items():
@@ -423,7 +425,7 @@ def test_the_figures_are_those_of_the_full_logits_one_sequence_at_a_time(place: 
             for name in right:
                 reward = [logps[name][side] - logps["reference"][side] for side in (0, 1)]
                 right[name] += reward[0] > reward[1]
-    found = measure(opened.model, other, pairs, 0, opened.device)
+    found = measure_merge_fidelity(opened.model, other, pairs, 0, opened.device)
     assert found.kl == pytest.approx(kl / tokens, rel=1e-4)
     assert found.top1 == same / tokens
     assert found.trained_accuracy == right["trained"] / 12
@@ -434,8 +436,8 @@ def test_an_untrained_adapter_has_an_accuracy_of_one_half_as_all_pairs_tie(tmp_p
     save_base(tmp_path / "base")
     save_adapter(tmp_path / "a", tmp_path / "base", size=0.0)
     opened = merging.open_for_merge(tmp_path / "a")
-    pairs = texts_for(tmp_path / "a", opened.recipe, opened.tokenizer).encoded
-    assert measure(opened.model, opened.model, pairs, 0, opened.device).trained_accuracy == 0.5
+    pairs = load_comparison_texts(tmp_path / "a", opened.recipe, opened.tokenizer).encoded
+    assert measure_merge_fidelity(opened.model, opened.model, pairs, 0, opened.device).trained_accuracy == 0.5
 
 
 def test_without_its_data_a_run_is_compared_on_its_samples_and_no_accuracy_is_claimed(
@@ -462,7 +464,7 @@ Nothing = Literal["no samples", "damaged samples"]
 def test_without_anything_it_is_compared_on_built_in_sentences(own: Path, nothing: Nothing) -> None:
     if nothing == "damaged samples":
         (own / "samples.jsonl").write_text('{"prompt": ')
-    texts = texts_for(own, None, AutoTokenizer.from_pretrained(own))
-    assert texts.name == f"{len(SENTENCES)} built-in sentences"
+    texts = load_comparison_texts(own, None, AutoTokenizer.from_pretrained(own))
+    assert texts.name == f"{len(FALLBACK_SENTENCES)} built-in sentences"
     assert texts.why_no_accuracy == "the adapter comes without a recipe"
-    assert len(texts.encoded) == len(SENTENCES)
+    assert len(texts.encoded) == len(FALLBACK_SENTENCES)

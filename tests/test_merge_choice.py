@@ -8,11 +8,11 @@ import pytest
 from adapters_made import save_both
 from safetensors.torch import load_file
 
-from qlora_dpo.adapter import Opened
+from qlora_dpo.adapter import OpenedModel
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy import merge_memory
-from qlora_dpo.deploy.base_choice import RULE, Bars, choose
+from qlora_dpo.deploy.base_choice import RULE, MergeThresholds, choose_base
 from qlora_dpo.errors import DoesNotFitError, GateError, SourceError
 
 
@@ -33,22 +33,28 @@ def figures(kl: float = 0.0, top1: float = 1.0, why: str = "", **measured: float
     ],
 )
 def test_the_original_is_kept_only_if_it_wins_in_every_figure(original: dict[str, float], chosen: str) -> None:
-    assert choose({"trained": figures(), "original": figures(0.2, 0.8, **original)}, Bars()) == chosen
+    assert choose_base({"trained": figures(), "original": figures(0.2, 0.8, **original)}, MergeThresholds()) == chosen
 
 
 def test_without_held_out_pairs_the_trained_base_is_kept() -> None:
     better = {"loss": 0.1, "perplexity": 1.0}
     assert (
-        choose({"trained": figures(why="no data"), "original": figures(why="no data", **better)}, Bars()) == "trained"
+        choose_base(
+            {"trained": figures(why="no data"), "original": figures(why="no data", **better)}, MergeThresholds()
+        )
+        == "trained"
     )
 
 
 def test_a_base_that_misses_a_bar_is_not_kept_however_good_it_is() -> None:
     better = figures(0.2, 0.8, loss=0.1, perplexity=1.0)
-    assert choose({"trained": figures(), "original": better}, Bars(max_kl=0.2, min_agreement=0.8)) == "original"
-    assert choose({"trained": figures(), "original": better}, Bars(max_kl=0.1)) == "trained"
+    assert (
+        choose_base({"trained": figures(), "original": better}, MergeThresholds(max_kl=0.2, min_agreement=0.8))
+        == "original"
+    )
+    assert choose_base({"trained": figures(), "original": better}, MergeThresholds(max_kl=0.1)) == "trained"
     with pytest.raises(GateError) as raised:
-        choose({"trained": figures(0.01, 0.5), "original": better}, Bars(max_kl=0.1, min_agreement=0.9))
+        choose_base({"trained": figures(0.01, 0.5), "original": better}, MergeThresholds(max_kl=0.1, min_agreement=0.9))
     assert str(raised.value) == (
         "onto trained: top-1 agreement 0.5000 is below --min-agreement 0.9; "
         "onto original: KL 0.2 nats per token is above --max-kl 0.1; nothing was kept"
@@ -89,7 +95,7 @@ def test_auto_keeps_the_files_of_the_base_it_names(place: Path, tmp_path: Path) 
     for onto in ("trained", "original"):
         other = "original" if onto == "trained" else "trained"
         said = {onto: figures(0.01, 0.9, loss=0.1, perplexity=1.0), other: figures(0.01, 0.9)}
-        kept = merging.merge(
+        kept = merging.merge_adapter(
             merging.open_for_merge(place / "nf4"),
             tmp_path / f"auto-{onto}",
             "auto",
@@ -106,7 +112,7 @@ def test_auto_keeps_the_files_of_the_base_it_names(place: Path, tmp_path: Path) 
         assert kept.onto == onto
         alone = {"kl": 0.0, "top1": 1.0, "why_no_accuracy": "-", "tokens": 1, "measured_on": "", "computed_in": ""}
         opened = merging.open_for_merge(place / "nf4")
-        merging.merge(opened, tmp_path / onto, onto, "fp32", lambda _, alone=alone: alone)
+        merging.merge_adapter(opened, tmp_path / onto, onto, "fp32", lambda _, alone=alone: alone)
         files = [(tmp_path / name / "model.safetensors").read_bytes() for name in (f"auto-{onto}", onto)]
         assert files[0] == files[1]
 
@@ -142,7 +148,7 @@ def test_a_missed_bar_ends_with_3_and_leaves_nothing(
 # --- what it needs is known before it starts
 
 
-def opened_nf4(place: Path) -> Opened:
+def opened_nf4(place: Path) -> OpenedModel:
     return merging.open_for_merge(place / "nf4")
 
 
@@ -152,7 +158,7 @@ def test_the_disk_that_is_stated_is_what_is_written(place: Path, tmp_path: Path)
     opened = opened_nf4(place)
     base = load_file(place / "base" / "model.safetensors")
     for dtype, bytes_each in ((torch.bfloat16, 2), (torch.float32, 4)):
-        needed = merge_memory.room_for(opened, dtype, candidates=2)
+        needed = merge_memory.estimate_merge_memory(opened, dtype, candidates=2)
         elements = sum(each.numel() for each in base.values())
         assert needed.disk == 2 * bytes_each * elements
         assert needed.shard == bytes_each * elements  # one shard holds it all
@@ -168,8 +174,8 @@ def test_a_base_that_is_loaded_whole_is_planned_so(place: Path, monkeypatch: pyt
     opened = opened_nf4(place)
     elements = sum(each.numel() for each in load_file(place / "base" / "model.safetensors").values())
     adapter = sum(each.numel() for name, each in opened.model.named_parameters() if "lora_" in name)
-    monkeypatch.setattr(shards, "tensors_of", lambda folder: {})
-    needed = merge_memory.room_for(opened, torch.bfloat16, candidates=1)
+    monkeypatch.setattr(shards, "list_tensors", lambda folder: {})
+    needed = merge_memory.estimate_merge_memory(opened, torch.bfloat16, candidates=1)
     assert (needed.shard, needed.layer, needed.disk) == (2 * (elements + adapter), 0, 2 * (elements + adapter))
 
 
@@ -178,6 +184,6 @@ def test_a_disk_or_a_memory_that_is_too_small_is_refused_first(
 ) -> None:
     opened = opened_nf4(place)
     with pytest.raises(SourceError, match=r"needs 1,000,000,000,000\.0 MB and the disk has"):
-        merge_memory.insist_on_room(merge_memory.Room(0, 0, 0, 0, 10**18), opened, tmp_path / "m")
+        merge_memory.check_merge_memory(merge_memory.MergeMemory(0, 0, 0, 0, 10**18), opened, tmp_path / "m")
     with pytest.raises(DoesNotFitError, match=r"^merging takes 1,000,000,000\.54 GB more memory and .* are free; "):
-        merge_memory.insist_on_room(merge_memory.Room(0, 0, 0, 10**18, 0), opened, tmp_path / "m")
+        merge_memory.check_merge_memory(merge_memory.MergeMemory(0, 0, 0, 10**18, 0), opened, tmp_path / "m")

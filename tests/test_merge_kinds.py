@@ -53,7 +53,7 @@ def foreign(folder: Path, base: Path, seed: int, **config: Any) -> Path:
 
 
 def merged(adapter: Path, output: Path) -> Any:
-    merging.merge(merging.open_for_merge(adapter), output, "trained", "fp32", lambda _: FIGURES)
+    merging.merge_adapter(merging.open_for_merge(adapter), output, "trained", "fp32", lambda _: FIGURES)
     return AutoModelForCausalLM.from_pretrained(output)
 
 
@@ -74,7 +74,7 @@ def test_a_base_that_names_its_layers_otherwise_is_merged_as_a_whole(
 ) -> None:
     adapter = foreign(tmp_path / "a", base, 1, **KINDS["whole norms"])
     by_shards = merged(adapter, tmp_path / "shards")
-    monkeypatch.setattr(shards, "tensors_of", lambda folder: {})
+    monkeypatch.setattr(shards, "list_tensors", lambda folder: {})
     insist_on_same(merged(adapter, tmp_path / "whole"), by_shards)
 
 
@@ -105,7 +105,7 @@ def test_several_adapters_are_added_up_as_peft_concatenates_them(base: Path, tmp
             if which in getattr(module, "lora_A", {}):
                 updates[name] = updates.get(name, 0) + weight * module.get_delta_weight(which)
     opened = merging.open_for_merge(one, [other], [0.7, -0.3])
-    merging.merge(opened, tmp_path / "m", "trained", "fp32", lambda _: FIGURES)
+    merging.merge_adapter(opened, tmp_path / "m", "trained", "fp32", lambda _: FIGURES)
     ours, before = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), load_file(base / "model.safetensors")
     assert len(updates) == 8
     for name, update in updates.items():
@@ -119,7 +119,7 @@ def test_several_adapters_are_added_up_as_peft_concatenates_them(base: Path, tmp
 def test_in_4_bit_an_adapter_in_two_parts_is_the_adapter(base: Path, tmp_path: Path) -> None:
     one, twin = (save_adapter(tmp_path / name, base) for name in ("one", "twin"))
     opened = merging.open_for_merge(one, [twin], [0.7, 0.3])
-    merging.merge(opened, tmp_path / "m", "trained", "fp32", lambda _: FIGURES)
+    merging.merge_adapter(opened, tmp_path / "m", "trained", "fp32", lambda _: FIGURES)
     in_parts = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     insist_on_same(in_parts, merged(one, tmp_path / "whole"))
     with torch.no_grad():

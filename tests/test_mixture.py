@@ -18,9 +18,9 @@ from qlora_dpo.data.audit import Audit
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.sources import read_rows
 from qlora_dpo.errors import DataError, RecipeError
-from qlora_dpo.recipe import load
+from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.data import DataTable
-from qlora_dpo.recipe.recipe import resolved_text
+from qlora_dpo.recipe.recipe import resolved_toml
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +38,7 @@ def mixed(part: Any, *mix: dict[str, Any], seed: int = 1, **keys: Any) -> PairSe
 
 def insist_on_the_account(audit: Audit) -> None:
     left_out = sum(map(len, audit.dropped.values()))
-    assert audit.rows == audit.used - audit.further + audit.not_drawn + audit.apart + left_out
+    assert audit.rows == audit.used - audit.extra_pairs + audit.not_sampled + audit.other_split + left_out
 
 
 def counts(held: PairSet) -> dict[str, int]:
@@ -62,7 +62,7 @@ def test_without_weights_every_pair_is_used_in_order(two: Path) -> None:
     held = mixed("train", A, B, **APART)
     assert [pair.row for pair in held.pairs] == list(range(1, 131))
     assert counts(held) == {"a": 100, "b": 30}
-    assert held.audit.parts == (("a.jsonl", 1, 100), ("b.jsonl", 101, 30))
+    assert held.audit.per_source == (("a.jsonl", 1, 100), ("b.jsonl", 101, 30))
     assert [pair.row for pair in held.encoded] == [pair.row for pair in held.pairs]
 
 
@@ -115,7 +115,7 @@ def test_each_source_has_its_shape_and_columns_and_bad_rows_are_named_in_it(empt
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     held = mixed("train", A, {**B, "columns": columns, "format": "strings"}, **APART)
     assert [(pair.row, pair.prompt[0]["content"]) for pair in held.pairs][-1] == (6, "b 2?")
-    assert (held.audit.dropped, held.audit.first) == ({"empty answer": (5,)}, {"empty answer": "b.jsonl:1"})
+    assert (held.audit.dropped, held.audit.first_location) == ({"empty answer": (5,)}, {"empty answer": "b.jsonl:1"})
     assert held.audit.lines()[:5] == [
         "a.jsonl + b.jsonl: strings (prompt, chosen and rejected)",
         "  rows read                           6",
@@ -123,7 +123,7 @@ def test_each_source_has_its_shape_and_columns_and_bad_rows_are_named_in_it(empt
         "    of a.jsonl (rows 1 to 4)          4",
         "    of b.jsonl (rows 5 to 6)          1",
     ]
-    assert held.audit.facts()["sources"] == [
+    assert held.audit.to_dict()["sources"] == [
         {"source": "a.jsonl", "first_row": 1, "used": 4},
         {"source": "b.jsonl", "first_row": 5, "used": 1},
     ]
@@ -163,8 +163,8 @@ def test_a_pattern_stands_for_the_files_that_match(empty_folder: Path) -> None:
     Path("part-3.txt").write_text("no data")
     rows = read_rows(DataTable(train="./part-*.jsonl"), "train")
     assert [row["prompt"] for row in rows.rows] == ["part-1 0?", "part-2 0?", "part-2 1?"]
-    assert (rows.name, rows.place(3)) == ("part-*.jsonl", "part-2.jsonl:2")
-    assert DataTable(train="./part-*").held_out_share == 0.1
+    assert (rows.name, rows.location(3)) == ("part-*.jsonl", "part-2.jsonl:2")
+    assert DataTable(train="./part-*").effective_eval_share == 0.1
     assert len(read_rows(DataTable(train="./part-[13]*"), "train").rows) == 1
     with pytest.raises(RecipeError) as refused:
         read_rows(DataTable(train="./dart-*.jsonl"), "train")
@@ -215,16 +215,16 @@ TWO = '[[data.mix]]\nsource = "./a.jsonl"\n[[data.mix]]\nsource = "./b.jsonl"\n'
 def test_what_does_not_fit_is_refused_with_its_line(empty_folder: Path, text: str, message: str) -> None:
     Path("r.toml").write_text(MODEL + text)
     with pytest.raises(RecipeError) as refused:
-        load("r.toml")
+        load_recipe("r.toml")
     assert str(refused.value) == (message if message.startswith("r.toml") else f"r.toml:{message}")
 
 
 def test_a_resolved_mixture_is_read_back_as_it_was(empty_folder: Path) -> None:
     Path("r.toml").write_text(f"{MODEL}{TWO}max_samples = 4\n")
-    recipe = load("r.toml").recipe
+    recipe = load_recipe("r.toml").recipe
     assert [each.source for each in recipe.data.mix or ()] == [str(empty_folder / f"{name}.jsonl") for name in "ab"]
-    Path("resolved.toml").write_text(resolved_text(recipe))
-    assert load("resolved.toml").recipe == recipe
+    Path("resolved.toml").write_text(resolved_toml(recipe))
+    assert load_recipe("resolved.toml").recipe == recipe
 
 
 def test_the_shipped_mixture_trains(tmp_path: Path) -> None:

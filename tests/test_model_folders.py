@@ -10,7 +10,7 @@ import pytest
 
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.sources import Source, fetch
+from qlora_dpo.model.sources import ModelSource, fetch_model
 from qlora_dpo.recipe.model import ModelTable
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -31,7 +31,7 @@ def change(file: Path, **values: Any) -> None:
 
 def refused(folder: Path) -> str:
     with pytest.raises(ModelError) as error:
-        fetch(ModelTable(name=str(folder)))
+        fetch_model(ModelTable(name=str(folder)))
     return str(error.value)
 
 
@@ -49,12 +49,12 @@ def test_code_beside_a_model_that_transformers_knows_is_not_run(folder: Path) ->
     (folder / "tokenization_own.py").write_text(CODE)
     change(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]})
-    source = fetch(ModelTable(name=str(folder)))
+    source = fetch_model(ModelTable(name=str(folder)))
     assert type(load_base(source, ModelTable(name=str(folder), quantization="none"), jobs.CPU)).__name__ == (
         "Qwen2ForCausalLM"
     )
     try:
-        load_tokenizer(Source("own", folder, ""))
+        load_tokenizer(ModelSource("own", folder, ""))
     except ModelError as error:
         assert "cannot be loaded" in str(error)
 

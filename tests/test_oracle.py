@@ -9,16 +9,16 @@ import pytest
 import tiny
 import torch
 
-from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.encode import encode
+from qlora_dpo.data.chat_format import detect_chat_format
+from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.model import attention
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import Logps, dpo, objective
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.objective import Logps, compute_losses, dpo
 from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.recipe.objective import Sigmoid
-from qlora_dpo.talk.generate import prompt_ids
+from qlora_dpo.talk.generate import tokenize_prompt
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -49,10 +49,10 @@ def test_log_probabilities_of_packed_rows_are_those_of_plain_loops_in_float64(ki
     slow = architectures.made(architectures.CONFIGS[kind]).double()
     expected = [[log_probability(slow, p.prompt, answer) for answer in (p.chosen, p.rejected)] for p in pairs]
     model = architectures.made(architectures.CONFIGS[kind])
-    attention.use(model)
+    attention.enable_packed_attention(model)
     found = torch.zeros(len(pairs), 2)
     for group in micro_batches(pairs, jobs.PACKED):
-        scores = score(model, collate([pairs[i] for i in group], jobs.PACKED), jobs.CPU)
+        scores = score_batch(model, collate([pairs[i] for i in group], jobs.PACKED), jobs.CPU)
         found[group] = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], 1).detach()
     assert jobs.apart(found, torch.tensor(expected)) < 1e-5
 
@@ -67,7 +67,7 @@ def test_the_objective_is_its_definition_in_float64(beta: float, label_smoothing
         table = Sigmoid(beta=beta, label_smoothing=label_smoothing, sft_weight=0.3)
         chosen_P, rejected_P, tokens_P = torch.tensor([chosen]), torch.tensor([rejected]), torch.tensor([tokens])
         reference_P2 = torch.tensor([[chosen_reference, rejected_reference]])
-        found = objective(Logps(chosen_P, rejected_P, tokens_P, tokens_P, reference_P2, chosen_P), table)
+        found = compute_losses(Logps(chosen_P, rejected_P, tokens_P, tokens_P, reference_P2, chosen_P), table)
         margin = (chosen - chosen_reference) - (rejected - rejected_reference)
         assert found.preference_P.item() == pytest.approx(loss(margin, beta, label_smoothing), rel=1e-5, abs=2e-5)
         assert found.total_P.item() == pytest.approx(
@@ -112,6 +112,6 @@ def test_chat_asks_with_the_ids_that_training_taught() -> None:
         ),
     ]
     pairs = [Pair(prompt, "Rice.", "Nothing.", row, {}) for row, prompt in enumerate(prompts, 1)]
-    for pair, encoded in zip(pairs, encode(pairs, tokenizer, chat_format(tokenizer)), strict=True):
+    for pair, encoded in zip(pairs, encode_pairs(pairs, tokenizer, detect_chat_format(tokenizer)), strict=True):
         assert isinstance(encoded, EncodedPair), encoded
-        assert tuple(prompt_ids(tokenizer, list(pair.prompt))) == encoded.prompt
+        assert tuple(tokenize_prompt(tokenizer, list(pair.prompt))) == encoded.prompt

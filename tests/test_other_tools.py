@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import load
+from qlora_dpo.recipe import load_recipe
 
 HEAD = '[model]\nname = "org/model"\n\n[data]\ntrain = "org/data"\n\n'
 
@@ -63,7 +63,7 @@ HEAD = '[model]\nname = "org/model"\n\n[data]\ntrain = "org/data"\n\n'
 def test_it_is_refused_with_what_to_write(table: str, line: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(f"{HEAD}[{table}]\n{line}\n")
     with pytest.raises(RecipeError) as raised:
-        load(str(tmp_path / "r.toml"))
+        load_recipe(str(tmp_path / "r.toml"))
     place = 7 if says.startswith("[track]") else 8
     assert str(raised.value) == f"{tmp_path / 'r.toml'}:{place}: {says}"
 
@@ -71,7 +71,7 @@ def test_it_is_refused_with_what_to_write(table: str, line: str, says: str, tmp_
 def test_double_quantization_is_of_4_bits(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(HEAD)
     with pytest.raises(RecipeError) as raised:
-        load(str(tmp_path / "r.toml"), ["model.quantization=int8", "model.double_quant=false"])
+        load_recipe(str(tmp_path / "r.toml"), ["model.quantization=int8", "model.double_quant=false"])
     assert str(raised.value) == (
         f'{tmp_path / "r.toml"}:1: [model] has double_quant = false, which only quantization = "nf4" or "fp4" reads, '
         'not "int8"; leave it out'

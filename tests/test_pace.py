@@ -14,69 +14,97 @@ from transformers import Qwen2Config
 from qlora_dpo.cli import main
 from qlora_dpo.cli.text import time_text
 from qlora_dpo.planning import layer_timing as pace_module
-from qlora_dpo.planning.layer_timing import Pace, measure
-from qlora_dpo.planning.time_estimate import Amount, Layers, Passes, Timetable, amount, passes, seconds
+from qlora_dpo.planning.layer_timing import LayerTiming, measure_layer_timing
+from qlora_dpo.planning.time_estimate import (
+    LayerCounts,
+    PassCounts,
+    TimeEstimate,
+    TokensPerPair,
+    count_passes,
+    estimate_seconds,
+    mean_tokens_per_pair,
+)
 from qlora_dpo.preference.pack import Packing
 
 pytestmark = jobs.LIBRARIES_WARN
 
-PACE = Pace(layer_forward=1.0, layer_step=10.0, head_forward=100.0, head_step=1000.0, probe=2.0)
+PACE = LayerTiming(layer_forward=1.0, layer_step=10.0, head_forward=100.0, head_step=1000.0, probe_seconds=2.0)
 
 
-def counted(pairs: int, heldout: int, several_rows: bool = False, **tables: dict[str, Any]) -> Passes:
-    return passes(jobs.recipe(**tables), pairs, heldout, several_rows=several_rows)
+def counted(pairs: int, heldout: int, several_rows: bool = False, **tables: dict[str, Any]) -> PassCounts:
+    return count_passes(jobs.recipe(**tables), pairs, heldout, multiple_rows=several_rows)
 
 
 def test_every_pair_is_counted_as_often_as_a_run_asks_it() -> None:
     # batches of 4: 10 pairs are 3 steps an epoch; evaluations at 0 and 3, of 6 pairs and twice more for the KL
-    plain = Passes(
-        steps=3, evaluations=2, trained=10, before=0, reference_train=10, reference_heldout=6, evaluated=2 * (6 + 12)
+    plain = PassCounts(
+        steps=3,
+        evaluations=2,
+        trained_pairs=10,
+        extra_forward_pairs=0,
+        reference_train_pairs=10,
+        reference_heldout_pairs=6,
+        evaluated_pairs=2 * (6 + 12),
     )
     assert counted(10, 6) == plain
     # four epochs ask the reference no more often
     assert counted(10, 6, train={"num_train_epochs": 4}) == replace(
-        plain, steps=12, evaluations=5, trained=40, evaluated=5 * 18
+        plain, steps=12, evaluations=5, trained_pairs=40, evaluated_pairs=5 * 18
     )
     # at 0, 2, 4, 6, 8 and the last, 9; the KL is measured on 32 pairs at most
     assert counted(10, 50, train={"num_train_epochs": 3, "eval_steps": 2}) == replace(
-        plain, steps=9, evaluations=6, trained=30, reference_heldout=50, evaluated=6 * (50 + 64)
+        plain, steps=9, evaluations=6, trained_pairs=30, reference_heldout_pairs=50, evaluated_pairs=6 * (50 + 64)
     )
     # stopped in the middle of an epoch: no other pair is seen
-    assert counted(10, 6, train={"max_steps": 2}) == replace(plain, steps=2, trained=8, reference_train=8)
+    assert counted(10, 6, train={"max_steps": 2}) == replace(plain, steps=2, trained_pairs=8, reference_train_pairs=8)
     assert counted(10, 6, train={"max_steps": 5, "num_train_epochs": 2}) == replace(
-        plain, steps=5, evaluations=3, trained=18, evaluated=3 * 18
+        plain, steps=5, evaluations=3, trained_pairs=18, evaluated_pairs=3 * 18
     )
 
 
 def test_references_are_counted_by_their_kind() -> None:
     free = counted(10, 6, objective={"loss_type": "simpo"})
-    assert (free.reference_train, free.reference_heldout, free.other) == (0, 0, False)
+    assert (free.reference_train_pairs, free.reference_heldout_pairs, free.uses_reference_model) == (0, 0, False)
     moves = counted(10, 6, reference={"kind": "ema", "ref_model_sync_steps": 1}, train={"num_train_epochs": 2})
-    assert (moves.reference_train, moves.reference_heldout) == (20, 6 * 3)
+    assert (moves.reference_train_pairs, moves.reference_heldout_pairs) == (20, 6 * 3)
     other = counted(10, 6, reference={"kind": "model", "name": "another"})
-    assert (other.reference_train, other.reference_heldout, other.other) == (10, 6, True)
+    assert (other.reference_train_pairs, other.reference_heldout_pairs, other.uses_reference_model) == (10, 6, True)
 
 
 def test_losses_that_look_at_a_whole_step_ask_twice_if_it_takes_several_rows() -> None:
     aot = {"objective": {"loss_type": "aot"}}
-    assert [counted(10, 6, rows, **aot).before for rows in (False, True)] == [0, 10]
-    assert counted(10, 6, several_rows=True).before == 0
+    assert [counted(10, 6, rows, **aot).extra_forward_pairs for rows in (False, True)] == [0, 10]
+    assert counted(10, 6, several_rows=True).extra_forward_pairs == 0
 
 
 def test_seconds_add_up() -> None:
-    done = Passes(steps=3, evaluations=2, trained=10, before=0, reference_train=10, reference_heldout=6, evaluated=36)
-    train, heldout = Amount(tokens=7, states=5), Amount(tokens=2, states=1)
+    done = PassCounts(
+        steps=3,
+        evaluations=2,
+        trained_pairs=10,
+        extra_forward_pairs=0,
+        reference_train_pairs=10,
+        reference_heldout_pairs=6,
+        evaluated_pairs=36,
+    )
+    train, heldout = TokensPerPair(tokens=7, states=5), TokensPerPair(tokens=2, states=1)
     # a forward pass: 4 layers of 7 tokens and 5 states, 528 s; of a held-out pair 108 s; a step 40 * 7 + 5000
     plain = {"reference": 10 * 528.0 + 6 * 108.0, "steps": 10 * 5280.0, "evaluations": 36 * 108.0}
-    assert seconds(done, PACE, Layers(4), train, heldout) == plain
+    assert estimate_seconds(done, PACE, LayerCounts(4), train, heldout) == plain
     # 3 layers recomputed: 3 forward passes more
-    assert seconds(done, PACE, Layers(4, 3), train, heldout) == {**plain, "steps": 10 * (5280.0 + 3 * 7)}
+    assert estimate_seconds(done, PACE, LayerCounts(4, 3), train, heldout) == {**plain, "steps": 10 * (5280.0 + 3 * 7)}
     # the adapter begins at layer 2: two layers go forward only, and of those recomputed one is left
-    assert seconds(done, PACE, Layers(4, 3, 2), train, heldout)["steps"] == 10 * ((2 * 10 + 3) * 7 + 5000.0)
-    assert seconds(replace(done, before=10), PACE, Layers(4), train, heldout)["steps"] == 10 * (5280.0 + 528.0)
-    without = seconds(replace(done, reference_train=0, reference_heldout=0), PACE, Layers(4), train, heldout)
+    assert estimate_seconds(done, PACE, LayerCounts(4, 3, 2), train, heldout)["steps"] == 10 * (
+        (2 * 10 + 3) * 7 + 5000.0
+    )
+    assert estimate_seconds(replace(done, extra_forward_pairs=10), PACE, LayerCounts(4), train, heldout)[
+        "steps"
+    ] == 10 * (5280.0 + 528.0)
+    without = estimate_seconds(
+        replace(done, reference_train_pairs=0, reference_heldout_pairs=0), PACE, LayerCounts(4), train, heldout
+    )
     assert without == {"steps": plain["steps"], "evaluations": plain["evaluations"]}
-    assert seconds(replace(done, other=True), PACE, Layers(4), train, heldout) == without
+    assert estimate_seconds(replace(done, uses_reference_model=True), PACE, LayerCounts(4), train, heldout) == without
 
 
 def test_a_pair_is_as_much_less_as_those_that_are_laid_out() -> None:
@@ -84,11 +112,15 @@ def test_a_pair_is_as_much_less_as_those_that_are_laid_out() -> None:
     same = replace(one, chosen=(*one.prompt, 5, 6), rejected=(*one.prompt, 7, 8))
     # prompt, then the prompt again in both answers, and twice two tokens of their own; the other pair is the same
     n = len(one.prompt)
-    found = amount([same, same], [same], jobs.PACKED)
-    assert found == Amount(tokens=2 * n + 4, states=pytest.approx(n + 3))
+    found = mean_tokens_per_pair([same, same], [same], jobs.PACKED)
+    assert found == TokensPerPair(tokens=2 * n + 4, states=pytest.approx(n + 3))
     # unlike pairs have nothing in common but, at most, their first tokens
-    assert amount([one], [one], jobs.PADDED).tokens == 2 * (n + max(len(one.chosen), len(one.rejected)) + 1)
-    assert amount([other] * 3, [other], jobs.PACKED) == amount([other], [other], jobs.PACKED)
+    assert mean_tokens_per_pair([one], [one], jobs.PADDED).tokens == 2 * (
+        n + max(len(one.chosen), len(one.rejected)) + 1
+    )
+    assert mean_tokens_per_pair([other] * 3, [other], jobs.PACKED) == mean_tokens_per_pair(
+        [other], [other], jobs.PACKED
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,17 +135,19 @@ def test_a_pair_is_as_much_less_as_those_that_are_laid_out() -> None:
 def test_one_layer_of_a_tiny_model_has_a_pace(
     quantization: str, dense: bool, dtype: Any, packing: Packing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_module, "SECONDS", 0.02)
+    monkeypatch.setattr(pace_module, "MIN_TIMING_SECONDS", 0.02)
     what = jobs.recipe(quantization, lora={"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]})
-    place = jobs.device.choose(dtype)
-    found = measure(jobs.source(), what, place, jobs.pairs(8), packing, dense=dense)
+    place = jobs.device.select_device(dtype)
+    found = measure_layer_timing(jobs.source(), what, place, jobs.pairs(8), packing, dense=dense)
     for each in vars(found).values():
         assert 0 < each < math.inf
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_the_probe_stores_its_layer_as_a_run_does(quantization: str) -> None:
-    model, words = pace_module._one_layer(jobs.source(), jobs.recipe(quantization), jobs.CPU, jobs.PACKED, dense=False)
+    model, words = pace_module._build_one_layer_model(
+        jobs.source(), jobs.recipe(quantization), jobs.CPU, jobs.PACKED, dense=False
+    )
     loaded = jobs.load_base(jobs.source(), jobs.recipe(quantization).model, jobs.CPU)
     probed, real = (each.get_base_model() if each is model else each for each in (model, loaded))
     layers = [each.model.layers[0].mlp.up_proj for each in (probed, real)]
@@ -140,18 +174,28 @@ def test_the_probe_stores_its_layer_as_a_run_does(quantization: str) -> None:
     ],
 )
 def test_durations_have_two_units_at_most(told: float, expected: str) -> None:
-    assert time_text.duration(told) == expected
+    assert time_text.format_duration(told) == expected
 
 
 def test_the_line_tells_the_whole_and_its_parts() -> None:
-    done = Passes(steps=250, evaluations=5, trained=1, before=0, reference_train=1, reference_heldout=1, evaluated=5)
+    done = PassCounts(
+        steps=250,
+        evaluations=5,
+        trained_pairs=1,
+        extra_forward_pairs=0,
+        reference_train_pairs=1,
+        reference_heldout_pairs=1,
+        evaluated_pairs=5,
+    )
     parts = {"reference": 180.0, "steps": 3600.0, "evaluations": 420.0}
-    assert time_text.in_a_line(Timetable(done, parts, 2.0)) == (
+    assert time_text.time_estimate_line(TimeEstimate(done, parts, 2.0)) == (
         "about 1 h 10 min: reference 3 min where it is not cached, 250 steps 1 h, 5 evaluations 7 min (probe of 2.0 s "
         "on this machine)"
     )
     del parts["reference"]
-    assert time_text.in_a_line(Timetable(replace(done, steps=1, other=True), parts, 2.0)) == (
+    assert time_text.time_estimate_line(
+        TimeEstimate(replace(done, steps=1, uses_reference_model=True), parts, 2.0)
+    ) == (
         "about 1 h 7 min: 1 step 1 h, 5 evaluations 7 min, and the reference, which is another model (probe of 2.0 s "
         "on this machine)"
     )

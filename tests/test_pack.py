@@ -5,13 +5,13 @@ from dataclasses import replace
 import jobs
 import pytest
 
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.model.attention import Span
-from qlora_dpo.preference.pack import MicroBatch, Packing, collate, longest, micro_batches, padded
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate, max_sequence_tokens, micro_batches, padded_length
 
 
 def pair(prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[int, ...]) -> EncodedPair:
-    return EncodedPair(prompt, chosen, rejected, 1, digest(prompt, chosen, rejected))
+    return EncodedPair(prompt, chosen, rejected, 1, digest_ids(prompt, chosen, rejected))
 
 
 PAIR = pair((5, 6, 7), (8, 9), (10,))
@@ -56,10 +56,10 @@ def test_no_pairs_make_no_micro_batches(layout: Packing) -> None:
 def test_padded_batches_are_cut_from_the_longest_pair_down_and_filled_before_the_next_begins() -> None:
     pairs, budget = jobs.pairs(50), 128
     groups = micro_batches(pairs, within(jobs.PADDED, budget))
-    lengths = [longest(pairs[i]) for group in groups for i in group]
+    lengths = [max_sequence_tokens(pairs[i]) for group in groups for i in group]
     assert lengths == sorted(lengths, reverse=True)
     for group in groups[:-1]:
-        assert 2 * (len(group) + 1) * padded(pairs[group[0]]) > budget
+        assert 2 * (len(group) + 1) * padded_length(pairs[group[0]]) > budget
 
 
 def test_pairs_of_one_prompt_come_into_one_row() -> None:

@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention
-from qlora_dpo.model.attention import Backend, Layout, Span
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.memory import checkpoint
+from qlora_dpo.model.attention import Backend, PackedLayout, Span
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.memory import set_gradient_checkpointing
 from qlora_dpo.preference import logps, pack
-from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.packing_choice import choose_packing
 
@@ -35,11 +35,11 @@ BACKENDS = pytest.mark.parametrize("backend", ["spans", "batched"])
 def tuned(kind: str, *, lean: bool = True) -> Any:
     """A tiny model of this kind with an adapter that does something, ready for packed rows."""
     base = architectures.made(architectures.CONFIGS[kind])
-    attention.use(base)
+    attention.enable_packed_attention(base)
     torch.manual_seed(0)
     model = jobs.stirred(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")))
     if lean:
-        make_lean(model, torch.float32)
+        fuse_lora(model, torch.float32)
     return model
 
 
@@ -66,7 +66,7 @@ def drawn(seed: int, count: int) -> list[EncodedPair]:
         alike = draw.choice([(), ids(1, 6)])
         chosen, rejected = alike + ids(1, 20), alike + ids(1, 20)
         if chosen != rejected:
-            pairs.append(EncodedPair(prompt, chosen, rejected, len(pairs) + 1, digest(prompt, chosen, rejected)))
+            pairs.append(EncodedPair(prompt, chosen, rejected, len(pairs) + 1, digest_ids(prompt, chosen, rejected)))
     return pairs
 
 
@@ -76,7 +76,7 @@ def asked(model: Any, pairs: list[EncodedPair], packing: Packing) -> tuple[Tenso
     found_P2 = torch.zeros(len(pairs), 2)
     weight_P2 = torch.linspace(-1, 2, 2 * len(pairs)).view(-1, 2)
     for group in micro_batches(pairs, packing):
-        scores = score(model, collate([pairs[i] for i in group], packing), jobs.CPU)
+        scores = score_batch(model, collate([pairs[i] for i in group], packing), jobs.CPU)
         both_P2 = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
         (weight_P2[group] * both_P2).sum().backward()
         found_P2[group] = both_P2.detach()
@@ -130,7 +130,7 @@ def test_sharing_a_prefix_or_not_changes_nothing() -> None:
 def test_checkpointing_changes_nothing(layers: int) -> None:
     model, pairs = tuned("qwen2"), drawn(6, 8)
     expected = asked(model, pairs, jobs.PACKED)
-    checkpoint(model.train(), layers)
+    set_gradient_checkpointing(model.train(), layers)
     assert_same(asked(model, pairs, jobs.PACKED), expected)
 
 
@@ -138,8 +138,8 @@ def test_checkpointing_changes_nothing(layers: int) -> None:
 def test_the_heads_chunks_change_nothing(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = tuned("gemma"), drawn(7, 8)
     expected = asked(model, pairs, jobs.PACKED)
-    monkeypatch.setattr(pack, "STATES_AT_ONCE", states)
-    monkeypatch.setattr(logps, "WORDS_AT_ONCE", {"cpu": words})
+    monkeypatch.setattr(pack, "STATES_PER_CHUNK", states)
+    monkeypatch.setattr(logps, "VOCAB_TILE", {"cpu": words})
     assert_same(asked(model, pairs, jobs.PACKED), expected)
 
 
@@ -147,7 +147,7 @@ def test_the_heads_chunks_change_nothing(states: int, words: int, monkeypatch: p
 def test_the_tiles_of_attention_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = tuned("llama"), drawn(8, 8)
     expected = asked(model, pairs, jobs.PACKED)
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "SPAN_TILE", tile)
     assert_same(asked(model, pairs, jobs.PACKED), expected)
 
 
@@ -157,10 +157,10 @@ def test_a_row_where_rejected_sees_chosen_is_not_exact() -> None:
     right = collate(pairs, jobs.PACKED)
     assert right.layout is not None
     first, second, *others = right.layout.spans
-    assert second.before and second.before[-1][1] < first.stop
-    leaking = replace(second, before=((first.start, first.stop),))
-    wrong = replace(right, layout=Layout((first, leaking, *others), "spans", torch.device("cpu")))
-    sound, leaked = (score(model, batch, jobs.CPU) for batch in (right, wrong))
+    assert second.prefix and second.prefix[-1][1] < first.stop
+    leaking = replace(second, prefix=((first.start, first.stop),))
+    wrong = replace(right, layout=PackedLayout((first, leaking, *others), "spans", torch.device("cpu")))
+    sound, leaked = (score_batch(model, batch, jobs.CPU) for batch in (right, wrong))
     difference = (sound.rejected_logp_P - leaked.rejected_logp_P).abs() + (
         sound.chosen_logp_P - leaked.chosen_logp_P
     ).abs()
@@ -171,12 +171,12 @@ def test_a_row_where_rejected_sees_chosen_is_not_exact() -> None:
 def test_in_16_bits_packed_and_padded_differ_by_rounding_only(
     dtype: Any, logp_bound: float, gradient_bound: float
 ) -> None:
-    place = jobs.device.choose(dtype)
+    place = jobs.device.select_device(dtype)
     model, pairs = jobs.stirred(jobs.fresh(jobs.recipe(), place)), jobs.pairs(8)
     found = []
     for packing in (jobs.PACKED, jobs.PADDED):
         model.zero_grad()
-        scores = score(model, collate(pairs, packing), place)
+        scores = score_batch(model, collate(pairs, packing), place)
         (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
         found.append((torch.cat([scores.chosen_logp_P, scores.rejected_logp_P]).detach(), jobs.gradients(model)))
     assert jobs.apart(found[0][0], found[1][0]) < logp_bound
@@ -188,15 +188,15 @@ def test_in_16_bits_packed_and_padded_differ_by_rounding_only(
 def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Backend, heads: tuple[int, int]) -> None:
     # prompt 0-7 with answers 7-10 and 10-15, and a second turn 15-19 that follows the first answer
     spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
-    layout = Layout(spans, backend, torch.device("cpu"))
+    layout = PackedLayout(spans, backend, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, count, 19, 8, dtype=torch.float64, generator=generator) for count in (heads[0], *heads[1:] * 2)
     )
-    found = attention.backend_of(backend)(query, key, value, layout, 0.3)
+    found = attention.attention_function(backend)(query, key, value, layout, 0.3)
     group = heads[0] // heads[1]
     for span in spans:
-        places = [i for start, stop in span.stretches for i in range(start, stop)]
+        places = [i for start, stop in span.visible_ranges for i in range(start, stop)]
         wide = [part[:, :, places].repeat_interleave(group, 1) for part in (key, value)]
         scores = query[:, :, places] @ wide[0].transpose(2, 3) * 0.3
         hidden = torch.ones(len(places), len(places), dtype=torch.bool).triu(1)
@@ -205,7 +205,7 @@ def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Back
 
 
 def test_varlen_is_told_where_each_spans_queries_and_keys_lie() -> None:
-    layout = Layout((Span(0, 5), Span(5, 6, ((0, 3),))), "varlen", torch.device("cpu"))
+    layout = PackedLayout((Span(0, 5), Span(5, 6, ((0, 3),))), "varlen", torch.device("cpu"))
     index = {name: numbers.tolist() for name, numbers in layout.index.items()}
     assert (index["queries"], index["keys"]) == ([0, 5, 6], [0, 5, 9])
     assert index["token"] == [0, 1, 2, 3, 4, 0, 1, 2, 5]
@@ -251,7 +251,7 @@ def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
     ]
     found, slopes = [], []
     for backend in ("varlen", "batched"):
-        answer = attention.backend_of(backend)(*parts, Layout(spans, backend, torch.device("cpu")), 0.3)
+        answer = attention.attention_function(backend)(*parts, PackedLayout(spans, backend, torch.device("cpu")), 0.3)
         slopes.append(torch.autograd.grad((answer * torch.arange(8)).sum(), parts))
         found.append(answer)
     torch.testing.assert_close(found[0], found[1])
@@ -262,7 +262,7 @@ def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_that_rows_can_serve_is_given_rows(kind: str, dtype: Any) -> None:
     base, pairs = architectures.made(architectures.CONFIGS[kind]), drawn(9, 12)
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.device.choose(dtype))
+    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.device.select_device(dtype))
     assert packing.backend == "spans"
     assert why == "packed rows of up to 300 tokens, attention by spans"
 
@@ -280,7 +280,7 @@ def test_a_model_that_rows_cannot_serve_gets_padded_batches_and_is_told_why(kind
     packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
     assert packing.backend is None
     assert why == f"padded batches, since {reason}"
-    assert score(base, collate(pairs, packing), jobs.CPU).chosen_logp_P.isfinite().all()
+    assert score_batch(base, collate(pairs, packing), jobs.CPU).chosen_logp_P.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_model_that_rows_cannot_serve_gets_padded_batches_and_is_told_why(kind
 )
 def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: Any, share: float, says: str) -> None:
     base, pairs = architectures.made(architectures.CONFIGS["llama"]), jobs.pairs(9)
-    place = jobs.device.choose(dtype)
+    place = jobs.device.select_device(dtype)
     # a layer that looks at the token to the left, as convolutions and recurrences do, whichever sequence it is of
     base.model.layers[0].register_forward_hook(lambda layer, inputs, out: out + share * out.roll(1, 1))
     packing, why = choose_packing(base, pairs, 300, jobs.PAD, place)
@@ -338,5 +338,5 @@ def test_without_a_layout_a_model_for_rows_computes_as_before() -> None:
     base = architectures.made(architectures.CONFIGS["qwen2"])
     ids = torch.arange(3, 40)[None]
     before = base(input_ids=ids).logits
-    attention.use(base)
+    attention.enable_packed_attention(base)
     assert torch.equal(base(input_ids=ids).logits, before)

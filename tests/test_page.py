@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from served import Served, dictating, served
 
-from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.sampling import SamplingParams
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")
 
@@ -199,7 +199,7 @@ def test_the_page_is_usable_by_keyboard_alone(page: Page, votes: Path) -> None:
 
 
 def test_escape_stops_an_answer_and_keeps_what_was_said(browser: Any) -> None:
-    with served(Settings(temperature=0, max_new_tokens=900, seed=0)) as server:
+    with served(SamplingParams(temperature=0, max_new_tokens=900, seed=0)) as server:
         page = Page(browser, server)
         page.until(lambda: page.texts("#voices label"))
         page.one("#text").send_keys("rice?", Keys.ENTER)
@@ -215,7 +215,7 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\x1b[31m<style>*
 
 
 def test_text_of_a_model_is_text(browser: Any) -> None:
-    with served(Settings(temperature=0, max_new_tokens=200, seed=0), model=dictating(HOSTILE)) as server:
+    with served(SamplingParams(temperature=0, max_new_tokens=200, seed=0), model=dictating(HOSTILE)) as server:
         server.service.models = {"tuned": "model"}
         page = Page(browser, server)
         said = page.ask("<b>rice?</b>", answers=1)

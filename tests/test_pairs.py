@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_dpo.data.pairs import Pair, Shape, find_pairs
-from qlora_dpo.data.sources import Rows, read_rows
+from qlora_dpo.data.pairs import Pair, PreferenceFormat, parse_pairs
+from qlora_dpo.data.sources import SourceRows, read_rows
 from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -21,22 +21,22 @@ NO = {"role": "assistant", "content": "No."}
 YES = {"role": "assistant", "content": "Yes."}
 
 
-def rows(*found: dict[str, Any]) -> Rows:
-    return Rows("rows", list(found), lambda row: f"row {row}")
+def rows(*found: dict[str, Any]) -> SourceRows:
+    return SourceRows("rows", list(found), lambda row: f"row {row}")
 
 
-def real(name: str) -> Rows:
+def real(name: str) -> SourceRows:
     return read_rows(DataTable(train=str(SHARED / name), eval="./other.jsonl"), "train")
 
 
 HH = {"chosen": "\n\nHuman: Is it late?\n\nAssistant: No.", "rejected": "\n\nHuman: Is it late?\n\nAssistant: Yes."}
 
-SHAPES: list[tuple[Shape, dict[str, Any], tuple[dict[str, str], ...]]] = [
-    (Shape.HH, HH, (ASK,)),
-    (Shape.HH, HH | {"prompt": None}, (ASK,)),
-    (Shape.STRINGS, {"prompt": "Is it late?", "chosen": "No.", "rejected": "Yes."}, (ASK,)),
+SHAPES: list[tuple[PreferenceFormat, dict[str, Any], tuple[dict[str, str], ...]]] = [
+    (PreferenceFormat.HH, HH, (ASK,)),
+    (PreferenceFormat.HH, HH | {"prompt": None}, (ASK,)),
+    (PreferenceFormat.STRINGS, {"prompt": "Is it late?", "chosen": "No.", "rejected": "Yes."}, (ASK,)),
     (
-        Shape.HH_PROMPT,
+        PreferenceFormat.HH_PROMPT,
         {
             "prompt": "\n\nHuman: Is it late?\n\nAssistant: Yes.\n\nHuman: Is it late?\n\nAssistant:",
             "response": " No.",
@@ -46,55 +46,57 @@ SHAPES: list[tuple[Shape, dict[str, Any], tuple[dict[str, str], ...]]] = [
         (ASK, YES, ASK),
     ),
     (
-        Shape.HH_PROMPT,
+        PreferenceFormat.HH_PROMPT,
         {"prompt": "Human: Is it late?\n\nAssistant: ", "chosen": "No.", "rejected": "Yes."},
         (ASK,),
     ),
-    (Shape.MESSAGES, {"prompt": [SYSTEM, ASK], "chosen": [NO], "rejected": [YES]}, (SYSTEM, ASK)),
-    (Shape.CHATS, {"prompt": "Is it late?", "chosen": [ASK, NO], "rejected": [ASK, YES]}, (ASK,)),
+    (PreferenceFormat.MESSAGES, {"prompt": [SYSTEM, ASK], "chosen": [NO], "rejected": [YES]}, (SYSTEM, ASK)),
+    (PreferenceFormat.CHATS, {"prompt": "Is it late?", "chosen": [ASK, NO], "rejected": [ASK, YES]}, (ASK,)),
     (
-        Shape.CHATS,
+        PreferenceFormat.CHATS,
         {"prompt": [SYSTEM, ASK], "chosen": [SYSTEM, ASK, NO], "rejected": [SYSTEM, ASK, YES]},
         (SYSTEM, ASK),
     ),
-    (Shape.CHATS, {"chosen": [ASK, YES, ASK, NO], "rejected": [ASK, YES, ASK, YES]}, (ASK, YES, ASK)),
+    (PreferenceFormat.CHATS, {"chosen": [ASK, YES, ASK, NO], "rejected": [ASK, YES, ASK, YES]}, (ASK, YES, ASK)),
 ]
 
 
 @pytest.mark.parametrize(("shape", "row", "prompt"), SHAPES)
-def test_every_shape_gives_the_same_pair(shape: Shape, row: dict[str, Any], prompt: tuple[dict[str, str], ...]) -> None:
-    found = find_pairs(rows(row))
-    assert found.shape == shape
+def test_every_shape_gives_the_same_pair(
+    shape: PreferenceFormat, row: dict[str, Any], prompt: tuple[dict[str, str], ...]
+) -> None:
+    found = parse_pairs(rows(row))
+    assert found.format == shape
     assert found.dropped == {}
     assert found.pairs == [Pair(prompt, "No.", "Yes.", 1, {})]
 
 
 def test_the_first_row_with_answers_decides_the_shape() -> None:
-    found = find_pairs(rows({"chosen": None, "rejected": None}, HH))
-    assert (found.shape, [pair.row for pair in found.pairs]) == (Shape.HH, [2])
+    found = parse_pairs(rows({"chosen": None, "rejected": None}, HH))
+    assert (found.format, [pair.row for pair in found.pairs]) == (PreferenceFormat.HH, [2])
     assert found.dropped == {"chosen is null": [1]}
 
 
 def test_a_defect_in_the_first_hh_row_does_not_hide_the_shape() -> None:
-    found = find_pairs(rows(HH | {"chosen": "No."}, HH))
-    assert (found.shape, [pair.row for pair in found.pairs]) == (Shape.HH, [2])
+    found = parse_pairs(rows(HH | {"chosen": "No."}, HH))
+    assert (found.format, [pair.row for pair in found.pairs]) == (PreferenceFormat.HH, [2])
     assert found.dropped == {"no Human turn at the start": [1]}
 
 
 def test_a_marked_prompt_among_plain_ones_is_not_taken_as_plain_text() -> None:
     plain = {"prompt": "Is it late?", "chosen": "No.", "rejected": "Yes."}
-    found = find_pairs(rows(plain, plain | {"prompt": "\n\nHuman: Is it late?\n\nAssistant:"}))
+    found = parse_pairs(rows(plain, plain | {"prompt": "\n\nHuman: Is it late?\n\nAssistant:"}))
     assert found.dropped == {"prompt is marked as HH text, unlike the first row's": [2]}
 
 
 def test_columns_to_keep_stay_with_the_pair_as_text() -> None:
     plain = {"prompt": "Is it late?", "chosen": "No.", "rejected": "Yes.", "kind": 7, "note": None}
-    found = find_pairs(rows(plain), keep={"kind": "a", "note": "b"})
+    found = parse_pairs(rows(plain), extra_columns={"kind": "a", "note": "b"})
     assert found.pairs[0].extra == {"kind": "7", "note": ""}
 
 
 def test_white_space_of_plain_strings_is_kept() -> None:
-    found = find_pairs(rows({"prompt": " Is it?\n", "chosen": " No. ", "rejected": "\tYes."}))
+    found = parse_pairs(rows({"prompt": " Is it?\n", "chosen": " No. ", "rejected": "\tYes."}))
     assert found.pairs == [Pair(({"role": "user", "content": " Is it?\n"},), " No. ", "\tYes.", 1, {})]
 
 
@@ -125,7 +127,7 @@ def starts(part: str) -> bool:
 @needs_shared
 @pytest.mark.parametrize("name", ["hh/helpful-base/test.jsonl.gz", "hh/helpful-online/test.jsonl.gz"])
 def test_defects_of_real_hh_rows_are_those_that_string_search_finds(name: str) -> None:
-    found = find_pairs(real(name))
+    found = parse_pairs(real(name))
     with gzip.open(SHARED / name, "rt", encoding="utf-8") as file:
         expected = [defect(json.loads(line)) for line in file]
     assert [pair.row for pair in found.pairs] == [row for row, reason in enumerate(expected, 1) if reason is None]
@@ -139,18 +141,18 @@ def test_marked_prompts_give_the_pairs_of_the_whole_dialogues_they_were_made_fro
     whole = {
         (pair.chosen, pair.rejected, json.dumps(pair.prompt))
         for name in ("hh/helpful-base/test.jsonl.gz", "hh/helpful-online/test.jsonl.gz")
-        for pair in find_pairs(real(name)).pairs
+        for pair in parse_pairs(real(name)).pairs
     }
-    marked = find_pairs(real("hh/full-hh-style.jsonl.gz"))
-    assert marked.shape == Shape.HH_PROMPT
+    marked = parse_pairs(real("hh/full-hh-style.jsonl.gz"))
+    assert marked.format == PreferenceFormat.HH_PROMPT
     assert {(pair.chosen, pair.rejected, json.dumps(pair.prompt)) for pair in marked.pairs} == whole
 
 
 @needs_shared
 def test_real_ultrafeedback_chats_are_split_before_the_last_turn() -> None:
     source = real("ultrafeedback/messages-train.jsonl.gz")
-    found = find_pairs(source)
-    assert found.shape == Shape.CHATS
+    found = parse_pairs(source)
+    assert found.format == PreferenceFormat.CHATS
     for pair in found.pairs:
         row = source.rows[pair.row - 1]
         assert pair.prompt[-1]["content"] == row["prompt"]
@@ -160,6 +162,6 @@ def test_real_ultrafeedback_chats_are_split_before_the_last_turn() -> None:
 
 @needs_shared
 def test_every_real_oasst_pair_is_usable() -> None:
-    found = find_pairs(real("oasst/messages-pairs.jsonl.gz"))
-    assert (found.shape, len(found.pairs), found.dropped) == (Shape.MESSAGES, 754, {})
+    found = parse_pairs(real("oasst/messages-pairs.jsonl.gz"))
+    assert (found.format, len(found.pairs), found.dropped) == (PreferenceFormat.MESSAGES, 754, {})
     assert any(len(pair.prompt) > 1 for pair in found.pairs)

@@ -14,12 +14,12 @@ import pytest
 import tiny
 from workplace import rows
 
-from qlora_dpo.recipe.objective import TABLES, ReferenceFree, loss_types
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, ReferenceFree, loss_types
 
 pytestmark = jobs.LIBRARIES_WARN
 TESTS = Path(__file__).parent
 
-LOSSES: dict[str, list[str]] = {loss: [] for table in TABLES for loss in loss_types(table)} | {
+LOSSES: dict[str, list[str]] = {loss: [] for table in OBJECTIVE_TABLES for loss in loss_types(table)} | {
     "robust": ["objective.label_smoothing=0.1"],
     "sum": ["objective.losses={ sigmoid = 0.8, bco_pair = 0.2 }"],
     "odpo": ['objective.score_columns=["better", "worse"]'],
@@ -57,7 +57,7 @@ Case = tuple[str, str, str, str]
 """A loss, a reference, an adapter and a quantization."""
 CHOICES: tuple[Sequence[str], ...] = (list(LOSSES), list(REFERENCES), list(ADAPTERS), list(QUANTIZATIONS))
 
-NO_REFERENCE = {loss for table in TABLES if issubclass(table, ReferenceFree) for loss in loss_types(table)}
+NO_REFERENCE = {loss for table in OBJECTIVE_TABLES if issubclass(table, ReferenceFree) for loss in loss_types(table)}
 
 
 def pairwise(*choices: Sequence[str]) -> list[tuple[str, ...]]:

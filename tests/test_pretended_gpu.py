@@ -33,31 +33,31 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qlora_dpo.cli import main
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.errors import INTERRUPTED
+from qlora_dpo.errors import EXIT_INTERRUPTED
 from qlora_dpo.model import attention, device, sources
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import adapter_off, attach, trainable
-from qlora_dpo.model.sources import Source
-from qlora_dpo.planning.room import judged
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import Columns, dpo
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
+from qlora_dpo.model.sources import ModelSource
+from qlora_dpo.planning.room import assess_fit
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.objective import LossColumns, dpo
 from qlora_dpo.preference.pack import Packing, collate
-from qlora_dpo.preference.reference import Store, reference_logps
-from qlora_dpo.preference.token_weights import counted
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.model import LoraTable, ModelTable
-from qlora_dpo.recipe.objective import TABLES, loss_types
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
 from qlora_dpo.report import write
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import loop, reference_pass
 from qlora_dpo.training import run as run_module
-from qlora_dpo.training.data_order import make_plan
-from qlora_dpo.training.evaluate import Side
-from qlora_dpo.training.loop import Job, fit
-from qlora_dpo.training.run import Outcome, prepare, run
+from qlora_dpo.training.data_order import make_data_order
+from qlora_dpo.training.evaluate import PreferenceDataset
+from qlora_dpo.training.loop import TrainContext, train_loop
+from qlora_dpo.training.run import TrainingResult, prepare_data, run_training
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -67,7 +67,9 @@ HOUSE_RULES = Path(__file__).parents[1] / "recipes" / "house_rules"
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "draw", lambda *some: [])  # a third of the time of a tiny run, and nobody looks at them
+    monkeypatch.setattr(
+        write, "draw_plots", lambda *some: []
+    )  # a third of the time of a tiny run, and nobody looks at them
 
 
 # whole commands: train, stop and resume, and what is done with the adapter
@@ -111,7 +113,7 @@ def train_stop_and_resume(card: str, home: Path) -> Trained:
     workplace.furnish(home, RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(write, "draw", lambda *some: [])
+        patch.setattr(write, "draw_plots", lambda *some: [])
         with pretended_gpu(card):
             assert main(["train", "tiny.toml", "-o", "whole"]) == 0
         with pretended_gpu(card):
@@ -122,7 +124,7 @@ def train_stop_and_resume(card: str, home: Path) -> Trained:
 
 
 def insist_on_one_adapter(trained: Trained) -> None:
-    assert trained.stopped == INTERRUPTED
+    assert trained.stopped == EXIT_INTERRUPTED
     whole, resumed = (trained.home / run / "adapter_model.safetensors" for run in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
 
@@ -234,7 +236,7 @@ def test_a_sweep_trains_on_one_base_in_the_card(on_the_card: Trained, capsys: py
     peaks = [
         max(
             line["memory_bytes"]
-            for line in read(Path("adapters/tiny-sweep", each["name"], METRICS))
+            for line in read_metrics(Path("adapters/tiny-sweep", each["name"], METRICS))
             if "memory_bytes" in line
         )
         for each in (first, second)
@@ -253,13 +255,13 @@ ON_TURING = [("nf4", "plain"), ("nf4", "DoRA"), ("fp4", "plain"), ("int8", "drop
 ON_AMPERE = [("nf4", "DoRA"), ("fp4", "dropout, recomputed"), ("int8", "plain"), ("none", "plain")]
 
 
-def trained_here(folder: Path, **tables: dict[str, Any]) -> Outcome:
+def trained_here(folder: Path, **tables: dict[str, Any]) -> TrainingResult:
     """Train the tiny model for two steps on the device that there is."""
     folder.mkdir(parents=True, exist_ok=True)
     what = two_stages.recipe(folder, **{**tables, "model": {"dtype": "auto", **tables.get("model", {})}})
-    prepared = prepare(what)
-    with Tracker(folder, 2) as tracker:
-        return run(prepared, what, device.choose(what.model.dtype), tracker, None)
+    prepared = prepare_data(what)
+    with RunLog(folder, 2) as tracker:
+        return run_training(prepared, what, device.select_device(what.model.dtype), tracker, None)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +306,7 @@ def test_an_8_bit_optimizer_learns_what_adamw_learns(tmp_path: Path) -> None:
 def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path) -> None:
     table = {"kind": "model", "name": jobs.source().name, "quantization": "none"}
     with pretended_gpu("a10") as gpu:
-        whole, found = reference_pass.ask_other, list[int]()
+        whole, found = reference_pass.precompute_with_reference_model, list[int]()
 
         def ask_other(*arguments: Any, **keys: Any) -> Any:
             before = gpu.memory.now
@@ -313,7 +315,7 @@ def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path
             return asked
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module, "ask_other", ask_other)
+            patch.setattr(run_module, "precompute_with_reference_model", ask_other)
             state = trained_here(tmp_path, reference=table).state
     assert found == [0]
     assert state.evals[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)  # it is the base itself
@@ -321,7 +323,7 @@ def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path
 
 # losses
 
-LOSSES = [loss for table in TABLES for loss in loss_types(table)]
+LOSSES = [loss for table in OBJECTIVE_TABLES for loss in loss_types(table)]
 NEEDED: dict[str, dict[str, Any]] = {
     "robust": {"label_smoothing": 0.1},
     "sum": {"losses": {"sigmoid": 0.8, "ipo": 0.2}},
@@ -347,11 +349,11 @@ def two_steps(place: Device, folder: Path) -> dict[str, Steps]:
     """Two steps with every objective, each from the same pairs, adapter and base, of which one layer is enough."""
     base = jobs.base_model(place=place)
     del base.model.layers[1:]
-    model = attach(base, LoraTable(r=4), 0)
-    make_lean(model, place.torch_dtype)
+    model = attach_lora(base, LoraTable(r=4), 0)
+    fuse_lora(model, place.torch_dtype)
     start, found = jobs.adapter(model), {}
     for name, objective in OBJECTIVES.items():
-        for parameter, value in zip(trainable(model).values(), start.values(), strict=True):
+        for parameter, value in zip(trainable_parameters(model).values(), start.values(), strict=True):
             parameter.data.copy_(value)
         found[name] = fitted(model, jobs.recipe(objective=objective, train={"max_steps": 2}), place, folder / name)
     return found
@@ -360,19 +362,19 @@ def two_steps(place: Device, folder: Path) -> dict[str, Steps]:
 def fitted(model: Any, what: Recipe, place: Device, folder: Path) -> Steps:
     """Train on random pairs, which have all columns that an objective may read."""
     folder.mkdir(parents=True)
-    packing = Packing(128, jobs.PAD, place.attention, counted(what.objective))
-    generator, sides, store = torch.Generator().manual_seed(0), [], Store(folder / "reference")
+    packing = Packing(128, jobs.PAD, place.attention, make_token_weighting(what.objective))
+    generator, sides, store = torch.Generator().manual_seed(0), [], ReferenceLogpCache(folder / "reference")
     for seed, count in ((0, 8), (1, 1)):
         pairs = jobs.pairs(count, seed)
         scores_P2 = torch.rand(count, 2, generator=generator).sort(1, descending=True).values
         label_P = torch.arange(count) % 2 == 0 if what.objective.loss_type == "kto" else None
-        columns = Columns(None, None, scores_P2, label_P)
-        sides.append(Side(pairs, reference_logps(model, pairs, store, packing, place), columns))
-    job = Job(what, place, make_plan(8, what.train), *sides, packing, folder, store)
-    with Tracker(folder, 2) as tracker, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate_now", lambda *some: None)  # two thirds of the time, and the same for all
-        state = fit(model, job, jobs.start(job), tracker)
-    lines = [line for line in read(folder / METRICS) if line["kind"] == "train"]
+        columns = LossColumns(None, None, scores_P2, label_P)
+        sides.append(PreferenceDataset(pairs, compute_reference_logps(model, pairs, store, packing, place), columns))
+    job = TrainContext(what, place, make_data_order(8, what.train), *sides, packing, folder, store)
+    with RunLog(folder, 2) as tracker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "run_evaluation", lambda *some: None)  # two thirds of the time, and the same for all
+        state = train_loop(model, job, jobs.start(job), tracker)
+    lines = [line for line in read_metrics(folder / METRICS) if line["kind"] == "train"]
     return Steps(jobs.column(lines, "loss"), state.skipped_steps)
 
 
@@ -382,7 +384,7 @@ def by_objective(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, St
     AcceleratorState._reset_state(True)
     in_float32 = two_steps(jobs.CPU, tmp_path_factory.mktemp("cpu"))
     with pretended_gpu("t4"):
-        return two_steps(device.choose("auto"), tmp_path_factory.mktemp("t4")), in_float32
+        return two_steps(device.select_device("auto"), tmp_path_factory.mktemp("t4")), in_float32
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -399,7 +401,7 @@ def test_every_objective_takes_in_fp16_the_steps_that_it_takes_in_float32(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     """The tiny Qwen2 with five times its weights, so that its states and logits differ as those of a trained one do."""
     folder, model = tmp_path_factory.mktemp("base"), tiny.qwen2()
     generator = torch.Generator().manual_seed(0)
@@ -407,35 +409,35 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    return sources.fetch(ModelTable(name=str(folder)))
+    return sources.fetch_model(ModelTable(name=str(folder)))
 
 
-def real_pairs(source: Source, count: int) -> list[EncodedPair]:
+def real_pairs(source: ModelSource, count: int) -> list[EncodedPair]:
     """Pairs of recipes/house_rules, which people wrote and SmolLM2 answered."""
     table = DataTable(train=str(HOUSE_RULES / "train.jsonl"), max_length=1024, max_train_samples=count)
     return list(load_pairs(table, "train", load_tokenizer(source), 0, {}).encoded)
 
 
-def figures(source: Source, quantization: str) -> tuple[Tensor, Tensor]:
+def figures(source: ModelSource, quantization: str) -> tuple[Tensor, Tensor]:
     """Log-probabilities of real answers under a random adapter, and the gradient of their DPO loss.
 
     In float32 on the CPU, on a pretended card in 16 bits, with a loss scale in fp16.
     """
-    place = device.choose("auto" if device.has_gpu() else "fp32")
+    place = device.select_device("auto" if device.has_gpu() else "fp32")
     base = load_base(source, ModelTable(name=source.name, quantization=quantization), place)
-    attention.use(base)
-    model = attach(base, LoraTable(r=4), 0)
+    attention.enable_packed_attention(base)
+    model = attach_lora(base, LoraTable(r=4), 0)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    make_lean(model, place.torch_dtype)
+    fuse_lora(model, place.torch_dtype)
     batch = collate(real_pairs(source, 16), Packing(4096, jobs.PAD, place.attention)).to(place.torch_device)
-    with adapter_off(model), torch.no_grad():
-        reference = score(model, batch, place)
-    found = score(model.train(), batch, place)
+    with adapter_disabled(model), torch.no_grad():
+        reference = score_batch(model, batch, place)
+    found = score_batch(model.train(), batch, place)
     margin_P = found.chosen_logp_P - found.rejected_logp_P - reference.chosen_logp_P + reference.rejected_logp_P
-    scale = 2.0**12 if place.grad_scaler else 1.0
+    scale = 2.0**12 if place.needs_grad_scaler else 1.0
     (dpo(margin_P, 0.1).mean() * scale).backward()
     logps_P2 = torch.stack([found.chosen_logp_P, found.rejected_logp_P], 1)
     return logps_P2.detach().cpu(), (jobs.gradients(model) / scale).cpu()
@@ -444,7 +446,7 @@ def figures(source: Source, quantization: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize(("card", "apart", "cosine"), [("t4", 1e-4, 0.9999), ("a10", 5e-3, 0.98)])
 def test_16_bits_give_the_log_probabilities_and_the_gradient_of_float32(
-    card: str, apart: float, cosine: float, quantization: str, source: Source
+    card: str, apart: float, cosine: float, quantization: str, source: ModelSource
 ) -> None:
     """Measured: 2e-5 and 0.999998 in fp16 with a float32 stream, 2e-3 and 0.994 in bf16."""
     logps_P2, slope = figures(source, quantization)
@@ -486,10 +488,10 @@ def limited(patch: pytest.MonkeyPatch, gpu: PretendedGPU, module: Any, name: str
 @pytest.mark.parametrize(
     ("module", "name", "rows", "what"),
     [
-        (loop, "gradient", 256, "step 1"),
+        (loop, "accumulate_gradients", 256, "step 1"),
         (loop, "evaluate", 256, "evaluation after step 0"),
         # whose rows are as large as the plan allows; those of a step hold one pair, be they of 16 tokens or of 8
-        (reference_pass, "reference_logps", 16, "reference pass"),
+        (reference_pass, "compute_reference_logps", 16, "reference pass"),
     ],
     ids=["step", "evaluation", "reference"],
 )
@@ -497,7 +499,7 @@ def test_where_memory_ends_rows_are_halved_and_the_adapter_is_that_of_a_run_in_s
     module: Any, name: str, rows: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Tracker, "note", lambda tracker, text: said.append(text))
+    monkeypatch.setattr(RunLog, "info", lambda tracker, text: said.append(text))
 
     def trained(run: str, tokens: int, most: int | None = None) -> tuple[dict[str, Tensor], int]:
         monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / run / "cache"))
@@ -515,19 +517,19 @@ def test_where_memory_ends_rows_are_halved_and_the_adapter_is_that_of_a_run_in_s
     assert before is not None
     tokens = int(before[1])
     assert told == f"{what}: out of memory with rows of {tokens} tokens; rows of {tokens // 2} from here on"
-    assert name == "reference_logps" or tokens == rows
+    assert name == "compute_reference_logps" or tokens == rows
     assert taken < whole
     assert jobs.all_apart(found, adapter) == 0
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def deep(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     """A Qwen2 of six layers: as in a real one, most of what a step takes is what layers keep."""
     folder, shape = tmp_path_factory.mktemp("deep"), tiny.qwen2().config.to_dict()
     shape |= {"num_hidden_layers": 6, "layer_types": None, "hidden_size": 128, "intermediate_size": 384}
     Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    return sources.fetch(ModelTable(name=str(folder)))
+    return sources.fetch_model(ModelTable(name=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -535,7 +537,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Source:
     [("t4", "nf4", {}), ("t4", "none", {"gradient_checkpointing": True}), ("a10", "int8", {})],
 )
 def test_the_planned_bytes_are_the_counted_ones(
-    card: str, quantization: str, train: dict[str, Any], deep: Source, tmp_path: Path
+    card: str, quantization: str, train: dict[str, Any], deep: ModelSource, tmp_path: Path
 ) -> None:
     """All parts but two that nothing can count here: CUDA's context, and what fragmentation takes.
 
@@ -554,11 +556,13 @@ def test_the_planned_bytes_are_the_counted_ones(
             data={"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "max_length": 1024},
             train={"batch_size": 1, "max_steps": 2, **train},
         )
-        prepared, here = prepare(what), device.choose("auto")
-        memory, _ = judged(prepared, what, here)
-        with Tracker(tmp_path, 2) as tracker:
-            run(prepared, what, here, tracker, None)
-    planned = {name: each for name, each in memory.parts.items() if not name.startswith(("framework", "fragmentation"))}
+        prepared, here = prepare_data(what), device.select_device("auto")
+        memory, _ = assess_fit(prepared, what, here)
+        with RunLog(tmp_path, 2) as tracker:
+            run_training(prepared, what, here, tracker, None)
+    planned = {
+        name: each for name, each in memory.bytes_by_part.items() if not name.startswith(("framework", "fragmentation"))
+    }
     assert sum(planned.values()) == pytest.approx(gpu.memory.peak, rel=0.1)
 
 
@@ -575,7 +579,7 @@ Once for losses and figures of all pairs, once for the norm of the gradient, and
 def test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch(
     card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradient, take_step, micro_batches, waits = loop.gradient, loop._step, list[int](), list[int]()
+    gradient, take_step, micro_batches, waits = loop.accumulate_gradients, loop._train_step, list[int](), list[int]()
 
     def counted_gradient(model: Any, job: Any, state: Any, backward: Any, *others: Any) -> list[int]:
         def counted_backward(loss: Tensor) -> None:
@@ -593,8 +597,8 @@ def test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch(
         assert set(micro_batches) == {before}
         return taken
 
-    monkeypatch.setattr(loop, "gradient", counted_gradient)
-    monkeypatch.setattr(loop, "_step", counted_step)
+    monkeypatch.setattr(loop, "accumulate_gradients", counted_gradient)
+    monkeypatch.setattr(loop, "_train_step", counted_step)
     with pretended_gpu(card) as gpu:
         table = {"micro_batch_tokens": 64, "max_steps": 3, "logging_steps": 3, "num_train_epochs": 2}
         trained_here(tmp_path, model={"quantization": "nf4"}, train=table)

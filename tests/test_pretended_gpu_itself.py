@@ -11,7 +11,7 @@ import torch
 from pretended_gpu import MixedDevicesError, PretendedGPU, pretended_gpu
 from pretended_kernels import fused_kernel_rule
 
-from qlora_dpo.model.gpu_specs import CARDS
+from qlora_dpo.model.gpu_specs import GPU_SPECS
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_autocast_computes_products_in_16_bits_and_sums_in_32(gpu: PretendedGPU)
 )
 def test_products_of_few_tokens_are_fused_as_bitsandbytes_decides(card: str, most: dict[tuple[int, int], int]) -> None:
     """The shapes of Qwen2-0.5B: q_proj and, inputs first, down_proj on a T4 and gate_proj on an H200."""
-    rule = fused_kernel_rule(pretended.MULTIPROCESSORS[card], *CARDS[card].capability)
+    rule = fused_kernel_rule(pretended.MULTIPROCESSORS[card], *GPU_SPECS[card].capability)
     dtype = torch.float16 if card == "t4" else torch.bfloat16
     for (one, other), tokens in most.items():
         words, width = (one, other) if card == "t4" else (other, one)

@@ -25,9 +25,9 @@ from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.model import device
 from qlora_dpo.model.distributed import deepspeed_engine, processes
-from qlora_dpo.model.gpu_specs import CARDS
+from qlora_dpo.model.gpu_specs import GPU_SPECS
 from qlora_dpo.recipe.shipped import accelerate_configs
-from qlora_dpo.training.oom_retry import as_it_fits
+from qlora_dpo.training.oom_retry import retry_with_smaller_rows
 
 pytestmark = jobs.LIBRARIES_WARN
 HERE = Path(__file__).parent
@@ -177,7 +177,7 @@ def test_processes_that_have_other_data_refuse_to_train(several: Together) -> No
 def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "sharded", lambda: True)
+    monkeypatch.setattr(processes, "is_sharded", lambda: True)
     monkeypatch.setattr(processes.signal, "signal", lambda *ignored: None)
     what = jobs.recipe()
     job = jobs.job(jobs.fresh(what), what, tmp_path, 4, 1)
@@ -187,7 +187,7 @@ def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(
             raise error
 
         with pytest.raises(QloraDpoError) as caught:
-            as_it_fits("step 3", work, job, jobs.start(job), print)
+            retry_with_smaller_rows("step 3", work, job, jobs.start(job), print)
         return str(caught.value)
 
     assert ended(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == (
@@ -203,11 +203,11 @@ def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 6))
 def test_each_pair_belongs_to_one_process_and_all_have_about_the_same(costs: list[int], count: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "count", lambda: count)
+        patch.setattr(processes, "world_size", lambda: count)
         shares = []
         for index in range(count):
-            patch.setattr(processes, "index", lambda index=index: index)
-            shares.append(list(processes.share(costs)))
+            patch.setattr(processes, "rank", lambda index=index: index)
+            shares.append(list(processes.partition_by_cost(costs)))
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     # a pair is not divided, so a share may be off by one of them
     assert max(sum(costs[i] for i in share) for share in shares) <= sum(costs) / count + max(costs)
@@ -310,11 +310,11 @@ def test_a_shipped_config_file_starts_processes_that_share_out_what_it_is_for(
     for name, value in starts.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    processes.sharing.cache_clear()
+    processes.sharding_strategy.cache_clear()
     try:
-        assert processes.sharing() == SHIPPED[file.stem]
+        assert processes.sharding_strategy() == SHIPPED[file.stem]
     finally:
-        processes.sharing.cache_clear()
+        processes.sharding_strategy.cache_clear()
 
 
 def test_all_config_files_are_shipped() -> None:
@@ -346,18 +346,18 @@ def train_as_one_of_two(environment: dict[str, str], monkeypatch: pytest.MonkeyP
     """The exit code of `train` in the first of two processes that accelerate has started with this environment."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", **environment}.items():
         monkeypatch.setenv(name, value)
-    processes.sharing.cache_clear()
+    processes.sharding_strategy.cache_clear()
     try:
         return main(["train", "r.toml"])
     finally:
-        processes.sharing.cache_clear()
+        processes.sharding_strategy.cache_clear()
 
 
 def test_zero_2_is_refused_where_gradients_are_scaled(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deepspeed_engine, "version", lambda _: "0.19.0")
-    monkeypatch.setattr(device, "choose", lambda _: device.on_card(CARDS["t4"]))
+    monkeypatch.setattr(device, "select_device", lambda _: device.device_for_gpu(GPU_SPECS["t4"]))
     assert train_as_one_of_two({**ZERO_3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, monkeypatch) == 2
     assert capsys.readouterr().err == (
         "qlora-dpo: ZeRO-2 cannot step by the scaled gradients of fp16, in which Tesla T4 computes; take "
@@ -426,9 +426,9 @@ def test_what_cannot_be_sharded_is_refused(
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", **asked}.items():
         monkeypatch.setenv(name, value)
-    processes.sharing.cache_clear()
+    processes.sharding_strategy.cache_clear()
     try:
         assert main(["train", "r.toml", *(word for each in changed for word in ("--set", each))]) == 2
     finally:
-        processes.sharing.cache_clear()
+        processes.sharding_strategy.cache_clear()
     assert capsys.readouterr().err == f"qlora-dpo: {sentence}\n"

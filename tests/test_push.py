@@ -15,7 +15,7 @@ from hub import Hub
 from workplace import Workplace, closed_port
 
 from qlora_dpo.cli import main
-from qlora_dpo.manifest import damage, write_manifest
+from qlora_dpo.manifest import find_damage, write_manifest
 from qlora_dpo.recipe import recipe
 
 BASE = "acme/small"
@@ -77,7 +77,7 @@ def test_an_adapter_is_sent_and_read_back_by_peft_and_by_chat(made: Path, place:
     for file in there.iterdir():
         if file.suffix != ".safetensors":
             assert str(made) not in file.read_text(), file.name
-    assert damage(there, needed="adapter_model.safetensors") == ""
+    assert find_damage(there, required="adapter_model.safetensors") == ""
     assert (there / "README.md").read_text() == "# hh\n\nqlora-dpo chat me/hh\n"
     assert json.loads((there / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
     resolved = tomllib.loads((there / "resolved.toml").read_text())
@@ -153,7 +153,7 @@ def test_parts_are_chosen(made: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_base_from_pypi_is_named_with_what_others_need(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_dpo.deploy.hub_files import base_of, parcel
+    from qlora_dpo.deploy.hub_files import adapter_base_name, collect_hub_files
 
     folder = tmp_path / "hh"
     shutil.copytree(made / "hh", folder)
@@ -164,7 +164,7 @@ def test_a_base_from_pypi_is_named_with_what_others_need(
     assert capsys.readouterr().err == (
         "its base is pypi:small==1.0: qlora-dpo fetches that, other programs need --base OWNER/NAME\n"
     )
-    assert base_of(parcel(folder, "me/hh", ["model"], None, str)) == "pypi:small==1.0"
+    assert adapter_base_name(collect_hub_files(folder, "me/hh", ["model"], None, str)) == "pypi:small==1.0"
 
 
 # --- refusals
@@ -219,12 +219,15 @@ def test_a_damaged_adapter_is_not_sent(copied: Path, capsys: pytest.CaptureFixtu
 
 
 def test_secrets_and_paths_are_taken_out_of_what_we_wrote(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_dpo.deploy.hub_files import parcel
-    from qlora_dpo.report.card import scrubbed
+    from qlora_dpo.deploy.hub_files import collect_hub_files
+    from qlora_dpo.report.card import strip_local_paths
 
     monkeypatch.setenv("MY_API_KEY", "a-secret-of-mine")
     (copied / "README.md").write_text("made with a-secret-of-mine and hf_" + "a" * 34 + " in `/srv/private/x.toml`\n")
-    pieces = {piece.name: piece.content for piece in parcel(copied, "me/hh", ["model", "card"], BASE, scrubbed)}
+    pieces = {
+        piece.name: piece.content
+        for piece in collect_hub_files(copied, "me/hh", ["model", "card"], BASE, strip_local_paths)
+    }
     assert pieces["README.md"] == b"made with *** and *** in `x.toml`\n"
 
 

@@ -16,23 +16,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
-from qlora_dpo.deploy.merge_card import sum_in_words
+from qlora_dpo.deploy.merge_card import describe_base
 from qlora_dpo.errors import ModelError
-from qlora_dpo.evaluation.merge_fidelity import measure
+from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
 from qlora_dpo.model.base import load_base, load_tokenizer
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import adapter_off, attach
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import adapter_disabled, attach_lora
 from qlora_dpo.model.memory import dense_bytes
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantization_of, quantized_layers
-from qlora_dpo.preference.logps import score
+from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import guard_adapter, probe, store_folder
+from qlora_dpo.preference.reference import check_adapter_off_is_base, probe_logits, reference_cache_dir
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.report import card
-from qlora_dpo.tracking.run_log import Tracker
-from qlora_dpo.training.loop import fit
-from qlora_dpo.training.trl_engine import fit_with_trl
+from qlora_dpo.tracking.run_log import RunLog
+from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.trl_engine import train_with_trl
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -52,12 +52,12 @@ def accelerate_forgets() -> None:
 
 def loaded(quantization: str, dtype: str = "fp32") -> Any:
     table = jobs.ModelTable(name=jobs.source().name, quantization=quantization)  # type: ignore[arg-type]
-    return load_base(jobs.source(), table, jobs.device.choose(dtype))  # type: ignore[arg-type]
+    return load_base(jobs.source(), table, jobs.device.select_device(dtype))  # type: ignore[arg-type]
 
 
 def logits(model: Any, dtype: str = "fp32") -> torch.Tensor:
     ids = torch.tensor([jobs.pairs(1, seed=7)[0].prompt])
-    with jobs.device.choose(dtype).autocast():  # type: ignore[arg-type]
+    with jobs.device.select_device(dtype).autocast():  # type: ignore[arg-type]
         found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return found.detach()
 
@@ -121,12 +121,12 @@ def test_bitsandbytes_own_8_bit_layer_would_let_one_row_change_another() -> None
 def test_with_the_adapter_off_the_model_is_the_base_bit_for_bit(quantization: str, dtype: str) -> None:
     base = loaded(quantization, dtype)
     before = logits(base, dtype)
-    model = attach(base, jobs.recipe().lora, 42)
-    make_lean(model, jobs.device.choose(dtype).torch_dtype)  # type: ignore[arg-type]
+    model = attach_lora(base, jobs.recipe().lora, 42)
+    fuse_lora(model, jobs.device.select_device(dtype).torch_dtype)  # type: ignore[arg-type]
     assert torch.equal(logits(model.train(), dtype), before)
     jobs.stirred(model)
     assert not torch.equal(logits(model, dtype), before)
-    with adapter_off(model):
+    with adapter_disabled(model):
         assert torch.equal(logits(model, dtype), before)
 
 
@@ -134,10 +134,10 @@ def test_with_the_adapter_off_the_model_is_the_base_bit_for_bit(quantization: st
 def test_lean_layers_give_the_outputs_and_gradients_of_pefts(quantization: str) -> None:
     found = []
     for lean in (False, True):
-        model = jobs.stirred(attach(loaded(quantization), jobs.recipe().lora, 42))
-        words = make_lean(model, torch.float32) if lean else "lora: 14 of 14 layers in one function"
+        model = jobs.stirred(attach_lora(loaded(quantization), jobs.recipe().lora, 42))
+        words = fuse_lora(model, torch.float32) if lean else "lora: 14 of 14 layers in one function"
         assert words == "lora: 14 of 14 layers in one function"
-        scores = score(model, collate(jobs.pairs(3), jobs.PADDED), jobs.CPU)
+        scores = score_batch(model, collate(jobs.pairs(3), jobs.PADDED), jobs.CPU)
         (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
         found.append((scores.chosen_logp_P.detach(), jobs.gradients(model)))
     assert jobs.apart(found[1][0], found[0][0]) < 1e-5
@@ -149,15 +149,15 @@ def test_lean_layers_give_the_outputs_and_gradients_of_pefts(quantization: str) 
 def test_it_trains_reopens_and_merges_onto_what_was_trained(kind: str, quantization: str, tmp_path: Path) -> None:
     what = jobs.recipe(quantization, lora={"r": 4, "lora_alpha": 8, **ADAPTERS[kind]}, train={"max_steps": 3})
     base, pair = loaded(quantization), jobs.pairs(1, seed=5)[0]
-    jobs.attention.use(base)
+    jobs.attention.enable_packed_attention(base)
     weights = {name: dequantized(layer) for name, layer in quantized_layers(base).items()}
-    before_LV = probe(base, pair, jobs.CPU)
-    model = attach(base, what.lora, 42)
-    make_lean(model, torch.float32)
-    guard_adapter(model, before_LV, pair, jobs.PACKED, jobs.CPU)
+    before_LV = probe_logits(base, pair, jobs.CPU)
+    model = attach_lora(base, what.lora, 42)
+    fuse_lora(model, torch.float32)
+    check_adapter_off_is_base(model, before_LV, pair, jobs.PACKED, jobs.CPU)
     job = jobs.job(model, what, tmp_path)
-    with Tracker(tmp_path, job.plan.total_steps) as tracker:
-        fit(model, job, jobs.start(job), tracker)
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker:
+        train_loop(model, job, jobs.start(job), tracker)
     model.eval()
     for name, layer in quantized_layers(model.get_base_model()).items():
         assert torch.equal(dequantized(layer), weights[name.removesuffix(".base_layer")]), name
@@ -165,16 +165,16 @@ def test_it_trains_reopens_and_merges_onto_what_was_trained(kind: str, quantizat
     folder = saved(tmp_path / "saved", what, model)
     opened = merging.open_for_merge(folder)
     torch.testing.assert_close(logits(opened.model), logits(model), rtol=1e-5, atol=1e-5)
-    merged = merging.merge(opened, tmp_path / "merged", "trained", "fp32", lambda written: FIGURES)
+    merged = merging.merge_adapter(opened, tmp_path / "merged", "trained", "fp32", lambda written: FIGURES)
     assert merged.quantization == quantization
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    found = measure(model, full, jobs.pairs(4), 0, jobs.CPU)
+    found = measure_merge_fidelity(model, full, jobs.pairs(4), 0, jobs.CPU)
     assert abs(found.kl) < 1e-6  # float32 logits of two orders of summing
     torch.testing.assert_close(logits(full), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def saved(folder: Path, what: Recipe, model: Any) -> Path:
-    run_folder.claim(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
+    run_folder.init_run_folder(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
     adapter.save_adapter(folder, model, load_tokenizer(jobs.source()), jobs.source())
     base = {"fingerprint": jobs.source().fingerprint, "quantization": what.model.quantization}
     (folder / "run.json").write_text(json.dumps({"name": folder.name, "base": base}))
@@ -182,7 +182,7 @@ def saved(folder: Path, what: Recipe, model: Any) -> Path:
 
 
 def test_an_adapter_is_not_opened_on_another_quantization(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "saved", jobs.recipe("int8"), attach(loaded("int8"), jobs.recipe().lora, 42))
+    folder = saved(tmp_path / "saved", jobs.recipe("int8"), attach_lora(loaded("int8"), jobs.recipe().lora, 42))
     resolved = folder / "resolved.toml"
     resolved.write_text(resolved.read_text().replace('quantization = "int8"', 'quantization = "fp4"'))
     with pytest.raises(ModelError) as raised:
@@ -195,12 +195,14 @@ def test_an_adapter_is_not_opened_on_another_quantization(tmp_path: Path) -> Non
 def test_the_reference_is_kept_apart_by_quantization() -> None:
     table = jobs.ModelTable(name=jobs.source().name)
     folders = {
-        store_folder(jobs.source(), table.model_copy(update={"quantization": kind}), jobs.CPU)
+        reference_cache_dir(jobs.source(), table.model_copy(update={"quantization": kind}), jobs.CPU)
         for kind in ("nf4", "fp4", "int8", "none")
     }
     assert len(folders) == 4
     single = {
-        store_folder(jobs.source(), table.model_copy(update={"quantization": kind, "double_quant": False}), jobs.CPU)
+        reference_cache_dir(
+            jobs.source(), table.model_copy(update={"quantization": kind, "double_quant": False}), jobs.CPU
+        )
         for kind in ("nf4", "fp4", "int8", "none")
     }
     assert len(folders & single) == 2
@@ -226,7 +228,7 @@ def test_fp4_weights_are_guarded_from_repacking_too() -> None:
     ],
 )
 def test_a_merge_says_what_the_update_was_added_to(onto: str, quantization: str, base: str) -> None:
-    assert sum_in_words(onto, quantization) == f"The update is added to {base}, in float32, and rounded once."
+    assert describe_base(onto, quantization) == f"The update is added to {base}, in float32, and rounded once."
 
 
 @pytest.mark.parametrize(
@@ -252,16 +254,16 @@ def test_stock_trl_trains_the_same_adapter(quantization: str, copied: list[str] 
         lora = {"modules_to_save": copied} if copied else {}
         what = jobs.recipe(quantization, lora=lora, train={"engine": engine, "max_steps": 3})
         base = loaded(quantization)
-        jobs.attention.use(base)
-        model = attach(base, what.lora, 42)
+        jobs.attention.enable_packed_attention(base)
+        model = attach_lora(base, what.lora, 42)
         (tmp_path / engine).mkdir()
         job = jobs.job(model, what, tmp_path / engine)
-        with Tracker(tmp_path / engine, 3) as tracker:
+        with RunLog(tmp_path / engine, 3) as tracker:
             if engine == "trl":
-                fit_with_trl(model, job, jobs.start(job), tracker, load_tokenizer(jobs.source()))
+                train_with_trl(model, job, jobs.start(job), tracker, load_tokenizer(jobs.source()))
             else:
-                make_lean(model, torch.float32)
-                fit(model, job, jobs.start(job), tracker)
+                fuse_lora(model, torch.float32)
+                train_loop(model, job, jobs.start(job), tracker)
         found.append(jobs.adapter(model))
     assert jobs.all_apart(found[1], found[0]) < 1e-5
     assert bool(copied) == any("norm" in name for name in found[0])

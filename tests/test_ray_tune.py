@@ -11,7 +11,7 @@ import pytest
 from adapters_made import save_base, save_pairs
 from test_sweep import RECIPE
 
-from qlora_dpo.recipe import load
+from qlora_dpo.recipe import load_recipe
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "ray_tune.py"
 
@@ -37,8 +37,8 @@ def test_ray_tune_trains_each_trial_and_names_the_best_recipe(tmp_path: Path) ->
     name, loss = re.findall(r"^best: (\w+), eval_loss ([\d.]+), ", done.stdout, flags=re.MULTILINE)[0]
     best = tmp_path / "tuned" / name
     assert f"{json.loads((best / 'results.json').read_text())['evals'][-1]['eval_loss']:.4f}" == loss
-    assert load(str(tmp_path / "tuned" / "best.toml")).recipe == load(str(best / "resolved.toml")).recipe
-    assert load(str(best / "resolved.toml")).recipe.train.batch_size == 2
+    assert load_recipe(str(tmp_path / "tuned" / "best.toml")).recipe == load_recipe(str(best / "resolved.toml")).recipe
+    assert load_recipe(str(best / "resolved.toml")).recipe.train.batch_size == 2
     runs = [each.parent for each in (tmp_path / "tuned").glob("*/resolved.toml")]
     assert len(runs) == 2
     assert sum((each / "adapter_model.safetensors").is_file() for each in runs) >= 1  # ASHA may end the other one

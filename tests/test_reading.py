@@ -11,13 +11,13 @@ import tiny
 from tokenizer_kinds import KINDS
 
 from qlora_dpo.data import chat_template, encode, files, spool
-from qlora_dpo.data.chat_template import folded, habits, ids_together, rendered
+from qlora_dpo.data.chat_template import fold_system, render_chats, template_traits, tokenize_chats
 from qlora_dpo.data.dialogue import Message
-from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest
-from qlora_dpo.data.files import read_file
-from qlora_dpo.data.lazy_sequence import Lazily, joined
-from qlora_dpo.data.pairs import Pair, find_pairs
-from qlora_dpo.data.sources import Rows
+from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids
+from qlora_dpo.data.files import read_data_file
+from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
+from qlora_dpo.data.pairs import Pair, parse_pairs
+from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -47,24 +47,24 @@ def chats(pairs: list[Pair]) -> list[list[Message]]:
 @pytest.mark.parametrize("kind", ["qwen2", "with_bos", "with_word_starts"])
 def test_turns_by_themselves_have_the_ids_of_whole_chats(file: Path, kind: str) -> None:
     words = KINDS[kind]()
-    read = read_file(file)
-    found = find_pairs(Rows(read.name, read.rows[:12], read.place)).pairs
+    read = read_data_file(file)
+    found = parse_pairs(SourceRows(read.name, read.rows[:12], read.location)).pairs
     # a text with a control token is spelt out, and has tests of its own
-    own = habits(words)
-    pairs = [each for each in found if not (own.special and own.special.search(str(each)))]
+    own = template_traits(words)
+    pairs = [each for each in found if not (own.special_pattern and own.special_pattern.search(str(each)))]
     prompts, answered = [pair.prompt for pair in pairs], chats(pairs)
     plain = [
-        tuple(words.apply_chat_template(folded(own, chat), return_dict=False, add_generation_prompt=open_))
+        tuple(words.apply_chat_template(fold_system(own, chat), return_dict=False, add_generation_prompt=open_))
         for some, open_ in ((prompts, True), (answered, False))
         for chat in some
     ]
     assert len(plain) >= 30
-    assert ids_together(words, prompts, answered) == plain
+    assert tokenize_chats(words, prompts, answered) == plain
 
 
 def test_each_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     words = tiny.tokenizer()
-    added = chat_template._added(words)
+    added = chat_template._added_tokens(words)
     assert added is not None
     asked = list[str]()
     backend = words.backend_tokenizer
@@ -75,12 +75,12 @@ def test_each_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return backend.encode_batch_fast(texts, **keys)
 
     monkeypatch.setattr(type(words), "backend_tokenizer", Counted())
-    monkeypatch.setattr(chat_template, "_added", lambda tokenizer: added)
+    monkeypatch.setattr(chat_template, "_added_tokens", lambda tokenizer: added)
     prompt: list[Message] = [{"role": "user", "content": "Is it late?"}]
-    texts = rendered(words, [prompt], answered=False)
-    texts += rendered(words, [[*prompt, {"role": "assistant", "content": each}] for each in ("No.", "Yes.")], True)
-    first = chat_template.tokenize(words, texts)
-    assert chat_template.tokenize(words, texts) == first
+    texts = render_chats(words, [prompt], answered=False)
+    texts += render_chats(words, [[*prompt, {"role": "assistant", "content": each}] for each in ("No.", "Yes.")], True)
+    first = chat_template.tokenize_texts(words, texts)
+    assert chat_template.tokenize_texts(words, texts) == first
     assert sorted(asked) == sorted(
         [
             "system\nYou are a helpful assistant.",
@@ -95,23 +95,23 @@ def test_each_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_turns_are_forgotten_oldest_first_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = tiny.tokenizer().backend_tokenizer
-    monkeypatch.setattr(chat_template, "MOST_REMEMBERED", 25)
-    turns = chat_template._Turns(backend)
+    monkeypatch.setattr(chat_template, "MAX_CACHED_TURN_TOKENS", 25)
+    turns = chat_template._TurnCache(backend)
     some = [f"user\nIs {number} even?" for number in range(12)]
     for number in range(0, 12, 2):
-        found = turns.ids(some[number : number + 2])
+        found = turns.token_ids(some[number : number + 2])
         assert {text: list(ids) for text, ids in found.items()} == {
             text: backend.encode(text, add_special_tokens=False).ids for text in some[number : number + 2]
         }
-        assert turns.tokens == sum(map(len, turns.known.values())) <= 25
-    assert 0 < len(turns.known) < 12
-    assert list(turns.known) == some[-len(turns.known) :]
+        assert turns.num_tokens == sum(map(len, turns.ids_by_turn.values())) <= 25
+    assert 0 < len(turns.ids_by_turn) < 12
+    assert list(turns.ids_by_turn) == some[-len(turns.ids_by_turn) :]
 
 
 def test_a_template_that_asks_for_more_than_chats_is_written_by_transformers() -> None:
     words = tiny.tokenizer("{{ 'tools' if tools is none else '' }}" + tiny.CHATML)
     some: list[list[Message]] = [[{"role": "user", "content": each}] for each in ("Hi.", "Oh.")]
-    assert rendered(words, some, answered=False) == [
+    assert render_chats(words, some, answered=False) == [
         words.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in some
     ]
 
@@ -120,35 +120,35 @@ def test_a_template_that_asks_for_more_than_chats_is_written_by_transformers() -
 def test_rows_on_disk_are_the_rows_in_memory(empty_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     lines = "\n".join(json.dumps(row(number)) + "\n" * (number % 3) for number in range(9)).encode()
     Path(name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
-    before = read_file(Path(name))
-    monkeypatch.setattr(files, "IN_MEMORY", 0)
-    monkeypatch.setattr(spool, "IN_MEMORY", 1)
-    after = read_file(Path(name))
+    before = read_data_file(Path(name))
+    monkeypatch.setattr(files, "SPOOL_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool, "SPOOL_MEMORY_BYTES", 1)
+    after = read_data_file(Path(name))
     assert after.rows == before.rows == [row(number) for number in range(9)]
-    assert [after.place(number) for number in range(1, 10)] == [before.place(number) for number in range(1, 10)]
+    assert [after.location(number) for number in range(1, 10)] == [before.location(number) for number in range(1, 10)]
 
 
 def test_encoded_pairs_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY", 16)
+    monkeypatch.setattr(spool, "SPOOL_MEMORY_BYTES", 16)
     pairs = [
-        EncodedPair(ids, (7, 151_643), (8,), number, digest(ids, (7, 151_643), (8,)))
+        EncodedPair(ids, (7, 151_643), (8,), number, digest_ids(ids, (7, 151_643), (8,)))
         for number, ids in enumerate([(1, 2, 3), (4,), (2**31 - 1,)], 1)
     ]
     kept = EncodedPairs()
     for pair in pairs:
         kept.add(pair)
     assert kept.pairs() == pairs
-    assert kept.pairs().only([2, 0]) == [pairs[2], pairs[0]]
+    assert kept.pairs().select([2, 0]) == [pairs[2], pairs[0]]
     assert kept.lengths().tolist() == [[3, 2, 1], [1, 2, 1], [1, 2, 1]]
-    assert kept.rows().tolist() == [1, 2, 3]
+    assert kept.row_numbers().tolist() == [1, 2, 3]
 
 
 def test_items_made_when_asked_for_make_a_sequence() -> None:
-    squares = Lazily(4, lambda index: index * index)
+    squares = LazySequence(4, lambda index: index * index)
     assert squares == [0, 1, 4, 9]
     assert squares != [0, 1, 4, 8]
-    assert (squares[-1], squares[1:3], squares.only([3, 3])) == (9, [1, 4], [9, 9])
-    assert joined([squares, [], [16]]) == [0, 1, 4, 9, 16]
+    assert (squares[-1], squares[1:3], squares.select([3, 3])) == (9, [1, 4], [9, 9])
+    assert concatenate_sequences([squares, [], [16]]) == [0, 1, 4, 9, 16]
     with pytest.raises(IndexError):
         squares[4]
 
@@ -164,8 +164,8 @@ def held_bytes(table: DataTable, words: Any) -> int:
 
 
 def test_ten_times_the_text_takes_no_more_memory(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "IN_MEMORY", 0)
-    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    monkeypatch.setattr(files, "SPOOL_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool, "SPOOL_MEMORY_BYTES", 1)
     words = tiny.tokenizer()
     held_bytes(write(200), words)  # caches of the libraries
     short, long = held_bytes(write(200, 3, "a.jsonl"), words), held_bytes(write(200, 30, "b.jsonl"), words)
@@ -177,9 +177,9 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(encode, "CHUNK", 4)
+    monkeypatch.setattr(encode, "ENCODE_CHUNK", 4)
     table, words, asked = write(12), tiny.tokenizer(), list[int]()
-    whole = encode.encode
+    whole = encode.encode_pairs
 
     def killed_after_two(pairs: Any, *others: Any) -> Any:
         if len(asked) == 2:
@@ -187,7 +187,7 @@ def test_an_encoding_that_was_killed_goes_on_where_it_was(
         asked.append(pairs[0].row)
         return whole(pairs, *others)
 
-    monkeypatch.setattr(encode, "encode", killed_after_two)
+    monkeypatch.setattr(encode, "encode_pairs", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         encode.load_pairs(table, "train", words, 0)
     assert asked == [1, 5]

@@ -15,13 +15,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.model import attention
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import objective
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.objective import compute_losses
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
-from qlora_dpo.preference.reference import ride_along
+from qlora_dpo.preference.reference import batch_reference_logps
 from qlora_dpo.recipe.objective import Sigmoid
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -45,7 +45,7 @@ def real_pairs(tokenizer: Any, count: int) -> list[EncodedPair]:
                 for name in ("chosen", "rejected")
             )
             if len(prompt) + max(len(chosen), len(rejected)) <= 500 and chosen != rejected:
-                pairs.append(EncodedPair(prompt, chosen, rejected, number, digest(prompt, chosen, rejected)))
+                pairs.append(EncodedPair(prompt, chosen, rejected, number, digest_ids(prompt, chosen, rejected)))
             if len(pairs) == count:
                 break
     return pairs
@@ -60,7 +60,7 @@ def test_loss_and_gradients_of_real_rows_are_trls(budget: int, tmp_path: Path) -
     pairs = real_pairs(tokenizer, 16)
     assert len(pairs) == 16
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    attention.use(base)
+    attention.enable_packed_attention(base)
     torch.manual_seed(0)
     trainer: Any = DPOTrainer(
         model=base,
@@ -78,13 +78,13 @@ def test_loss_and_gradients_of_real_rows_are_trls(budget: int, tmp_path: Path) -
     expected = jobs.gradients(model)
     model.zero_grad()
 
-    make_lean(model, torch.float32)
+    fuse_lora(model, torch.float32)
     packing, total = Packing(budget, jobs.PAD, "spans"), 0.0
     for group in micro_batches(pairs, packing):
         batch = collate([pairs[i] for i in group], packing)
-        reference_P2 = ride_along(model, batch, jobs.CPU)
-        scores = score(model, batch, jobs.CPU)
-        ours = objective(scores.beside(reference_P2), Sigmoid()).total_P.sum() / len(pairs)
+        reference_P2 = batch_reference_logps(model, batch, jobs.CPU)
+        scores = score_batch(model, batch, jobs.CPU)
+        ours = compute_losses(scores.with_reference(reference_P2), Sigmoid()).total_P.sum() / len(pairs)
         ours.backward()
         total += ours.item()
     assert total == pytest.approx(loss.item(), rel=1e-5)

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import Recipe, load
+from qlora_dpo.recipe import Recipe, load_recipe
 from qlora_dpo.recipe.reference import AdapterReference, ModelReference
 
 BOTH = '[model]\nname = "./m"\n[data]\ntrain = "./t.jsonl"\n'
@@ -90,12 +90,12 @@ def test_paths_start_at_the_recipe_and_those_set_by_hand_at_the_current_folder(e
     Path("recipes").mkdir()
     file = Path("recipes/a.toml")
     file.write_text(BOTH + '[lora]\ninit_from = "../adapters/x"\n[reference]\nkind = "adapter"\npath = "y"\n')
-    read = load(str(file)).recipe
+    read = load_recipe(str(file)).recipe
     assert read.lora.init_from == str(empty_folder / "adapters" / "x")
     assert read.reference == AdapterReference(kind="adapter", path=str(empty_folder / "recipes" / "y"))
-    read = load(str(file), ["reference.path=adapters/y"]).recipe
+    read = load_recipe(str(file), ["reference.path=adapters/y"]).recipe
     assert read.reference == AdapterReference(kind="adapter", path=str(empty_folder / "adapters" / "y"))
-    read = load(str(file), ["reference={ kind = 'model', name = './z' }"]).recipe
+    read = load_recipe(str(file), ["reference={ kind = 'model', name = './z' }"]).recipe
     assert read.reference == ModelReference(kind="model", name=str(empty_folder / "recipes" / "z"))
 
 
@@ -103,7 +103,7 @@ def test_paths_start_at_the_recipe_and_those_set_by_hand_at_the_current_folder(e
 def test_the_home_of_nobody_is_refused(key: str, empty_folder: Path) -> None:
     Path("a.toml").write_text(BOTH)
     with pytest.raises(RecipeError) as error:
-        load("a.toml", [f"{key}=~nobody-here/x"])
+        load_recipe("a.toml", [f"{key}=~nobody-here/x"])
     assert str(error.value) == f"{key} is ~nobody-here/x, and there is no such home folder; write the whole path"
 
 
@@ -127,8 +127,8 @@ def test_the_policy_starts_from_the_reference_unless_told_otherwise() -> None:
 
 
 def test_an_unknown_key_of_the_reference_cannot_be_allowed(empty_folder: Path) -> None:
-    from qlora_dpo.recipe.recipe import insist_on_keys
+    from qlora_dpo.recipe.recipe import check_keys
 
-    insist_on_keys(["reference.path", "reference.ref_model_sync_steps", "lora.init_from"], (), "--allow")
+    check_keys(["reference.path", "reference.ref_model_sync_steps", "lora.init_from"], (), "--allow")
     with pytest.raises(RecipeError, match=r"^--allow reference\.pathh: a recipe has no such key; did you mean "):
-        insist_on_keys(["reference.pathh"], (), "--allow")
+        check_keys(["reference.pathh"], (), "--allow")

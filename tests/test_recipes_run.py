@@ -11,9 +11,9 @@ import workplace
 from accelerate.state import AcceleratorState
 
 from qlora_dpo.cli import main
-from qlora_dpo.recipe import load
+from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.reference import AdapterReference
-from qlora_dpo.recipe.shipped import shipped
+from qlora_dpo.recipe.shipped import shipped_recipes
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -73,14 +73,14 @@ SHAPES: dict[str, Callable[[Row], Row]] = {
 FIRST_LOSS = {"sigmoid": 0.693147, "ipo": 2500.0, "kto": 0.5}
 
 
-ONE_SOURCE = [name for name in shipped() if name != "multi-dataset"]
+ONE_SOURCE = [name for name in shipped_recipes() if name != "multi-dataset"]
 """The recipe of a mixture runs in test_mixture.py."""
 
 
 @pytest.mark.parametrize("name", ONE_SOURCE)
 def test_a_shipped_recipe_runs_two_steps(name: str, empty_folder: Path) -> None:
-    before = load(str(shipped()[name])).recipe
-    named = before.data.train_name
+    before = load_recipe(str(shipped_recipes()[name])).recipe
+    named = before.data.train_description
     shape = SHAPES[Path(named).name if named.startswith("/") else named]
     for file, rows in (("train.jsonl", workplace.rows(12)), ("held.jsonl", workplace.rows(4, 12))):
         Path(file).write_text("".join(json.dumps(shape(row)) + "\n" for row in rows), encoding="utf-8")

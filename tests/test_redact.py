@@ -7,8 +7,8 @@ import pytest
 
 from qlora_dpo import cli
 from qlora_dpo.cli import main
-from qlora_dpo.redact import redacted
-from qlora_dpo.tracking.progress import Lines
+from qlora_dpo.redact import redact_secrets
+from qlora_dpo.tracking.progress import ProgressLines
 
 CANARY = "canary-5e7d1c0a9b"
 
@@ -16,19 +16,19 @@ CANARY = "canary-5e7d1c0a9b"
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "my_token"])
 def test_values_of_variables_that_are_named_like_secrets_are_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, CANARY)
-    assert redacted(f"401 for {CANARY}: {CANARY}x") == "401 for ***: ***x"
+    assert redact_secrets(f"401 for {CANARY}: {CANARY}x") == "401 for ***: ***x"
 
 
 def test_the_longer_of_two_secrets_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", CANARY)
     monkeypatch.setenv("B_TOKEN", f"{CANARY}-and-more")
-    assert redacted(f"<{CANARY}-and-more>") == "<***>"
+    assert redact_secrets(f"<{CANARY}-and-more>") == "<***>"
 
 
 def test_the_token_of_the_hubs_login_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text(f"{CANARY}\n")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert redacted(f"Bearer {CANARY}") == "Bearer ***"
+    assert redact_secrets(f"Bearer {CANARY}") == "Bearer ***"
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_the_token_of_the_hubs_login_is_hidden(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_what_looks_like_a_secret_is_hidden_and_other_words_are_not(text: str, shown: str) -> None:
-    assert redacted(text) == shown
+    assert redact_secrets(text) == shown
 
 
 def test_variables_that_hold_a_path_or_a_word_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_KEY_FILE", "/home/someone/.ssh/id")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    assert redacted("/home/someone/.ssh/id is false") == "/home/someone/.ssh/id is false"
+    assert redact_secrets("/home/someone/.ssh/id is false") == "/home/someone/.ssh/id is false"
 
 
 @pytest.mark.parametrize("traceback", ["0", "1"])
@@ -72,5 +72,5 @@ def test_neither_a_sentence_nor_a_traceback_tells_a_secret(
 
 def test_a_note_of_a_run_tells_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    Lines(1, 0).note(f"wandb: {CANARY} was refused")
+    ProgressLines(1, 0).print_line(f"wandb: {CANARY} was refused")
     assert capsys.readouterr().err == "wandb: *** was refused\n"

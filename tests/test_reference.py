@@ -13,25 +13,25 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
-from qlora_dpo.errors import DOES_NOT_FIT, LESS_MEMORY, DoesNotFitError, ModelError
+from qlora_dpo.errors import EXIT_DOES_NOT_FIT, REDUCE_MEMORY_ADVICE, DoesNotFitError, ModelError
 from qlora_dpo.files import cache_home
 from qlora_dpo.preference import reference
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import (
-    Store,
-    guard_adapter,
-    guard_first_loss,
-    live_logps,
-    probe,
-    read_store,
-    reference_logps,
-    ride_along,
-    store_folder,
+    ReferenceLogpCache,
+    batch_reference_logps,
+    check_adapter_off_is_base,
+    check_first_loss,
+    compute_reference_logps,
+    model_logps,
+    probe_logits,
+    read_logp_table,
+    reference_cache_dir,
 )
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import oom_retry
-from qlora_dpo.training.run import Outcome, prepare, run
+from qlora_dpo.training.run import TrainingResult, prepare_data, run_training
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -40,19 +40,19 @@ SMALL_ROWS = replace(jobs.PACKED, token_budget=64)
 
 
 def ask(model: Any, folder: Path, pairs: list[Any] = PAIRS, advance: Any = lambda pairs: None) -> tuple[Any, int]:
-    store = Store(folder)
-    return reference_logps(model, pairs, store, SMALL_ROWS, jobs.CPU, advance), store.computed
+    store = ReferenceLogpCache(folder)
+    return compute_reference_logps(model, pairs, store, SMALL_ROWS, jobs.CPU, advance), store.local_computed
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_reference_is_the_base_although_the_adapter_is_attached(quantization: str, tmp_path: Path) -> None:
     base = jobs.base_model(quantization)
-    untouched = torch.cat([live_logps(base, [pair], jobs.PACKED, jobs.CPU) for pair in PAIRS])
+    untouched = torch.cat([model_logps(base, [pair], jobs.PACKED, jobs.CPU) for pair in PAIRS])
     tuned = jobs.stirred(jobs.fresh(jobs.recipe(quantization)))
     asked, computed = ask(tuned, tmp_path)
     torch.testing.assert_close(asked, untouched, rtol=1e-5, atol=1e-5)
     assert computed == len(PAIRS)
-    assert not torch.allclose(live_logps(tuned, PAIRS, jobs.PACKED, jobs.CPU), untouched, atol=1e-3)
+    assert not torch.allclose(model_logps(tuned, PAIRS, jobs.PACKED, jobs.CPU), untouched, atol=1e-3)
 
 
 def test_the_second_time_nothing_is_computed_and_the_same_is_known(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_damaged_cache_file_is_never_used(damage: str, tmp_path: Path) -> None
             file.write_bytes(b"")
         case "of another name":
             file.rename(tmp_path / f"{'0' * 64}.safetensors")
-    assert len(read_store(tmp_path)) == 0
+    assert len(read_logp_table(tmp_path)) == 0
     again, computed = ask(jobs.base_model(), tmp_path)
     assert computed == len(PAIRS)
     assert torch.equal(again, first)
@@ -112,37 +112,37 @@ def test_a_damaged_cache_file_is_never_used(damage: str, tmp_path: Path) -> None
 
 def test_the_cache_is_kept_apart_by_all_that_changes_the_reference(own_cache: Path) -> None:
     source, table = jobs.source(), jobs.recipe().model
-    other_weights = jobs.sources.Source(source.name, source.folder, "0" * 64)
+    other_weights = jobs.sources.ModelSource(source.name, source.folder, "0" * 64)
     folders = {
-        store_folder(source, table, jobs.CPU),
-        store_folder(other_weights, table, jobs.CPU),
-        store_folder(source, table.model_copy(update={"quantization": "nf4"}), jobs.CPU),
-        store_folder(source, table.model_copy(update={"quantization": "nf4", "double_quant": False}), jobs.CPU),
-        store_folder(source, table, jobs.device.choose("bf16")),
+        reference_cache_dir(source, table, jobs.CPU),
+        reference_cache_dir(other_weights, table, jobs.CPU),
+        reference_cache_dir(source, table.model_copy(update={"quantization": "nf4"}), jobs.CPU),
+        reference_cache_dir(source, table.model_copy(update={"quantization": "nf4", "double_quant": False}), jobs.CPU),
+        reference_cache_dir(source, table, jobs.device.select_device("bf16")),
     }
     assert len(folders) == 5
-    assert store_folder(source, table.model_copy(update={"double_quant": False}), jobs.CPU) in folders
+    assert reference_cache_dir(source, table.model_copy(update={"double_quant": False}), jobs.CPU) in folders
     assert {folder.parent for folder in folders} == {own_cache / "reference"}
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_guard_lets_an_untrained_adapter_pass(quantization: str, dtype: Any) -> None:
-    place = jobs.device.choose(dtype)
+    place = jobs.device.select_device(dtype)
     base = jobs.base_model(quantization, place)
-    before_LV = probe(base, PAIRS[0], place)
-    model = jobs.attach(base, jobs.recipe().lora, seed=42)
-    guard_adapter(model, before_LV, PAIRS[0], jobs.PACKED, place)
+    before_LV = probe_logits(base, PAIRS[0], place)
+    model = jobs.attach_lora(base, jobs.recipe().lora, seed=42)
+    check_adapter_off_is_base(model, before_LV, PAIRS[0], jobs.PACKED, place)
 
 
 def test_the_guard_refuses_an_adapter_that_changes_the_base() -> None:
     base = jobs.base_model()
-    before_LV = probe(base, PAIRS[0], jobs.CPU)
+    before_LV = probe_logits(base, PAIRS[0], jobs.CPU)
     pissa = get_peft_model(
         base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa")
     )
     with pytest.raises(ModelError) as error:
-        guard_adapter(pissa, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
+        check_adapter_off_is_base(pissa, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
     assert str(error.value) == (
         "with its adapter off the model differs from the base as loaded, so it cannot be the DPO reference; "
         "use an adapter that leaves the base as it is"
@@ -151,29 +151,31 @@ def test_the_guard_refuses_an_adapter_that_changes_the_base() -> None:
 
 def test_the_guard_refuses_an_adapter_that_is_not_untrained() -> None:
     base = jobs.base_model()
-    before_LV = probe(base, PAIRS[0], jobs.CPU)
-    model = jobs.stirred(jobs.attach(base, jobs.recipe().lora, seed=42))
+    before_LV = probe_logits(base, PAIRS[0], jobs.CPU)
+    model = jobs.stirred(jobs.attach_lora(base, jobs.recipe().lora, seed=42))
     with pytest.raises(ModelError) as error:
-        guard_adapter(model, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
+        check_adapter_off_is_base(model, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
     assert str(error.value) == "the untrained adapter changes the model, so the first loss would not be ln 2"
-    guard_adapter(model, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU, fresh=False)
+    check_adapter_off_is_base(model, before_LV, PAIRS[0], jobs.PACKED, jobs.CPU, fresh=False)
 
 
 def test_the_guard_refuses_a_model_that_scales_its_logits() -> None:
     base = jobs.base_model()
     base.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 2)
-    before_LV = probe(base, PAIRS[0], jobs.CPU)
+    before_LV = probe_logits(base, PAIRS[0], jobs.CPU)
     with pytest.raises(ModelError) as error:
-        guard_adapter(jobs.attach(base, jobs.recipe().lora, 42), before_LV, PAIRS[0], jobs.PACKED, jobs.CPU)
+        check_adapter_off_is_base(
+            jobs.attach_lora(base, jobs.recipe().lora, 42), before_LV, PAIRS[0], jobs.PACKED, jobs.CPU
+        )
     assert str(error.value).endswith("the model changes its logits after the output head, which is not supported yet")
 
 
 def test_the_first_loss_is_ln_2_or_the_run_is_refused(own_cache: Path) -> None:
-    right_P2 = live_logps(jobs.base_model(), PAIRS, jobs.PACKED, jobs.CPU)
-    guard_first_loss(right_P2, right_P2.clone(), 0.1, jobs.CPU)
+    right_P2 = model_logps(jobs.base_model(), PAIRS, jobs.PACKED, jobs.CPU)
+    check_first_loss(right_P2, right_P2.clone(), 0.1, jobs.CPU)
     wrong_P2 = right_P2 - torch.tensor([1.0, 0.0])
     with pytest.raises(ModelError) as error:
-        guard_first_loss(right_P2, wrong_P2, 0.1, jobs.CPU)
+        check_first_loss(right_P2, wrong_P2, 0.1, jobs.CPU)
     # every margin is 1 nat: ln(1 + e^-0.1)
     assert str(error.value) == (
         "the first DPO loss would be 0.644397 instead of ln 2 = 0.693147: the cached reference does not belong "
@@ -183,22 +185,22 @@ def test_the_first_loss_is_ln_2_or_the_run_is_refused(own_cache: Path) -> None:
 
 def test_another_rate_rank_seed_or_beta_asks_the_reference_nothing(own_cache: Path, tmp_path: Path) -> None:
     first = whole_run(tmp_path / "first", {})
-    assert first.reference_computed == 12
+    assert first.reference_pairs_computed == 12
     for name, other in {
         "rate": {"train": {"learning_rate": 1e-5}},
         "rank": {"lora": {"r": 2}},
         "seed": {"train": {"seed": 7}},
         "beta": {"objective": {"beta": 0.5}},
     }.items():
-        assert whole_run(tmp_path / name, other).reference_computed == 0, name
-    assert whole_run(tmp_path / "nf4", {"model": {"quantization": "nf4"}}).reference_computed == 12
+        assert whole_run(tmp_path / name, other).reference_pairs_computed == 0, name
+    assert whole_run(tmp_path / "nf4", {"model": {"quantization": "nf4"}}).reference_pairs_computed == 12
 
 
 def test_a_reference_that_rides_along_is_the_one_that_was_asked_before(tmp_path: Path) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe("nf4"))).train()
     before, _ = ask(model, tmp_path)
     batch = collate(PAIRS, jobs.PACKED)
-    along = ride_along(model, batch, jobs.CPU)
+    along = batch_reference_logps(model, batch, jobs.CPU)
     torch.testing.assert_close(along, before, rtol=1e-5, atol=1e-5)
     assert model.training
     assert not along.requires_grad
@@ -206,19 +208,19 @@ def test_a_reference_that_rides_along_is_the_one_that_was_asked_before(tmp_path:
 
 def test_in_its_only_epoch_each_pair_is_asked_along_with_its_step(own_cache: Path, tmp_path: Path) -> None:
     first = whole_run(tmp_path / "first", {"train": {"max_steps": 1}})
-    assert first.reference_computed == 4 + 4  # those of the step, and the held-out ones
+    assert first.reference_pairs_computed == 4 + 4  # those of the step, and the held-out ones
     along = whole_run(tmp_path / "along", {})
-    assert along.reference_computed == 4
+    assert along.reference_pairs_computed == 4
     from_cache = whole_run(tmp_path / "cached", {})
-    assert from_cache.reference_computed == 0
+    assert from_cache.reference_pairs_computed == 0
     assert jobs.all_apart(jobs.adapter(from_cache.model), jobs.adapter(along.model)) < 1e-5
 
 
 def test_with_more_epochs_the_reference_is_asked_before_the_first_step(own_cache: Path, tmp_path: Path) -> None:
     epochs = {"train": {"num_train_epochs": 2, "max_steps": 3}}
-    assert whole_run(tmp_path / "epochs", epochs).reference_computed == 8 + 4
+    assert whole_run(tmp_path / "epochs", epochs).reference_pairs_computed == 8 + 4
     along = {"train": {"num_train_epochs": 1}}
-    assert whole_run(tmp_path / "along", along).reference_computed == 0
+    assert whole_run(tmp_path / "along", along).reference_pairs_computed == 0
 
 
 SEVERAL_ROWS = {"train": {"num_train_epochs": 2, "max_steps": 3, "micro_batch_tokens": 160}}
@@ -228,7 +230,7 @@ def fails_above(monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0) ->
     """Let a row of the reference pass with more tokens run out of memory, from the pass `after` so many on; the pairs
     of all passes that did not.
     """
-    whole, passes, done = reference.live_logps, list[int](), list[int]()
+    whole, passes, done = reference.model_logps, list[int](), list[int]()
 
     def live(model: Any, pairs: Any, packing: Any, device: Any) -> torch.Tensor:
         passes.append(len(pairs))
@@ -238,7 +240,7 @@ def fails_above(monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0) ->
         done.append(len(pairs))
         return found
 
-    monkeypatch.setattr(reference, "live_logps", live)
+    monkeypatch.setattr(reference, "model_logps", live)
     return done
 
 
@@ -253,7 +255,7 @@ def test_a_reference_pass_that_did_not_fit_goes_on_in_smaller_rows(
     told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert told == ["reference pass: out of memory with rows of 160 tokens; rows of 80 from here on"]
     # what was computed before it ran out is not computed again, and the held-out pairs are in the smaller rows at once
-    assert again.reference_computed == sum(done) - 1 == 8 + 4 == whole.reference_computed
+    assert again.reference_pairs_computed == sum(done) - 1 == 8 + 4 == whole.reference_pairs_computed
     assert done == [1, 4, *[1] * 8]
     assert jobs.all_apart(jobs.adapter(again.model), jobs.adapter(whole.model)) < 1e-5
 
@@ -264,10 +266,10 @@ def test_progress_counts_a_pair_once_although_the_pass_began_anew(
     told = list[int]()
 
     @contextmanager
-    def phase(tracker: Tracker, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(tracker: RunLog, name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield told.append if name == "reference" else (lambda count: None)
 
-    monkeypatch.setattr(Tracker, "phase", phase)
+    monkeypatch.setattr(RunLog, "phase", phase)
     fails_above(monkeypatch, 120, after=2)
     whole_run(tmp_path / "run", SEVERAL_ROWS)
     assert sum(told) == 8 + 4 and min(told) > 0
@@ -279,11 +281,14 @@ def test_a_reference_pass_that_fits_in_no_rows_ends_the_run(
     fails_above(monkeypatch, 0, after=1)
     with pytest.raises(DoesNotFitError) as error:
         whole_run(tmp_path / "run", SEVERAL_ROWS)
-    assert str(error.value) == f"reference pass: out of memory {oom_retry.HALVINGS + 1} times in a row; {LESS_MEMORY}"
-    assert error.value.exit_code == DOES_NOT_FIT
+    assert (
+        str(error.value)
+        == f"reference pass: out of memory {oom_retry.MAX_HALVINGS + 1} times in a row; {REDUCE_MEMORY_ADVICE}"
+    )
+    assert error.value.exit_code == EXIT_DOES_NOT_FIT
 
 
-def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:
+def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> TrainingResult:
     """The only epoch of a run on eight training and four held-out pairs of text, all the way from files."""
     AcceleratorState._reset_state(True)
     folder.mkdir()
@@ -298,5 +303,5 @@ def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> Outcome:
     for table, keys in changes.items():
         values[table] = {**values[table], **keys}
     what = Recipe.model_validate(values)
-    with Tracker(folder, 2) as tracker:
-        return run(prepare(what), what, jobs.CPU, tracker, None)
+    with RunLog(folder, 2) as tracker:
+        return run_training(prepare_data(what), what, jobs.CPU, tracker, None)

@@ -18,10 +18,10 @@ from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import cache_home
 from qlora_dpo.model import sources
 from qlora_dpo.preference import reference
-from qlora_dpo.preference.reference import Store, live_logps, store_folder
-from qlora_dpo.recipe import load
+from qlora_dpo.preference.reference import ReferenceLogpCache, model_logps, reference_cache_dir
+from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.training.run import Outcome, prepare
+from qlora_dpo.training.run import TrainingResult, prepare_data
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -35,9 +35,9 @@ def frozen(folder: Path) -> dict[str, Any]:
     return {"kind": "adapter", "path": str(folder)}
 
 
-def mean_logps(outcome: Outcome, model: Any) -> tuple[float, float]:
+def mean_logps(outcome: TrainingResult, model: Any) -> tuple[float, float]:
     """Mean log-probabilities of the held-out answers by `model`, as it is."""
-    logps_P2 = live_logps(model, outcome.prepared.heldout.encoded, jobs.PACKED, jobs.CPU)
+    logps_P2 = model_logps(model, outcome.prepared.heldout.encoded, jobs.PACKED, jobs.CPU)
     chosen, rejected = logps_P2.mean(0).tolist()
     return chosen, rejected
 
@@ -56,7 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sft(home: Path) -> tuple[Path, Outcome]:
+def sft(home: Path) -> tuple[Path, TrainingResult]:
     """An adapter after two steps of SFT."""
     return home / "sft", train(home / "sft", **SFT)
 
@@ -87,60 +87,66 @@ def test_with_the_adapter_it_goes_on_from_as_reference_the_first_loss_is_ln_2(
 
 
 def test_a_frozen_adapter_that_rides_along_is_the_one_that_was_asked_before(
-    sft: tuple[Path, Outcome], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sft: tuple[Path, TrainingResult], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = []
     for epochs in (1, 2):
         monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / f"cache {epochs}"))
         table = {"num_train_epochs": epochs, "max_steps": 2}
         outcome = train(home / f"{epochs}-epochs", reference=frozen(sft[0]), train=table)
-        assert outcome.reference_computed == 8 + 4
+        assert outcome.reference_pairs_computed == 8 + 4
         ends.append(jobs.adapter(outcome.model))
     assert jobs.all_apart(*ends) < 1e-5
 
 
 def test_answers_of_an_adapter_are_found_again_by_its_content(
-    sft: tuple[Path, Outcome], home: Path, tmp_path: Path, own_cache: Path
+    sft: tuple[Path, TrainingResult], home: Path, tmp_path: Path, own_cache: Path
 ) -> None:
-    assert train(home / "once", reference=frozen(sft[0])).reference_computed == 12
+    assert train(home / "once", reference=frozen(sft[0])).reference_pairs_computed == 12
     moved = home / "moved"
     moved.mkdir()
     for file in sft[0].iterdir():
         if file.is_file() and file.name != ".lock":
             (moved / file.name).write_bytes(file.read_bytes())
-    assert train(home / "twice", reference=frozen(moved), objective={"beta": 0.3}).reference_computed == 0
-    assert train(home / "the-base").reference_computed == 12
+    assert train(home / "twice", reference=frozen(moved), objective={"beta": 0.3}).reference_pairs_computed == 0
+    assert train(home / "the-base").reference_pairs_computed == 12
     # the same shape with other numbers is another reference
-    weights = load_file(moved / run_folder.WEIGHTS)
-    save_file({name: 2 * value for name, value in weights.items()}, moved / run_folder.WEIGHTS, {"format": "pt"})
+    weights = load_file(moved / run_folder.ADAPTER_SAFE_WEIGHTS_NAME)
+    save_file(
+        {name: 2 * value for name, value in weights.items()},
+        moved / run_folder.ADAPTER_SAFE_WEIGHTS_NAME,
+        {"format": "pt"},
+    )
     (moved / "manifest.json").unlink()
-    assert train(home / "changed", reference=frozen(moved)).reference_computed == 12
+    assert train(home / "changed", reference=frozen(moved)).reference_pairs_computed == 12
 
 
 def test_the_cache_of_another_adapter_is_never_taken_for_this_ones(
-    sft: tuple[Path, Outcome], home: Path, own_cache: Path
+    sft: tuple[Path, TrainingResult], home: Path, own_cache: Path
 ) -> None:
     other = train(home / "other", train={"seed": 7}, **SFT)
     found = {
-        store_folder(jobs.source(), recipe(home).model, jobs.CPU, adapter=run.prepared.named.start.fingerprint)
+        reference_cache_dir(
+            jobs.source(), recipe(home).model, jobs.CPU, adapter=run.prepared.reference_spec.init_adapter.fingerprint
+        )
         for name, folder in (("one", sft[0]), ("two", home / "other"))
-        if (run := train(home / name, reference=frozen(folder))).prepared.named.start
+        if (run := train(home / name, reference=frozen(folder))).prepared.reference_spec.init_adapter
     }
     assert len(found) == 2
-    assert store_folder(jobs.source(), recipe(home).model, jobs.CPU) not in found
-    assert other.prepared.named.start is None
+    assert reference_cache_dir(jobs.source(), recipe(home).model, jobs.CPU) not in found
+    assert other.prepared.reference_spec.init_adapter is None
 
 
 # --- going on from an adapter with another reference
 
 
-def test_going_on_from_an_adapter_leaves_the_base_as_reference(sft: tuple[Path, Outcome], home: Path) -> None:
+def test_going_on_from_an_adapter_leaves_the_base_as_reference(sft: tuple[Path, TrainingResult], home: Path) -> None:
     folder, first = sft
     outcome = train(home / "init", lora={"init_from": str(folder)})
     start = outcome.state.evals[0]
     heldout = outcome.prepared.heldout.encoded
-    base_P2 = live_logps(jobs.base_model(), heldout, jobs.PACKED, jobs.CPU)
-    sft_P2 = live_logps(first.model, heldout, jobs.PACKED, jobs.CPU)
+    base_P2 = model_logps(jobs.base_model(), heldout, jobs.PACKED, jobs.CPU)
+    sft_P2 = model_logps(first.model, heldout, jobs.PACKED, jobs.CPU)
     margin_P = (sft_P2 - base_P2)[:, 0] - (sft_P2 - base_P2)[:, 1]
     assert reference_of(start) == pytest.approx(tuple(base_P2.mean(0).tolist()), rel=1e-4, abs=1e-2)
     expected = torch.nn.functional.softplus(-0.1 * margin_P).mean().item()
@@ -161,7 +167,7 @@ def test_trained_norms_belong_to_the_adapter_that_is_the_reference(kind: str, ho
     assert (reference_of(end) == pytest.approx(reference_of(start), **CLOSE)) is (kind == "adapter")
 
 
-def test_policy_and_reference_may_be_two_adapters(sft: tuple[Path, Outcome], home: Path) -> None:
+def test_policy_and_reference_may_be_two_adapters(sft: tuple[Path, TrainingResult], home: Path) -> None:
     folder, first = sft
     other = train(home / "dpo-once", reference=frozen(folder))
     outcome = train(home / "dpo-again", lora={"init_from": str(home / "dpo-once")}, reference=frozen(folder))
@@ -172,12 +178,12 @@ def test_policy_and_reference_may_be_two_adapters(sft: tuple[Path, Outcome], hom
     assert reference_of(start) == pytest.approx(mean_logps(first, first.model), rel=1e-4, abs=1e-2)
 
 
-def test_an_adapter_may_go_on_with_a_loss_without_reference(sft: tuple[Path, Outcome], home: Path) -> None:
+def test_an_adapter_may_go_on_with_a_loss_without_reference(sft: tuple[Path, TrainingResult], home: Path) -> None:
     outcome = train(home / "simpo", lora={"init_from": str(sft[0])}, objective={"loss_type": "simpo"})
     assert outcome.state.evals[0]["eval_logps/chosen"] == pytest.approx(mean_logps(sft[1], sft[1].model)[0], **CLOSE)
 
 
-def test_both_engines_go_on_from_an_adapter_alike(sft: tuple[Path, Outcome], home: Path) -> None:
+def test_both_engines_go_on_from_an_adapter_alike(sft: tuple[Path, TrainingResult], home: Path) -> None:
     tables = {"lora": {"init_from": str(sft[0])}, "objective": {"loss_type": "sigmoid"}}
     ours = train(home / "own-engine", **tables)
     trls = train(home / "trl-engine", **tables, train={"engine": "trl"})
@@ -185,13 +191,13 @@ def test_both_engines_go_on_from_an_adapter_alike(sft: tuple[Path, Outcome], hom
     assert jobs.all_apart(jobs.adapter(trls.model), jobs.adapter(ours.model)) < 1e-3
 
 
-def test_what_is_saved_in_the_end_stands_on_the_base_alone(sft: tuple[Path, Outcome], home: Path) -> None:
+def test_what_is_saved_in_the_end_stands_on_the_base_alone(sft: tuple[Path, TrainingResult], home: Path) -> None:
     outcome = train(home / "alone", reference=frozen(sft[0]))
     opened = adapter.open_adapter(home / "alone", "fp32")
     pairs = outcome.prepared.heldout.encoded
     torch.testing.assert_close(
-        live_logps(opened.model, pairs, jobs.PADDED, jobs.CPU),
-        live_logps(outcome.model, pairs, jobs.PADDED, jobs.CPU),
+        model_logps(opened.model, pairs, jobs.PADDED, jobs.CPU),
+        model_logps(outcome.model, pairs, jobs.PADDED, jobs.CPU),
         rtol=1e-5,
         atol=1e-4,
     )
@@ -219,20 +225,20 @@ def test_another_model_is_asked_about_all_pairs_before_the_first_step(
     other_model: Path, home: Path, own_cache: Path
 ) -> None:
     outcome = train(home / "beside", reference=named(other_model), train={"max_steps": 1})
-    assert outcome.reference_computed == 4 + 4  # one step's pairs and the held-out ones
+    assert outcome.reference_pairs_computed == 4 + 4  # one step's pairs and the held-out ones
     outcome = train(home / "beside-again", reference=named(other_model))
-    assert outcome.reference_computed == 4
+    assert outcome.reference_pairs_computed == 4
     model = AutoModelForCausalLM.from_pretrained(other_model).eval()
-    padded_P2 = live_logps(model, outcome.prepared.heldout.encoded, jobs.PADDED, jobs.CPU)
+    padded_P2 = model_logps(model, outcome.prepared.heldout.encoded, jobs.PADDED, jobs.CPU)
     for record in outcome.state.evals:
         assert reference_of(record) == pytest.approx(tuple(padded_P2.mean(0).tolist()), rel=1e-4, abs=1e-2)
-    assert train(home / "from-cache", reference=named(other_model)).reference_computed == 0
+    assert train(home / "from-cache", reference=named(other_model)).reference_pairs_computed == 0
 
 
 def test_another_model_that_does_not_fit_goes_on_in_smaller_rows(
     other_model: Path, home: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, asked = reference.live_logps, list[int]()
+    whole, asked = reference.model_logps, list[int]()
 
     def live(*what: Any) -> torch.Tensor:
         asked.append(len(what[1]))
@@ -240,12 +246,12 @@ def test_another_model_that_does_not_fit_goes_on_in_smaller_rows(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*what)
 
-    monkeypatch.setattr(reference, "live_logps", live)
+    monkeypatch.setattr(reference, "model_logps", live)
     outcome = train(home / "halved", reference=named(other_model))
     assert "reference pass: out of memory with rows of 128 tokens; rows of 64 from here on\n" in capsys.readouterr().err
-    assert outcome.reference_computed == 8 + 4
+    assert outcome.reference_pairs_computed == 8 + 4
     model = AutoModelForCausalLM.from_pretrained(other_model).eval()
-    padded_P2 = live_logps(model, outcome.prepared.heldout.encoded, jobs.PADDED, jobs.CPU)
+    padded_P2 = model_logps(model, outcome.prepared.heldout.encoded, jobs.PADDED, jobs.CPU)
     assert reference_of(outcome.state.evals[0]) == pytest.approx(tuple(padded_P2.mean(0).tolist()), rel=1e-4, abs=1e-2)
 
 
@@ -257,10 +263,10 @@ def test_the_base_as_another_model_is_the_base(home: Path) -> None:
 
 
 def test_a_cache_that_is_not_the_models_own_is_refused(other_model: Path, home: Path, own_cache: Path) -> None:
-    prepared = prepare(recipe(home))
+    prepared = prepare_data(recipe(home))
     table = ModelTable(name=str(other_model), quantization="none")
     pairs = [*prepared.train.encoded, *prepared.heldout.encoded]
-    with Store(store_folder(sources.fetch(table), table, jobs.CPU)) as store:
+    with ReferenceLogpCache(reference_cache_dir(sources.fetch_model(table), table, jobs.CPU)) as store:
         store.add(pairs, torch.full((len(pairs), 2), -7.0))
     with pytest.raises(ModelError) as error:
         train(home / "spoilt", reference=named(other_model))
@@ -278,7 +284,7 @@ def test_a_model_with_another_vocabulary_is_refused(home: Path, tmp_path: Path) 
     words.add_tokens(["<|more|>"])
     words.save_pretrained(tmp_path)
     with pytest.raises(ModelError) as error:
-        prepare(recipe(home, reference=named(tmp_path)))
+        prepare_data(recipe(home, reference=named(tmp_path)))
     assert str(error.value) == (
         f"reference.name = {tmp_path}: its tokenizer has another vocabulary than {jobs.source().name} has, so it would "
         "be asked about other texts; name a model of the same family"
@@ -290,7 +296,7 @@ def test_another_chat_template_or_end_token_is_no_other_vocabulary(home: Path, t
     words = tiny.tokenizer(chat_template=None)
     words.eos_token = "<|endoftext|>"
     words.save_pretrained(tmp_path)
-    assert prepare(recipe(home, reference=named(tmp_path))).named.other is not None
+    assert prepare_data(recipe(home, reference=named(tmp_path))).reference_spec.reference_model is not None
 
 
 # --- a copy that follows
@@ -298,7 +304,7 @@ def test_another_chat_template_or_end_token_is_no_other_vocabulary(home: Path, t
 
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_copy_that_follows_starts_as_the_policy(
-    goes_on: bool, sft: tuple[Path, Outcome], home: Path, own_cache: Path
+    goes_on: bool, sft: tuple[Path, TrainingResult], home: Path, own_cache: Path
 ) -> None:
     lora = {"init_from": str(sft[0])} if goes_on else {}
     outcome = train(home / f"ema-{goes_on}", lora=lora, reference=SOFT, train={"max_steps": 4, "num_train_epochs": 2})
@@ -306,7 +312,7 @@ def test_a_copy_that_follows_starts_as_the_policy(
     losses = jobs.column(trained_lines(home / f"ema-{goes_on}"), "loss")
     assert losses[0] == pytest.approx(LN_2, abs=1e-5)
     assert losses[1] != pytest.approx(LN_2, abs=1e-5)
-    assert outcome.reference_computed == 0
+    assert outcome.reference_pairs_computed == 0
     assert not (own_cache / "reference").exists()
 
 
@@ -354,14 +360,14 @@ def test_a_reference_that_would_never_move_is_refused(home: Path) -> None:
 # --- what a run says of it
 
 
-def test_run_json_and_card_name_start_and_reference(sft: tuple[Path, Outcome], home: Path) -> None:
-    from qlora_dpo.report.card import _start_and_reference
-    from qlora_dpo.training.reference_pass import facts
+def test_run_json_and_card_name_start_and_reference(sft: tuple[Path, TrainingResult], home: Path) -> None:
+    from qlora_dpo.report.card import _start_and_reference_lines
+    from qlora_dpo.training.reference_pass import reference_metadata
 
     def told(**tables: Any) -> tuple[dict[str, Any], list[str]]:
         what = recipe(home, **tables)
-        found = facts(what, prepare(what).named)
-        return found, _start_and_reference(found)
+        found = reference_metadata(what, prepare_data(what).reference_spec)
+        return found, _start_and_reference_lines(found)
 
     plain, said = told()
     assert (plain, said) == ({"init_from": None, "reference": {"kind": "base"}}, [])
@@ -403,5 +409,5 @@ def test_the_two_stages_by_command_and_the_plan_in_words(
     assert main(["train", *dpo, "--set", "reference.path=adapters/sft", "-o", "adapters/dpo"]) == 0
     assert "step 0/2  held-out loss 0.6931  accuracy 0.500  margin +0.000  4 pairs\n" in capsys.readouterr().err
     assert main(["merge", "adapters/dpo"]) == 0
-    again = load("adapters/dpo/resolved.toml").recipe
+    again = load_recipe("adapters/dpo/resolved.toml").recipe
     assert (again.init_from, again.starts_as_reference) == (str(path), True)

@@ -9,14 +9,14 @@ import pytest
 import tiny
 
 from qlora_dpo.data import encode, pairs, scan_cache
-from qlora_dpo.data.encoded import digests, lengths, only_chosen, sequence_tokens
+from qlora_dpo.data.encoded import pair_digests, pair_lengths, pairs_without_rejected, sequence_lengths
 from qlora_dpo.recipe.data import DataTable
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(scan_cache, "MANY", 10)
+    monkeypatch.setattr(scan_cache, "MIN_CACHED_ROWS", 10)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache" / "read"
 
@@ -40,7 +40,7 @@ def read(part: Any = "train", seed: int = 0, train: str = "./p.jsonl", **keys: A
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((encode, "_results"), (pairs, "_scanned")):
+    for module, name in ((encode, "_encode_in_chunks"), (pairs, "_scan_rows")):
         monkeypatch.setattr(module, name, lambda *asked: pytest.fail("read again"))
 
 
@@ -65,7 +65,7 @@ def test_the_second_time_the_same_is_found_and_nothing_is_read(
     assert again.encoded == first.encoded
     assert again.pairs == first.pairs
     assert again.audit == first.audit
-    assert json.dumps(again.audit.facts()) == json.dumps(first.audit.facts())
+    assert json.dumps(again.audit.to_dict()) == json.dumps(first.audit.to_dict())
 
 
 def test_answers_with_a_label_are_compared_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_a_damaged_reading_is_never_used(damage: str, home: Path) -> None:
 
 
 def test_few_rows_are_not_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_cache, "MANY", 41)
+    monkeypatch.setattr(scan_cache, "MIN_CACHED_ROWS", 41)
     write()
     read()
     assert not home.exists()
@@ -139,22 +139,29 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatc
 def test_what_is_told_of_all_pairs_at_once_is_what_each_says() -> None:
     write()
     some = read().encoded
-    for each in (some, list(some), some.only([5, 2, 2]), some[3:9], only_chosen(some), list(only_chosen(some))):
-        assert [bytes(one).ljust(32, b"\0") for one in digests(each)] == [pair.digest for pair in each]
-        assert lengths(each).tolist() == [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in each]
+    for each in (
+        some,
+        list(some),
+        some.select([5, 2, 2]),
+        some[3:9],
+        pairs_without_rejected(some),
+        list(pairs_without_rejected(some)),
+    ):
+        assert [bytes(one).ljust(32, b"\0") for one in pair_digests(each)] == [pair.digest for pair in each]
+        assert pair_lengths(each).tolist() == [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in each]
         longest = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in each]
-        assert np.array_equal(sequence_tokens(each), longest)
+        assert np.array_equal(sequence_lengths(each), longest)
 
 
 def test_parts_that_were_read_by_themselves_are_not_tokenized_again_as_a_whole(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK", 4)
+    monkeypatch.setattr(encode, "ENCODE_CHUNK", 4)
     rows = [{"prompt": f"Is {n} odd?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(11)]
     for number, some in enumerate((rows[:4], rows[4:8], rows[8:])):
         Path(f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     parts = [read_plain(f"./part-{number}.jsonl") for number in range(3)]
-    monkeypatch.setattr(encode, "encode", lambda *asked: pytest.fail("tokenized again"))
+    monkeypatch.setattr(encode, "encode_pairs", lambda *asked: pytest.fail("tokenized again"))
     whole = read_plain("./part-*.jsonl").encoded
     assert [pair.digest for pair in whole] == [pair.digest for part in parts for pair in part.encoded]
 

@@ -14,9 +14,9 @@ from test_card import RESULTS, SAMPLES, run
 from test_compare import Tags
 
 from qlora_dpo.cli import main
-from qlora_dpo.recipe.objective import TABLES
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES
 from qlora_dpo.report import plots
-from qlora_dpo.report.objective_names import NAMES, objective_name, objective_tags
+from qlora_dpo.report.objective_names import OBJECTIVE_NAMES, describe_objective, objective_tags
 from qlora_dpo.report.write import base_licence, write_report
 
 RESOLVED = """
@@ -80,7 +80,7 @@ def test_the_report_is_card_page_and_plots_in_both_formats(finished: Path, capsy
 
 def test_the_same_records_give_the_same_plots_and_no_date(finished: Path) -> None:
     some = records()
-    first, second = (plots.draw(some, RESULTS) for _ in range(2))
+    first, second = (plots.draw_plots(some, RESULTS) for _ in range(2))
     assert [each.svg for each in first] == [each.svg for each in second]
     assert [each.png for each in first] == [each.png for each in second]
     for each in first:
@@ -91,8 +91,8 @@ def test_the_same_records_give_the_same_plots_and_no_date(finished: Path) -> Non
 def test_what_was_not_measured_is_not_drawn() -> None:
     some = [{**record, "loss": None} for record in records() if record["kind"] == "train"]
     assert plots.PLOTS["loss"][2][0].points(some) == ([], [])
-    assert [each.name for each in plots.draw(some, {})] == ["accuracy", "margins", "learning_rate", "throughput"]
-    assert plots.draw([], {}) == []
+    assert [each.name for each in plots.draw_plots(some, {})] == ["accuracy", "margins", "learning_rate", "throughput"]
+    assert plots.draw_plots([], {}) == []
 
 
 def test_the_page_is_one_file_that_asks_nobody_and_holds_every_plot(finished: Path) -> None:
@@ -153,9 +153,9 @@ def test_a_base_that_names_no_licence_has_none(content: str | None, tmp_path: Pa
 
 
 def test_every_loss_has_a_name() -> None:
-    losses = {name for table in TABLES for name in get_args(table.model_fields["loss_type"].annotation)}
-    assert losses - NAMES.keys() == {"sum"}
-    assert NAMES.keys() <= losses
+    losses = {name for table in OBJECTIVE_TABLES for name in get_args(table.model_fields["loss_type"].annotation)}
+    assert losses - OBJECTIVE_NAMES.keys() == {"sum"}
+    assert OBJECTIVE_NAMES.keys() <= losses
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_every_loss_has_a_name() -> None:
     ],
 )
 def test_objectives_are_called_by_their_names(objective: dict[str, Any], words: str, tags: list[str]) -> None:
-    assert (objective_name(objective), objective_tags(objective)) == (words, tags)
+    assert (describe_objective(objective), objective_tags(objective)) == (words, tags)
 
 
 def test_a_run_that_is_not_finished_or_damaged_is_refused(

@@ -15,49 +15,56 @@ import torch
 from accelerate.state import AcceleratorState
 from workplace import rows
 
-from qlora_dpo.model.device import on_card
+from qlora_dpo.model.device import device_for_gpu
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.gpu_specs import CARDS
-from qlora_dpo.model.memory import Kept, checkpointable
-from qlora_dpo.planning.memory_estimate import RESERVE, estimate
+from qlora_dpo.model.gpu_specs import GPU_SPECS
+from qlora_dpo.model.memory import ActivationBytes, checkpointable_layers
+from qlora_dpo.planning.memory_estimate import RESERVED_BYTES, estimate_memory
 from qlora_dpo.preference import packing_choice
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe.train import ROW_TOKENS, TrainTable
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
+from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import run
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.save import State, folder_of
-from qlora_dpo.training.meta_model import Load, Shapes, load_of, shapes_of
+from qlora_dpo.training.checkpoint.save import TrainState, checkpoint_dir
+from qlora_dpo.training.meta_model import ModelFootprint, Workload, measure_footprint, workload_of
 from qlora_dpo.training.row_plan import (
     RowPlan,
-    choose_rows,
-    decisions,
-    left_for_dense,
-    needed,
+    choose_row_plan,
+    dense_weight_budget,
+    describe_row_plan,
     reference_bytes,
-    reference_rows,
-    row_sizes,
+    reference_row_tokens,
+    row_token_candidates,
     step_bytes,
+    total_step_bytes,
 )
 
 pytestmark = jobs.LIBRARIES_WARN
 
 SMALL, AMPLE = 2**23, 2**34
 """Free bytes in which 2,048 tokens of the tiny model do not fit, and in which anything does."""
-T4 = on_card(CARDS["t4"])
+T4 = device_for_gpu(GPU_SPECS["t4"])
 
 
-def shapes(**changes: Any) -> Shapes:
+def shapes(**changes: Any) -> ModelFootprint:
     """Four layers that keep 10 bytes of a token each and 1 of their input, and nothing else that takes any.
 
     A token takes 40 bytes then, 14 if all four are computed again, and a twentieth more for fragmentation; of free
     bytes 0.9 are planned with.
     """
     nothing: dict[str, Any] = {
-        name: 0 for name in inspect.signature(Shapes).parameters if name not in ("weights", "padded")
+        name: 0
+        for name in inspect.signature(ModelFootprint).parameters
+        if name not in ("weight_bytes", "padding_reason")
     }
-    told = {"layers": 4, "per_token": Kept(layer=10.0, layer_input=1.0), "weights": {}, "padded": ""}
-    return Shapes(**nothing | told | changes)
+    told = {
+        "num_layers": 4,
+        "activations": ActivationBytes(layer=10.0, layer_input=1.0),
+        "weight_bytes": {},
+        "padding_reason": "",
+    }
+    return ModelFootprint(**nothing | told | changes)
 
 
 def table(**keys: Any) -> TrainTable:
@@ -70,7 +77,7 @@ def table(**keys: Any) -> TrainTable:
 )
 def test_as_few_layers_as_needed_are_recomputed(free: int, layers: int) -> None:
     # 2,000 tokens: 80,000 bytes for none, 64,000 for two, 46,000 for three, each and a twentieth more
-    assert choose_rows(shapes(), table(micro_batch_tokens=2000), 100, free) == RowPlan(2000, layers)
+    assert choose_row_plan(shapes(), table(micro_batch_tokens=2000), 100, free) == RowPlan(2000, layers)
 
 
 @pytest.mark.parametrize(
@@ -89,28 +96,37 @@ def test_as_few_layers_as_needed_are_recomputed(free: int, layers: int) -> None:
 )
 def test_rows_are_halved_until_they_fit(free: int, longest: int, all_layers: bool, tokens: int) -> None:
     what = table(gradient_checkpointing=True if all_layers else "auto")
-    assert choose_rows(shapes(), what, longest, free).tokens == tokens
-    assert list(row_sizes(300)) == [2048, 1024, 512, 300]
+    assert choose_row_plan(shapes(), what, longest, free).tokens == tokens
+    assert list(row_token_candidates(300)) == [2048, 1024, 512, 300]
 
 
 def test_only_where_the_smallest_rows_do_not_fit_layers_are_recomputed() -> None:
-    found = [choose_rows(shapes(), table(), 700, free) for free in (95_573, 47_786, 32_667, 32_666, 0)]
-    assert [(each.tokens, each.recomputed) for each in found] == [(1024, 0), (700, 0), (700, 0), (700, 2), (700, 4)]
+    found = [choose_row_plan(shapes(), table(), 700, free) for free in (95_573, 47_786, 32_667, 32_666, 0)]
+    assert [(each.tokens, each.recomputed_layers) for each in found] == [
+        (1024, 0),
+        (700, 0),
+        (700, 0),
+        (700, 2),
+        (700, 4),
+    ]
 
 
 def test_what_does_not_grow_with_the_tokens_counts_once() -> None:
     # a head of 10,000 bytes in the compute dtype leaves 1,024 tokens of what 2,048 would fit in
-    parts = step_bytes(shapes(head_copy=10_000), 2048, 0)
+    parts = step_bytes(shapes(head_copy_bytes=10_000), 2048, 0)
     assert parts["the output head in the compute dtype"] == 10_000
     assert parts["activations of 2,048 tokens, nothing recomputed"] == 40 * 2048
-    assert choose_rows(shapes(head_copy=10_000), table(), 100, 95_574).tokens == 1024
-    assert choose_rows(shapes(head_copy=10_000), table(), 100, 107_240).tokens == 2048
+    assert choose_row_plan(shapes(head_copy_bytes=10_000), table(), 100, 95_574).tokens == 1024
+    assert choose_row_plan(shapes(head_copy_bytes=10_000), table(), 100, 107_240).tokens == 2048
     assert "the output head in the compute dtype" not in step_bytes(shapes(), 2048, 0)
 
 
 def test_the_heads_tiles_are_gone_before_a_layer_works_on_its_gradients() -> None:
     working = shapes(
-        per_token=Kept(layer=10.0, layer_input=1.0, working=3.0), head_tiles=5000, head_token=2, vocabulary=7
+        activations=ActivationBytes(layer=10.0, layer_input=1.0, working=3.0),
+        head_tile_bytes=5000,
+        head_bytes_per_token=2,
+        vocab_size=7,
     )
     head = "output head in chunks of 256 tokens, 7 words, beyond that"
     for tokens, beyond in ((1000, 2000), (3000, 0)):
@@ -128,63 +144,65 @@ def test_the_heads_tiles_are_gone_before_a_layer_works_on_its_gradients() -> Non
     ],
 )
 def test_the_recipe_or_memory_decides_and_it_is_said(asked: Any, free: int, recomputed: int, says: str) -> None:
-    what, large = table(gradient_checkpointing=asked, micro_batch_tokens=512), shapes(head_tiles=2**31)
-    rows = choose_rows(large, what, 100, free)
+    what, large = table(gradient_checkpointing=asked, micro_batch_tokens=512), shapes(head_tile_bytes=2**31)
+    rows = choose_row_plan(large, what, 100, free)
     assert rows == RowPlan(512, recomputed)
-    assert decisions(large, what, rows, 100, free) == [f"a backward pass over 512 tokens needs 2.1 GiB, {says}"]
+    assert describe_row_plan(large, what, rows, 100, free) == [f"a backward pass over 512 tokens needs 2.1 GiB, {says}"]
 
 
 def test_why_rows_are_smaller_is_said_first() -> None:
-    large = shapes(per_token=Kept(layer=2.0**18, layer_input=1.0))
-    rows = choose_rows(large, table(), 100, 2**31)
-    assert decisions(large, table(), rows, 100, 2**31) == [
+    large = shapes(activations=ActivationBytes(layer=2.0**18, layer_input=1.0))
+    rows = choose_row_plan(large, table(), 100, 2**31)
+    assert describe_row_plan(large, table(), rows, 100, 2**31) == [
         "rows of 1,024 tokens, since 2,048 would need 2.1 GiB, and of 2.0 GiB left for a step 1.8 are planned with",
         "a backward pass over 1,024 tokens needs 1.1 GiB, 2.0 GiB are free: nothing is recomputed",
     ]
-    again = choose_rows(large, table(), 100, 2**31, before=2048)
-    assert decisions(large, table(), again, 100, 2**31) == [
+    again = choose_row_plan(large, table(), 100, 2**31, resumed_row_tokens=2048)
+    assert describe_row_plan(large, table(), again, 100, 2**31) == [
         "rows of 2,048 tokens, as before",
         "a backward pass over 2,048 tokens needs 2.1 GiB, 2.0 GiB are free: 2 of 4 layers are recomputed",
     ]
 
 
 def test_on_a_gpu_weights_are_kept_dense_only_beside_full_rows_of_which_nothing_is_recomputed() -> None:
-    wide, step = shapes(dense=4000, head_copy=10_000), 96_516
+    wide, step = shapes(dense_bytes=4000, head_copy_bytes=10_000), 96_516
     for free, left in ((107_240, 10_000), (111_690, 14_005), (2**20, 2**20 * 9 // 10 - step + 10_000)):
-        assert left_for_dense(wide, table(), 100, free, T4) == left
-    assert left_for_dense(wide, table(), 100, 100_000, T4) == 3484  # less than the head, which a step converts
+        assert dense_weight_budget(wide, table(), 100, free, T4) == left
+    assert dense_weight_budget(wide, table(), 100, 100_000, T4) == 3484  # less than the head, which a step converts
     # smaller rows and recomputed layers leave more room, if the recipe has them
-    assert left_for_dense(shapes(), table(micro_batch_tokens=100), 50, 10_000, T4) == 9000 - 4200
+    assert dense_weight_budget(shapes(), table(micro_batch_tokens=100), 50, 10_000, T4) == 9000 - 4200
     every = table(micro_batch_tokens=100, gradient_checkpointing=True)
-    assert left_for_dense(shapes(), every, 50, 10_000, T4) == 9000 - 1470
-    assert left_for_dense(shapes(), table(), 100, 10_000, T4) == 0
+    assert dense_weight_budget(shapes(), every, 50, 10_000, T4) == 9000 - 1470
+    assert dense_weight_budget(shapes(), table(), 100, 10_000, T4) == 0
     # where rows are smaller anyway, a CPU gains more from weights that it need not convert
-    assert left_for_dense(shapes(), table(), 100, 10_000, jobs.CPU) == 4500
+    assert dense_weight_budget(shapes(), table(), 100, 10_000, jobs.CPU) == 4500
 
 
 @pytest.mark.parametrize(("of_token", "tokens"), [(1.0, 8 * 2048), (20.0, 4096), (40.0, 2048), (100.0, 2048)], ids=str)
 def test_the_reference_pass_has_rows_that_take_no_more_than_a_step_on_a_gpu(of_token: float, tokens: int) -> None:
-    some = shapes(per_token=Kept(layer=10.0, layer_input=1.0, forward=of_token))
-    assert reference_rows(some, RowPlan(2048, 0), 100, T4) == tokens
-    assert reference_rows(some, RowPlan(2048, 0), 100, jobs.CPU) == 2048
-    assert (reference_bytes(some, tokens) <= needed(some, 2048, 0)) == (of_token <= 40)
+    some = shapes(activations=ActivationBytes(layer=10.0, layer_input=1.0, forward=of_token))
+    assert reference_row_tokens(some, RowPlan(2048, 0), 100, T4) == tokens
+    assert reference_row_tokens(some, RowPlan(2048, 0), 100, jobs.CPU) == 2048
+    assert (reference_bytes(some, tokens) <= total_step_bytes(some, 2048, 0)) == (of_token <= 40)
 
 
 def test_the_longest_pair_alone_is_as_long_as_it_is_laid_out() -> None:
     pairs = jobs.pairs(9)
     side: Any = SimpleNamespace(encoded=pairs)
-    found = load_of(side, side, jobs.recipe())
-    assert found.alone(padded=False) == max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    found = workload_of(side, side, jobs.recipe())
+    assert found.longest_pair_tokens(padded=False) == max(
+        len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs
+    )
     longer = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-    assert found.alone(padded=True) == 2 * (longer + 1)  # and a column of padding
+    assert found.longest_pair_tokens(padded=True) == 2 * (longer + 1)  # and a column of padding
     # of one epoch a step's pairs are asked before the first step, of more all of them, and always those held out
     whole = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
     few: Any = SimpleNamespace(encoded=pairs[:1])
-    step = 4 * found.alone(padded=False)
-    assert step < whole == found.reference
-    assert load_of(side, few, jobs.recipe()).reference == step
-    assert load_of(side, few, jobs.recipe(train={"num_train_epochs": 2})).reference == whole
-    assert load_of(side, few, jobs.recipe(train={"num_train_epochs": 2, "max_steps": 1})).reference == step
+    step = 4 * found.longest_pair_tokens(padded=False)
+    assert step < whole == found.reference_tokens
+    assert workload_of(side, few, jobs.recipe()).reference_tokens == step
+    assert workload_of(side, few, jobs.recipe(train={"num_train_epochs": 2})).reference_tokens == whole
+    assert workload_of(side, few, jobs.recipe(train={"num_train_epochs": 2, "max_steps": 1})).reference_tokens == step
 
 
 def test_a_layout_is_proved_in_rows_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,13 +225,13 @@ class Ran:
 
     folder: Path
     adapter: dict[str, torch.Tensor]
-    state: State
+    state: TrainState
     metrics: list[dict[str, Any]]
     said: list[str]
     recomputed: int
     """Layers."""
     recipe: Recipe
-    load: Load
+    load: Workload
 
 
 Train = Callable[..., Ran]
@@ -233,14 +251,14 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
         folder, said = home / str(len(list(home.iterdir()))), list[str]()
         folder.mkdir()
         what = jobs.recipe(data=data, train=table | {"micro_batch_tokens": tokens})
-        before = folder_of(resume.folder, 1) if resume is not None else None
+        before = checkpoint_dir(resume.folder, 1) if resume is not None else None
         patch.setattr(run, "free_bytes", lambda device: free)
-        with Tracker(folder, 3) as tracker:
-            tracker.note = said.append  # type: ignore[method-assign,assignment]
-            prepared = run.prepare(what)
-            outcome = run.run(prepared, what, jobs.CPU, tracker, before, allowed)
-        recomputed = sum(layer.gradient_checkpointing for layer in checkpointable(outcome.model))
-        load, metrics = load_of(prepared.train, prepared.heldout, what), read(folder / METRICS)
+        with RunLog(folder, 3) as tracker:
+            tracker.info = said.append  # type: ignore[method-assign,assignment]
+            prepared = run.prepare_data(what)
+            outcome = run.run_training(prepared, what, jobs.CPU, tracker, before, allowed)
+        recomputed = sum(layer.gradient_checkpointing for layer in checkpointable_layers(outcome.model))
+        load, metrics = workload_of(prepared.train, prepared.heldout, what), read_metrics(folder / METRICS)
         return Ran(folder, jobs.adapter(outcome.model), outcome.state, metrics, said, recomputed, what, load)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -261,21 +279,23 @@ def small(train: Train) -> Ran:
 @pytest.mark.parametrize("free", [SMALL // 4, SMALL, 2 * SMALL, AMPLE])
 def test_check_plans_the_rows_that_a_run_takes(free: int, train: Train) -> None:
     ran = train(free)
-    found = shapes_of(jobs.source(), ran.recipe, jobs.CPU, ran.load)
+    found = measure_footprint(jobs.source(), ran.recipe, jobs.CPU, ran.load)
     # what a run has taken when it looks at the free memory, and what is reserved for the libraries
-    taken = sum(found.weights.values()) + 4 * found.trained + RESERVE["cpu"]
-    plan = estimate(jobs.source(), ran.recipe, jobs.CPU, ran.load, free + taken)
-    assert ran.load.step > ROW_TOKENS  # so the plan is for full rows too
-    assert (plan.row, plan.recomputed) == (ran.state.row_tokens, ran.recomputed)
-    assert plan.smaller == ", ".join(each.removeprefix("memory: ") for each in ran.said if "since 2,048" in each)
+    taken = sum(found.weight_bytes.values()) + 4 * found.num_trainable + RESERVED_BYTES["cpu"]
+    plan = estimate_memory(jobs.source(), ran.recipe, jobs.CPU, ran.load, free + taken)
+    assert ran.load.step_tokens > DEFAULT_ROW_TOKENS  # so the plan is for full rows too
+    assert (plan.row_tokens, plan.recomputed_layers) == (ran.state.row_tokens, ran.recomputed)
+    assert plan.smaller_rows_reason == ", ".join(
+        each.removeprefix("memory: ") for each in ran.said if "since 2,048" in each
+    )
 
 
 def test_where_there_is_room_auto_is_2048(train: Train, ample: Ran) -> None:
-    number = train(AMPLE, ROW_TOKENS)
+    number = train(AMPLE, DEFAULT_ROW_TOKENS)
     assert jobs.all_apart(number.adapter, ample.adapter) == 0
     layouts = [[each for each in one.said if each.startswith(("layout:", "memory:"))] for one in (number, ample)]
     assert layouts[0] == layouts[1]
-    assert (number.state.row_tokens, ample.state.row_tokens) == (None, ROW_TOKENS)
+    assert (number.state.row_tokens, ample.state.row_tokens) == (None, DEFAULT_ROW_TOKENS)
 
 
 def test_where_there_is_none_rows_are_smaller_and_nothing_else_changes(ample: Ran, small: Ran) -> None:
@@ -310,7 +330,7 @@ def test_all_processes_take_the_rows_of_the_one_with_the_least_memory(
 ) -> None:
     trained = sum(each.numel() for each in small.adapter.values())
     left = SMALL - 12 * trained  # beside gradients and AdamW's moments
-    monkeypatch.setattr(processes, "_lengths", lambda number: [number, left])
+    monkeypatch.setattr(processes, "_rows_per_rank", lambda number: [number, left])
     found = train(AMPLE)
     assert found.state.row_tokens == small.state.row_tokens
     assert [each for each in found.said if each.startswith("memory:")] == [
@@ -324,9 +344,9 @@ def test_a_number_that_is_allowed_takes_the_place_of_auto(train: Train, small: R
     assert jobs.all_apart(number.adapter, small.adapter) < 1e-4
 
 
-def state(tokens: int | str, found: int | None) -> State:
+def state(tokens: int | str, found: int | None) -> TrainState:
     recipe = jobs.recipe(train={"micro_batch_tokens": tokens}).model_dump(exclude_none=True)
-    return State(1, recipe, {}, row_tokens=found)
+    return TrainState(1, recipe, {}, row_tokens=found)
 
 
 @pytest.mark.parametrize(
@@ -337,10 +357,10 @@ def test_a_checkpoint_says_in_which_rows_its_run_goes_on(
     tokens: int | str, found: int | None, goes_on: int | None, tmp_path: Path
 ) -> None:
     (tmp_path / "state.json").write_text(json.dumps(vars(state(tokens, found)) | {"since_eval": {}}))
-    assert save.rows_before(tmp_path) == goes_on
+    assert save.saved_row_tokens(tmp_path) == goes_on
 
 
 def test_a_number_of_before_may_become_auto_and_no_number_another_unasked() -> None:
-    assert save._differences(state(2048, None), state("auto", 2048)) == {}
+    assert save._resume_differences(state(2048, None), state("auto", 2048)) == {}
     for was, now in (("auto", 512), (2048, 512)):
-        assert list(save._differences(state(was, 2048), state(now, None))) == ["train.micro_batch_tokens"]
+        assert list(save._resume_differences(state(was, 2048), state(now, None))) == ["train.micro_batch_tokens"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_dpo.cli import main
-from qlora_dpo.cli.runs import SORTS as OFFERED
-from qlora_dpo.report.runs import SORTS
+from qlora_dpo.cli.runs import SORT_CHOICES as OFFERED
+from qlora_dpo.report.runs import SORT_DESCENDING
 
 RESOLVED = """
 [model]
@@ -125,7 +125,7 @@ def test_two_runs_differ_in_recipe_data_and_results(home: Path, capsys: pytest.C
 
 
 def test_the_keys_to_sort_by_are_offered() -> None:
-    assert set(OFFERED) == SORTS.keys()
+    assert set(OFFERED) == SORT_DESCENDING.keys()
 
 
 def test_listing_runs_needs_no_torch(home: Path) -> None:

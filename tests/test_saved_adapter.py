@@ -15,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from two_stages import recipe, train
 
 from qlora_dpo.errors import ModelError, QloraDpoError, RecipeError
-from qlora_dpo.model.saved_adapter import CONFIG, WEIGHTS, SavedAdapter, find_saved, opened_by_peft, put
-from qlora_dpo.preference.reference import guard_opened, probe
-from qlora_dpo.training.run import prepare
+from qlora_dpo.model.saved_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SavedAdapter,
+    find_saved_adapter,
+    load_adapter_weights,
+    opened_by_peft,
+)
+from qlora_dpo.preference.reference import check_matches_peft, probe_logits
+from qlora_dpo.training.run import prepare_data
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -46,9 +53,9 @@ def rewrite(file: Path, **values: Any) -> None:
 def foreign(folder: Path, **values: Any) -> None:
     """As if another program had made it: PEFT's two files alone, with other values in its config."""
     for file in folder.iterdir():
-        if file.name not in (CONFIG, WEIGHTS):
+        if file.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-    rewrite(folder / CONFIG, **values)
+    rewrite(folder / ADAPTER_CONFIG, **values)
 
 
 def config(**values: Any) -> Callable[[Path], None]:
@@ -64,7 +71,7 @@ def base_in_run(**values: Any) -> Callable[[Path], None]:
 
 
 def cut(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+    (folder / ADAPTER_WEIGHTS).write_bytes((folder / ADAPTER_WEIGHTS).read_bytes()[:-8])
 
 
 def another_template(folder: Path) -> None:
@@ -79,7 +86,7 @@ NOT_SHAPED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         "lora.init_from: {} is no folder; name the folder of a finished run or of a PEFT adapter",
     ),
     "no adapter": (
-        lambda folder: (folder / WEIGHTS).unlink(),
+        lambda folder: (folder / ADAPTER_WEIGHTS).unlink(),
         {},
         "lora.init_from: {} has no adapter_config.json and adapter_model.safetensors; name the folder of a finished "
         "run or of a PEFT adapter",
@@ -90,7 +97,7 @@ NOT_SHAPED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         "{}: is damaged: adapter_model.safetensors has not its size; take it from a backup, or train it again",
     ),
     "config damaged": (
-        lambda folder: (foreign(folder), (folder / CONFIG).write_text("{")),
+        lambda folder: (foreign(folder), (folder / ADAPTER_CONFIG).write_text("{")),
         {},
         "{}/adapter_config.json: is damaged (JSONDecodeError); take it from a backup",
     ),
@@ -160,20 +167,20 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_loaded(case: str, sft: 
     change, lora, message = NOT_SHAPED[case]
     change(sft)
     with pytest.raises(QloraDpoError) as error:
-        prepare(recipe(sft.parent, lora={"init_from": str(sft), **lora}))
+        prepare_data(recipe(sft.parent, lora={"init_from": str(sft), **lora}))
     assert str(error.value) == message.format(sft, base=jobs.source().name)
     assert isinstance(error.value, RecipeError) == message.startswith("lora.")
 
 
 def test_an_adapter_is_refused_under_the_key_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^reference\.path: .* is no folder; "):
-        prepare(recipe(tmp_path, reference={"kind": "adapter", "path": str(tmp_path / "none")}))
+        prepare_data(recipe(tmp_path, reference={"kind": "adapter", "path": str(tmp_path / "none")}))
 
 
 def test_other_layers_are_refused_with_an_example(sft: Path) -> None:
     model = jobs.fresh(jobs.recipe(lora={"target_modules": ["q_proj"]}))
     with pytest.raises(RecipeError) as error:
-        put(model, SavedAdapter(sft, ""))
+        load_adapter_weights(model, SavedAdapter(sft, ""))
     assert str(error.value) == (
         f"[lora] names other modules than {sft} has: "
         "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight is one that the recipe does not adapt; write its "
@@ -183,16 +190,16 @@ def test_other_layers_are_refused_with_an_example(sft: Path) -> None:
 
 def test_a_tensor_of_another_size_or_without_a_number_is_named(sft: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
-    tensors, model = load_file(sft / WEIGHTS), jobs.fresh(jobs.recipe())
-    save_file(tensors | {name: torch.zeros(4, 96)}, sft / WEIGHTS)
+    tensors, model = load_file(sft / ADAPTER_WEIGHTS), jobs.fresh(jobs.recipe())
+    save_file(tensors | {name: torch.zeros(4, 96)}, sft / ADAPTER_WEIGHTS)
     with pytest.raises(ModelError) as error:
-        put(model, SavedAdapter(sft, ""))
+        load_adapter_weights(model, SavedAdapter(sft, ""))
     assert str(error.value) == (
         f"{sft}: {name} has the shape [4, 96], and this base needs [4, 128]; name the base that it was made for"
     )
-    save_file(tensors | {name: torch.full((4, 128), torch.nan)}, sft / WEIGHTS)
+    save_file(tensors | {name: torch.full((4, 128), torch.nan)}, sft / ADAPTER_WEIGHTS)
     with pytest.raises(ModelError, match=r"lora_A\.weight is not finite; train it again with a lower rate"):
-        put(model, SavedAdapter(sft, ""))
+        load_adapter_weights(model, SavedAdapter(sft, ""))
 
 
 @pytest.mark.parametrize("base", ["its folder", "nobody knows", "Another/Model", "a folder of other weights"])
@@ -205,14 +212,14 @@ def test_an_adapter_from_elsewhere_is_taken_for_its_base_by_name(base: str, sft:
     what = recipe(tmp_path, lora={"init_from": str(sft)})
     if base == "a folder of other weights":
         with pytest.raises(ModelError) as error:
-            prepare(what)
+            prepare_data(what)
         assert str(error.value) == (
             f'{sft}: was made for {other}, and model.name is "{jobs.source().name}"; name its base there, or correct '
             "base_model_name_or_path in its adapter_config.json"
         )
     else:
         note = f"{sft}: does not say by fingerprint what base it was made for; taken as made for {jobs.source().name}"
-        assert prepare(what).named.notes == ([] if base == "its folder" else [note])
+        assert prepare_data(what).reference_spec.notes == ([] if base == "its folder" else [note])
 
 
 def test_an_adapter_that_peft_made_is_gone_on_from(tmp_path: Path) -> None:
@@ -225,18 +232,18 @@ def test_an_adapter_that_peft_made_is_gone_on_from(tmp_path: Path) -> None:
 
 def test_what_is_put_in_is_what_peft_opens_and_the_base_is_left_as_it_was(sft: Path) -> None:
     base = jobs.base_model()
-    before_LV = probe(base, PAIR, jobs.CPU)
+    before_LV = probe_logits(base, PAIR, jobs.CPU)
     with opened_by_peft(base, SavedAdapter(sft, "")) as opened:
-        opened_LV = probe(opened, PAIR, jobs.CPU)
+        opened_LV = probe_logits(opened, PAIR, jobs.CPU)
     assert not torch.equal(opened_LV, before_LV)
-    assert torch.equal(probe(base, PAIR, jobs.CPU), before_LV)
-    model = jobs.attach(base, jobs.recipe().lora, seed=1)
-    put(model, SavedAdapter(sft, ""))
-    guard_opened(model, opened_LV, PAIR, jobs.CPU, sft)
-    twice = jobs.attach(jobs.base_model(), jobs.recipe(lora={"lora_alpha": 16}).lora, seed=1)
-    put(twice, SavedAdapter(sft, ""))
+    assert torch.equal(probe_logits(base, PAIR, jobs.CPU), before_LV)
+    model = jobs.attach_lora(base, jobs.recipe().lora, seed=1)
+    load_adapter_weights(model, SavedAdapter(sft, ""))
+    check_matches_peft(model, opened_LV, PAIR, jobs.CPU, sft)
+    twice = jobs.attach_lora(jobs.base_model(), jobs.recipe(lora={"lora_alpha": 16}).lora, seed=1)
+    load_adapter_weights(twice, SavedAdapter(sft, ""))
     with pytest.raises(ModelError) as error:
-        guard_opened(twice, opened_LV, PAIR, jobs.CPU, sft)
+        check_matches_peft(twice, opened_LV, PAIR, jobs.CPU, sft)
     assert str(error.value) == (
         f"{sft}: the model with this adapter differs from the one that PEFT opens, so training would not go on from "
         "it; merge it, and name the merged model as model.name"
@@ -245,13 +252,13 @@ def test_what_is_put_in_is_what_peft_opens_and_the_base_is_left_as_it_was(sft: P
 
 def test_the_fingerprint_is_of_numbers_and_scale_alone(sft: Path, tmp_path: Path) -> None:
     table = jobs.recipe().lora
-    first = find_saved(sft, "lora.init_from", table).fingerprint
+    first = find_saved_adapter(sft, "lora.init_from", table).fingerprint
     foreign(sft, base_model_name_or_path="elsewhere")
-    assert find_saved(sft, "lora.init_from", table).fingerprint == first
-    rewrite(sft / CONFIG, lora_alpha=16)
+    assert find_saved_adapter(sft, "lora.init_from", table).fingerprint == first
+    rewrite(sft / ADAPTER_CONFIG, lora_alpha=16)
     scaled = table.model_copy(update={"lora_alpha": 16})
-    assert find_saved(sft, "lora.init_from", scaled).fingerprint != first
-    rewrite(sft / CONFIG, lora_alpha=8)
-    tensors = load_file(sft / WEIGHTS)
-    save_file({name: 2 * value for name, value in tensors.items()}, sft / WEIGHTS)
-    assert find_saved(sft, "lora.init_from", table).fingerprint != first
+    assert find_saved_adapter(sft, "lora.init_from", scaled).fingerprint != first
+    rewrite(sft / ADAPTER_CONFIG, lora_alpha=8)
+    tensors = load_file(sft / ADAPTER_WEIGHTS)
+    save_file({name: 2 * value for name, value in tensors.items()}, sft / ADAPTER_WEIGHTS)
+    assert find_saved_adapter(sft, "lora.init_from", table).fingerprint != first

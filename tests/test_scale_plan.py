@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_docs import ROOT
 
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.logp_journal import RECORD
-from qlora_dpo.preference.logp_table import answers
-from qlora_dpo.preference.reference import add_to_store
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.preference.logp_journal import RECORD_DTYPE
+from qlora_dpo.preference.logp_table import make_logp_table
+from qlora_dpo.preference.reference import write_logp_table
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -20,7 +20,9 @@ import scale_plan as plan
 
 def test_an_adapter_has_as_many_parameters_as_peft_makes() -> None:
     tiny = plan.Model("tiny", 0, layers=2, width=64, inner=128, key_width=32)
-    assert tiny.lora_parameters(4) == sum(each.numel() for each in trainable(jobs.fresh(jobs.recipe())).values())
+    assert tiny.lora_parameters(4) == sum(
+        each.numel() for each in trainable_parameters(jobs.fresh(jobs.recipe())).values()
+    )
     # 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
     assert plan.QWEN_05B.lora_parameters(16) == 8_798_208
 
@@ -49,10 +51,10 @@ def test_a_checkpoint_is_three_float32_of_each_parameter() -> None:
 
 def test_answers_and_records_take_the_bytes_that_are_stated(tmp_path: Path) -> None:
     digests = np.arange(8000, dtype=np.uint32).view("S32")
-    add_to_store(tmp_path, answers(digests, np.zeros((1000, 2))))
+    write_logp_table(tmp_path, make_logp_table(digests, np.zeros((1000, 2))))
     (file,) = tmp_path.iterdir()
     assert 0 <= file.stat().st_size - 1000 * plan.ANSWER_BYTES < 300  # the header
-    assert RECORD.itemsize == plan.RECORD_BYTES
+    assert RECORD_DTYPE.itemsize == plan.RECORD_BYTES
 
 
 def test_a_kill_costs_half_of_what_lies_between_two_checkpoints() -> None:

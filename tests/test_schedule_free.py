@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from stopped import tracker_that_stops
 
 from qlora_dpo.errors import Interrupted, RecipeError
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe.extras import insist_on_extras
+from qlora_dpo.recipe.extras import check_extras
 from qlora_dpo.training import schedule_free
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.evaluate import evaluate
-from qlora_dpo.training.loop import fit
-from qlora_dpo.training.optim import make_optimizer
+from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.optim import create_optimizer
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -41,8 +41,8 @@ def trained(what: Recipe, folder: Path, resume: Path | None = None, stop_at: int
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder)
-    with tracker_that_stops(folder, job.plan.total_steps, stop_at) as tracker:
-        state = fit(model, job, jobs.start(job), tracker, resume)
+    with tracker_that_stops(folder, job.data_order.total_steps, stop_at) as tracker:
+        state = train_loop(model, job, jobs.start(job), tracker, resume)
     return model.eval(), job, state
 
 
@@ -50,26 +50,26 @@ def test_it_steps_as_the_package_does_by_itself(schedulefree: Any) -> None:
     """With constant gradients g, AdamW's normalized step is sign(g) times the rate; the mean of z has weights lr^2."""
     parameter = torch.nn.Parameter(torch.zeros(3))
     table = recipe(learning_rate=0.1).train
-    optimizer = make_optimizer({"lora_A": parameter}, table, jobs.CPU)
+    optimizer = create_optimizer({"lora_A": parameter}, table, jobs.CPU)
     points = []
     for _ in range(4):
         parameter.grad = torch.tensor([1.0, -2.0, 3.0])
         optimizer.step()
         points.append(optimizer.state[parameter]["z"].clone())
     torch.testing.assert_close(points[-1], -0.4 * torch.tensor([1.0, -1.0, 1.0]), atol=1e-5, rtol=1e-5)
-    with schedule_free.averaged(optimizer):
+    with schedule_free.eval_weights(optimizer):
         torch.testing.assert_close(parameter.data, torch.stack(points).mean(0), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(parameter.data, torch.stack(points).mean(0), atol=1e-3)
 
 
 def test_the_mean_is_evaluated_and_the_point_comes_back_bit_for_bit(schedulefree: Any) -> None:
     parameter = torch.nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
-    optimizer = make_optimizer({"lora_A": parameter}, recipe().train, jobs.CPU)
+    optimizer = create_optimizer({"lora_A": parameter}, recipe().train, jobs.CPU)
     for step in range(3):
         parameter.grad = torch.randn(1000, generator=torch.Generator().manual_seed(step))
         optimizer.step()
     point = parameter.detach().clone()
-    with schedule_free.averaged(optimizer):
+    with schedule_free.eval_weights(optimizer):
         assert not torch.equal(parameter, point)
     assert torch.equal(parameter, point)
     parameter.grad = torch.ones(1000)
@@ -78,11 +78,11 @@ def test_the_mean_is_evaluated_and_the_point_comes_back_bit_for_bit(schedulefree
 
 def test_other_optimizers_are_left_alone() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = make_optimizer({"lora_A": parameter}, jobs.recipe().train, jobs.CPU)
-    with schedule_free.averaged(optimizer):
+    optimizer = create_optimizer({"lora_A": parameter}, jobs.recipe().train, jobs.CPU)
+    with schedule_free.eval_weights(optimizer):
         pass
-    schedule_free.settle(optimizer)
-    assert schedule_free.counters(optimizer) == []
+    schedule_free.finalize(optimizer)
+    assert schedule_free.get_counters(optimizer) == []
     assert torch.equal(parameter, torch.ones(3))
 
 
@@ -104,7 +104,9 @@ def test_the_model_at_the_end_is_the_one_of_the_last_evaluation(schedulefree: An
     model, job, state = trained(recipe(), tmp_path / "run")
     found = evaluate(model, job.heldout, job.recipe.objective, job.packing, jobs.CPU)
     assert found["eval_loss"] == state.evals[-1]["eval_loss"]
-    assert any(float(each.detach().abs().max()) > 0 for name, each in trainable(model).items() if "lora_B" in name)
+    assert any(
+        float(each.detach().abs().max()) > 0 for name, each in trainable_parameters(model).items() if "lora_B" in name
+    )
 
 
 def test_a_falling_rate_is_refused() -> None:
@@ -119,7 +121,7 @@ def test_a_falling_rate_is_refused() -> None:
 def test_without_the_package_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_dpo.recipe.extras.find_spec", lambda name: None)
     with pytest.raises(RecipeError) as raised:
-        insist_on_extras(recipe())
+        check_extras(recipe())
     assert str(raised.value) == (
         'train.optim = "schedule_free_adamw" needs the package schedulefree, which is not installed; install it with: '
         "pip install 'qlora_dpo[schedule-free]'"

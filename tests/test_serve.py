@@ -9,7 +9,7 @@ import pytest
 from served import Served, answer_of, everything, expected, question, served
 
 from qlora_dpo.talk import http_server
-from qlora_dpo.talk.serve import Limits
+from qlora_dpo.talk.serve import ClientLimits
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 
@@ -216,7 +216,7 @@ def test_a_body_beyond_the_limit_is_refused_also_where_its_length_is_not_told(se
 
 def test_a_body_or_head_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "SECONDS_TO_ASK", 0.5)
-    with served(limits=Limits(seconds_to_send=0.5)) as server:
+    with served(limits=ClientLimits(seconds_to_send=0.5)) as server:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\n"
         for sent, status in (
             (f"{head}Content-Type: application/json\r\nContent-Length: 10\r\n\r\n", 408),

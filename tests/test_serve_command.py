@@ -12,12 +12,12 @@ import pytest
 import tiny
 from served import adapted, save_adapted, served
 
-from qlora_dpo.adapter import Opened
+from qlora_dpo.adapter import OpenedModel
 from qlora_dpo.cli import main
-from qlora_dpo.cli.serve import model_ids
+from qlora_dpo.cli.serve import served_model_ids
 from qlora_dpo.data.files import FileRows
-from qlora_dpo.model.device import choose
-from qlora_dpo.model.sources import Source
+from qlora_dpo.model.device import select_device
+from qlora_dpo.model.sources import ModelSource
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 
@@ -66,11 +66,11 @@ def test_a_server_that_cannot_be_is_a_sentence_and_code_2(
 def test_models_are_called_by_their_folders_and_hub_names(
     folder: str, name: str, hub_id: str | None, ids: dict[str, str]
 ) -> None:
-    source = Source(name, Path(name), "", hub_id)
-    opened = Opened(adapted(), tiny.tokenizer(), choose("fp32"), source, Path(folder))
-    assert model_ids(opened) == ids
-    assert model_ids(replace(opened, model=lively.qwen2())) == {Path(folder).name: "model"}
-    assert model_ids(replace(opened, model=lively.qwen2(), folder=None)) == {
+    source = ModelSource(name, Path(name), "", hub_id)
+    opened = OpenedModel(adapted(), tiny.tokenizer(), select_device("fp32"), source, Path(folder))
+    assert served_model_ids(opened) == ids
+    assert served_model_ids(replace(opened, model=lively.qwen2())) == {Path(folder).name: "model"}
+    assert served_model_ids(replace(opened, model=lively.qwen2(), folder=None)) == {
         list(ids)[1].removesuffix("-base"): "model"
     }
 
@@ -127,8 +127,8 @@ def vote(chosen: str = "A", rejected: str = "B", **more: Any) -> dict[str, Any]:
 
 
 def test_a_vote_is_appended_as_a_preference_pair_that_is_read_back(tmp_path: Path) -> None:
-    from qlora_dpo.data.files import read_file
-    from qlora_dpo.data.pairs import find_pairs
+    from qlora_dpo.data.files import read_data_file
+    from qlora_dpo.data.pairs import parse_pairs
 
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": [{"role": "user", "content": "q"}], "chosen": [], "rejected": []}')  # no line end
@@ -139,7 +139,7 @@ def test_a_vote_is_appended_as_a_preference_pair_that_is_read_back(tmp_path: Pat
         ]
         assert server.ask("POST", "/v1/preferences", vote("A\x07 <b>", "B", messages=turns)) == (200, {"written": True})
         assert server.ask("POST", "/v1/preferences", vote()) == (200, {"written": True})
-    read: FileRows = read_file(file)
+    read: FileRows = read_data_file(file)
     assert len(read.rows) == 3
     assert read.rows[1] == {
         "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße\n<|im_end|>"}],
@@ -148,7 +148,7 @@ def test_a_vote_is_appended_as_a_preference_pair_that_is_read_back(tmp_path: Pat
         "chosen_by": "tuned",
         "rejected_by": "plain",
     }
-    found = find_pairs(read)  # type: ignore[arg-type]
+    found = parse_pairs(read)  # type: ignore[arg-type]
     assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("A <b>", "B"), ("A", "B")]
 
 

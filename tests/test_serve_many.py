@@ -12,13 +12,13 @@ import pytest
 import tiny
 from served import GREEDY, Served, dictating, everything, expected, question, served
 
-from qlora_dpo.talk.engine import Engine, Failed, Line, Question
-from qlora_dpo.talk.sampling import Settings
-from qlora_dpo.talk.stop_strings import Stops
+from qlora_dpo.talk.engine import Engine, GenerationRequest, ReplyFailed, RequestQueue
+from qlora_dpo.talk.sampling import SamplingParams
+from qlora_dpo.talk.stop_strings import StopStringFilter
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 
-LONG = Settings(temperature=0, max_new_tokens=900, seed=0)
+LONG = SamplingParams(temperature=0, max_new_tokens=900, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_one_more_than_the_line_holds_is_told_to_come_again() -> None:
         wires = [stream_open(server)]
         assert wires[0].recv(100).startswith(b"HTTP/1.1 200")
         wires += [stream_open(server), stream_open(server)]
-        until(lambda: len(server.service.engine.line) == 2)
+        until(lambda: len(server.service.engine.queue) == 2)
         status, answer = server.chat()
         assert (status, answer["error"]["message"]) == (429, "too many questions are waiting; ask again in a moment")
         for wire in wires:
@@ -194,15 +194,15 @@ def test_escapes_of_the_model_reach_no_client() -> None:
 
 def test_those_who_wait_when_the_server_ends_are_told() -> None:
     told: list[Any] = []
-    line = Line()
+    line = RequestQueue()
     engine = Engine(lively.qwen2(), tiny.tokenizer(), None, line)  # type: ignore[arg-type]
-    asked = Question("model", [{"role": "user", "content": "rice?"}], GREEDY, True, (), told.append)
-    line.enter(asked)
+    asked = GenerationRequest("model", [{"role": "user", "content": "rice?"}], GREEDY, True, (), told.append)
+    line.try_put(asked)
     stopping = threading.Event()
     stopping.set()
     engine.work(stopping)
-    assert told == [Failed(503, "the server is shutting down", "shutting_down")]
-    assert not line.enter(asked)
+    assert told == [ReplyFailed(503, "the server is shutting down", "shutting_down")]
+    assert not line.try_put(asked)
 
 
 @pytest.mark.parametrize("stop", ["xyz", "y", "bx", "aaab", "zzz", "nothing"])
@@ -210,12 +210,12 @@ def test_however_text_is_split_it_ends_at_the_stop_string(stop: str) -> None:
     text = "aaabxyxyzzz"
     for first in range(len(text) + 1):
         for second in range(first, len(text) + 1):
-            held = Stops((stop,))
+            held = StopStringFilter((stop,))
             parts = [held.feed(part) for part in (text[:first], text[first:second], text[second:])]
-            assert "".join(parts) + held.rest() == text.partition(stop)[0]
+            assert "".join(parts) + held.flush() == text.partition(stop)[0]
             assert held.found == (stop in text)
 
 
 def test_of_several_stop_strings_the_first_in_the_text_counts() -> None:
-    held = Stops(("yz", "bx"))
+    held = StopStringFilter(("yz", "bx"))
     assert [held.feed(piece) for piece in ("aab", "cyb", "xyz")] == ["aa", "bcy", ""]

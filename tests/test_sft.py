@@ -6,29 +6,29 @@ import jobs
 import pytest
 import torch
 
-from qlora_dpo.data.encoded import EncodedPair, chosen_only
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.metrics import OF_REJECTED, sums_for
-from qlora_dpo.preference.objective import objective
+from qlora_dpo.data.encoded import EncodedPair, without_rejected
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.metrics import REJECTED_METRICS, make_metric_sums
+from qlora_dpo.preference.objective import compute_losses
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.recipe.objective import Sft
 
 pytestmark = jobs.LIBRARIES_WARN
 
 PAIRS = jobs.pairs(9)
-CHOSEN = [chosen_only(pair) for pair in PAIRS]
+CHOSEN = [without_rejected(pair) for pair in PAIRS]
 LAYOUTS = [jobs.PADDED, jobs.PACKED, Packing(512, jobs.PAD, backend="batched")]
 
 
 def asked(pairs: Sequence[EncodedPair], packing: Packing) -> tuple[torch.Tensor, torch.Tensor, dict[str, float], int]:
     """Losses (P,), the adapter's gradient of their mean, the logged means, and the tokens that were counted."""
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    table, sums = Sft(loss_type="sft"), sums_for(Sft(loss_type="sft"))
+    table, sums = Sft(loss_type="sft"), make_metric_sums(Sft(loss_type="sft"))
     found_P = torch.zeros(len(pairs))
     for group in micro_batches(pairs, packing):
         batch = collate([pairs[i] for i in group], packing)
-        scores = score(model, batch, jobs.CPU)
-        losses = objective(scores.beside(torch.zeros(len(group), 2)), table)
+        scores = score_batch(model, batch, jobs.CPU)
+        losses = compute_losses(scores.with_reference(torch.zeros(len(group), 2)), table)
         (losses.total_P.sum() / len(pairs)).backward()
         sums.add_scores(scores, batch.tokens)
         sums.add_losses(losses)
@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_those_of_both_answers_at_fewer_tokens(packing: Pa
     assert tokens == sum(len(pair.prompt) + len(pair.chosen) for pair in PAIRS)
     assert more == tokens + sum(len(pair.prompt) + len(pair.rejected) for pair in PAIRS)
     # what is said of the chosen answers stays; of rejected ones nothing is said
-    assert before.keys() - means.keys() == OF_REJECTED
+    assert before.keys() - means.keys() == REJECTED_METRICS
     for name in means.keys() - {"entropy"}:
         assert means[name] == pytest.approx(before[name], rel=1e-4), name
 
@@ -68,7 +68,7 @@ def test_a_padded_batch_takes_twice_as_many_chosen_answers_as_pairs() -> None:
     alike = [EncodedPair((1, 2, 3), (4, 5), (6, 7), row, bytes([row])) for row in range(8)]
     padded = Packing(4 * 6, jobs.PAD, backend=None)  # four rows of 5 tokens and one of padding
     assert list(map(len, micro_batches(alike, padded))) == [2, 2, 2, 2]
-    assert list(map(len, micro_batches([chosen_only(pair) for pair in alike], padded))) == [4, 4]
+    assert list(map(len, micro_batches([without_rejected(pair) for pair in alike], padded))) == [4, 4]
 
 
 def test_a_pair_keeps_its_identity_without_its_rejected_answer() -> None:

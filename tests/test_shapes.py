@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.data.formats import NAMES, Shape
-from qlora_dpo.data.pairs import Pair, Reading, find_pairs
-from qlora_dpo.data.sources import Rows, read_rows
+from qlora_dpo.data.formats import FORMATS_BY_NAME, PreferenceFormat
+from qlora_dpo.data.pairs import Pair, ParseOptions, parse_pairs
+from qlora_dpo.data.sources import SourceRows, read_rows
 from qlora_dpo.errors import DataError
 from qlora_dpo.recipe.data import DataTable
 
@@ -20,8 +20,8 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")
 
 
-def rows(*content: dict[str, Any]) -> Rows:
-    return Rows("p.jsonl", list(content), lambda number: f"p.jsonl:{number}")
+def rows(*content: dict[str, Any]) -> SourceRows:
+    return SourceRows("p.jsonl", list(content), lambda number: f"p.jsonl:{number}")
 
 
 def user(text: str) -> dict[str, str]:
@@ -35,16 +35,16 @@ SHAREGPT = {
     "chosen": {"from": "gpt", "value": "No."},
     "rejected": {"from": "gpt", "value": "Yes."},
 }
-CASES: dict[str, tuple[dict[str, Any], Shape, tuple[Any, ...]]] = {
-    "ShareGPT": (SHAREGPT, Shape.SHAREGPT, ({"role": "system", "content": "Be kind."}, *ASKED)),
+CASES: dict[str, tuple[dict[str, Any], PreferenceFormat, tuple[Any, ...]]] = {
+    "ShareGPT": (SHAREGPT, PreferenceFormat.SHAREGPT, ({"role": "system", "content": "Be kind."}, *ASKED)),
     "Alpaca": (
         {"instruction": "Is it late?", "input": "", "chosen": "No.", "rejected": "Yes.", "output": "No."},
-        Shape.ALPACA,
+        PreferenceFormat.ALPACA,
         ASKED,
     ),
     "Alpaca with an input": (
         {"instruction": "Is it late?", "input": "It is 8.", "chosen": "No.", "rejected": "Yes."},
-        Shape.ALPACA,
+        PreferenceFormat.ALPACA,
         (user("Is it late?\nIt is 8."),),
     ),
     "Alpaca with history and a system text": (
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], Shape, tuple[Any, ...]]] = {
             "chosen": "No.",
             "rejected": "Yes.",
         },
-        Shape.ALPACA,
+        PreferenceFormat.ALPACA,
         (
             {"role": "system", "content": "Be kind."},
             user("Hi."),
@@ -65,12 +65,12 @@ CASES: dict[str, tuple[dict[str, Any], Shape, tuple[Any, ...]]] = {
     ),
     "strings with a system column": (
         {"system": "Be kind.", "prompt": "Is it late?", "chosen": "No.", "rejected": "Yes."},
-        Shape.STRINGS,
+        PreferenceFormat.STRINGS,
         ({"role": "system", "content": "Be kind."}, *ASKED),
     ),
     "chats with a system column": (
         {"system": "Be kind.", "chosen": [*ASKED, SAID], "rejected": [*ASKED, {**SAID, "content": "Yes."}]},
-        Shape.CHATS,
+        PreferenceFormat.CHATS,
         ({"role": "system", "content": "Be kind."}, *ASKED),
     ),
 }
@@ -79,34 +79,36 @@ CASES: dict[str, tuple[dict[str, Any], Shape, tuple[Any, ...]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_shape_is_recognised_and_read(case: str) -> None:
     row, shape, prompt = CASES[case]
-    found = find_pairs(rows(row))
-    assert found.shape is shape
+    found = parse_pairs(rows(row))
+    assert found.format is shape
     assert found.pairs == [Pair(prompt, "No.", "Yes.", 1, {})]
 
 
 def test_columns_are_renamed_as_the_recipe_says() -> None:
     row = {"question": "Is it late?", "good": "No.", "bad": "Yes."}
-    reading = Reading(columns={"prompt": "question", "chosen": "good", "rejected": "bad"})
-    assert find_pairs(rows(row), reading=reading).pairs == [Pair(ASKED, "No.", "Yes.", 1, {})]
+    reading = ParseOptions(columns={"prompt": "question", "chosen": "good", "rejected": "bad"})
+    assert parse_pairs(rows(row), options=reading).pairs == [Pair(ASKED, "No.", "Yes.", 1, {})]
 
 
 def test_a_shape_can_be_forced() -> None:
     row = {"prompt": "\n\nHuman: Is it late?\n\nAssistant:", "chosen": "No.", "rejected": "Yes."}
-    assert find_pairs(rows(row)).shape is Shape.HH_PROMPT
-    found = find_pairs(rows(row), reading=Reading(format="strings"))
-    assert (found.shape, found.dropped) == (
-        Shape.STRINGS,
+    assert parse_pairs(rows(row)).format is PreferenceFormat.HH_PROMPT
+    found = parse_pairs(rows(row), options=ParseOptions(format="strings"))
+    assert (found.format, found.dropped) == (
+        PreferenceFormat.STRINGS,
         {"prompt is marked as HH text, unlike the first row's": [1]},
     )
-    assert set(NAMES) == {value for value in DataTable.model_fields["format"].annotation.__args__ if value != "auto"}  # type: ignore[union-attr]
+    assert set(FORMATS_BY_NAME) == {
+        value for value in DataTable.model_fields["format"].annotation.__args__ if value != "auto"
+    }  # type: ignore[union-attr]
 
 
 RANKED = {"prompt": "Is it late?", "responses": ["A.", {"content": "B."}, "C.", "D."], "scores": [1, 5, 3, 3]}
 
 
 def test_ranked_answers_make_every_pair_of_different_rank() -> None:
-    found = find_pairs(rows(RANKED))
-    assert found.shape is Shape.RANKED
+    found = parse_pairs(rows(RANKED))
+    assert found.format is PreferenceFormat.RANKED
     assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [
         ("B.", "C."),
         ("B.", "D."),
@@ -118,10 +120,10 @@ def test_ranked_answers_make_every_pair_of_different_rank() -> None:
 
 
 def test_or_the_best_and_the_worst_alone() -> None:
-    (pair,) = find_pairs(rows(RANKED), reading=Reading(every_pair=False)).pairs
+    (pair,) = parse_pairs(rows(RANKED), options=ParseOptions(every_pair=False)).pairs
     assert (pair.chosen, pair.rejected) == ("B.", "A.")
     ranks = {"prompt": "Is it late?", "responses": ["A.", "B."], "ranks": [2, 1]}
-    (pair,) = find_pairs(rows(ranks), reading=Reading(every_pair=False)).pairs
+    (pair,) = parse_pairs(rows(ranks), options=ParseOptions(every_pair=False)).pairs
     assert (pair.chosen, pair.rejected) == ("B.", "A.")
 
 
@@ -139,19 +141,19 @@ def test_or_the_best_and_the_worst_alone() -> None:
     ],
 )
 def test_bad_ranked_rows_get_a_verdict(change: dict[str, Any], reason: str) -> None:
-    assert find_pairs(rows(RANKED, {**RANKED, **change})).dropped == {reason: [2]}
+    assert parse_pairs(rows(RANKED, {**RANKED, **change})).dropped == {reason: [2]}
 
 
 def test_the_account_of_ranked_rows_adds_up(empty_folder: Path) -> None:
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (RANKED, {**RANKED, "scores": [1]}, RANKED)))
     audit = load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", tiny.tokenizer(), 0).audit
-    assert (audit.rows, audit.used, audit.further) == (3, 10, 8)
-    assert audit.rows == audit.used - audit.further + audit.not_drawn + sum(map(len, audit.dropped.values()))
+    assert (audit.rows, audit.used, audit.extra_pairs) == (3, 10, 8)
+    assert audit.rows == audit.used - audit.extra_pairs + audit.not_sampled + sum(map(len, audit.dropped.values()))
     assert "  of them beyond one a row" in "\n".join(audit.lines())
     drawn = load_pairs(
         DataTable(train="./p.jsonl", eval="./q.jsonl", max_train_samples=3), "train", tiny.tokenizer(), 0
     ).audit
-    assert drawn.rows == drawn.used - drawn.further + drawn.not_drawn + sum(map(len, drawn.dropped.values()))
+    assert drawn.rows == drawn.used - drawn.extra_pairs + drawn.not_sampled + sum(map(len, drawn.dropped.values()))
     assert drawn.used == 3
 
 
@@ -167,8 +169,8 @@ UNPAIRED = [
 
 
 def test_unpaired_answers_stand_beside_the_next_answer_that_differs() -> None:
-    found = find_pairs(rows(*UNPAIRED))
-    assert found.shape is Shape.UNPAIRED
+    found = parse_pairs(rows(*UNPAIRED))
+    assert found.format is PreferenceFormat.UNPAIRED
     assert [(pair.chosen, pair.rejected, pair.label) for pair in found.pairs] == [
         ("No.", "Yes.", True),
         ("Yes.", "Maybe.", False),
@@ -189,25 +191,25 @@ def test_unpaired_answers_stand_beside_the_next_answer_that_differs() -> None:
     ],
 )
 def test_bad_unpaired_rows_get_a_verdict(row: dict[str, Any], reason: str) -> None:
-    assert find_pairs(rows(*UNPAIRED, row)).dropped == {reason: [5]}
+    assert parse_pairs(rows(*UNPAIRED, row)).dropped == {reason: [5]}
 
 
 def test_one_answer_alone_cannot_be_compared() -> None:
-    found = find_pairs(rows(UNPAIRED[0], UNPAIRED[0]))
+    found = parse_pairs(rows(UNPAIRED[0], UNPAIRED[0]))
     assert found.dropped == {"no other answer to compare with": [1, 2]}
 
 
-FILES: dict[str, tuple[Shape, int, dict[str, int]]] = {
-    "alpaca/instruction-data-with-preference.json": (Shape.ALPACA, 1100, {"equal answers": 6}),
-    "hh/full-hh-style.jsonl.gz": (Shape.HH_PROMPT, 3469, {}),
-    "hh/helpful-base/test.jsonl.gz": (Shape.HH, 2354, {}),
-    "hh/helpful-online/test.jsonl.gz": (Shape.HH, 1137, {}),
-    "oasst/messages-pairs.jsonl.gz": (Shape.MESSAGES, 754, {}),
-    "sharegpt/dpo_en_demo.json": (Shape.SHAREGPT, 300, {}),
-    "sharegpt/dpo_zh_demo.json": (Shape.SHAREGPT, 300, {}),
-    "sharegpt/kto_en_demo.json": (Shape.UNPAIRED, 300, {}),
-    "ultrafeedback/messages-eval.jsonl.gz": (Shape.CHATS, 200, {}),
-    "ultrafeedback/messages-train.jsonl.gz": (Shape.CHATS, 1000, {}),
+FILES: dict[str, tuple[PreferenceFormat, int, dict[str, int]]] = {
+    "alpaca/instruction-data-with-preference.json": (PreferenceFormat.ALPACA, 1100, {"equal answers": 6}),
+    "hh/full-hh-style.jsonl.gz": (PreferenceFormat.HH_PROMPT, 3469, {}),
+    "hh/helpful-base/test.jsonl.gz": (PreferenceFormat.HH, 2354, {}),
+    "hh/helpful-online/test.jsonl.gz": (PreferenceFormat.HH, 1137, {}),
+    "oasst/messages-pairs.jsonl.gz": (PreferenceFormat.MESSAGES, 754, {}),
+    "sharegpt/dpo_en_demo.json": (PreferenceFormat.SHAREGPT, 300, {}),
+    "sharegpt/dpo_zh_demo.json": (PreferenceFormat.SHAREGPT, 300, {}),
+    "sharegpt/kto_en_demo.json": (PreferenceFormat.UNPAIRED, 300, {}),
+    "ultrafeedback/messages-eval.jsonl.gz": (PreferenceFormat.CHATS, 200, {}),
+    "ultrafeedback/messages-train.jsonl.gz": (PreferenceFormat.CHATS, 1000, {}),
 }
 
 
@@ -217,9 +219,9 @@ def test_real_files_load_without_a_map_and_every_row_is_accounted_for(file: str)
     shape, count, dropped = FILES[file]
     table = DataTable(train=str(SHARED / file), eval="./other.jsonl", max_length=100_000, max_train_samples=200)
     held = load_pairs(table, "train", tiny.tokenizer(), seed=0)
-    assert held.audit.shape == shape.value
+    assert held.audit.format == shape.value
     assert held.audit.rows == count
-    assert held.audit.rows == held.audit.used + held.audit.not_drawn + sum(map(len, held.audit.dropped.values()))
+    assert held.audit.rows == held.audit.used + held.audit.not_sampled + sum(map(len, held.audit.dropped.values()))
     for reason, number in dropped.items():
         assert len(held.audit.dropped[reason]) == number
     assert held.audit.used == min(200, count - sum(map(len, held.audit.dropped.values())))
@@ -229,7 +231,7 @@ def test_real_files_load_without_a_map_and_every_row_is_accounted_for(file: str)
 def test_on_all_of_hh_no_prompt_ends_in_the_middle_of_a_word() -> None:
     for file in ("hh/helpful-base/test.jsonl.gz", "hh/helpful-online/test.jsonl.gz"):
         source = read_rows(DataTable(train=str(SHARED / file), eval="./other.jsonl"), "train")
-        found = find_pairs(source)
+        found = parse_pairs(source)
         assert len(found.pairs) > 0.9 * len(source.rows)
         for pair in found.pairs:
             row = source.rows[pair.row - 1]
@@ -250,7 +252,7 @@ def test_a_share_of_the_prompts_is_held_out_and_none_stands_on_both_sides(empty_
     )
     assert sorted(pair.row for side in (train, held) for pair in side.pairs) == list(range(1, 121))
     assert 15 < len(held.pairs) < 45
-    assert (train.audit.apart, held.audit.apart) == (len(held.pairs), len(train.pairs))
+    assert (train.audit.other_split, held.audit.other_split) == (len(held.pairs), len(train.pairs))
     assert "  of prompts of the other part" in "\n".join(train.audit.lines())
     # rows that are added later move no prompt to the other side
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*content, {**content[0], "prompt": "New?"})))
@@ -259,10 +261,10 @@ def test_a_share_of_the_prompts_is_held_out_and_none_stands_on_both_sides(empty_
 
 
 def test_a_file_alone_has_a_tenth_of_its_prompts_held_out() -> None:
-    assert DataTable(train="./p.jsonl").held_out_share == 0.1
-    assert DataTable(train="./p.jsonl", eval="./q.jsonl").held_out_share is None
-    assert DataTable(train="owner/name").held_out_share is None
-    assert DataTable(train="owner/name", eval_share=0.02).held_out_share == 0.02
+    assert DataTable(train="./p.jsonl").effective_eval_share == 0.1
+    assert DataTable(train="./p.jsonl", eval="./q.jsonl").effective_eval_share is None
+    assert DataTable(train="owner/name").effective_eval_share is None
+    assert DataTable(train="owner/name", eval_share=0.02).effective_eval_share == 0.02
 
 
 @needs_shared
@@ -285,4 +287,4 @@ def test_every_real_file_trains_five_steps_from_a_recipe_of_two_lines(tmp_path: 
 
 def test_a_file_without_any_shape_is_refused() -> None:
     with pytest.raises(DataError, match=r"^p\.jsonl: has no column \"chosen\"; it has text; understood are"):
-        find_pairs(rows({"text": "a"}))
+        parse_pairs(rows({"text": "a"}))

@@ -20,8 +20,8 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 from hub import Hub
 
-from qlora_dpo.data.hub import in_a_sentence
-from qlora_dpo.data.sources import Rows, read_rows
+from qlora_dpo.data.hub import explain_dataset_error
+from qlora_dpo.data.sources import SourceRows, read_rows
 from qlora_dpo.errors import RecipeError, SourceError
 from qlora_dpo.recipe.data import DataTable
 
@@ -64,7 +64,7 @@ FORMATS: dict[str, tuple[bytes, list[str]]] = {
 }
 
 
-def read(train: str, part: Any = "train", **keys: Any) -> Rows:
+def read(train: str, part: Any = "train", **keys: Any) -> SourceRows:
     return read_rows(DataTable(train=train, **keys), part)
 
 
@@ -74,7 +74,7 @@ def test_every_format_gives_the_same_rows_and_knows_their_places(empty_folder: P
     Path(name).write_bytes(content)
     found = read(f"./{name}", eval="./held-out.jsonl")
     assert found.rows == ROWS
-    assert [found.place(1), found.place(2)] == places
+    assert [found.location(1), found.location(2)] == places
     assert found.name == name
 
 
@@ -85,7 +85,7 @@ def test_a_long_csv_field_is_read(empty_folder: Path) -> None:
 
 def test_a_file_outside_the_current_folder_is_named_in_full(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(json_lines())
-    assert read(str(tmp_path / "p.jsonl"), eval="./held-out.jsonl").place(2) == f"{tmp_path}/p.jsonl:2"
+    assert read(str(tmp_path / "p.jsonl"), eval="./held-out.jsonl").location(2) == f"{tmp_path}/p.jsonl:2"
 
 
 def fill(folder: str, *names: str) -> None:
@@ -137,7 +137,7 @@ def test_rows_of_several_files_are_numbered_through_and_keep_their_own_places(em
     Path("pairs/train-1.jsonl").write_bytes(b"\n" + json_lines())
     found = read("./pairs")
     assert found.name == "pairs, split train"
-    assert [found.place(row) for row in range(1, 5)] == [
+    assert [found.location(row) for row in range(1, 5)] == [
         "pairs/train-0.jsonl:1",
         "pairs/train-0.jsonl:2",
         "pairs/train-1.jsonl:2",
@@ -171,7 +171,7 @@ for keys, part in json.loads(sys.argv[1]):
     start = time.perf_counter()
     try:
         found = read_rows(DataTable(**keys), part)
-        said = [[row["prompt"] for row in found.rows], found.place(1)]
+        said = [[row["prompt"] for row in found.rows], found.location(1)]
     except QloraDpoError as error:
         said = [type(error).__name__, str(error)]
     print(json.dumps([*said, time.perf_counter() - start]))
@@ -310,7 +310,7 @@ def test_a_pinned_commit_that_is_cached_asks_the_hub_nothing(caller: HubCaller) 
 def test_a_full_disk_is_named(number: int) -> None:
     failed = DatasetGenerationError("An error occurred while generating the dataset")
     failed.__cause__ = OSError(number, "no room")
-    error = in_a_sentence(failed, "acme/pairs", "train")
+    error = explain_dataset_error(failed, "acme/pairs", "train")
     assert type(error) is SourceError
     assert str(error) == (
         f"acme/pairs: the disk is full; free space in {datasets.config.HF_DATASETS_CACHE}, or set HF_HOME to a folder "

@@ -20,16 +20,16 @@ from adapters_made import save_base, save_pairs
 from faults.crash import struck
 
 from qlora_dpo.cli import main
-from qlora_dpo.model.base_snapshot import remember
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach
-from qlora_dpo.model.memory import checkpoint
-from qlora_dpo.preference.reference import probe
-from qlora_dpo.recipe.grid import axes, names_of
+from qlora_dpo.model.base_snapshot import snapshot_base
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora
+from qlora_dpo.model.memory import set_gradient_checkpointing
+from qlora_dpo.preference.reference import probe_logits
+from qlora_dpo.recipe.grid import name_points, parse_axes
 from qlora_dpo.recipe.model import LoraTable
 from qlora_dpo.report import write
-from qlora_dpo.report.sweep import cautions
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.report.sweep import ranking_caveats
+from qlora_dpo.tracking.run_log import RunLog
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("QLORA_DPO_CACHE", str(folder / "cache"))
-        patch.setattr(write, "draw", lambda *some: [])
+        patch.setattr(write, "draw_plots", lambda *some: [])
         save_base(folder / "base")
         save_pairs(folder / "train.jsonl", 8)
         save_pairs(folder / "held.jsonl", 4)
@@ -215,15 +215,15 @@ def test_another_sweep_does_not_go_on_in_its_folder(swept: Said) -> None:
 
 
 def test_a_stopped_sweep_goes_on_within_the_run_it_was_in(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, said_step = [], Tracker.step
+    steps, said_step = [], RunLog.step
 
-    def step(tracker: Tracker, number: int) -> None:
+    def step(tracker: RunLog, number: int) -> None:
         said_step(tracker, number)
         steps.append(number)
         if len(steps) == 5:  # the first of the second point
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Tracker, "step", step)
+    monkeypatch.setattr(RunLog, "step", step)
     grid = ("sweep", "r.toml", "--set", "lora.use_dora=false", *GRID[:2], "-o", "stopped")
     told = said(*grid)
     assert (told.code, told.err.splitlines()[-1]) == (
@@ -306,27 +306,27 @@ def test_other_pairs_than_the_sweep_began_with_are_refused(place: Path) -> None:
 def test_what_is_attached_to_a_remembered_base_falls_off() -> None:
     base = jobs.base_model("nf4")
     pair = jobs.pairs(1)[0]
-    before_LV, names = probe(base, pair, jobs.CPU), [name for name, _ in base.named_modules()]
+    before_LV, names = probe_logits(base, pair, jobs.CPU), [name for name, _ in base.named_modules()]
     bytes_before = {name: each.clone() for name, each in base.state_dict().items()}
     forwards = [vars(module).get("forward") for module in base.modules()]
-    put_back = remember(base)
+    put_back = snapshot_base(base)
     for table in (
         {"modules_to_save": ["norm"]},
         {"use_dora": True, "lora_dropout": 0.1},
         {"target_modules": ["q_proj"]},
     ):
-        model = attach(base, LoraTable.model_validate({"r": 4, **table}), seed=1)
-        make_lean(model, torch.float32)
-        checkpoint(model, 1)
+        model = attach_lora(base, LoraTable.model_validate({"r": 4, **table}), seed=1)
+        fuse_lora(model, torch.float32)
+        set_gradient_checkpointing(model, 1)
         jobs.stirred(model).train()
-        assert not torch.equal(probe(model, pair, jobs.CPU), before_LV)
+        assert not torch.equal(probe_logits(model, pair, jobs.CPU), before_LV)
         put_back()
         assert [name for name, _ in base.named_modules()] == names
         assert [vars(module).get("forward") for module in base.modules()] == forwards
         assert not base.is_gradient_checkpointing
         assert not base.training
         assert not any(parameter.requires_grad for parameter in base.parameters())
-        assert torch.equal(probe(base, pair, jobs.CPU), before_LV)
+        assert torch.equal(probe_logits(base, pair, jobs.CPU), before_LV)
     assert all(torch.equal(each, bytes_before[name]) for name, each in base.state_dict().items())
 
 
@@ -428,11 +428,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(
 
 
 def test_names_of_points_fit_a_folder_and_stay_apart() -> None:
-    over = axes(['lora.target_modules=["all-linear", ["q_proj", "v_proj"]]', "train.learning_rate=[1e30, 1e-30]"])
+    over = parse_axes(['lora.target_modules=["all-linear", ["q_proj", "v_proj"]]', "train.learning_rate=[1e30, 1e-30]"])
     values = [{over[0].key: one, over[1].key: other} for one in over[0].values for other in over[1].values]
-    assert names_of(over, values)[::3] == ["1_modules-all-linear_lr-1e30", "4_modules-q-proj-v-proj_lr-1e-30"]
-    long = axes([f"lora.layers_to_transform=[{list(range(40))}, {list(range(41))}]"])
-    names = names_of(long, [{long[0].key: value} for value in long[0].values])
+    assert name_points(over, values)[::3] == ["1_modules-all-linear_lr-1e30", "4_modules-q-proj-v-proj_lr-1e-30"]
+    long = parse_axes([f"lora.layers_to_transform=[{list(range(40))}, {list(range(41))}]"])
+    names = name_points(long, [{long[0].key: value} for value in long[0].values])
     assert ([len(name) <= 64 for name in names], len(set(names))) == ([True, True], 2)
 
 
@@ -446,16 +446,16 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
         "it was chosen among 2 runs on these same pairs, so its figure flatters it; judge it on others: "
         "qlora-dpo eval s/a --data FILE"
     )
-    assert list(cautions(apart, "rewards/accuracies", ["objective.beta"], "s/a")) == [flatters]
-    assert list(cautions(apart, "loss", ["lora.r"], "s/a")) == [
+    assert list(ranking_caveats(apart, "rewards/accuracies", ["objective.beta"], "s/a")) == [flatters]
+    assert list(ranking_caveats(apart, "loss", ["lora.r"], "s/a")) == [
         "400 pairs do not tell it from the second, b: the 95 % intervals of their losses overlap (0.361-0.439 and "
         "0.391-0.469)",
         flatters,
     ]
     few = {"a": evaluated(0.84, 0.4, pairs=25), "b": evaluated(0.64, 0.43, pairs=25)}
     # Wilson's intervals of 21 and of 16 among 25
-    assert next(cautions(few, "rewards/accuracies", [], "s/a")) == (
+    assert next(ranking_caveats(few, "rewards/accuracies", [], "s/a")) == (
         "25 pairs do not tell it from the second, b: the 95 % intervals of their accuracies overlap (0.653-0.936 and "
         "0.445-0.798)"
     )
-    assert list(cautions({"a": evaluated(0.84, 0.4)}, "loss", ["lora.r"], "s/a")) == []
+    assert list(ranking_caveats({"a": evaluated(0.84, 0.4)}, "loss", ["lora.r"], "s/a")) == []

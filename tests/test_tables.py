@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from qlora_dpo.report import tables
-from qlora_dpo.report.next_commands import next_commands
-from qlora_dpo.report.samples import prompt_text, side_by_side
-from qlora_dpo.wilson import wilson
+from qlora_dpo.report.next_commands import format_next_commands
+from qlora_dpo.report.samples import format_prompt, samples_view
+from qlora_dpo.wilson import wilson_interval
 
 
 def evaluation(step: int, epoch: float, loss: float, accuracy: float, margin: float, ties: int) -> dict[str, Any]:
@@ -100,18 +100,18 @@ def printed(renderable: RenderableType, width: int = 80) -> list[str]:
     ],
 )
 def test_wilson_gives_the_intervals_of_newcombe_1998(successes: int, n: int, low: float, high: float) -> None:
-    assert list(wilson(successes, n)) == pytest.approx([low, high], abs=5e-5)
+    assert list(wilson_interval(successes, n)) == pytest.approx([low, high], abs=5e-5)
 
 
 def test_wilson_mirrors_and_knows_nothing_of_no_pairs() -> None:
-    low, high = wilson(12.5, 40)
-    assert list(wilson(27.5, 40)) == pytest.approx([1 - high, 1 - low])
-    assert wilson(20, 20)[1] == 1.0
-    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(12.5, 40)
+    assert list(wilson_interval(27.5, 40)) == pytest.approx([1 - high, 1 - low])
+    assert wilson_interval(20, 20)[1] == 1.0
+    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_the_ends_of_wilson_solve_its_equation() -> None:
-    for end in wilson(33, 60):
+    for end in wilson_interval(33, 60):
         assert abs(33 / 60 - end) == pytest.approx(1.959964 * (end * (1 - end) / 60) ** 0.5)
 
 
@@ -157,7 +157,7 @@ def test_the_preference_loss_has_a_row_only_beside_an_sft_loss() -> None:
     ],
 )
 def test_an_evaluation_with_two_roles_is_one_column(steps: tuple[int, int, int], headings: list[str]) -> None:
-    assert [heading for heading, _ in tables.steps_shown(results(*steps))] == headings
+    assert [heading for heading, _ in tables.shown_steps(results(*steps))] == headings
 
 
 def test_a_figure_that_is_not_there_is_a_dash() -> None:
@@ -191,7 +191,7 @@ def test_answers_without_groups_or_matching_are_one_row_of_tokens() -> None:
 
 
 def test_samples_show_model_text_as_it_is_but_for_terminal_escapes() -> None:
-    assert printed(side_by_side([SAMPLE, SAMPLE], show=1)) == [
+    assert printed(samples_view([SAMPLE, SAMPLE], show=1)) == [
         "How do I [bold]shout[/bold]?",
         "  base, 50 tokens                          tuned, 4 tokens",
         "  " + "─" * 78,
@@ -204,7 +204,7 @@ def test_samples_show_model_text_as_it_is_but_for_terminal_escapes() -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_word_of_a_sample_is_lost_at_any_width(width: int) -> None:
     words = [f"word{number}" for number in range(150)] + ["x" * 200]
-    lines = printed(side_by_side([{**SAMPLE, "base": " ".join(words)}], show=3), width)
+    lines = printed(samples_view([{**SAMPLE, "base": " ".join(words)}], show=3), width)
     left = "".join(line[: width // 2].replace("Please don't.", "") for line in lines[3:])
     assert all(len(line) <= width for line in lines)
     assert all(f"word{number}" in left for number in range(150))
@@ -214,8 +214,8 @@ def test_no_word_of_a_sample_is_lost_at_any_width(width: int) -> None:
 def test_a_dialogue_shows_its_turns_and_a_long_one_its_end() -> None:
     turns = [("user", "Hi "), ("assistant", "Hello."), ("user", "Bye?")]
     prompt = [{"role": role, "content": content} for role, content in turns]
-    assert prompt_text(prompt) == "user: Hi\nassistant: Hello.\nuser: Bye?"
-    assert prompt_text(prompt, characters=10) == "... user: Bye?"
+    assert format_prompt(prompt) == "user: Hi\nassistant: Hello.\nuser: Bye?"
+    assert format_prompt(prompt, characters=10) == "... user: Bye?"
 
 
 def test_epoch_losses_count_each_logged_loss_by_the_steps_it_covers() -> None:
@@ -245,13 +245,13 @@ def test_an_epoch_that_ended_early_or_without_evaluation_says_so() -> None:
 def test_markdown_cells_cannot_leave_their_cell() -> None:
     text = "a|b\n<script>*x* _y_ snake_case [l](u) `c` \\ \x1b[31m~~s~~"
     cell = r"a\|b &lt;script&gt;\*x\* \_y\_ snake_case \[l\](u) \`c\` \\ \~\~s\~\~"
-    assert tables.markdown(["c"], [[text]]) == f"| c |\n| --- |\n| {cell} |\n"
+    assert tables.markdown_table(["c"], [[text]]) == f"| c |\n| --- |\n| {cell} |\n"
 
 
 def test_next_commands_can_be_pasted(empty_folder: Path) -> None:
-    assert next_commands(Path("adapters/quickstart")) == (
+    assert format_next_commands(Path("adapters/quickstart")) == (
         "qlora-dpo chat adapters/quickstart    # talk to it\n"
         "qlora-dpo merge adapters/quickstart   # write the full model\n"
     )
-    assert next_commands(empty_folder / "my run").startswith("qlora-dpo chat 'my run' ")
-    assert next_commands(Path("/elsewhere/x")).startswith("qlora-dpo chat /elsewhere/x ")
+    assert format_next_commands(empty_folder / "my run").startswith("qlora-dpo chat 'my run' ")
+    assert format_next_commands(Path("/elsewhere/x")).startswith("qlora-dpo chat /elsewhere/x ")

@@ -5,8 +5,8 @@ import random
 import pyte
 import pytest
 
-from qlora_dpo.data.dialogue import printable
-from qlora_dpo.talk.terminal import Printable
+from qlora_dpo.data.dialogue import sanitize_text
+from qlora_dpo.talk.terminal import EscapeFilter
 
 # what escape sequences are made of, words, and what reorders or hides them
 PARTS = (
@@ -84,7 +84,7 @@ def test_what_is_printed_is_text_to_a_terminal(count: int) -> None:
     draw = random.Random(0)
     for _ in range(count):
         raw = drawn(draw)
-        safe = printable(raw)
+        safe = sanitize_text(raw)
         lines, changed = shown(safe)
         assert (lines, changed) == (expected(safe), {}), ascii(raw)
 
@@ -93,7 +93,7 @@ def test_what_is_printed_is_text_to_a_terminal(count: int) -> None:
 def test_text_that_comes_in_pieces_is_as_safe_as_the_whole(count: int) -> None:
     draw = random.Random(1)
     for _ in range(count):
-        raw, stream, told = drawn(draw), Printable(), ""
+        raw, stream, told = drawn(draw), EscapeFilter(), ""
         start = 0
         while start < len(raw):
             stop = start + draw.randint(1, 5)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import tiny
 
-from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.chat_template import reads_tools
+from qlora_dpo.data.chat_format import detect_chat_format
+from qlora_dpo.data.chat_template import supports_tools
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.token_cache import key_of
+from qlora_dpo.data.token_cache import token_cache_key
 from qlora_dpo.errors import ModelError
 from qlora_dpo.recipe.data import DataTable
 
@@ -76,11 +76,13 @@ def test_a_template_that_reads_no_tools_is_refused(empty_folder: Path) -> None:
         "the data has a column tools, which the model's chat template does not read; name a model whose template "
         "does in model.name, or leave the column out"
     )
-    assert (reads_tools(tiny.tokenizer(TEMPLATE)), reads_tools(tiny.tokenizer())) == (True, False)
+    assert (supports_tools(tiny.tokenizer(TEMPLATE)), supports_tools(tiny.tokenizer())) == (True, False)
     assert load(None, [], template=tiny.CHATML).audit.used == 2  # no row has tools
 
 
 def test_pairs_with_other_tools_are_kept_apart(empty_folder: Path) -> None:
     words = tiny.tokenizer(TEMPLATE)
-    names = {key_of(load(each).pairs, words, chat_format(words)) for each in (None, [tool("a")], [tool("b")])}
+    names = {
+        token_cache_key(load(each).pairs, words, detect_chat_format(words)) for each in (None, [tool("a")], [tool("b")])
+    }
     assert len(names) == 3

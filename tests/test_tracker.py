@@ -15,8 +15,8 @@ from tracked import CONFIG, OFFLINE, SECRETS, TRACKED, TRAIN, tracked
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.tracking import progress, run_log
-from qlora_dpo.tracking.progress import Bars, Pace
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.progress import Progress, ProgressBars
+from qlora_dpo.tracking.run_log import RunLog
 
 EVAL = {
     "step": 10,
@@ -44,26 +44,26 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_metrics_are_one_json_object_per_line_and_complete_at_once(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 48) as run:
-        run.train(TRAIN)
+    with RunLog(tmp_path, 48) as run:
+        run.log_train(TRAIN)
         assert lines_of(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}]
-        run.evaluation(EVAL)
+        run.log_evaluation(EVAL)
         assert lines_of(tmp_path / "metrics.jsonl")[1] == {"kind": "eval", **EVAL}
-    assert run_log.read(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
+    assert run_log.read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
 
 
 def test_a_second_tracker_appends(tmp_path: Path) -> None:
     for step in (10, 20):
-        with Tracker(tmp_path, 48, start_step=step - 10) as run:
-            run.train({**TRAIN, "step": step})
+        with RunLog(tmp_path, 48, start_step=step - 10) as run:
+            run.log_train({**TRAIN, "step": step})
     assert [record["step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [10, 20]
 
 
 def test_a_value_that_is_not_finite_is_written_as_null_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Tracker(tmp_path, 48) as run:
-        run.train({"step": 3, "epoch": 0.1, "loss": float("nan"), "grad_norm": float("inf")})
+    with RunLog(tmp_path, 48) as run:
+        run.log_train({"step": 3, "epoch": 0.1, "loss": float("nan"), "grad_norm": float("inf")})
     record = lines_of(tmp_path / "metrics.jsonl")[0]
     assert record == {"kind": "train", "step": 3, "epoch": 0.1, "loss": None, "grad_norm": None}
     assert capsys.readouterr().err.splitlines() == [
@@ -76,13 +76,13 @@ def test_cut_keeps_the_steps_up_to_the_one_resumed_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [f'{{"kind": "train", "step": {step}, "epoch": 0.5}}\n' for step in (10, 20, 20, 30)]
     path.write_text("".join(whole) + '{"kind": "train", "st', encoding="utf-8")
-    run_log.cut(path, 20)
+    run_log.truncate_metrics(path, 20)
     assert path.read_text(encoding="utf-8") == "".join(whole[:3])
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_cut_does_nothing_where_there_is_no_file(tmp_path: Path) -> None:
-    run_log.cut(tmp_path / "metrics.jsonl", 20)
+    run_log.truncate_metrics(tmp_path / "metrics.jsonl", 20)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,25 +91,25 @@ def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(('{"step": 10}\n' + damaged + '{"step": 20}\n').encode("latin-1"))
     with pytest.raises(RunError) as caught:
-        run_log.cut(path, 20)
+        run_log.truncate_metrics(path, 20)
     assert str(caught.value) == f"{path}:2: is not a metrics record; the file was changed or damaged"
 
 
 def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Tracker(tmp_path, 48) as run:
+    with RunLog(tmp_path, 48) as run:
         run.display.pace.clock = clock = Clock()
         run.display.pace.resume()
         with run.phase("reference", 220) as advance:
             advance(220)
         clock.now += 20
-        run.train(TRAIN)
+        run.log_train(TRAIN)
         with run.phase("evaluate", 60) as advance:
             advance(60)
             clock.now += 1000
-        run.evaluation(EVAL)
-        run.note("[bold]plain\x1b[31m text")
+        run.log_evaluation(EVAL)
+        run.info("[bold]plain\x1b[31m text")
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.splitlines() == [
@@ -123,8 +123,8 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
 def test_a_long_phase_speaks_now_and_then_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "PLAIN_PHASE_SECONDS", 0.0)
-    with Tracker(tmp_path, 48) as run, run.phase("answers", 4) as advance:
+    monkeypatch.setattr(progress, "PHASE_LINE_SECONDS", 0.0)
+    with RunLog(tmp_path, 48) as run, run.phase("answers", 4) as advance:
         advance(2)
         advance(2)
     first, last = capsys.readouterr().err.splitlines()
@@ -133,40 +133,40 @@ def test_a_long_phase_speaks_now_and_then_without_a_terminal(
 
 
 def test_a_phase_that_fails_says_nothing_of_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError), Tracker(tmp_path, 48) as run, run.phase("answers", 4):
+    with pytest.raises(RuntimeError), RunLog(tmp_path, 48) as run, run.phase("answers", 4):
         raise RuntimeError
     assert capsys.readouterr().err == ""
 
 
 def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_pauses_do_not_count() -> None:
     clock = Clock()
-    pace = Pace(total=48, done=24, clock=clock)
+    pace = Progress(total=48, done=24, clock=clock)
     assert pace.eta() is None
     clock.now = 6.0
-    pace.reach(26)
+    pace.set_done(26)
     pace.pause()
     clock.now = 500.0
     pace.resume()
     clock.now = 506.0
-    pace.reach(28)
+    pace.set_done(28)
     assert pace.eta() == pytest.approx(12.0 / 4 * 20)
-    pace.reach(48)
+    pace.set_done(48)
     assert pace.eta() == 0.0
 
 
 def test_what_was_known_before_says_nothing_of_the_pace() -> None:
     clock = Clock()
-    pace = Pace(total=1000, clock=clock)
-    pace.gain(900)
+    pace = Progress(total=1000, clock=clock)
+    pace.advance(900)
     assert pace.eta() is None
     clock.now = 5.0
-    pace.gain(20)
+    pace.advance(20)
     assert pace.eta() == pytest.approx(5.0 / 20 * 80)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
-    assert progress.clock_text(seconds) == text
+    assert progress.format_clock(seconds) == text
 
 
 def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, str]:
@@ -196,8 +196,8 @@ def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, 
 
 ON_A_TERMINAL = """
 import pathlib, sys, time
-from qlora_dpo.tracking.run_log import Tracker
-with Tracker(pathlib.Path(sys.argv[1]), 48) as run:
+from qlora_dpo.tracking.run_log import RunLog
+with RunLog(pathlib.Path(sys.argv[1]), 48) as run:
     with run.phase("reference", 220) as advance:
         time.sleep(0.01)
         advance(110)
@@ -205,11 +205,11 @@ with Tracker(pathlib.Path(sys.argv[1]), 48) as run:
         advance(110)
     for step in range(1, 11):
         run.step(step)
-    run.train({"step": 10, "epoch": 0.5, "loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.0,
-               "pairs_per_second": 1.94, "tokens_per_second": 410.2, "memory_bytes": 1288490188})
+    run.log_train({"step": 10, "epoch": 0.5, "loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.0,
+                   "pairs_per_second": 1.94, "tokens_per_second": 410.2, "memory_bytes": 1288490188})
     time.sleep(0.4)
-    run.note("a [red]note[/red]")
-    run.evaluation({"step": 10, "epoch": 0.5, "eval_loss": 0.25, "eval_pairs": 60})
+    run.info("a [red]note[/red]")
+    run.log_evaluation({"step": 10, "epoch": 0.5, "eval_loss": 0.25, "eval_pairs": 60})
 """
 
 
@@ -235,9 +235,9 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(Tracker(tmp_path, 1).display, progress.Lines)
+    assert isinstance(RunLog(tmp_path, 1).display, progress.ProgressLines)
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(Tracker(tmp_path, 1).display, Bars)
+    assert isinstance(RunLog(tmp_path, 1).display, ProgressBars)
 
 
 def wandb_records(file: Path) -> list[Any]:

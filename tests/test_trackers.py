@@ -16,9 +16,9 @@ from tracked import CONFIG, SECRETS, TRAIN
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe.extras import insist_on_extras
+from qlora_dpo.recipe.extras import check_extras
 from qlora_dpo.recipe.train import TrackTable
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 
 NEEDS_TENSORBOARD = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 NEEDS_TRACKIO = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
@@ -36,12 +36,12 @@ def here_only(own, address):  # wandb talks to a process of its own
     return connect(own, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
 socket.socket.connect, socket.getaddrinfo = here_only, refused
 from qlora_dpo.recipe.train import TrackTable
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 folder, track, start, config, *records = sys.argv[1:]
-with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(**json.loads(track)),
+with RunLog(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(**json.loads(track)),
              config=json.loads(config), name="quickstart") as run:
     for record in map(json.loads, records):
-        (run.train if "loss" in record else run.evaluation)(record)
+        (run.log_train if "loss" in record else run.log_evaluation)(record)
 """
 
 
@@ -108,8 +108,8 @@ def test_answers_of_evaluations_are_its_texts(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     asked = {"role": "user", "content": "Where is the <b>library</b>?"}
-    with Tracker(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
-        run.samples(10, [{"row": 7, "prompt": [asked], "answer": "On the\nleft."}])
+    with RunLog(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
+        run.log_samples(10, [{"row": 7, "prompt": [asked], "answer": "On the\nleft."}])
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (text,) = found.Tensors("samples/row 7")
     assert text.step == 10
@@ -226,7 +226,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr("qlora_dpo.recipe.extras.find_spec", lambda name: None)
     track = {"tensorboard": {"tensorboard": True}, "trackio": {"trackio": "p"}}[package]
     with pytest.raises(RecipeError) as raised:
-        insist_on_extras(jobs.recipe(track=track))
+        check_extras(jobs.recipe(track=track))
     assert str(raised.value) == (
         f"track.{package} needs the package {package}, which is not installed; install it with: pip install "
         f"'qlora_dpo[{package}]'"
@@ -248,8 +248,8 @@ def test_a_library_that_is_there_no_more_costs_the_run_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with Tracker(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
-        run.train(TRAIN)
+    with RunLog(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
+        run.log_train(TRAIN)
     first, _ = capsys.readouterr().err.splitlines()
     assert first.startswith("tensorboard: ") and first.endswith("; the run goes on without it")
 

@@ -12,35 +12,35 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.errors import RecipeError, RunError
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.objective import Logps, Losses, objective, weighs_pairs
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.objective import Logps, Losses, compute_losses, uses_wpo_weighting
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import live_logps, probe
-from qlora_dpo.preference.token_weights import counted
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
-from qlora_dpo.training.loop import Job, fit
-from qlora_dpo.training.trl_engine import fit_with_trl, make_trainer, pairs_at_once
+from qlora_dpo.preference.reference import model_logps, probe_logits
+from qlora_dpo.preference.token_weights import make_token_weighting
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
+from qlora_dpo.training.loop import TrainContext, train_loop
+from qlora_dpo.training.trl_engine import create_trainer, per_device_batch_size, train_with_trl
 
 pytestmark = jobs.LIBRARIES_WARN
 
 QUANTIZATIONS = pytest.mark.parametrize("quantization", ["none", "nf4"])
 
 
-def train(engine: str, what: Any, folder: Path) -> tuple[Any, list[dict[str, Any]], Job]:
+def train(engine: str, what: Any, folder: Path) -> tuple[Any, list[dict[str, Any]], TrainContext]:
     """Train with one of the engines: the model, the metrics and the job."""
     AcceleratorState._reset_state(True)
     folder.mkdir()
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder)
-    with Tracker(folder, job.plan.total_steps) as tracker:
+    with RunLog(folder, job.data_order.total_steps) as tracker:
         if engine == "trl":
-            model, _ = fit_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
+            model, _ = train_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
         else:
-            fit(model, job, jobs.start(job), tracker)
-    return model, read(folder / METRICS), job
+            train_loop(model, job, jobs.start(job), tracker)
+    return model, read_metrics(folder / METRICS), job
 
 
 def of_kind(metrics: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def test_twenty_steps_of_both_engines_agree(quantization: str, at_once: int, tmp
     # ten pairs in steps of 4, 4 and 2, so that epochs end in the middle of a batch
     table = {"num_train_epochs": 7, "max_steps": 20, "warmup_steps": 3, "micro_batch_tokens": 42 * at_once}
     what = jobs.recipe(quantization, train=table, data={"max_length": 21})
-    assert pairs_at_once(what) == at_once
+    assert per_device_batch_size(what) == at_once
     own, own_metrics, _ = train("qlora_dpo", what, tmp_path / "own")
     trl, trl_metrics, _ = train("trl", what, tmp_path / "trl")
     assert jobs.all_apart(jobs.adapter(trl), jobs.adapter(own)) < 1e-5
@@ -115,7 +115,7 @@ def test_the_sigmoid_loss_is_trls_on_the_same_log_probabilities(tmp_path: Path) 
         reference_P2 = torch.stack(trainer.compute_ref_log_probs(trainer.model, one), dim=1)
         chosen_P, rejected_P = (torch.tensor(trainer._metrics["eval"][f"logps/{a}"]) for a in ("chosen", "rejected"))
         logps = Logps(chosen_P, rejected_P, torch.ones(1), torch.ones(1), reference_P2, chosen_P)
-        ours = objective(logps, job.recipe.objective)
+        ours = compute_losses(logps, job.recipe.objective)
         assert ours.preference_P.item() == pytest.approx(loss.item(), abs=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_trl_trains_our_float32_weights_from_where_they_start(quantization: str,
     what = jobs.recipe(quantization)
     model = jobs.fresh(what)
     before = jobs.adapter(model)
-    trainer = make_trainer(model, jobs.job(model, what, tmp_path), tiny.tokenizer(), str(tmp_path / "out"))
+    trainer = create_trainer(model, jobs.job(model, what, tmp_path), tiny.tokenizer(), str(tmp_path / "out"))
     now = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert now.keys() == before.keys()
     assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in now.items())
@@ -141,16 +141,16 @@ def test_afterwards_the_model_computes_as_ours_does(tmp_path: Path) -> None:
     what = jobs.recipe("nf4")
     base = jobs.base_model("nf4")
     pair = jobs.pairs(1, seed=5)[0]
-    before_LV = probe(base, pair, jobs.CPU)
+    before_LV = probe_logits(base, pair, jobs.CPU)
     model, _, _ = train("trl", what, tmp_path / "trl")
     with model.disable_adapter():
-        assert torch.equal(probe(model, pair, jobs.CPU), before_LV)
+        assert torch.equal(probe_logits(model, pair, jobs.CPU), before_LV)
     assert "_fused_forward" not in repr(vars(model.get_base_model()).get("forward"))
     model.eval()
-    logits = probe(model, pair, jobs.CPU).log_softmax(-1)[len(pair.prompt) - 1 : -1]
+    logits = probe_logits(model, pair, jobs.CPU).log_softmax(-1)[len(pair.prompt) - 1 : -1]
     sums = logits.gather(-1, torch.tensor(pair.chosen)[:, None]).sum()
-    torch.testing.assert_close(live_logps(model, [pair], jobs.PACKED, jobs.CPU)[0, 0], sums, rtol=1e-5, atol=1e-5)
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    torch.testing.assert_close(model_logps(model, [pair], jobs.PACKED, jobs.CPU)[0, 0], sums, rtol=1e-5, atol=1e-5)
+    assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
 
 
 def test_trl_is_quiet_and_leaves_no_files(
@@ -181,9 +181,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     what = jobs.recipe()
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    next(iter(trainable(model).values())).data[0, 0] = float("nan")
-    with Tracker(tmp_path, job.plan.total_steps) as tracker, pytest.raises(RunError) as error:
-        fit_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
+    next(iter(trainable_parameters(model).values())).data[0, 0] = float("nan")
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker, pytest.raises(RunError) as error:
+        train_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
     assert str(error.value) == "step 1: TRL's loss is not finite; lower train.learning_rate or look at the data"
 
 
@@ -195,12 +195,12 @@ def test_trl_takes_as_many_pairs_at_once_as_the_token_budget_holds(
     batch_size: int, micro_batch_tokens: int, max_length: int, pairs: int
 ) -> None:
     table = {"batch_size": batch_size, "micro_batch_tokens": micro_batch_tokens}
-    assert pairs_at_once(jobs.recipe(train=table, data={"max_length": max_length})) == pairs
+    assert per_device_batch_size(jobs.recipe(train=table, data={"max_length": max_length})) == pairs
 
 
 def stirred_trainer(
     quantization: str, folder: Path, chosen_tokens: int | None = None, **tables: Any
-) -> tuple[Any, Job, Any]:
+) -> tuple[Any, TrainContext, Any]:
     """A stock trainer over the tiny model, with an adapter that already does something."""
     what = jobs.recipe(quantization, **tables)
     model = jobs.fresh(what)
@@ -208,17 +208,17 @@ def stirred_trainer(
     if chosen_tokens is not None:
         job.train.pairs[:] = [of_length(pair, chosen_tokens) for pair in job.train.pairs]  # type: ignore[index]
         for index, pair in enumerate(job.train.pairs):
-            job.train.reference_P2[index] = live_logps(model, [pair], jobs.PACKED, jobs.CPU)[0]
-    trainer = make_trainer(jobs.stirred(model), job, tiny.tokenizer(), str(folder / "out"))
+            job.train.reference_P2[index] = model_logps(model, [pair], jobs.PACKED, jobs.CPU)[0]
+    trainer = create_trainer(jobs.stirred(model), job, tiny.tokenizer(), str(folder / "out"))
     return model, job, trainer
 
 
 def of_length(pair: EncodedPair, tokens: int) -> EncodedPair:
     chosen = (pair.chosen * tokens)[:tokens]
-    return EncodedPair(pair.prompt, chosen, pair.rejected, pair.row, digest(pair.prompt, chosen, pair.rejected))
+    return EncodedPair(pair.prompt, chosen, pair.rejected, pair.row, digest_ids(pair.prompt, chosen, pair.rejected))
 
 
-def inputs(job: Job, trainer: Any, indices: Any = range(4)) -> dict[str, Tensor]:
+def inputs(job: TrainContext, trainer: Any, indices: Any = range(4)) -> dict[str, Tensor]:
     """Some of the job's pairs as TRL's own collator lays them out."""
     pairs = [job.train.pairs[i] for i in indices]
     names = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
@@ -228,8 +228,8 @@ def inputs(job: Job, trainer: Any, indices: Any = range(4)) -> dict[str, Tensor]
     return found
 
 
-def our_losses(model: Any, job: Job) -> Losses:
+def our_losses(model: Any, job: TrainContext) -> Losses:
     table = job.recipe.objective
-    batch = collate(job.train.pairs[:4], replace(jobs.PACKED, counted=counted(table)))
-    scores = score(model, batch, jobs.CPU, likely=weighs_pairs(table))
-    return objective(scores.beside(job.train.reference_P2[:4]), table)
+    batch = collate(job.train.pairs[:4], replace(jobs.PACKED, token_weighting=make_token_weighting(table)))
+    scores = score_batch(model, batch, jobs.CPU, wpo_weights=uses_wpo_weighting(table))
+    return compute_losses(scores.with_reference(job.train.reference_P2[:4]), table)

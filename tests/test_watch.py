@@ -12,19 +12,19 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_dpo.data.encoded import EncodedPair, digest
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.preference.kl import kl_to_base
-from qlora_dpo.preference.reference import reference_logps
+from qlora_dpo.preference.reference import compute_reference_logps
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.objective import Sigmoid
 from qlora_dpo.recipe.watch import WatchTable
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
-from qlora_dpo.training.checkpoint.save import State
-from qlora_dpo.training.evaluate import Side, evaluate
-from qlora_dpo.training.loop import fit
-from qlora_dpo.training.watch import Course, signs
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
+from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.evaluate import PreferenceDataset, evaluate
+from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.watch import RunHistory, find_warnings
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -46,7 +46,7 @@ def taught(count: int, seed: int, *, longer_by: Sequence[int] = (0,), alike: boo
     for row in range(1, count + 1):
         more = longer_by[row % len(longer_by)]
         p, c, r = draw(range(60, 300), 6), draw(KIND, 6 + max(more, 0)), draw(KIND if alike else CURT, 6 - min(more, 0))
-        made.append(EncodedPair(p, c, r, row, digest(p, c, r)))
+        made.append(EncodedPair(p, c, r, row, digest_ids(p, c, r)))
     return made
 
 
@@ -55,24 +55,27 @@ def policy(what: Recipe) -> PeftModel:
     base, generator = jobs.base_model(), torch.Generator().manual_seed(0)
     for parameter in base.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model = attach(base, what.lora, what.train.seed)
-    make_lean(model, torch.float32)
+    model = attach_lora(base, what.lora, what.train.seed)
+    fuse_lora(model, torch.float32)
     return model
 
 
 def trained(
     folder: Path, pairs: list[EncodedPair], judged: list[EncodedPair], **tables: dict[str, Any]
-) -> tuple[State, list[dict[str, Any]]]:
+) -> tuple[TrainState, list[dict[str, Any]]]:
     """Train the tiny model on some pairs; the final state, and the signs that its metrics tell."""
     what = jobs.recipe(**tables)
     folder.mkdir(exist_ok=True)
     model = policy(what)
     job = jobs.job(model, what, folder, len(pairs), len(judged))
-    ask = [Side(some, reference_logps(model, some, job.store, job.packing, jobs.CPU)) for some in (pairs, judged)]
+    ask = [
+        PreferenceDataset(some, compute_reference_logps(model, some, job.reference_cache, job.packing, jobs.CPU))
+        for some in (pairs, judged)
+    ]
     job = replace(job, train=ask[0], heldout=ask[1])
-    with Tracker(folder, job.plan.total_steps) as tracker:
-        state = fit(model, job, jobs.start(job), tracker)
-    return state, [record for record in read(folder / METRICS) if record["kind"] == "sign"]
+    with RunLog(folder, job.data_order.total_steps) as tracker:
+        state = train_loop(model, job, jobs.start(job), tracker)
+    return state, [record for record in read_metrics(folder / METRICS) if record["kind"] == "sign"]
 
 
 def named(told: list[dict[str, Any]]) -> set[str]:
@@ -149,8 +152,8 @@ def record(step: int, loss: float, **more: float) -> dict[str, Any]:
 
 
 def seen(*evals: dict[str, Any], skipped: int = 0, shorter: float = 0.6, **table: Any) -> set[str]:
-    course = Course(list(evals), 100, {"longer": 1 - shorter, "shorter": shorter}, skipped)
-    return set(signs(course, WatchTable(**table)))
+    course = RunHistory(list(evals), 100, {"longer": 1 - shorter, "shorter": shorter}, skipped)
+    return set(find_warnings(course, WatchTable(**table)))
 
 
 START = record(0, math.log(2), **{"eval_rewards/accuracies": 0.5})
@@ -212,9 +215,9 @@ def test_nothing_is_told_at_the_start_and_noise_not_in_the_first_half() -> None:
 def test_what_signs_are_judged_by_is_what_its_name_says() -> None:
     model, pairs = jobs.stirred(jobs.fresh(jobs.recipe())), jobs.pairs(9)
     reference_P2 = -30 * torch.rand(9, 2, generator=torch.Generator().manual_seed(0))
-    found = evaluate(model, Side(pairs, reference_P2), Sigmoid(), jobs.PACKED, jobs.CPU)
+    found = evaluate(model, PreferenceDataset(pairs, reference_P2), Sigmoid(), jobs.PACKED, jobs.CPU)
     each = [
-        evaluate(model, Side([pair], reference_P2[[i]]), Sigmoid(), jobs.PACKED, jobs.CPU)
+        evaluate(model, PreferenceDataset([pair], reference_P2[[i]]), Sigmoid(), jobs.PACKED, jobs.CPU)
         for i, pair in enumerate(pairs)
     ]
     losses, margins = (

@@ -25,18 +25,18 @@ from qlora_dpo.files import write_json
 from qlora_dpo.model import attention
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.distributed import processes, sharding
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.lora import attach
-from qlora_dpo.model.memory import checkpointable
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.lora import attach_lora
+from qlora_dpo.model.memory import checkpointable_layers
 from qlora_dpo.preference import reference
-from qlora_dpo.preference.reference import Store, live_logps, read_store, reference_logps
-from qlora_dpo.preference.reference_adapter import Held, copied
+from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps, model_logps, read_logp_table
+from qlora_dpo.preference.reference_adapter import ReferenceAdapter, clone_adapter
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.tracking.run_log import SAMPLES, Tracker
+from qlora_dpo.tracking.run_log import EVALUATION_SAMPLES, RunLog
 from qlora_dpo.training import loop, reference_pass, train_step
 from qlora_dpo.training.checkpoint.save import newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.loop import train_loop
 
 # name: tables of the recipe, training pairs, held-out pairs
 SCENARIOS: dict[str, tuple[dict[str, dict[str, Any]], int, int]] = {
@@ -73,24 +73,24 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
     what = jobs.recipe(**{**tables, "train": train_table})
     folder.mkdir(parents=True, exist_ok=True)
     in_layers = name.startswith(("sharded", "zero3"))
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         ask_for(sharing(name))
-    model = sharded(what) if processes.sharded() else jobs.fresh(what)
+    model = sharded(what) if processes.is_sharded() else jobs.fresh(what)
     job = jobs.job(model, what, folder, train, heldout)
     if what.reference is not None:
-        job = replace(job, held=Held(copied(model), what.reference))
+        job = replace(job, reference_adapter=ReferenceAdapter(clone_adapter(model), what.reference))
     if in_layers:
-        job.train.reference_P2[sorted(set(range(train)) - set(job.plan.indices(1)))] = torch.nan
-        job = replace(job, ask=asked_alone)
+        job.train.reference_P2[sorted(set(range(train)) - set(job.data_order.batch_indices(1)))] = torch.nan
+        job = replace(job, sample_fn=asked_alone)
     said = list[str]()
-    with Tracker(folder, job.plan.total_steps, silent=not processes.is_main()) as tracker:
-        tracker.note = said.append  # type: ignore[method-assign]
-        state = fit(model, job, jobs.start(job), tracker)
+    with RunLog(folder, job.data_order.total_steps, silent=not processes.is_main()) as tracker:
+        tracker.info = said.append  # type: ignore[method-assign]
+        state = train_loop(model, job, jobs.start(job), tracker)
     kept = layer_bytes(model)
-    sharding.gather(model)
+    sharding.unshard_layers(model)
     if processes.is_main():  # from here on the first goes on alone
-        live_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
-    processes.sharing.cache_clear()
+        model_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
+    processes.sharding_strategy.cache_clear()
     facts = {
         "evals": state.evals,
         "num_tokens": state.num_tokens,
@@ -101,24 +101,26 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         "layer_bytes": kept,
     }
     if in_layers and processes.is_main():
-        facts["asked"] = [json.loads(line)["logp"][0] for line in (folder / SAMPLES).read_text().splitlines()]
+        facts["asked"] = [
+            json.loads(line)["logp"][0] for line in (folder / EVALUATION_SAMPLES).read_text().splitlines()
+        ]
     return jobs.adapter(model), facts
 
 
 def layer_bytes(model: PeftModel) -> int:
     """Bytes of the frozen weights of decoder layers that this process holds."""
-    frozen = [each for layer in checkpointable(model) for each in layer.parameters() if not each.requires_grad]
-    return sum(sharding.held(each).numel() * each.element_size() for each in frozen)
+    frozen = [each for layer in checkpointable_layers(model) for each in layer.parameters() if not each.requires_grad]
+    return sum(sharding.local_shard(each).numel() * each.element_size() for each in frozen)
 
 
 def asked_alone(model: PeftModel) -> list[dict[str, Any]]:
     """What the first process, and no other, asks the model at an evaluation."""
-    logp_P2 = live_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
+    logp_P2 = model_logps(model, jobs.pairs(1), jobs.PACKED, jobs.CPU)
     return [{"prompt": [{"role": "user", "content": "?"}], "answer": "", "logp": logp_P2.tolist()}]
 
 
 def sharing(name: str) -> str:
-    """What the processes of a scenario share out, as `processes.sharing` has it."""
+    """What the processes of a scenario share out, as `processes.sharding_strategy` has it."""
     return "fsdp2" if name in SHARDED else name.split()[0] if name in ZERO else ""
 
 
@@ -127,54 +129,56 @@ def ask_for(what: str) -> None:
     asks = {"": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
     zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": what[-1:]}
     os.environ.update(asks.get(what, zero))
-    processes.sharing.cache_clear()
-    assert processes.sharing() == what
+    processes.sharding_strategy.cache_clear()
+    assert processes.sharding_strategy() == what
 
 
 def sharded(what: Recipe) -> PeftModel:
     """`jobs.fresh`, with the base's layers shared out."""
     table = ModelTable(name=what.model.name, quantization=what.model.quantization)
     base = load_base(jobs.source(), table, jobs.CPU)
-    attention.use(base)
-    model = attach(base, what.lora, what.train.seed)
-    make_lean(model, torch.float32)
-    sharding.share_out(model, jobs.CPU)
+    attention.enable_packed_attention(base)
+    model = attach_lora(base, what.lora, what.train.seed)
+    fuse_lora(model, torch.float32)
+    sharding.shard_layers(model, jobs.CPU)
     return model
 
 
 def asked_out_of_memory(folder: Path) -> dict[str, Any]:
     """Ask the reference about 22 pairs while the second process runs out of memory once, in its second row."""
     model, passes = jobs.fresh(jobs.recipe()), list[int]()
-    whole, said = reference.live_logps, list[str]()
+    whole, said = reference.model_logps, list[str]()
 
     def live(*what: Any) -> torch.Tensor:
         passes.append(len(what[1]))
-        if processes.index() == 1 and len(passes) == 2:
+        if processes.rank() == 1 and len(passes) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*what)
 
-    reference.live_logps = live
-    what: Any = SimpleNamespace(store=Store(folder), device=jobs.CPU, heldout=jobs.pairs(6, 1))
+    reference.model_logps = live
+    what: Any = SimpleNamespace(store=ReferenceLogpCache(folder), device=jobs.CPU, heldout=jobs.pairs(6, 1))
     rows = replace(jobs.PACKED, token_budget=60)
-    with Tracker(folder, 1, silent=True) as tracker:
-        tracker.note = said.append  # type: ignore[method-assign]
-        reference_pass.compute_reference(what, reference_pass.Model(model, rows, rows), jobs.pairs(22), tracker)
-    reference.live_logps = whole
-    found_P2 = what.store.look_up([*jobs.pairs(22), *what.heldout])
-    return {"logps": found_P2.tolist(), "computed": what.store.computed, "said": said}
+    with RunLog(folder, 1, silent=True) as tracker:
+        tracker.info = said.append  # type: ignore[method-assign]
+        reference_pass.fill_reference_cache(
+            what, reference_pass.PreparedModel(model, rows, rows), jobs.pairs(22), tracker
+        )
+    reference.model_logps = whole
+    found_P2 = what.store.get([*jobs.pairs(22), *what.heldout])
+    return {"logps": found_P2.tolist(), "computed": what.store.local_computed, "said": said}
 
 
 def once_out_of_memory() -> None:
     """Let the second process run out of memory in its first forward pass of a step."""
-    whole, failed = train_step.score, list[bool]()
+    whole, failed = train_step.score_batch, list[bool]()
 
     def score(*arguments: Any, **keys: Any) -> Any:
-        if processes.index() == 1 and not failed:
+        if processes.rank() == 1 and not failed:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*arguments, **keys)
 
-    train_step.score = score
+    train_step.score_batch = score
 
 
 def scale_from(first: float | None) -> None:
@@ -186,10 +190,10 @@ def scale_from(first: float | None) -> None:
 def asked_in_shares(folder: Path) -> dict[str, Any]:
     """Ask the reference about 23 pairs, two of which are the same, into one store."""
     model, pairs = jobs.fresh(jobs.recipe()), jobs.pairs(22)
-    store = Store(folder)
-    found_P2 = reference_logps(model, [*pairs, pairs[3]], store, jobs.PACKED, jobs.CPU)
-    processes.wait()
-    return {"logps": found_P2.tolist(), "computed": store.computed, "stored": len(read_store(folder))}
+    store = ReferenceLogpCache(folder)
+    found_P2 = compute_reference_logps(model, [*pairs, pairs[3]], store, jobs.PACKED, jobs.CPU)
+    processes.barrier()
+    return {"logps": found_P2.tolist(), "computed": store.local_computed, "stored": len(read_logp_table(folder))}
 
 
 def not_finite(folder: Path) -> str:
@@ -197,10 +201,10 @@ def not_finite(folder: Path) -> str:
     what = jobs.recipe()
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder, 4, 2)
-    job.train.reference_P2[job.plan.indices(1)[0]] = torch.inf
-    with Tracker(folder, 1, silent=True) as tracker:
+    job.train.reference_P2[job.data_order.batch_indices(1)[0]] = torch.inf
+    with RunLog(folder, 1, silent=True) as tracker:
         try:
-            fit(model, job, jobs.start(job), tracker)
+            train_loop(model, job, jobs.start(job), tracker)
         except QloraDpoError as error:
             return str(error)
     return ""
@@ -211,23 +215,23 @@ def stopped(folder: Path, name: str = "sigmoid", resume: bool = False) -> str:
     tables, train, heldout = (SCENARIOS | ZERO)[name]
     what = jobs.recipe(**{**tables, "train": {**tables["train"], "micro_batch_tokens": 60}})
     folder.mkdir(parents=True, exist_ok=True)
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         ask_for(sharing(name))
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder, train, heldout)
-    with Tracker(folder, job.plan.total_steps, silent=not processes.is_main()) as tracker:
+    with RunLog(folder, job.data_order.total_steps, silent=not processes.is_main()) as tracker:
         said = tracker.step
 
         def step(number: int) -> None:
             said(number)
-            if (number, processes.index(), resume) == (2, 1, False):
+            if (number, processes.rank(), resume) == (2, 1, False):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         tracker.step = step  # type: ignore[method-assign]
         try:
-            fit(
+            train_loop(
                 model,
-                replace(job, allowed=("model.name",)),
+                replace(job, allowed_changes=("model.name",)),
                 jobs.start(job),
                 tracker,
                 newest_valid(folder)[0] if resume else None,
@@ -242,7 +246,7 @@ def stopped(folder: Path, name: str = "sigmoid", resume: bool = False) -> str:
 def not_the_same() -> str:
     """What a process says when the others have other pairs."""
     try:
-        processes.insist_on_same({"base": "ab" * 32, "pairs": f"{processes.index():02x}" * 32})
+        processes.check_same_on_all_ranks({"base": "ab" * 32, "pairs": f"{processes.rank():02x}" * 32})
     except QloraDpoError as error:
         return str(error)
     return ""
@@ -253,7 +257,7 @@ def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     jobs.source()  # saved by each for itself; among several, transformers lets the first alone save
-    processes.begin(cpu=True)
+    processes.init_process_group(cpu=True)
     found = dict[str, Any]()
     for name in ZERO if zero else SCENARIOS:
         adapter, found[name] = scenario(name, folder / name)
@@ -274,7 +278,7 @@ def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
         found["asked out of memory"] = asked_out_of_memory(folder / f"asked-{rank}")
         found["not finite"], found["not the same"] = not_finite(folder / "wrong"), not_the_same()
     write_json(folder / f"{rank}.json", found)
-    processes.end()
+    processes.destroy_process_group()
 
 
 def launched(count: int, folder: Path, zero: bool = False) -> list[int | None]:

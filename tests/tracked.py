@@ -23,12 +23,12 @@ TRAIN = {
 TRACKED = """
 import json, pathlib, sys
 from qlora_dpo.recipe.train import TrackTable
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 folder, project, start, config, *records = sys.argv[1:]
-with Tracker(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(wandb=project),
+with RunLog(pathlib.Path(folder), 48, start_step=int(start), track=TrackTable(wandb=project),
              config=json.loads(config), name="quickstart") as run:
     for record in map(json.loads, records):
-        (run.train if "loss" in record else run.evaluation)(record)
+        (run.log_train if "loss" in record else run.log_evaluation)(record)
 print("wandb" in sys.modules)
 """
 OFFLINE = {"WANDB_MODE": "offline"}

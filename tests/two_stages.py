@@ -11,9 +11,9 @@ from qlora_dpo import adapter, run_folder
 from qlora_dpo.files import write_json
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
-from qlora_dpo.training.run import Outcome, prepare, run
-from qlora_dpo.training.run_metadata import facts
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
+from qlora_dpo.training.run import TrainingResult, prepare_data, run_training
+from qlora_dpo.training.run_metadata import build_run_metadata
 
 LN_2 = 0.6931471805599453
 
@@ -34,20 +34,22 @@ def recipe(home: Path, **tables: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def train(folder: Path, resume_from: Path | None = None, **tables: dict[str, Any]) -> Outcome:
+def train(folder: Path, resume_from: Path | None = None, **tables: dict[str, Any]) -> TrainingResult:
     """Train into `folder` and save the adapter there, as the command does."""
     AcceleratorState._reset_state(True)
     what = recipe(folder.parent, **tables)
     if resume_from is None:
-        run_folder.claim(folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False)
-    prepared = prepare(what)
-    with Tracker(folder, 2) as tracker:
-        outcome = run(prepared, what, jobs.CPU, tracker, resume_from)
+        run_folder.init_run_folder(
+            folder, LoadedRecipe(what, folder.with_suffix(".toml"), "# the recipe\n"), resume=False
+        )
+    prepared = prepare_data(what)
+    with RunLog(folder, 2) as tracker:
+        outcome = run_training(prepared, what, jobs.CPU, tracker, resume_from)
     adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
-    write_json(folder / "run.json", facts(outcome, what, jobs.CPU, folder, "qlora-dpo train"))
+    write_json(folder / "run.json", build_run_metadata(outcome, what, jobs.CPU, folder, "qlora-dpo train"))
     return outcome
 
 
 def trained_lines(folder: Path) -> list[dict[str, Any]]:
     """The logged training steps of a run."""
-    return [line for line in read(folder / METRICS) if line["kind"] == "train"]
+    return [line for line in read_metrics(folder / METRICS) if line["kind"] == "train"]

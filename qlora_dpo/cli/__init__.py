@@ -9,24 +9,24 @@ import click
 
 from qlora_dpo import __version__
 from qlora_dpo.cli.allocator import use_expandable_segments
-from qlora_dpo.cli.chat import chat
-from qlora_dpo.cli.check import check
-from qlora_dpo.cli.compare import compare
-from qlora_dpo.cli.data import data
-from qlora_dpo.cli.eval import eval_
-from qlora_dpo.cli.export import export
-from qlora_dpo.cli.failure import report as tell
-from qlora_dpo.cli.init import init
-from qlora_dpo.cli.merge import merge
-from qlora_dpo.cli.push import push
-from qlora_dpo.cli.quiet import silence
-from qlora_dpo.cli.report import report
-from qlora_dpo.cli.runs import runs
-from qlora_dpo.cli.serve import serve
-from qlora_dpo.cli.sweep import sweep
-from qlora_dpo.cli.train import train
-from qlora_dpo.cli.verify import verify
-from qlora_dpo.errors import DONE
+from qlora_dpo.cli.chat import chat_command
+from qlora_dpo.cli.check import check_command
+from qlora_dpo.cli.compare import compare_command
+from qlora_dpo.cli.data import data_group
+from qlora_dpo.cli.eval import eval_command
+from qlora_dpo.cli.export import export_command
+from qlora_dpo.cli.failure import report_error as tell
+from qlora_dpo.cli.init import init_command
+from qlora_dpo.cli.merge import merge_command
+from qlora_dpo.cli.push import push_command
+from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.cli.report import report_command
+from qlora_dpo.cli.runs import runs_command
+from qlora_dpo.cli.serve import serve_command
+from qlora_dpo.cli.sweep import sweep_command
+from qlora_dpo.cli.train import train_command
+from qlora_dpo.cli.verify import verify_command
+from qlora_dpo.errors import EXIT_OK
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,21 +48,21 @@ def commands() -> None:
 
 
 # A command's module imports click and nothing heavy at its top, so that `--help` stays under 0.3 seconds.
-commands.add_command(init)
-commands.add_command(check)
-commands.add_command(train)
-commands.add_command(sweep)
-commands.add_command(merge)
-commands.add_command(chat)
-commands.add_command(serve)
-commands.add_command(verify)
-commands.add_command(data)
-commands.add_command(export)
-commands.add_command(push)
-commands.add_command(eval_)
-commands.add_command(compare)
-commands.add_command(report)
-commands.add_command(runs)
+commands.add_command(init_command)
+commands.add_command(check_command)
+commands.add_command(train_command)
+commands.add_command(sweep_command)
+commands.add_command(merge_command)
+commands.add_command(chat_command)
+commands.add_command(serve_command)
+commands.add_command(verify_command)
+commands.add_command(data_group)
+commands.add_command(export_command)
+commands.add_command(push_command)
+commands.add_command(eval_command)
+commands.add_command(compare_command)
+commands.add_command(report_command)
+commands.add_command(runs_command)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -71,7 +71,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 usage, 3 gate, 4 does not fit, 130 interrupted."""
-    silence()
+    quiet_libraries()
     use_expandable_segments()
     # like Ctrl+C, so that half-written folders are removed on the way out
     signal.signal(signal.SIGTERM, _interrupted)
@@ -83,4 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and has its sentence
         return tell(error)
-    return code if isinstance(code, int) else DONE
+    return code if isinstance(code, int) else EXIT_OK

@@ -7,33 +7,35 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.talk.sampling import Settings, settings_for
+from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
 if TYPE_CHECKING:
-    from qlora_dpo.adapter import Opened
+    from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.talk.conversation import Conversation
 
 
-@click.command(short_help="Talk to an adapter, a merged model or a hub model.")
+@click.command("chat", short_help="Talk to an adapter, a merged model or a hub model.")
 @click.argument("model", required=False)
 @click.option("-s", "--system", metavar="TEXT", help="System prompt; absent: what the model's template puts there.")
 @click.option(
     "--temperature",
     type=float,
-    help=f"0 takes the likeliest token every time. [default: the model's own, else {Settings.temperature}]",
+    help=f"0 takes the likeliest token every time. [default: the model's own, else {SamplingParams.temperature}]",
 )
 @click.option(
     "--top-p",
     type=float,
-    help=f"Sample from the likeliest tokens with this probability. [default: the model's own, else {Settings.top_p}]",
+    help=f"Sample from the likeliest tokens with this probability. [default: the model's own, else {SamplingParams.top_p}]",
 )
 @click.option(
-    "--max-new-tokens", type=int, help=f"Longest reply, in tokens. [default: {Settings.max_new_tokens}, if it fits]"
+    "--max-new-tokens",
+    type=int,
+    help=f"Longest reply, in tokens. [default: {SamplingParams.max_new_tokens}, if it fits]",
 )
 @click.option("--seed", type=int, help="Start of the random draws. [default: another one in every chat]")
 @click.option("-c", "--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
 @click.option("--base", is_flag=True, help="Begin with the adapter switched off.")
-def chat(model: str | None, system: str | None, go_on: bool, base: bool, **given: Any) -> None:
+def chat_command(model: str | None, system: str | None, go_on: bool, base: bool, **given: Any) -> None:
     """Talk to MODEL: an adapter folder, a merged folder or a hub name; absent: the newest adapter.
 
     \b
@@ -42,24 +44,24 @@ def chat(model: str | None, system: str | None, go_on: bool, base: bool, **given
     qlora-dpo chat -c
     echo "How do I kill time at the airport?" | qlora-dpo chat --temperature 0
     """
-    Settings(**{name: value for name, value in given.items() if value is not None})
-    question = None if sys.stdin is not None and sys.stdin.isatty() else _piped()
+    SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    question = None if sys.stdin is not None and sys.stdin.isatty() else _read_stdin()
     from qlora_dpo.adapter import open_model
-    from qlora_dpo.talk.chat import answer_pipe, talk
-    from qlora_dpo.talk.chat_history import kept
+    from qlora_dpo.talk.chat import reply_to_pipe, run_chat
+    from qlora_dpo.talk.chat_history import load_chat
 
-    last = kept() if go_on else None
+    last = load_chat() if go_on else None
     target = last.model if last and model is None else model
-    conversation = _conversation(open_model(target), system, base, given)
+    conversation = _make_conversation(open_model(target), system, base, given)
     if last is not None:
         conversation.messages, conversation.system = list(last.messages), system or last.system
     if question is None:
-        talk(conversation)
+        run_chat(conversation)
     else:
-        answer_pipe(conversation, question)
+        reply_to_pipe(conversation, question)
 
 
-def _piped() -> str:
+def _read_stdin() -> str:
     """The question on stdin; raise RecipeError if there is none."""
     given = sys.stdin.buffer.read() if sys.stdin is not None else b""
     try:
@@ -71,7 +73,7 @@ def _piped() -> str:
     return text
 
 
-def _conversation(opened: "Opened", system: str | None, base: bool, given: dict[str, Any]) -> "Conversation":
+def _make_conversation(opened: "OpenedModel", system: str | None, base: bool, given: dict[str, Any]) -> "Conversation":
     from peft import PeftModel
 
     from qlora_dpo.talk.conversation import Conversation
@@ -86,8 +88,10 @@ def _conversation(opened: "Opened", system: str | None, base: bool, given: dict[
         model=opened.model.eval(),
         tokenizer=opened.tokenizer,
         device=opened.device,
-        settings=settings_for(getattr(opened.model, "generation_config", None), context_tokens(opened.model), given),
-        voices=("base",) if base else ("tuned",) if adapter else ("model",),
+        settings=resolve_sampling_params(
+            getattr(opened.model, "generation_config", None), context_tokens(opened.model), given
+        ),
+        variants=("base",) if base else ("tuned",) if adapter else ("model",),
         system=system,
         beta=getattr(opened.recipe.objective, "beta", None) if opened.recipe else None,
         target=str(opened.folder.resolve()) if opened.folder else opened.source.name,

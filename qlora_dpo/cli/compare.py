@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from qlora_dpo.adapter import Opened
+    from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.dialogue import Message
-    from qlora_dpo.talk.compare import Compared, Said
+    from qlora_dpo.talk.compare import ComparedReplies, ScoredReply
 
-SAMPLES = 3
+DEFAULT_PROMPTS = 3
 
 
-@click.command(short_help="Let base and adapters answer the same prompts side by side.")
+@click.command("compare", short_help="Let base and adapters answer the same prompts side by side.")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-p", "--prompt", "questions", metavar="TEXT", multiple=True, help="A question; several times for several."
@@ -41,7 +41,7 @@ SAMPLES = 3
 @click.option(
     "--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page that needs no network, too."
 )
-def compare(
+def compare_command(
     adapters: tuple[Path, ...],
     questions: tuple[str, ...],
     file: Path | None,
@@ -61,57 +61,59 @@ def compare(
     qlora-dpo compare adapters/hh -p "How do I find the library?"
     qlora-dpo compare adapters/hh adapters/hh-fast --prompts asks.jsonl --html compared.html
     """
-    from qlora_dpo.files import write_whole
+    from qlora_dpo.files import atomic_write
 
     folders = [each.expanduser() for each in adapters]
-    _insist_on_adapters(folders)
-    prompts = _prompts(folders[0], questions, file, system)
+    _check_adapters(folders)
+    prompts = _collect_prompts(folders[0], questions, file, system)
     from qlora_dpo.talk import compare as comparing
 
-    opened, speakers = comparing.open_several(folders, dtype)
+    opened, speakers = comparing.open_adapters(folders, dtype)
     total = len(prompts) * (1 + len(speakers))
     with click.progressbar(length=total, label=f"writing {total} answers", file=sys.stderr) as bar:
-        found = comparing.compare(opened, speakers, prompts, max_new_tokens, bar.update)
+        found = comparing.compare_replies(opened, speakers, prompts, max_new_tokens, bar.update)
     record = {
         "base": opened.source.hub_id or Path(opened.source.name).name,
         "adapters": [{"name": each.name, "beta": each.beta} for each in speakers],
         "max_new_tokens": max_new_tokens,
         "computed_in": f"{opened.device.compute_dtype} on {opened.device.type.upper()}",
-        "prompts": [_compared(each, opened, tokens) for each in found],
+        "prompts": [_prompt_record(each, opened, tokens) for each in found],
     }
-    from qlora_dpo.report.compare_view import compared_columns, compared_page
+    from qlora_dpo.report.compare_view import comparison_columns, comparison_page
 
     if html is not None:
-        write_whole(html.expanduser(), compared_page(record))
+        atomic_write(html.expanduser(), comparison_page(record))
         click.echo(f"{html}: written", err=True)
     if as_json:
         click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
     else:
         from rich.console import Console
 
-        Console().print(compared_columns(record["prompts"]))  # type: ignore[arg-type]
+        Console().print(comparison_columns(record["prompts"]))  # type: ignore[arg-type]
 
 
-def _insist_on_adapters(folders: list[Path]) -> None:
+def _check_adapters(folders: list[Path]) -> None:
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.run_folder import CONFIG
+    from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
     for folder in folders:
-        if not (folder / CONFIG).is_file():
+        if not (folder / ADAPTER_CONFIG_NAME).is_file():
             what = "is no adapter" if folder.is_dir() else "there is no such folder"
             raise RecipeError(f"{folder}: {what}; name folders of runs, as in adapters/hh")
 
 
-def _prompts(folder: Path, questions: tuple[str, ...], file: Path | None, system: str | None) -> "list[list[Message]]":
+def _collect_prompts(
+    folder: Path, questions: tuple[str, ...], file: Path | None, system: str | None
+) -> "list[list[Message]]":
     """The prompts that were given, else the first that the run of `folder` answered after training."""
     from qlora_dpo.errors import RecipeError
 
-    prompts = [_asked(each) for each in questions]
+    prompts = [_user_message(each) for each in questions]
     if file is not None:
-        prompts += _read(file)
+        prompts += _read_prompts(file)
     samples = folder / "samples.jsonl"
     if not questions and file is None:
-        if not samples.is_file() or not (prompts := _read(samples)[:SAMPLES]):
+        if not samples.is_file() or not (prompts := _read_prompts(samples)[:DEFAULT_PROMPTS]):
             raise RecipeError(f"{folder}: keeps no held-out prompts; give some with -p TEXT or --prompts FILE")
         click.echo(f"the first {len(prompts)} held-out prompts of {folder}", err=True)
     if system is None:
@@ -119,7 +121,7 @@ def _prompts(folder: Path, questions: tuple[str, ...], file: Path | None, system
     return [[{"role": "system", "content": system}, *(t for t in each if t["role"] != "system")] for each in prompts]
 
 
-def _asked(text: str) -> "list[Message]":
+def _user_message(text: str) -> "list[Message]":
     from qlora_dpo.errors import RecipeError
 
     if not text.strip():
@@ -127,9 +129,9 @@ def _asked(text: str) -> "list[Message]":
     return [{"role": "user", "content": text}]
 
 
-def _read(file: Path) -> "list[list[Message]]":
+def _read_prompts(file: Path) -> "list[list[Message]]":
     """The prompts of a file; raises RecipeError with the line of what is none."""
-    from qlora_dpo.data.dialogue import Unusable, check_roles
+    from qlora_dpo.data.dialogue import InvalidRow, check_roles
     from qlora_dpo.errors import RecipeError
 
     try:
@@ -143,12 +145,12 @@ def _read(file: Path) -> "list[list[Message]]":
         if not line.strip():
             continue
         if file.suffix != ".jsonl":
-            prompts.append(_asked(line))
+            prompts.append(_user_message(line))
             continue
         try:
             prompt = json.loads(line)["prompt"]
             turns = (
-                _asked(prompt)
+                _user_message(prompt)
                 if isinstance(prompt, str)
                 else [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in prompt]
             )
@@ -156,7 +158,7 @@ def _read(file: Path) -> "list[list[Message]]":
         except (ValueError, KeyError, TypeError) as error:
             wanted = '{"prompt": "TEXT"}, or a list of messages'
             raise RecipeError(f"{file}:{number}: is no prompt; write {wanted}") from error
-        except Unusable as error:
+        except InvalidRow as error:
             raise RecipeError(f"{file}:{number}: is no prompt: {error}") from error
         prompts.append(turns)
     if not prompts:
@@ -164,27 +166,30 @@ def _read(file: Path) -> "list[list[Message]]":
     return prompts
 
 
-def _compared(each: "Compared", opened: "Opened", tokens: bool) -> dict[str, Any]:
-    return {"prompt": list(each.prompt), "answers": [_said(said, opened, tokens) for said in each.said]}
+def _prompt_record(comparison: "ComparedReplies", opened: "OpenedModel", tokens: bool) -> dict[str, Any]:
+    return {
+        "prompt": list(comparison.prompt),
+        "answers": [_reply_record(said, opened, tokens) for said in comparison.said],
+    }
 
 
-def _said(said: "Said", opened: "Opened", tokens: bool) -> dict[str, Any]:
+def _reply_record(reply: "ScoredReply", opened: "OpenedModel", tokens: bool) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "voice": said.voice,
-        "text": said.answer.text,
-        "tokens": said.answer.tokens,
-        "ended": said.answer.ended,
+        "voice": reply.voice,
+        "text": reply.answer.text,
+        "tokens": reply.answer.tokens,
+        "ended": reply.answer.ended,
         "rewards": {
             each.speaker.name: {"reward": each.total, "per_token": each.total / max(1, len(each.tokens))}
-            for each in said.rewards
+            for each in reply.rewards
         },
     }
     if tokens:
         record["token_rewards"] = [
             {
                 "token": opened.tokenizer.decode([token]),
-                "rewards": {each.speaker.name: each.tokens[place] for each in said.rewards},
+                "rewards": {each.speaker.name: each.tokens[place] for each in reply.rewards},
             }
-            for place, token in enumerate(said.answer.ids)
+            for place, token in enumerate(reply.answer.ids)
         ]
     return record

@@ -9,16 +9,16 @@ import click
 
 if TYPE_CHECKING:
     from qlora_dpo.data.encoded import EncodedPair
-    from qlora_dpo.data.pairs import Found, Pair
-    from qlora_dpo.data.sources import Part, Rows
+    from qlora_dpo.data.pairs import Pair, ParsedRows
+    from qlora_dpo.data.sources import DataPart, SourceRows
     from qlora_dpo.recipe import Recipe
     from qlora_dpo.recipe.data import DataTable
 
-SHOWN_ROWS = 10
+LINT_ROWS_SHOWN = 10
 
 
-@click.group(short_help="Look at preference data, find what is odd about it, split it.")
-def data() -> None:
+@click.group("data", short_help="Look at preference data, find what is odd about it, split it.")
+def data_group() -> None:
     """Look at preference data as the trainer sees it, find what is odd about it, and split it.
 
     \b
@@ -28,13 +28,13 @@ def data() -> None:
     """
 
 
-@data.command(short_help="Show pairs as the trainer sees them.")
+@data_group.command("show", short_help="Show pairs as the trainer sees them.")
 @click.argument("source")
 @click.option("--model", metavar="NAME", help="Show tokens of this model; a recipe names its own.")
 @click.option("--row", metavar="N", type=click.IntRange(min=1), help="Show the pairs of this row.")
 @click.option("--sample", metavar="N", type=click.IntRange(min=1), help="Show N pairs drawn at random [1]")
 @click.option("--tokens", is_flag=True, help="List every token with its number.")
-def show(source: str, model: str | None, row: int | None, sample: int | None, tokens: bool) -> None:
+def show_command(source: str, model: str | None, row: int | None, sample: int | None, tokens: bool) -> None:
     """Show pairs of SOURCE, a recipe, data file, folder or hub data set, as the trainer sees them.
 
     What is read is dim, what is scored is green or red (without colour: between ⟦ and ⟧), and what the template writes
@@ -50,8 +50,8 @@ def show(source: str, model: str | None, row: int | None, sample: int | None, to
 
     if row is not None and sample is not None:
         raise click.UsageError("--row and --sample exclude each other")
-    table, recipe = _table(source)
-    rows, found = _found(table, "train")
+    table, recipe = _data_table_and_recipe(source)
+    rows, found = _parse_part(table, "train")
     if row is not None:
         some = [pair for pair in found.pairs if pair.row == row]
         reason = next((reason for reason, numbers in found.dropped.items() if row in numbers), None)
@@ -59,20 +59,20 @@ def show(source: str, model: str | None, row: int | None, sample: int | None, to
             raise RecipeError(f"{rows.name}: row {row} is {f'no pair: {reason}' if reason else 'not there'}")
     else:
         some = random.Random(0).sample(found.pairs, min(sample or 1, len(found.pairs)))  # noqa: S311 - no secret
-    click.echo(f"{rows.name}: {found.shape.value}", err=True)
-    tokenizer = _tokenizer(model, recipe)
+    click.echo(f"{rows.name}: {found.format.value}", err=True)
+    tokenizer = _load_tokenizer(model, recipe)
     for pair in sorted(some, key=lambda each: each.row):
-        click.echo(_pair(pair, tokenizer, rows.place(pair.row), tokens))
+        click.echo(_format_pair(pair, tokenizer, rows.location(pair.row), tokens))
 
 
-@data.command(short_help="Find what is odd about preference data.")
+@data_group.command("lint", short_help="Find what is odd about preference data.")
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every row number.")
 @click.option(
     "--fix", "fixed", metavar="OUT", type=click.Path(path_type=Path), help="Write the other rows as JSON lines."
 )
 @click.option("--strict", is_flag=True, help="Exit with 3 if anything is found.")
-def lint(source: str, as_json: bool, fixed: Path | None, strict: bool) -> None:
+def lint_command(source: str, as_json: bool, fixed: Path | None, strict: bool) -> None:
     """Find what is odd about the rows of SOURCE, a recipe, data file, folder or hub data set.
 
     Rows that are no pairs, repeats, contradictions, answers that repeat the question, length bias, uneven labels and,
@@ -83,42 +83,46 @@ def lint(source: str, as_json: bool, fixed: Path | None, strict: bool) -> None:
     qlora-dpo data lint pairs.jsonl --fix mended.jsonl
     """
     from qlora_dpo.data import lint as linting
-    from qlora_dpo.errors import GATE
+    from qlora_dpo.errors import EXIT_GATE
 
-    table, recipe = _table(source)
-    rows, found = _found(table, "train")
-    odd, bias = linting.findings(found), linting.lengths(found.pairs)
-    if recipe is not None and (both := linting.overlap(*_sides(table))):
+    table, recipe = _data_table_and_recipe(source)
+    rows, found = _parse_part(table, "train")
+    odd, bias = linting.find_problems(found), linting.length_stats(found.pairs)
+    if recipe is not None and (both := linting.prompt_overlap(*_train_and_heldout_pairs(table))):
         odd.append(
-            linting.Finding("held-out prompts that are trained on", both, "set data.eval_share, or other splits", False)
+            linting.LintFinding(
+                "held-out prompts that are trained on", both, "set data.eval_share, or other splits", False
+            )
         )
     if fixed is not None:
         left_out = {number for each in odd if each.fixable for number in each.rows}
         kept = [row for number, row in enumerate(rows.rows, 1) if number not in left_out]
-        _write(fixed, kept)
+        _write_rows(fixed, kept)
         click.echo(f"{fixed}: {len(kept):,} of {len(rows.rows):,} rows", err=True)
     if as_json:
-        click.echo(json.dumps({"source": rows.name, "rows": len(rows.rows), **linting.as_json(found, odd, bias)}))
+        click.echo(json.dumps({"source": rows.name, "rows": len(rows.rows), **linting.findings_json(found, odd, bias)}))
     else:
-        click.echo(f"{rows.name}: {found.shape.value}, {len(rows.rows):,} rows, {len(found.pairs):,} pairs")
+        click.echo(f"{rows.name}: {found.format.value}, {len(rows.rows):,} rows, {len(found.pairs):,} pairs")
         for each in odd:
-            numbers = ", ".join(map(str, each.rows[:SHOWN_ROWS])) + (", ..." if len(each.rows) > SHOWN_ROWS else "")
-            click.echo(f"  {len(each.rows):>7,}  {_shown(each.what)}: rows {numbers}; {each.advice}")
+            numbers = ", ".join(map(str, each.rows[:LINT_ROWS_SHOWN])) + (
+                ", ..." if len(each.rows) > LINT_ROWS_SHOWN else ""
+            )
+            click.echo(f"  {len(each.rows):>7,}  {_printable(each.problem)}: rows {numbers}; {each.advice}")
         if bias:
-            click.echo(f"  {bias.sentence()}")
+            click.echo(f"  {bias.describe()}")
         if not odd:
             click.echo("  nothing odd")
     if strict and odd:
-        raise click.exceptions.Exit(GATE)
+        raise click.exceptions.Exit(EXIT_GATE)
 
 
-@data.command(short_help="Split a data file by prompt.")
+@data_group.command("split", short_help="Split a data file by prompt.")
 @click.argument("source")
 @click.option("-o", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="A new folder.")
 @click.option(
     "--share", default=0.1, show_default=True, type=click.FloatRange(0, 1, True, True), help="Held-out prompts."
 )
-def split(source: str, folder: Path, share: float) -> None:
+def split_command(source: str, folder: Path, share: float) -> None:
     """Write the rows of SOURCE to DIR/train.jsonl and DIR/test.jsonl; no prompt stands in both.
 
     A recipe then says `train = "DIR"`. Rows that are no pairs are left out and counted.
@@ -126,26 +130,26 @@ def split(source: str, folder: Path, share: float) -> None:
     \b
     qlora-dpo data split pairs.jsonl -o pairs
     """
-    from qlora_dpo.data.pairs import in_share
+    from qlora_dpo.data.pairs import in_eval_share
     from qlora_dpo.errors import RunError
 
     if folder.exists():
         raise RunError(f"{folder}: is there already; name a new folder with -o DIR")
-    table, _ = _table(source)
-    rows, found = _found(table, "train")
-    held = {pair.row for pair in found.pairs if in_share(pair.prompt, share)}
+    table, _ = _data_table_and_recipe(source)
+    rows, found = _parse_part(table, "train")
+    held = {pair.row for pair in found.pairs if in_eval_share(pair.prompt, share)}
     train = {pair.row for pair in found.pairs} - held
     if not held or not train:
         raise RunError(f"{rows.name}: has too few prompts for a share of {share:g}; name another --share")
     folder.mkdir(parents=True)
     for name, numbers in (("train", train), ("test", held)):
-        _write(folder / f"{name}.jsonl", [rows.rows[number - 1] for number in sorted(numbers)])
+        _write_rows(folder / f"{name}.jsonl", [rows.rows[number - 1] for number in sorted(numbers)])
         click.echo(f"{folder / name}.jsonl: {len(numbers):,} rows")
     if left := sum(map(len, found.dropped.values())):
         click.echo(f"left out: {left:,} rows that are no pairs; qlora-dpo data lint lists them", err=True)
 
 
-def _table(source: str) -> "tuple[DataTable, Recipe | None]":
+def _data_table_and_recipe(source: str) -> "tuple[DataTable, Recipe | None]":
     """What SOURCE names: the data of a recipe, or data by itself."""
     from pydantic import ValidationError
 
@@ -154,7 +158,7 @@ def _table(source: str) -> "tuple[DataTable, Recipe | None]":
     from qlora_dpo.recipe.data import DataTable
 
     if source.endswith(".toml"):
-        loaded = recipe.load(source)
+        loaded = recipe.load_recipe(source)
         return loaded.recipe.data, loaded.recipe
     name = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
     try:
@@ -163,69 +167,69 @@ def _table(source: str) -> "tuple[DataTable, Recipe | None]":
         raise RecipeError(f"{source}: names no data") from error
 
 
-def _found(table: "DataTable", part: "Part") -> "tuple[Rows, Found]":
-    from qlora_dpo.data.mixture import find_all
+def _parse_part(table: "DataTable", part: "DataPart") -> "tuple[SourceRows, ParsedRows]":
+    from qlora_dpo.data.mixture import parse_sources
 
-    mixture = find_all(table, part, {})
-    return mixture.rows, mixture.found
+    mixture = parse_sources(table, part, {})
+    return mixture.rows, mixture.parsed
 
 
-def _sides(table: "DataTable") -> "tuple[Sequence[Pair], Sequence[Pair]]":
+def _train_and_heldout_pairs(table: "DataTable") -> "tuple[Sequence[Pair], Sequence[Pair]]":
     """Training and held-out pairs; no held-out ones where a share of the prompts is held out, which cannot overlap."""
-    train = _found(table, "train")[1].pairs
-    return train, [] if table.held_out_share is not None else _found(table, "eval")[1].pairs
+    train = _parse_part(table, "train")[1].pairs
+    return train, [] if table.effective_eval_share is not None else _parse_part(table, "eval")[1].pairs
 
 
-def _tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
+def _load_tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
     """The tokenizer that tokens are shown of; None if no model was named."""
     if model is None and recipe is None:
         return None
     from qlora_dpo.model.base import load_tokenizer
-    from qlora_dpo.model.sources import fetch
+    from qlora_dpo.model.sources import fetch_model
     from qlora_dpo.recipe.model import ModelTable
 
     table = ModelTable(name=model) if model is not None else recipe.model if recipe is not None else None
     assert table is not None  # noqa: S101 - one of them is there
-    return load_tokenizer(fetch(table))
+    return load_tokenizer(fetch_model(table))
 
 
-def _pair(pair: "Pair", tokenizer: Any, place: str, tokens: bool) -> str:
+def _format_pair(pair: "Pair", tokenizer: Any, place: str, tokens: bool) -> str:
     """One pair: its text, or what the tokenizer makes of it."""
     title = click.style(f"{place}" + ("" if pair.label is None else f", label {str(pair.label).lower()}"), bold=True)
     answers = [("chosen", pair.chosen, "green"), ("rejected", pair.rejected, "red")]
     if pair.label is not None:
         answers = [("good" if pair.label else "bad", pair.chosen, "green" if pair.label else "red")]
     if tokenizer is None:
-        turns = [f"{click.style(turn['role'], dim=True)}: {_shown(turn['content'])}" for turn in pair.prompt]
-        said = [f"{click.style(name, fg=colour, bold=True)}: {_shown(text)}" for name, text, colour in answers]
+        turns = [f"{click.style(turn['role'], dim=True)}: {_printable(turn['content'])}" for turn in pair.prompt]
+        said = [f"{click.style(name, fg=colour, bold=True)}: {_printable(text)}" for name, text, colour in answers]
         return "\n".join([title, *turns, *said, ""])
-    from qlora_dpo.data.chat_format import chat_format
-    from qlora_dpo.data.chat_template import rendered
-    from qlora_dpo.data.encode import encode
+    from qlora_dpo.data.chat_format import detect_chat_format
+    from qlora_dpo.data.chat_template import render_chats
+    from qlora_dpo.data.encode import encode_pairs
 
-    form = chat_format(tokenizer)
-    encoded = encode([pair], tokenizer, form)[0]
+    form = detect_chat_format(tokenizer)
+    encoded = encode_pairs([pair], tokenizer, form)[0]
     if isinstance(encoded, str):
         return "\n".join([title, f"dropped: {encoded}", ""])
     lines = [title]
     if tokens:
-        lines += _token_lines(tokenizer, encoded, [name for name, *_ in answers])
+        lines += _format_tokens(tokenizer, encoded, [name for name, *_ in answers])
         return "\n".join([*lines, ""])
     for (name, text, colour), ids in zip(answers, (encoded.chosen, encoded.rejected), strict=False):
         chat = [*pair.prompt, {"role": "assistant", "content": text}]
-        whole = rendered(tokenizer, [chat], answered=True)[0]
+        whole = render_chats(tokenizer, [chat], answered=True)[0]
         prompt, scored = tokenizer.decode(encoded.prompt), tokenizer.decode(ids)
         behind = whole[len(prompt) + len(scored) :] if whole.startswith(prompt + scored) else ""
         lines.append(f"{click.style(name, bold=True)}: {len(encoded.prompt)} tokens read, {len(ids)} scored")
         lines.append(
-            click.style(_shown(prompt), dim=True)
-            + click.style(_marked(_shown(scored)), fg=colour)
+            click.style(_printable(prompt), dim=True)
+            + click.style(_mark_scored(_printable(scored)), fg=colour)
             + (click.style(repr(behind)[1:-1], strikethrough=True) if behind else "")
         )
     return "\n".join([*lines, ""])
 
 
-def _marked(text: str) -> str:
+def _mark_scored(text: str) -> str:
     """`text` between brackets where there is no colour to tell it by."""
     import os
     import sys
@@ -233,19 +237,19 @@ def _marked(text: str) -> str:
     return text if sys.stdout.isatty() and "NO_COLOR" not in os.environ else f"⟦{text}⟧"
 
 
-def _token_lines(tokenizer: Any, encoded: "EncodedPair", names: Sequence[str]) -> list[str]:
+def _format_tokens(tokenizer: Any, encoded: "EncodedPair", names: Sequence[str]) -> list[str]:
     """One token a line: whether it is read or scored, its number, and its text."""
     parts = [("prompt", encoded.prompt), *zip(names, (encoded.chosen, encoded.rejected), strict=False)]
     return [f"{name:<9}{token:>7}  {tokenizer.decode([token])!r}" for name, ids in parts for token in ids]
 
 
-def _shown(text: str) -> str:
-    from qlora_dpo.data.dialogue import printable
+def _printable(text: str) -> str:
+    from qlora_dpo.data.dialogue import sanitize_text
 
-    return printable(text)
+    return sanitize_text(text)
 
 
-def _write(path: Path, rows: Sequence[Any]) -> None:
-    from qlora_dpo.files import write_whole
+def _write_rows(path: Path, rows: Sequence[Any]) -> None:
+    from qlora_dpo.files import atomic_write
 
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from qlora_dpo.adapter import Opened
+    from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.encode import PairSet
     from qlora_dpo.data.encoded import EncodedPair
     from qlora_dpo.recipe import Recipe
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     help="What both models compute in.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def eval_(
+def eval_command(
     adapter: Path | None,
     data: str | None,
     split: str | None,
@@ -85,7 +85,7 @@ def eval_(
     as_json: bool,
     judge: str | None,
     tasks: str | None,
-    **more: Any,
+    **judge_and_task_options: Any,
 ) -> None:
     """Judge ADAPTER on all held-out pairs of its run, against its base; absent: the newest adapter.
 
@@ -100,37 +100,41 @@ def eval_(
     """
     from qlora_dpo.adapter import open_adapter
     from qlora_dpo.errors import GateError
-    from qlora_dpo.evaluation.lm_eval_tasks import measure_tasks, task_manager
-    from qlora_dpo.run_folder import described, newest
-    from qlora_dpo.talk.judge import judge_at
+    from qlora_dpo.evaluation.lm_eval_tasks import evaluate_tasks, make_task_manager
+    from qlora_dpo.run_folder import newest_adapter, read_run_metadata
+    from qlora_dpo.talk.judge import make_judge
 
-    if judge is None and more["judge_model"] is not None:
+    if judge is None and judge_and_task_options["judge_model"] is not None:
         raise click.UsageError("--judge-model needs --judge")
-    asked = judge_at(judge, more["judge_model"]) if judge is not None else None
+    asked = make_judge(judge, judge_and_task_options["judge_model"]) if judge is not None else None
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
-    manager = task_manager(names, more["task_path"]) if names else None
-    folder = newest() if adapter is None else adapter.expanduser()
-    _insist_on_an_adapter(folder)
-    contents = {str(file): _plain_text(file) for file in texts}
-    table, part = _data_table(folder, described(folder)[2], data, split, max_pairs)
+    manager = make_task_manager(names, judge_and_task_options["task_path"]) if names else None
+    folder = newest_adapter() if adapter is None else adapter.expanduser()
+    _check_is_adapter(folder)
+    contents = {str(file): _read_plain_text(file) for file in texts}
+    table, part = _eval_data_table(folder, read_run_metadata(folder)[2], data, split, max_pairs)
     if max_length is not None:
         table = table.model_copy(update={"max_length": max_length})
     opened = open_adapter(folder, dtype)
-    side = _pairs(opened, table, part)
-    found = _figures(opened, side, contents)
+    side = _load_eval_pairs(opened, table, part)
+    found = _compute_metrics(opened, side, contents)
     if asked is not None:
-        found["judge"] = _judged(opened, side, asked, more["judge_prompts"], more["max_new_tokens"])
+        found["judge"] = _judge_completions(
+            opened, side, asked, judge_and_task_options["judge_prompts"], judge_and_task_options["max_new_tokens"]
+        )
     if manager is not None:
         model, tokenizer, device = opened.model, opened.tokenizer, opened.device
-        found["tasks"] = measure_tasks(model, tokenizer, device, manager, names, more["task_limit"], _say)
+        found["tasks"] = evaluate_tasks(
+            model, tokenizer, device, manager, names, judge_and_task_options["task_limit"], _echo_stderr
+        )
     if as_json:
         click.echo(json.dumps({"adapter": str(folder), **found}, ensure_ascii=False, allow_nan=False))
     else:
         from rich.console import Console
 
-        from qlora_dpo.report.eval_tables import judgement_tables
+        from qlora_dpo.report.eval_tables import eval_metric_tables
 
-        Console().print(judgement_tables(found))
+        Console().print(eval_metric_tables(found))
     if min_accuracy is not None and found["accuracy"] < min_accuracy:
         raise GateError(
             f"{folder}: the accuracy {found['accuracy']:.4f} of {found['pairs']} pairs is below --min-accuracy "
@@ -138,22 +142,22 @@ def eval_(
         )
 
 
-def _say(words: str) -> None:
+def _echo_stderr(words: str) -> None:
     click.echo(words, err=True)
 
 
-def _insist_on_an_adapter(folder: Path) -> None:
+def _check_is_adapter(folder: Path) -> None:
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.run_folder import CONFIG
+    from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
         what = "is no adapter" if folder.is_dir() else "there is no such folder"
         raise RecipeError(
             f"{folder}: {what}; eval compares an adapter with its base, so name the folder of a run, as in adapters/hh"
         )
 
 
-def _plain_text(file: Path) -> str:
+def _read_plain_text(file: Path) -> str:
     """The text of `file`; raises RecipeError if there is none."""
     from qlora_dpo.errors import RecipeError
 
@@ -168,30 +172,30 @@ def _plain_text(file: Path) -> str:
     return text
 
 
-def _data_table(
+def _eval_data_table(
     folder: Path, recipe: "Recipe | None", data: str | None, split: str | None, max_pairs: int | None
 ) -> "tuple[DataTable, Any]":
     """What to read, and as which part; raises RecipeError where the options do not fit together."""
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.recipe.data import DataTable
-    from qlora_dpo.recipe.tables import DATA_ENDINGS
+    from qlora_dpo.recipe.tables import DATA_SUFFIXES
 
     own = recipe.data if recipe is not None else None
     if data is None:
         if own is None:
             raise RecipeError(f"{folder}: comes without a recipe, so its held-out pairs are not known; add --data")
-        if split is not None and own.held_out_share is not None:
+        if split is not None and own.effective_eval_share is not None:
             raise RecipeError(
                 "--split: this run holds out a share of its training pairs, which have no split; leave it"
             )
         chosen = {"eval_split": split} if split else {}
         return own.model_copy(update={"max_eval_samples": max_pairs, **chosen}), "eval"
-    if split is not None and data.endswith(DATA_ENDINGS):
+    if split is not None and data.endswith(DATA_SUFFIXES):
         raise RecipeError(f"--split {split}: {data} is one file and has no splits; leave it out")
     place = Path(data).expanduser()
     name = str(place.resolve()) if place.exists() else data
     start = own or DataTable(train=name, eval=f"{name}/")
-    default = "train" if place.is_file() or data.endswith(DATA_ENDINGS) else start.eval_split
+    default = "train" if place.is_file() or data.endswith(DATA_SUFFIXES) else start.eval_split
     return start.model_copy(
         update={
             "train": name,
@@ -205,98 +209,100 @@ def _data_table(
     ), "train"
 
 
-def _pairs(opened: "Opened", table: "DataTable", part: Any) -> "PairSet":
-    from qlora_dpo.data.audit import insist_on_few_bad_rows
+def _load_eval_pairs(opened: "OpenedModel", table: "DataTable", part: Any) -> "PairSet":
+    from qlora_dpo.data.audit import check_bad_share
     from qlora_dpo.data.encode import load_pairs
     from qlora_dpo.training.loss_columns import column_keys
 
     seed = opened.recipe.train.seed if opened.recipe is not None else 0
-    pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(_objective(opened)))
+    pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(_objective_or_default(opened)))
     click.echo("\n".join(pairs.audit.lines()), err=True)
-    insist_on_few_bad_rows(pairs.audit, table.max_bad_share)
+    check_bad_share(pairs.audit, table.max_bad_share)
     trained = opened.recipe.data if opened.recipe is not None else None
     if part == "train" and trained and (trained.train, trained.train_split) == (table.train, table.train_split):
         click.echo("it was trained on pairs of this source: the figures say little of other pairs", err=True)
     return pairs
 
 
-def _judged(opened: "Opened", side: "PairSet", judge: "Judge", most: int, max_new_tokens: int) -> dict[str, Any]:
+def _judge_completions(
+    opened: "OpenedModel", pair_set: "PairSet", judge: "Judge", max_prompts: int, max_new_tokens: int
+) -> dict[str, Any]:
     """Win rates on the answers to the first prompts, each prompt once."""
-    from qlora_dpo.model.lora import adapter_off
-    from qlora_dpo.talk.generate import answers
-    from qlora_dpo.talk.judge import Duel, duels_to_ask, judged, questions
+    from qlora_dpo.model.lora import adapter_disabled
+    from qlora_dpo.talk.generate import generate_greedy
+    from qlora_dpo.talk.judge import CompletionPair, judge_pairs, judge_prompts, pairs_to_judge
 
-    prompts = list({json.dumps(pair.prompt): pair.prompt for pair in side.pairs}.values())[:most]
+    prompts = list({json.dumps(pair.prompt): pair.prompt for pair in pair_set.pairs}.values())[:max_prompts]
     click.echo(f"base and tuned model answer {len(prompts)} prompts", err=True)
     with opened.device.autocast():
-        tuned = answers(opened.model, opened.tokenizer, prompts, max_new_tokens)
-        with adapter_off(opened.model):
-            base = answers(opened.model, opened.tokenizer, prompts, max_new_tokens)
-    duels = [Duel(each, a.text, b.text) for each, a, b in zip(prompts, tuned, base, strict=True)]
-    asked = duels_to_ask(duels)
-    characters = sum(len(question) for duel in asked for question in questions(duel))
+        tuned = generate_greedy(opened.model, opened.tokenizer, prompts, max_new_tokens)
+        with adapter_disabled(opened.model):
+            base = generate_greedy(opened.model, opened.tokenizer, prompts, max_new_tokens)
+    duels = [CompletionPair(each, a.text, b.text) for each, a, b in zip(prompts, tuned, base, strict=True)]
+    asked = pairs_to_judge(duels)
+    characters = sum(len(question) for duel in asked for question in judge_prompts(duel))
     equal = f"; {len(duels) - len(asked)} prompts have equal answers and need none" if len(asked) < len(duels) else ""
     click.echo(f"the judge gets {2 * len(asked)} requests with {characters:,} characters in all{equal}", err=True)
     with click.progressbar(length=2 * len(asked), label="judging", file=sys.stderr) as bar:
-        return judged(duels, judge, bar.update)
+        return judge_pairs(duels, judge, bar.update)
 
 
-def _objective(opened: "Opened") -> "Objective":
+def _objective_or_default(opened: "OpenedModel") -> "Objective":
     """The run's objective; DPO for an adapter that was made elsewhere."""
     from qlora_dpo.recipe.objective import Sigmoid
 
     return opened.recipe.objective if opened.recipe is not None else Sigmoid()
 
 
-def _figures(opened: "Opened", side: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
+def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
     """Every figure, with what it was measured on and how."""
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.evaluation.adapter_eval import WINDOW, examine, read_text, windows_of
-    from qlora_dpo.evaluation.eval_metrics import judgement
+    from qlora_dpo.evaluation.adapter_eval import MAX_TEXT_WINDOW, score_adapter, score_text, text_windows
+    from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
     from qlora_dpo.preference.packing_choice import choose_packing
-    from qlora_dpo.preference.reference import Store, store_folder
+    from qlora_dpo.preference.reference import ReferenceLogpCache, reference_cache_dir
     from qlora_dpo.recipe.train import TrainTable
-    from qlora_dpo.run_folder import described
+    from qlora_dpo.run_folder import read_run_metadata
     from qlora_dpo.talk.generate import context_tokens
-    from qlora_dpo.training.loss_columns import columns_of
+    from qlora_dpo.training.loss_columns import read_loss_columns
 
-    model, device, objective = opened.model, opened.device, _objective(opened)
+    model, device, objective = opened.model, opened.device, _objective_or_default(opened)
     assert opened.folder is not None  # noqa: S101 - an adapter has one
-    table = described(opened.folder)[0]
+    table = read_run_metadata(opened.folder)[0]
     budget = (opened.recipe.train if opened.recipe is not None else TrainTable()).row_tokens
-    window = min(WINDOW, context_tokens(model) or WINDOW)
+    window = min(MAX_TEXT_WINDOW, context_tokens(model) or MAX_TEXT_WINDOW)
     windows: dict[str, list[EncodedPair]] = {}
     for name, text in contents.items():
         ids = opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        windows[name] = windows_of(tuple(ids), window)
+        windows[name] = text_windows(tuple(ids), window)
         if not windows[name]:
             raise RecipeError(f"{name}: makes {len(ids)} tokens; --text needs two at least")
-    everything = [*side.encoded, *(each for some in windows.values() for each in some)]
+    everything = [*pair_set.encoded, *(each for some in windows.values() for each in some)]
     packing, why = choose_packing(model, everything, budget, int(opened.tokenizer.pad_token_id or 0), device)
     click.echo(f"layout: {why}", err=True)
-    steps = 3 * len(side.encoded)
+    steps = 3 * len(pair_set.encoded)
     with click.progressbar(
-        length=steps, label=f"asking base and tuned model of {len(side.encoded)} pairs", file=sys.stderr
+        length=steps, label=f"asking base and tuned model of {len(pair_set.encoded)} pairs", file=sys.stderr
     ) as bar:
-        found = examine(
+        found = score_adapter(
             model,
-            side.encoded,
-            columns_of(side.pairs, objective),
+            pair_set.encoded,
+            read_loss_columns(pair_set.pairs, objective),
             objective,
             packing,
-            lambda counted: Store(store_folder(opened.source, table, device, counted)),
+            lambda counted: ReferenceLogpCache(reference_cache_dir(opened.source, table, device, counted)),
             device,
             bar.update,
         )
-    texts = {name: read_text(model, some, packing, device) for name, some in windows.items()}
+    texts = {name: score_text(model, some, packing, device) for name, some in windows.items()}
     return {
         "data": {
-            "source": side.audit.source,
-            "rows": side.audit.rows,
-            "used": side.audit.used,
-            "dropped": {reason: len(rows) for reason, rows in side.audit.dropped.items()},
+            "source": pair_set.audit.source,
+            "rows": pair_set.audit.rows,
+            "used": pair_set.audit.used,
+            "dropped": {reason: len(rows) for reason, rows in pair_set.audit.dropped.items()},
         },
         "objective": objective.model_dump(exclude_none=True),
         "computed_in": f"{device.compute_dtype} on {device.type.upper()}",
-        **judgement(found, side.encoded, objective, texts),
+        **compute_eval_metrics(found, pair_set.encoded, objective, texts),
     }

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from qlora_dpo.deploy.export import To
+    from qlora_dpo.deploy.export import ExportFormat
     from qlora_dpo.deploy.gguf_tensors import Quant
 
 
-@click.command(short_help="Write a full model as GGUF, for llama.cpp, Ollama and others.")
+@click.command("export", short_help="Write a full model as GGUF, for llama.cpp, Ollama and others.")
 @click.argument("model")
 @click.option(
     "--to",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write [exported/NAME-QUANT]"
 )
-def export(model: str, to: "To", quant: "Quant", output: Path | None) -> None:
+def export_command(model: str, to: "ExportFormat", quant: "Quant", output: Path | None) -> None:
     """Write MODEL, a merged folder, a model folder or a hub name, as GGUF with tokenizer and chat template.
 
     Llama, Qwen2 and Qwen3 with byte-level BPE. The file is read back and compared before it is kept.
@@ -40,13 +40,13 @@ def export(model: str, to: "To", quant: "Quant", output: Path | None) -> None:
     qlora-dpo export merged/hh --to ollama --quant q8_0
     """
     from qlora_dpo.deploy import export as exporting
-    from qlora_dpo.deploy.merge import claim
+    from qlora_dpo.deploy.merge import check_output_free
 
     source = exporting.full_model(model)
-    target = output.expanduser() if output else Path("exported") / f"{exporting.name_of(source)}-{quant}"
-    claim(target)
+    target = output.expanduser() if output else Path("exported") / f"{exporting.exported_name(source)}-{quant}"
+    check_output_free(target)
     click.echo(f"exporting {model} into {target}", err=True)
-    done = exporting.export(source, target, to, quant)
+    done = exporting.export_model(source, target, to, quant)
     click.echo(
         f"{done.file}: {done.bytes / 1e6:,.1f} MB, {done.tensors} tensors in {quant}\n"
         "Read back: words, merges and template are the tokenizer's; the largest relative error of a tensor is "
@@ -54,4 +54,4 @@ def export(model: str, to: "To", quant: "Quant", output: Path | None) -> None:
     )
     if to == "ollama":
         folder = shlex.quote(str(target))
-        click.echo(f"\nollama create {exporting.name_of(source).lower()} -f {folder}/Modelfile")
+        click.echo(f"\nollama create {exporting.exported_name(source).lower()} -f {folder}/Modelfile")

@@ -6,77 +6,77 @@ import traceback
 
 import click
 
-from qlora_dpo.cli.launch import leave_word
+from qlora_dpo.cli.launch import report_to_launcher
 from qlora_dpo.errors import (
-    DOES_NOT_FIT,
-    FAILED,
-    INTERRUPTED,
-    LESS_MEMORY,
+    EXIT_DOES_NOT_FIT,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    REDUCE_MEMORY_ADVICE,
     ProcessEndedError,
     QloraDpoError,
     is_out_of_memory,
 )
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
-def report(error: BaseException) -> int:
+def report_error(error: BaseException) -> int:
     """Write what went wrong to stderr and return the exit code; the traceback only if QLORA_DPO_TRACEBACK=1."""
     if os.environ.get("QLORA_DPO_TRACEBACK") == "1":
         click.echo(_printable("".join(traceback.format_exception(error))), err=True, nl=False)
-    text, code = _explained(error)
+    text, code = _sentence_and_exit_code(error)
     if not isinstance(error, ProcessEndedError):
-        leave_word(_printable(text))
+        report_to_launcher(_printable(text))
     for line in _printable(text).splitlines():
         click.echo(f"qlora-dpo: {line}", err=True)
     return code
 
 
-def sentence_of(error: BaseException) -> str:
-    """What `report` would write of it, on one line."""
-    return _printable("; ".join(_explained(error)[0].splitlines()))
+def error_sentence(error: BaseException) -> str:
+    """What `report_error` would write of it, on one line."""
+    return _printable("; ".join(_sentence_and_exit_code(error)[0].splitlines()))
 
 
-def _explained(error: BaseException) -> tuple[str, int]:
+def _sentence_and_exit_code(error: BaseException) -> tuple[str, int]:
     """The sentences and the exit code for `error`."""
     match error:
         case QloraDpoError():
             return str(error), error.exit_code
         case click.exceptions.NoArgsIsHelpError():
-            return f"name a command; {_help_for(error)}", error.exit_code
+            return f"name a command; {_help_hint(error)}", error.exit_code
         case click.UsageError():
             sentence = _one_line(error.format_message()).rstrip(".")
-            return f"{sentence}{' -' if sentence.endswith('?') else ';'} {_help_for(error)}", error.exit_code
+            return f"{sentence}{' -' if sentence.endswith('?') else ';'} {_help_hint(error)}", error.exit_code
         case click.ClickException():
             return _one_line(error.format_message()), error.exit_code
         case click.Abort() | KeyboardInterrupt():
-            return "interrupted", INTERRUPTED
+            return "interrupted", EXIT_INTERRUPTED
         case _ if is_out_of_memory(error):
-            return f"out of memory ({_one_line(error) or 'no details'}); {LESS_MEMORY}", DOES_NOT_FIT
-        case OSError() if error.errno in FULL_DISK:
+            return f"out of memory ({_one_line(error) or 'no details'}); {REDUCE_MEMORY_ADVICE}", EXIT_DOES_NOT_FIT
+        case OSError() if error.errno in DISK_FULL_ERRNOS:
             where = f"{error.filename}: " if error.filename else ""
-            return f"{where}the disk is full; free some space, or set QLORA_DPO_CACHE to another disk", FAILED
+            return f"{where}the disk is full; free some space, or set QLORA_DPO_CACHE to another disk", EXIT_FAILURE
         case _:
-            return f"{_unexpected(error)}; set QLORA_DPO_TRACEBACK=1 to see where it came from", FAILED
+            return f"{_unexpected_error_text(error)}; set QLORA_DPO_TRACEBACK=1 to see where it came from", EXIT_FAILURE
 
 
-def _help_for(error: click.UsageError) -> str:
+def _help_hint(error: click.UsageError) -> str:
     return f"see {error.ctx.command_path if error.ctx else 'qlora-dpo'} --help"
 
 
-def _unexpected(error: BaseException) -> str:
+def _unexpected_error_text(error: BaseException) -> str:
     return f"something went wrong that this program does not foresee: {type(error).__name__}: {_one_line(error)}"
 
 
-def _one_line(words: object, most: int = 300) -> str:
-    """`words` as one line of at most `most` characters."""
-    line = " ".join(str(words).split())
-    return line if len(line) <= most else f"{line[:most]}..."
+def _one_line(message: object, max_characters: int = 300) -> str:
+    """`message` as one line of at most `max_characters` characters."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= max_characters else f"{line[:max_characters]}..."
 
 
 def _printable(text: str) -> str:
     """`text` without secrets and what could steer the terminal: it may quote a file, an address or a hub's answer."""
-    from qlora_dpo.data.dialogue import printable
-    from qlora_dpo.redact import redacted
+    from qlora_dpo.data.dialogue import sanitize_text
+    from qlora_dpo.redact import redact_secrets
 
-    return printable(redacted(text))
+    return sanitize_text(redact_secrets(text))

@@ -6,24 +6,24 @@ from pathlib import Path
 
 import click
 
-from qlora_dpo.recipe.shipped import purpose, shipped
+from qlora_dpo.recipe.shipped import recipe_purpose, shipped_recipes
 
-PLAIN = "your-own-jsonl"
+DEFAULT_TEMPLATE = "your-own-jsonl"
 """The template of a recipe that names none."""
 
 
-def _templates() -> str:
+def _template_help() -> str:
     """Name and first line of every shipped recipe, in 80 columns."""
-    told = "".join(f"\n{name:<18}{purpose(file)[:60]}" for name, file in shipped().items())
+    told = "".join(f"\n{name:<18}{recipe_purpose(file)[:60]}" for name, file in shipped_recipes().items())
     return f"\b\nTemplates:{told}"
 
 
-@click.command(short_help="Write a commented recipe to start from.", epilog=_templates())
+@click.command("init", short_help="Write a commented recipe to start from.", epilog=_template_help())
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-@click.option("--template", metavar="NAME", help=f"The shipped recipe to start from [{PLAIN}]")
+@click.option("--template", metavar="NAME", help=f"The shipped recipe to start from [{DEFAULT_TEMPLATE}]")
 @click.option("--model", metavar="NAME", help="Another base: a hub name or a folder.")
 @click.option("--data", metavar="SOURCE", help="Other pairs: a file, a folder or a hub data set.")
-def init(path: Path | None, template: str | None, model: str | None, data: str | None) -> None:
+def init_command(path: Path | None, template: str | None, model: str | None, data: str | None) -> None:
     """Write a commented recipe to PATH [recipe.toml, or that of --template], never over a file.
 
     \b
@@ -33,28 +33,28 @@ def init(path: Path | None, template: str | None, model: str | None, data: str |
     import os
 
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.files import write_whole
-    from qlora_dpo.recipe.recipe import insist_on_recipe
+    from qlora_dpo.files import atomic_write
+    from qlora_dpo.recipe.recipe import check_recipe
 
-    source = _template(template or PLAIN)
-    file = _file(path, f"{template or 'recipe'}.toml")
+    source = _find_template(template or DEFAULT_TEMPLATE)
+    file = _output_file(path, f"{template or 'recipe'}.toml")
     if os.path.lexists(file):
         raise RecipeError(f"{file}: is there already, and nothing is written over a file; name another one")
-    text = _written(source, file, model, data)
-    insist_on_recipe(str(file), text)
-    for missing in _missing(data):
+    text = _fill_template(source, file, model, data)
+    check_recipe(str(file), text)
+    for missing in _missing_data(data):
         click.echo(f"{missing}: is not there yet", err=True)
-    write_whole(file, text)
+    atomic_write(file, text)
     click.echo(f"{file}: written; next: qlora-dpo check {shlex.quote(str(file))}")
 
 
-def _template(name: str) -> Path:
+def _find_template(name: str) -> Path:
     """The shipped recipe of that name; raises RecipeError, with the one that may be meant, if there is none."""
     import difflib
 
     from qlora_dpo.errors import RecipeError
 
-    known = shipped()
+    known = shipped_recipes()
     name = Path(name).name.removesuffix(".toml")
     if name in known:
         return known[name]
@@ -63,7 +63,7 @@ def _template(name: str) -> Path:
     raise RecipeError(f"--template {name}: no such recipe is shipped; {guess} {', '.join(known)}")
 
 
-def _file(path: Path | None, name: str) -> Path:
+def _output_file(path: Path | None, name: str) -> Path:
     """The file to write: in a folder, by the template's name."""
     from qlora_dpo.errors import RecipeError
 
@@ -74,25 +74,28 @@ def _file(path: Path | None, name: str) -> Path:
     return file
 
 
-def _written(source: Path, file: Path, model: str | None, data: str | None) -> str:
+def _fill_template(source: Path, file: Path, model: str | None, data: str | None) -> str:
     """The template's text as it is to stand in `file`."""
     import tomllib
 
     import tomli_w
 
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.recipe.edit import changed
+    from qlora_dpo.recipe.edit import edit_table
 
     text = source.read_text(encoding="utf-8")
     tables = tomllib.loads(text)
     # what lies beside the template does not lie beside the new recipe
-    beside = {key: str((source.parent / value).resolve()) for key, value in _beside(tables["data"], source.parent)}
-    text = changed(text, "data", beside)
+    beside = {
+        key: str((source.parent / value).resolve())
+        for key, value in _relative_data_paths(tables["data"], source.parent)
+    }
+    text = edit_table(text, "data", beside)
     for each in tables["data"].get("mix", ()):
-        for _, value in _beside({"train": each["source"]}, source.parent):
+        for _, value in _relative_data_paths({"train": each["source"]}, source.parent):
             text = text.replace(f'"{value}"', tomli_w.dumps({"a": str((source.parent / value).resolve())})[4:].strip())
     if model is not None:
-        text = changed(text, "model", _base(model, file), without=("revision", "sha256"))
+        text = edit_table(text, "model", _model_keys(model, file), removed=("revision", "sha256"))
     if data is not None and "mix" in tables["data"]:
         raise RecipeError(f"--data {data}: the template {source.stem} mixes several sources; name them in its tables")
     if data is not None:
@@ -100,7 +103,7 @@ def _written(source: Path, file: Path, model: str | None, data: str | None) -> s
             *("eval", "eval_share", "train_split", "eval_split"),
             *("revision", "config", "data_dir", "format", "columns"),
         )
-        text = changed(text, "data", {"train": _place(data, file)}, without=of_the_other)
+        text = edit_table(text, "data", {"train": _relative_to_recipe(data, file)}, removed=of_the_other)
     text = text.replace(f"recipes/{source.name}", shlex.quote(str(file)))
     changes = " and ".join(
         words for words, given in (("another model", model), ("other data", data)) if given is not None
@@ -109,37 +112,37 @@ def _written(source: Path, file: Path, model: str | None, data: str | None) -> s
     return f"# From the template {source.stem}{kept}.\n#\n{text}"
 
 
-def _base(model: str, file: Path) -> dict[str, str]:
+def _model_keys(model: str, file: Path) -> dict[str, str]:
     """The base's keys; the SHA-256 of a `pypi:` model is known where a shipped recipe names it."""
     import tomllib
 
-    tables = (tomllib.loads(each.read_text(encoding="utf-8"))["model"] for each in shipped().values())
+    tables = (tomllib.loads(each.read_text(encoding="utf-8"))["model"] for each in shipped_recipes().values())
     known = next((table["sha256"] for table in tables if table["name"] == model and "sha256" in table), None)
-    return {"name": _place(model, file)} | ({"sha256": known} if known else {})
+    return {"name": _relative_to_recipe(model, file)} | ({"sha256": known} if known else {})
 
 
-def _beside(table: dict[str, object], folder: Path) -> Iterator[tuple[str, str]]:
+def _relative_data_paths(table: dict[str, object], folder: Path) -> Iterator[tuple[str, str]]:
     for key in ("train", "eval"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("./") and (folder / value).exists():
             yield key, value
 
 
-def _place(name: str, file: Path) -> str:
+def _relative_to_recipe(name: str, file: Path) -> str:
     """A hub name as it is; a path, which starts at the current folder, as it starts at the recipe's."""
     import os
 
-    from qlora_dpo.recipe.tables import is_local
+    from qlora_dpo.recipe.tables import is_local_path
 
     given = Path(name).expanduser()
-    if name.startswith(("/", "~")) or not (is_local(name) or given.exists()):
+    if name.startswith(("/", "~")) or not (is_local_path(name) or given.exists()):
         return name
     way = os.path.relpath(given.resolve(), file.resolve().parent)
     return way if way.startswith("..") else f"./{way}"
 
 
-def _missing(data: str | None) -> Iterator[str]:
-    from qlora_dpo.recipe.tables import is_local
+def _missing_data(data: str | None) -> Iterator[str]:
+    from qlora_dpo.recipe.tables import is_local_path
 
-    if data is not None and is_local(data) and not Path(data).expanduser().exists():
+    if data is not None and is_local_path(data) and not Path(data).expanduser().exists():
         yield data

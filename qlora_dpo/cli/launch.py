@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.errors import FAILED, INTERRUPTED
+from qlora_dpo.errors import EXIT_FAILURE, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-SECONDS_TO_SAVE = "600"
+SHUTDOWN_TIMEOUT = "600"
 """How long an interrupted process may take to end its step and save a checkpoint; torchrun itself gives it 30."""
-SECONDS_FOR_THE_FIRST = 2.0
-WORD = "TORCHELASTIC_ERROR_FILE"
+RANK_ZERO_HEAD_START = 2.0
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """The variable with the file in which torchrun reads why a process failed."""
 
 
-def launch(arguments: Sequence[str], count: int) -> int:
+def launch_processes(arguments: Sequence[str], num_processes: int) -> int:
     """Run `qlora-dpo ARGUMENTS` in `count` processes on this machine, as `accelerate launch` does; the exit code."""
     # torchrun's tables and notes say what is said below
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
@@ -33,10 +33,10 @@ def launch(arguments: Sequence[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_processes))
     options = {
-        "--num_processes": str(count),
+        "--num_processes": str(num_processes),
         "--num_machines": "1",
         "--main_process_port": "0",  # a free one
         "--mixed_precision": "no",  # the recipe decides
@@ -47,15 +47,15 @@ def launch(arguments: Sequence[str], count: int) -> int:
     try:
         launch_command(launch_command_parser().parse_args(["--multi_gpu", *given, "-m", "qlora_dpo", *arguments]))
     except SignalException:
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except ChildFailedError as error:
-        return _told(error)
+        return _report_child_failure(error)
     return 0
 
 
-def _told(error: "ChildFailedError") -> int:
+def _report_child_failure(error: "ChildFailedError") -> int:
     """Say why a process failed, unless it was the first, which says so itself; returns the exit code."""
-    failures: list[Any] = sorted(error.failures.values(), key=_kind)
+    failures: list[Any] = sorted(error.failures.values(), key=_failure_priority)
     cause = failures[0]
     if cause.exitcode < 0:
         click.echo(
@@ -63,22 +63,22 @@ def _told(error: "ChildFailedError") -> int:
             "--resume goes on from the newest checkpoint, if there is one",
             err=True,
         )
-        return FAILED
+        return EXIT_FAILURE
     if cause.local_rank and isinstance(cause.message, dict):
         click.echo(f"qlora-dpo: process {cause.local_rank}: {cause.message['message']}", err=True)
     return int(cause.exitcode)
 
 
-def _kind(failure: Any) -> int:
+def _failure_priority(failure: Any) -> int:
     """Causes before consequences: killed by somebody, failed with a reason, failed since another did, told to end."""
     if failure.exitcode < 0:
         return 3 if failure.signal_name() == "SIGTERM" else 0
     return 1 if isinstance(failure.message, dict) else 2
 
 
-def hush() -> None:
+def silence_other_ranks() -> None:
     """Of several processes let the first alone be heard; what libraries write goes the same way."""
-    if not _is_other():
+    if not _is_nonzero_rank():
         return
     nothing = os.open(os.devnull, os.O_WRONLY)
     if os.environ.get("QLORA_DPO_TRACEBACK") != "1":
@@ -86,18 +86,18 @@ def hush() -> None:
     os.dup2(nothing, sys.stdout.fileno())
 
 
-def _is_other() -> bool:
+def _is_nonzero_rank() -> bool:
     """True for a process that was launched beside a first one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def leave_word(text: str) -> None:
+def report_to_launcher(text: str) -> None:
     """Tell the launcher, if there is one, why this process fails.
 
     The first process most often fails for the same reason, and says so: the others give it the time.
     """
-    if _is_other():
-        time.sleep(SECONDS_FOR_THE_FIRST)
-    if path := os.environ.get(WORD):
+    if _is_nonzero_rank():
+        time.sleep(RANK_ZERO_HEAD_START)
+    if path := os.environ.get(ERROR_FILE_VARIABLE):
         word = {"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}
         Path(path).write_text(json.dumps(word), encoding="utf-8")

@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from qlora_dpo.deploy.hub_files import Piece
+    from qlora_dpo.deploy.hub_files import HubFile
 
-PARTS = ("model", "card", "run", "samples")
+PUSH_PARTS = ("model", "card", "run", "samples")
 
 
-@click.command(short_help="Send an adapter or a merged model to a hub.")
+@click.command("push", short_help="Send an adapter or a merged model to a hub.")
 @click.argument("folder", metavar="PATH", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
 @click.option("--private/--public", default=True, show_default=True, help="Who can read a repository that is new.")
 @click.option(
     "--what",
-    type=click.Choice(PARTS),
+    type=click.Choice(PUSH_PARTS),
     multiple=True,
     help="Send this part only; may be given several times. [default: model, card and run, without samples]",
 )
 @click.option("--base", metavar="OWNER/NAME", help="Where others find an adapter's base that was a folder here.")
 @click.option("--dry-run", is_flag=True, help="List the files and stop; nothing is sent and nobody is asked.")
-def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], base: str | None, dry_run: bool) -> None:
+def push_command(
+    folder: Path, repository: str, private: bool, what: tuple[str, ...], base: str | None, dry_run: bool
+) -> None:
     """Send PATH, an adapter, a merged model or an export, to the repository REPO of a hub, in one commit.
 
     Files and sizes are listed first. Checkpoints never go; secrets and paths of this machine are taken out. Log in with
@@ -34,18 +36,18 @@ def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], ba
     qlora-dpo push adapters/hh me/hh-adapter --dry-run
     qlora-dpo push merged/hh me/hh --public
     """
-    from qlora_dpo.deploy.hub_files import base_of, parcel
-    from qlora_dpo.deploy.push import insist_on_name
-    from qlora_dpo.deploy.push import push as send
-    from qlora_dpo.report.card import scrubbed
+    from qlora_dpo.deploy.hub_files import adapter_base_name, collect_hub_files
+    from qlora_dpo.deploy.push import check_repo_id
+    from qlora_dpo.deploy.push import push_files as send
+    from qlora_dpo.report.card import strip_local_paths
 
     folder = folder.expanduser()
     for name in (repository, *([base] if base is not None else [])):
-        insist_on_name(name)
-    parts = what or PARTS[:3]
-    pieces = parcel(folder, repository, parts, base, scrubbed)  # type: ignore[arg-type]
-    click.echo("\n".join(_listed(pieces)), err=not dry_run)
-    base_named = base_of(pieces) or ""
+        check_repo_id(name)
+    parts = what or PUSH_PARTS[:3]
+    pieces = collect_hub_files(folder, repository, parts, base, strip_local_paths)  # type: ignore[arg-type]
+    click.echo("\n".join(_file_list_lines(pieces)), err=not dry_run)
+    base_named = adapter_base_name(pieces) or ""
     if base_named.startswith("pypi:"):
         click.echo(f"its base is {base_named}: qlora-dpo fetches that, other programs need --base OWNER/NAME", err=True)
     if dry_run:
@@ -57,7 +59,7 @@ def push(folder: Path, repository: str, private: bool, what: tuple[str, ...], ba
         click.echo(f"\nqlora-dpo chat {repository}   # talk to it")
 
 
-def _listed(pieces: "Sequence[Piece]") -> list[str]:
+def _file_list_lines(pieces: "Sequence[HubFile]") -> list[str]:
     """Each file with its bytes, and the sum."""
     rows = [*((f"{piece.bytes:,}", piece.name) for piece in pieces)]
     rows.append((f"{sum(piece.bytes for piece in pieces):,}", f"bytes in {len(pieces)} files"))

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-ENVIRONMENT = {
+QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -18,14 +18,14 @@ ENVIRONMENT = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 
-LOGGERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "accelerate", "torch.distributed", "httpx")
+QUIET_LOGGERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "accelerate", "torch.distributed", "httpx")
 
 
-def silence() -> None:
+def quiet_libraries() -> None:
     """Set what the libraries read at import; a variable that the user has set stays as it is."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for logger in LOGGERS:
+    for logger in QUIET_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported, which other libraries do where it is installed
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.talk.sampling import Settings, settings_for
+from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qlora_dpo.adapter import Opened
-    from qlora_dpo.talk.conversation import Voice
+    from qlora_dpo.adapter import OpenedModel
+    from qlora_dpo.talk.conversation import ModelVariant
 
-KEY = "QLORA_DPO_API_KEY"
-SHORTEST_KEY = 16
+API_KEY_VARIABLE = "QLORA_DPO_API_KEY"
+MIN_KEY_LENGTH = 16
 
 
-@click.command(short_help="Serve a model to programs (OpenAI's format) and to a browser.")
+@click.command("serve", short_help="Serve a model to programs (OpenAI's format) and to a browser.")
 @click.argument("model", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; any but this needs a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
 @click.option(
     "--api-key",
-    envvar=KEY,
+    envvar=API_KEY_VARIABLE,
     metavar="KEY",
-    help=f"Answer only those who send it. Better in ${KEY}: other users of a machine see command lines.",
+    help=f"Answer only those who send it. Better in ${API_KEY_VARIABLE}: other users of a machine see command lines.",
 )
 @click.option(
     "--collect",
@@ -42,11 +42,11 @@ SHORTEST_KEY = 16
 @click.option(
     "--max-new-tokens",
     type=int,
-    help=f"The longest reply, in tokens. [default: {Settings.max_new_tokens}, if it fits]",
+    help=f"The longest reply, in tokens. [default: {SamplingParams.max_new_tokens}, if it fits]",
 )
 @click.option("--seed", type=int, help="Where a request names none. [default: another one for every reply]")
 @click.option("--open/--no-open", "browse", default=None, help="Open the page in a browser. [default: if there is one]")
-def serve(
+def serve_command(
     model: str | None,
     host: str,
     port: int,
@@ -63,47 +63,47 @@ def serve(
     qlora-dpo serve
     qlora-dpo serve adapters/quickstart --collect pairs.jsonl
     """
-    Settings(**{name: value for name, value in given.items() if value is not None})
-    _insist_on_key(host, api_key)
-    from qlora_dpo.talk.collect import insist_on_collectable
-    from qlora_dpo.talk.http_server import bound
+    SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    _check_api_key(host, api_key)
+    from qlora_dpo.talk.collect import check_pair_file
+    from qlora_dpo.talk.http_server import bind_socket
 
     if collect is not None:
-        insist_on_collectable(collect)
-    listener = bound(host, port)
+        check_pair_file(collect)
+    listener = bind_socket(host, port)
     try:
         from qlora_dpo.adapter import open_model
-        from qlora_dpo.talk.access import Guard
+        from qlora_dpo.talk.access import AccessPolicy
         from qlora_dpo.talk.engine import Engine
         from qlora_dpo.talk.generate import context_tokens
-        from qlora_dpo.talk.http_server import serve as answer
-        from qlora_dpo.talk.serve import Service, application
+        from qlora_dpo.talk.http_server import serve_until_stopped as answer
+        from qlora_dpo.talk.serve import Service, create_app
 
         opened = open_model(model)
         service = Service(
-            engine=Engine(opened.model.eval(), opened.tokenizer, opened.device, complain=_note),
-            models=model_ids(opened),
-            defaults=settings_for(
+            engine=Engine(opened.model.eval(), opened.tokenizer, opened.device, log_error=_echo_stderr),
+            models=served_model_ids(opened),
+            defaults=resolve_sampling_params(
                 getattr(opened.model, "generation_config", None), context_tokens(opened.model), given
             ),
-            guard=Guard(host, api_key),
-            collect=collect,
+            access_policy=AccessPolicy(host, api_key),
+            preference_file=collect,
             fixed_seed=given["seed"] is not None,
         )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
         def ready() -> None:
-            _say_where(service.models, address, collect)
-            if browse or (browse is None and _has_a_screen()):
+            _print_addresses(service.models, address, collect)
+            if browse or (browse is None and _has_graphical_desktop()):
                 click.launch(address)
 
-        answer(application(service), service.engine, listener, ready)
+        answer(create_app(service), service.engine, listener, ready)
     finally:
         listener.close()
-    _note("ended")
+    _echo_stderr("ended")
 
 
-def model_ids(opened: "Opened") -> "dict[str, Voice]":
+def served_model_ids(opened: "OpenedModel") -> "dict[str, ModelVariant]":
     """What the served models are called: the adapter's folder and its base, or the one full model."""
     from peft import PeftModel
 
@@ -116,7 +116,7 @@ def model_ids(opened: "Opened") -> "dict[str, Voice]":
     return {tuned: "tuned", base if base != tuned else f"{base}-base": "base"}
 
 
-def _insist_on_key(host: str, key: str | None) -> None:
+def _check_api_key(host: str, key: str | None) -> None:
     """Raise RecipeError unless the server is for this machine alone, or has a key that cannot be guessed."""
     from qlora_dpo.talk.access import is_loopback
 
@@ -127,30 +127,30 @@ def _insist_on_key(host: str, key: str | None) -> None:
     new = 'python -c "import secrets; print(secrets.token_urlsafe())"'
     if key is None:
         raise RecipeError(
-            f"--host {host}: others could reach the model, so a key is needed; set {KEY} to one made by {new}"
+            f"--host {host}: others could reach the model, so a key is needed; set {API_KEY_VARIABLE} to one made by {new}"
         )
-    if len(key) < SHORTEST_KEY:
+    if len(key) < MIN_KEY_LENGTH:
         raise RecipeError(
-            f"--api-key: has {len(key)} characters; beyond this machine it needs {SHORTEST_KEY}, as made by {new}"
+            f"--api-key: has {len(key)} characters; beyond this machine it needs {MIN_KEY_LENGTH}, as made by {new}"
         )
 
 
-def _say_where(models: "Mapping[str, Voice]", address: str, collect: Path | None) -> None:
+def _print_addresses(models: "Mapping[str, ModelVariant]", address: str, collect: Path | None) -> None:
     """The address to stdout, the rest to stderr."""
     click.echo(address)
-    _note(f"models {', '.join(models)}; programs ask {address}/v1, a browser {address}")
+    _echo_stderr(f"models {', '.join(models)}; programs ask {address}/v1, a browser {address}")
     if collect is not None:
-        _note(f"votes are appended to {collect}")
-    _note("Ctrl+C ends")
+        _echo_stderr(f"votes are appended to {collect}")
+    _echo_stderr("Ctrl+C ends")
 
 
-def _has_a_screen() -> bool:
+def _has_graphical_desktop() -> bool:
     """True if somebody sits at a terminal of a graphical desktop."""
     desktop = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     return desktop and sys.stdout is not None and sys.stdout.isatty()
 
 
-def _note(text: str) -> None:
-    from qlora_dpo.data.dialogue import printable
+def _echo_stderr(text: str) -> None:
+    from qlora_dpo.data.dialogue import sanitize_text
 
-    click.echo(printable(text), err=True)
+    click.echo(sanitize_text(text), err=True)

@@ -2,14 +2,17 @@
 
 import click
 
-OTHERS, OURS = "dpo.", "objective."
+ALIAS_PREFIX, OBJECTIVE_PREFIX = "dpo.", "objective."
 
 
-def in_our_words(context: click.Context, option: click.Parameter, assignments: tuple[str, ...]) -> tuple[str, ...]:
+def translate_aliases(context: click.Context, option: click.Parameter, assignments: tuple[str, ...]) -> tuple[str, ...]:
     """Each `KEY=VALUE` with the table's name here; a key that had the other one is told on stderr, once."""
-    for key in dict.fromkeys(each.partition("=")[0].strip() for each in assignments if each.startswith(OTHERS)):
-        click.echo(f"{key}: read as {OURS}{key.removeprefix(OTHERS)}", err=True)
-    return tuple(OURS + each.removeprefix(OTHERS) if each.startswith(OTHERS) else each for each in assignments)
+    for key in dict.fromkeys(each.partition("=")[0].strip() for each in assignments if each.startswith(ALIAS_PREFIX)):
+        click.echo(f"{key}: read as {OBJECTIVE_PREFIX}{key.removeprefix(ALIAS_PREFIX)}", err=True)
+    return tuple(
+        OBJECTIVE_PREFIX + each.removeprefix(ALIAS_PREFIX) if each.startswith(ALIAS_PREFIX) else each
+        for each in assignments
+    )
 
 
 set_option = click.option(
@@ -17,6 +20,6 @@ set_option = click.option(
     "overrides",
     metavar="KEY=VALUE",
     multiple=True,
-    callback=in_our_words,
+    callback=translate_aliases,
     help="Change a key of the recipe: lora.r=8",
 )

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_dpo.cli.set_option import in_our_words, set_option
+from qlora_dpo.cli.set_option import set_option, translate_aliases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_dpo.recipe.grid import Axis, Point
+    from qlora_dpo.recipe.grid import GridPoint, SweepAxis
 
 
-@click.command(short_help="Train a recipe with every combination of some values, and say which is best.")
+@click.command("sweep", short_help="Train a recipe with every combination of some values, and say which is best.")
 @click.argument("recipe_file", metavar="RECIPE")
 @click.option(
     "--over",
     metavar="KEY=[VALUE,...]",
     multiple=True,
-    callback=in_our_words,
+    callback=translate_aliases,
     help="A key of the recipe and its values: lora.r=[8,16]. Given several times: every combination.",
 )
 @set_option
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with the sweep in the folder; finished runs stay.")
 @click.option("--dry-run", is_flag=True, help="Print the grid and stop before anything is loaded.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def sweep(
+def sweep_command(
     recipe_file: str,
     over: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -46,31 +46,31 @@ def sweep(
     """
     from qlora_dpo.recipe import grid
 
-    axes = grid.axes(over)
-    points = grid.points(recipe_file, overrides, axes)
+    axes = grid.parse_axes(over)
+    points = grid.expand_grid(recipe_file, overrides, axes)
     first = points[0].loaded
     folder = output or Path("adapters") / f"{first.name}-sweep"
 
-    from qlora_dpo.recipe.extras import insist_on_extras
+    from qlora_dpo.recipe.extras import check_extras
 
     for point in points:
-        insist_on_extras(point.loaded.recipe)
+        check_extras(point.loaded.recipe)
 
-    from qlora_dpo.training.sweep import insist_on_metric
+    from qlora_dpo.training.sweep import parse_metric
 
-    by = insist_on_metric(metric or first.recipe.train.metric_for_best_model)
-    click.echo("\n".join(_grid(points, axes, folder, by)), err=not dry_run)
+    by = parse_metric(metric or first.recipe.train.metric_for_best_model)
+    click.echo("\n".join(_grid_lines(points, axes, folder, by)), err=not dry_run)
     if dry_run:
         return
 
-    from qlora_dpo.cli.sweep_points import claimed, conclude, train_each
+    from qlora_dpo.cli.sweep_points import open_sweep, report_sweep, train_points
 
-    with claimed(folder, axes, points, by, resume=resume) as begun:
-        train_each(begun, points)
-        conclude(begun, points, as_json=as_json)
+    with open_sweep(folder, axes, points, by, resume=resume) as begun:
+        train_points(begun, points)
+        report_sweep(begun, points, as_json=as_json)
 
 
-def _grid(points: "Sequence[Point]", axes: "Sequence[Axis]", folder: Path, metric: str) -> list[str]:
+def _grid_lines(points: "Sequence[GridPoint]", axes: "Sequence[SweepAxis]", folder: Path, metric: str) -> list[str]:
     """What the sweep will do: the recipe, and each point with what it sets."""
     width = max(len(point.name) for point in points)
     size = " x ".join(str(len(axis.values)) for axis in axes)
@@ -78,5 +78,5 @@ def _grid(points: "Sequence[Point]", axes: "Sequence[Axis]", folder: Path, metri
         f"recipe      {points[0].loaded.path}",
         f"grid        {f'{size} = ' if len(axes) > 1 else ''}{len(points)} runs; the best by {metric}",
         f"output      {folder}",
-        *(f"  {point.name:<{width}}  {point.words}" for point in points),
+        *(f"  {point.name:<{width}}  {point.description}" for point in points),
     ]

@@ -6,9 +6,9 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Check a run, an adapter or a merged model against its manifest and base.")
+@click.command("verify", short_help="Check a run, an adapter or a merged model against its manifest and base.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-def verify(folder: Path) -> None:
+def verify_command(folder: Path) -> None:
     """Check every file of DIR, a run, an adapter or a merged model, against its manifest, and the base of an adapter.
 
     \b
@@ -18,7 +18,7 @@ def verify(folder: Path) -> None:
 
     folder = folder.expanduser()
     wrong, parts = 0, 0
-    for part, damage in _checked(folder):
+    for part, damage in _damage_by_part(folder):
         click.echo(f"{part}: {damage or 'as it was written'}")
         wrong, parts = wrong + bool(damage), parts + 1
     if not parts:
@@ -30,36 +30,36 @@ def verify(folder: Path) -> None:
         )
 
 
-def _checked(folder: Path) -> Iterator[tuple[str, str]]:
+def _damage_by_part(folder: Path) -> Iterator[tuple[str, str]]:
     """Each part of `folder`, and what is wrong with it; empty if nothing is."""
-    from qlora_dpo.manifest import damage
-    from qlora_dpo.run_folder import CONFIG, WEIGHTS
+    from qlora_dpo.manifest import find_damage
+    from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
     from qlora_dpo.training.checkpoint import integrity as training
 
-    if (folder / CONFIG).is_file():
-        yield "adapter", damage(folder, needed=WEIGHTS)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        yield "adapter", find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)
         yield "base", _base_damage(folder)
     elif (folder / "merge.json").is_file():
-        yield "merged model", damage(folder, needed="config.json")
+        yield "merged model", find_damage(folder, required="config.json")
     elif (folder / "export.json").is_file():
-        yield "export", damage(folder, needed="export.json")
+        yield "export", find_damage(folder, required="export.json")
     for each in sorted((folder / "checkpoints").glob("step-*")):
-        yield f"checkpoints/{each.name}", training.verify(each)
+        yield f"checkpoints/{each.name}", training.checkpoint_damage(each)
 
 
 def _base_damage(folder: Path) -> str:
     """Why the base that is there now is not the one the adapter was trained on; it is fetched if it is not cached."""
-    from qlora_dpo.data.dialogue import printable
+    from qlora_dpo.data.dialogue import sanitize_text
     from qlora_dpo.errors import QloraDpoError
-    from qlora_dpo.model.sources import fetch
-    from qlora_dpo.run_folder import described
+    from qlora_dpo.model.sources import fetch_model
+    from qlora_dpo.run_folder import read_run_metadata
 
     try:
-        table, run, _ = described(folder)
-        source = fetch(table)
+        table, run, _ = read_run_metadata(folder)
+        source = fetch_model(table)
     except QloraDpoError as error:
-        return printable(str(error))
+        return sanitize_text(str(error))
     if run is None:
         return "run.json is missing, which would say on which weights it was trained"
     same = source.fingerprint == run["base"]["fingerprint"]
-    return "" if same else f"{printable(source.name)} has other weights than it was trained on"
+    return "" if same else f"{sanitize_text(source.name)} has other weights than it was trained on"

@@ -12,7 +12,7 @@ from qlora_dpo.errors import DataError
 if TYPE_CHECKING:
     from qlora_dpo.data.encoded import EncodedPair
 
-MOST_REASONS = 20
+MAX_REASONS = 20
 """Lines of a table for reasons; a hostile file could have one of its own for each row."""
 OVERLONG = "longer than max_length"
 """The reason of a pair that is left out for its length alone."""
@@ -27,7 +27,7 @@ class Audit:
 
     source: str
     """File or data set and split, as messages name it."""
-    shape: str
+    format: str
     """The shape that was recognised."""
     rows: int
     """Rows read."""
@@ -35,21 +35,21 @@ class Audit:
     """Pairs that are trained on or evaluated."""
     dropped: Mapping[str, tuple[int, ...]]
     """Numbers of the rows left out, counted from 1, by reason."""
-    not_drawn: int
+    not_sampled: int
     """Rows not looked at further because `max_*_samples` pairs had been drawn."""
     repaired: Mapping[str, tuple[int, ...]]
     """Numbers of the used rows that were changed, by what was done to them; a row can stand under several."""
     tokens: Mapping[str, tuple[int, int, int]]
     """For prompt, chosen and rejected: the median, the 95th percentile and the longest, in tokens."""
-    first: Mapping[str, str] = field(default_factory=dict)
+    first_location: Mapping[str, str] = field(default_factory=dict)
     """Where the first row of each reason stands, as messages name it: `pairs.jsonl:17`."""
-    at_reading: int = 0
+    dropped_at_parse: int = 0
     """Dropped rows that are no pairs whatever the tokenizer; every row was looked at for that, drawn or not."""
-    apart: int = 0
+    other_split: int = 0
     """Rows of the other part, where a share of the prompts of one source is held out."""
-    further: int = 0
+    extra_pairs: int = 0
     """Pairs beyond the first of a row of ranked answers."""
-    parts: tuple[tuple[str, int, int], ...] = ()
+    per_source: tuple[tuple[str, int, int], ...] = ()
     """Of a mixture: each source's name, the number of its first row, and how many of its pairs are used."""
     note: str = ""
     """What a reader should know about the encoding; empty for most chat templates."""
@@ -57,35 +57,35 @@ class Audit:
     def table(self) -> list[tuple[str, str]]:
         """Two columns of plain text, one line per count; the second is a number or three."""
         lines = [("rows read", f"{self.rows:,}"), ("pairs used", f"{self.used:,}")]
-        ends = [*(first - 1 for _, first, _ in self.parts[1:]), self.rows]
-        for (name, first, used), last in zip(self.parts, ends, strict=False):
+        ends = [*(first - 1 for _, first, _ in self.per_source[1:]), self.rows]
+        for (name, first, used), last in zip(self.per_source, ends, strict=False):
             lines.append((f"  of {name} (rows {first:,} to {last:,})", f"{used:,}"))
-        if self.further:
-            lines.append(("  of them beyond one a row", f"{self.further:,}"))
+        if self.extra_pairs:
+            lines.append(("  of them beyond one a row", f"{self.extra_pairs:,}"))
         lines += [(f"  repaired: {what}", f"{len(rows):,}") for what, rows in self.repaired.items()]
-        if self.apart:
-            lines.append(("of prompts of the other part", f"{self.apart:,}"))
-        if self.not_drawn:
-            lines.append(("not drawn", f"{self.not_drawn:,}"))
+        if self.other_split:
+            lines.append(("of prompts of the other part", f"{self.other_split:,}"))
+        if self.not_sampled:
+            lines.append(("not drawn", f"{self.not_sampled:,}"))
         dropped = sorted(self.dropped.items(), key=lambda each: -len(each[1]))
-        lines += [(f"dropped: {reason}", f"{len(rows):,}") for reason, rows in dropped[:MOST_REASONS]]
-        if rest := [rows for _, rows in dropped[MOST_REASONS:]]:
+        lines += [(f"dropped: {reason}", f"{len(rows):,}") for reason, rows in dropped[:MAX_REASONS]]
+        if rest := [rows for _, rows in dropped[MAX_REASONS:]]:
             lines.append((f"dropped: {len(rest):,} other reasons", f"{sum(map(len, rest)):,}"))
         lines += [
             (f"{part}, tokens (p50 / p95 / max)", " / ".join(map(str, self.tokens[part]))) for part in self.tokens
         ]
         return lines
 
-    def lines(self, numbers: bool = False) -> list[str]:
-        """The table as lines of text; with `numbers`, each dropped or cut row is named in a line of its own reason."""
+    def lines(self, with_row_numbers: bool = False) -> list[str]:
+        """The table as lines of text; with `with_row_numbers`, each dropped or cut row is named in a line of its own reason."""
         table = self.table()
         width = max(len(name) for name, _ in table)
-        text = [f"{self.source}: {self.shape}", *(f"  {name:<{width}}  {value}" for name, value in table)]
+        text = [f"{self.source}: {self.format}", *(f"  {name:<{width}}  {value}" for name, value in table)]
         if self.note:
             text.append(f"  {self.note}")
-        return text + (self.numbers() if numbers else [])
+        return text + (self.row_number_lines() if with_row_numbers else [])
 
-    def numbers(self) -> list[str]:
+    def row_number_lines(self) -> list[str]:
         """The row numbers behind the counts, a line per reason."""
         groups = [
             *((f"dropped: {reason}", rows) for reason, rows in self.dropped.items()),
@@ -93,56 +93,56 @@ class Audit:
         ]
         return [f"  rows, {reason}: {', '.join(map(str, rows))}" for reason, rows in groups if rows]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What audit.json says: the whole account with every row number."""
         return {
             "source": self.source,
-            "shape": self.shape,
+            "shape": self.format,
             **(
-                {"sources": [dict(zip(("source", "first_row", "used"), each, strict=True)) for each in self.parts]}
-                if self.parts
+                {"sources": [dict(zip(("source", "first_row", "used"), each, strict=True)) for each in self.per_source]}
+                if self.per_source
                 else {}
             ),
             "rows": self.rows,
             "used": self.used,
-            "further": self.further,
-            "not_drawn": self.not_drawn,
-            "apart": self.apart,
+            "further": self.extra_pairs,
+            "not_drawn": self.not_sampled,
+            "apart": self.other_split,
             "dropped": {reason: list(rows) for reason, rows in self.dropped.items()},
             "repaired": {what: list(rows) for what, rows in self.repaired.items()},
             "tokens": {part: dict(zip(("p50", "p95", "max"), each, strict=True)) for part, each in self.tokens.items()},
         }
 
-    def reasons(self, but: str = "") -> str:
+    def reason_summary(self, exclude: str = "") -> str:
         """Every reason but one, with how many rows it has and where the first of them stands."""
         told = [
-            f"{reason} ({len(rows):,}, first {self.first[reason]})"
-            if reason in self.first
+            f"{reason} ({len(rows):,}, first {self.first_location[reason]})"
+            if reason in self.first_location
             else f"{reason} ({len(rows):,})"
             for reason, rows in self.dropped.items()
-            if reason != but
+            if reason != exclude
         ]
         return ", ".join(told[:5]) + (f" and {len(told) - 5} other reasons" if len(told) > 5 else "")
 
 
-def insist_on_few_bad_rows(audit: Audit, most: float) -> None:
-    """Raise DataError if more than the share `most` of the rows looked at are no usable pairs.
+def check_bad_share(audit: Audit, max_share: float) -> None:
+    """Raise DataError if more than the share `max_share` of the rows looked at are no usable pairs.
 
     A pair that is merely longer than data.max_length is not bad.
     """
     count = sum(len(rows) for reason, rows in audit.dropped.items() if reason != OVERLONG)
-    read, encoded = audit.rows - audit.apart, audit.rows - audit.apart - audit.not_drawn
-    later = count - audit.at_reading
-    share = audit.at_reading / max(1, read) + later / max(1, encoded)
-    if share > most:
+    read, encoded = audit.rows - audit.other_split, audit.rows - audit.other_split - audit.not_sampled
+    later = count - audit.dropped_at_parse
+    share = audit.dropped_at_parse / max(1, read) + later / max(1, encoded)
+    if share > max_share:
         raise DataError(
             f"{audit.source}: {count:,} of {encoded if later else read:,} rows ({share:.1%}) are no usable pairs: "
-            f"{audit.reasons(but=OVERLONG)}; data.max_bad_share = {most:g} allows {most:.1%}; list them with "
+            f"{audit.reason_summary(exclude=OVERLONG)}; data.max_bad_share = {max_share:g} allows {max_share:.1%}; list them with "
             "--dropped-rows and mend them, or raise it"
         )
 
 
-def quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, int, int]:
+def length_quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, int, int]:
     """Median, 95th percentile (both the lower of two neighbours) and maximum; three zeros for no lengths."""
     if not len(lengths):
         return 0, 0, 0
@@ -150,7 +150,7 @@ def quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, int, int
     return int(p50), int(p95), int(longest)
 
 
-def baselines(encoded: Sequence["EncodedPair"]) -> dict[str, float]:
+def length_baselines(encoded: Sequence["EncodedPair"]) -> dict[str, float]:
     """Accuracy of picking the longer and of picking the shorter answer, in tokens, as shares from 0 to 1.
 
     A tie counts one half, so the two add up to 1. Raises ValueError without pairs.

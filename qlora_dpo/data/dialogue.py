@@ -6,11 +6,11 @@ from collections.abc import Sequence
 Message = dict[str, str]
 """One turn: `role` is system, user or assistant; `content` is its text."""
 
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
+HH_HUMAN = "\n\nHuman:"
+HH_ASSISTANT = "\n\nAssistant:"
 
-_MARKER = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+_HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 _ESCAPES = re.compile(
     r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)"  # operating system commands: titles, links, clipboard
@@ -27,26 +27,26 @@ _CONTROLS = re.compile(
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
-class Unusable(Exception):
+class InvalidRow(Exception):
     """A row is no preference pair; the text is the reason, in the words of the audit table."""
 
 
 def is_hh(text: str) -> bool:
     """True if `text` begins with a Human turn in the marking of Anthropic's HH data."""
-    return text.startswith((HUMAN, HUMAN.lstrip()))
+    return text.startswith((HH_HUMAN, HH_HUMAN.lstrip()))
 
 
 def parse_hh(text: str) -> list[Message]:
     r"""Read "\n\nHuman: ...\n\nAssistant: ..." into messages.
 
     Exactly one space after a marker belongs to the marker and is left out; all other white space is kept. The blank
-    line before the first marker may be missing. Raises Unusable if the text does not begin with a Human turn.
+    line before the first marker may be missing. Raises InvalidRow if the text does not begin with a Human turn.
     """
     if not is_hh(text):
-        raise Unusable("no Human turn at the start")
-    parts = _MARKER.split(text if text.startswith("\n\n") else "\n\n" + text)
+        raise InvalidRow("no Human turn at the start")
+    parts = _HH_MARKER.split(text if text.startswith("\n\n") else "\n\n" + text)
     return [
-        {"role": _ROLES[marker], "content": content.removeprefix(" ")}
+        {"role": _HH_ROLES[marker], "content": content.removeprefix(" ")}
         for marker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
 
@@ -55,33 +55,33 @@ def split_hh(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]
     """Split two whole HH dialogues into the common prompt and the two last replies.
 
     The boundary is the last Assistant marker, and all turns before it must be equal; the common character prefix is
-    never used, because replies often begin alike. Raises Unusable with the reason where this cannot be done.
+    never used, because replies often begin alike. Raises InvalidRow with the reason where this cannot be done.
     """
     return split_chats(parse_hh(chosen), parse_hh(rejected))
 
 
 def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """Split two whole chats into the common prompt and the two last replies; raises Unusable with the reason."""
+    """Split two whole chats into the common prompt and the two last replies; raises InvalidRow with the reason."""
     for chat in (chosen, rejected):
         if not chat or chat[-1]["role"] != "assistant":
-            raise Unusable("last turn is not the assistant's")
+            raise InvalidRow("last turn is not the assistant's")
         check_roles(chat[:-1])
     if list(chosen[:-1]) != list(rejected[:-1]):
-        raise Unusable("prompts differ")
+        raise InvalidRow("prompts differ")
     return tuple(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
 
 
 def check_roles(prompt: Sequence[Message]) -> None:
-    """Raise Unusable unless `prompt` is an optional system turn, then user and assistant in turn, ending with user."""
+    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant in turn, ending with user."""
     roles = [turn["role"] for turn in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:
-        raise Unusable("no user turn before the answer")
+        raise InvalidRow("no user turn before the answer")
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise Unusable("roles do not alternate")
+        raise InvalidRow("roles do not alternate")
 
 
-def printable(text: str) -> str:
+def sanitize_text(text: str) -> str:
     r"""Return `text` without what could steer a terminal: escape sequences, control characters other than \n and \t
     (C0, DEL and C1), marks that reorder text from right to left, and characters without width. Half surrogate pairs
     become U+FFFD.

@@ -16,15 +16,15 @@ from typing import IO, Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qlora_dpo.data.lazy_sequence import Lazily
-from qlora_dpo.data.spool import IN_MEMORY, Spool
+from qlora_dpo.data.lazy_sequence import LazySequence
+from qlora_dpo.data.spool import SPOOL_MEMORY_BYTES, Spool
 from qlora_dpo.errors import DataError, RecipeError, SourceError
-from qlora_dpo.files import sha256_of
-from qlora_dpo.recipe.tables import DATA_ENDINGS
+from qlora_dpo.files import file_sha256
+from qlora_dpo.recipe.tables import DATA_SUFFIXES
 
 Row = dict[str, Any]
 
-BLOCK = 512
+ARROW_BLOCK_ROWS = 512
 """Rows of an Arrow table that become Python objects at a time, where they are read one after another."""
 
 
@@ -41,54 +41,60 @@ class FileRows:
     fingerprint: str = ""
     """SHA-256 of the file; empty if it is not known."""
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Where row `row`, counted from 1, stands: `pairs.jsonl:17`, or `pairs.parquet, row 17` without lines."""
         return f"{self.name}, row {row}" if self.lines is None else f"{self.name}:{self.lines[row - 1]}"
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """`path` as messages name it: from the current folder if it lies below it, else whole."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def ending(path: Path) -> str | None:
+def data_suffix(path: Path) -> str | None:
     """The data ending of a file's name (.jsonl.gz, .csv, ...), or None if it has none that can be read."""
-    found = [each for each in DATA_ENDINGS if path.name.lower().endswith(each)]
+    found = [each for each in DATA_SUFFIXES if path.name.lower().endswith(each)]
     return max(found, key=len, default=None)
 
 
-def read_file(path: Path) -> FileRows:
+def read_data_file(path: Path) -> FileRows:
     """Read every row of a data file.
 
     Blank lines of JSON lines are skipped, and a CSV file's first line names its columns. Text is UTF-8, with or
     without a byte order mark. Raises RecipeError for a name that cannot be read, SourceError where the disk refuses,
     and DataError with file and line for content that is damaged or of another kind.
     """
-    kind = ending(path)
+    kind = data_suffix(path)
     if kind is None:
-        endings = ", ".join(DATA_ENDINGS)
-        raise RecipeError(f"{shown(path)}: is not a data file that can be read; its name must end in one of {endings}")
-    name = shown(path)
-    content = _opened(path, kind)
-    read = FileRows(name, _parquet(name, content.file), None) if kind == ".parquet" else _text(name, kind, content)
+        endings = ", ".join(DATA_SUFFIXES)
+        raise RecipeError(
+            f"{display_path(path)}: is not a data file that can be read; its name must end in one of {endings}"
+        )
+    name = display_path(path)
+    content = _open_spooled(path, kind)
+    read = (
+        FileRows(name, _read_parquet(name, content.file), None)
+        if kind == ".parquet"
+        else _read_text(name, kind, content)
+    )
     if not read.rows:
         raise DataError(f"{name}: holds no rows; a preference set has one pair per row")
-    return replace(read, fingerprint=sha256_of(path))
+    return replace(read, fingerprint=file_sha256(path))
 
 
-def _text(name: str, kind: str, content: Spool) -> FileRows:
-    starts, lines, first = _checked_lines(name, content.file)
+def _read_text(name: str, kind: str, content: Spool) -> FileRows:
+    starts, lines, first = _index_lines(name, content.file)
     match kind.removesuffix(".gz"):
         case ".csv":
-            return _csv(name, content.file)
+            return _read_csv(name, content.file)
         case ".json" if first == b"[":
             content.file.seek(0)
-            return FileRows(name, _json_array(name, content.file.read().decode("utf-8-sig")), None)
+            return FileRows(name, _read_json_array(name, content.file.read().decode("utf-8-sig")), None)
         case _:
-            return _json_lines(name, content, starts, lines)
+            return _read_json_lines(name, content, starts, lines)
 
 
-def arrow_rows(table: pa.Table) -> Lazily[Row]:
+def arrow_rows(table: pa.Table) -> LazySequence[Row]:
     """The rows of an Arrow table; those that are asked for one after another are made a block at a time."""
     start, block = 0, list[Row]()
 
@@ -96,24 +102,24 @@ def arrow_rows(table: pa.Table) -> Lazily[Row]:
         nonlocal start, block
         if not start <= index < start + len(block):
             # one row if it is asked for alone, since making a row takes much longer than finding it
-            size = BLOCK if index in (0, start + len(block)) else 1
+            size = ARROW_BLOCK_ROWS if index in (0, start + len(block)) else 1
             start, block = index, table.slice(index, size).to_pylist()
         return block[index - start]
 
-    return Lazily(table.num_rows, make)
+    return LazySequence(table.num_rows, make)
 
 
-def _opened(path: Path, kind: str) -> Spool:
+def _open_spooled(path: Path, kind: str) -> Spool:
     """The file's bytes, unpacked; a large file stays on disk."""
-    name = shown(path)
+    name = display_path(path)
     try:
         if not kind.endswith(".gz"):
-            small = path.stat().st_size <= IN_MEMORY
+            small = path.stat().st_size <= SPOOL_MEMORY_BYTES
             return Spool(io.BytesIO(path.read_bytes()) if small else path.open("rb"))
         content = Spool()
         with gzip.open(path) as packed:
             while some := packed.read(2**20):
-                content.add(some)
+                content.append(some)
         content.file.seek(0)
         return content
     except FileNotFoundError as error:
@@ -129,7 +135,7 @@ def _opened(path: Path, kind: str) -> Spool:
         raise SourceError(f"{name}: cannot be read: {error.strerror}") from error
 
 
-def _checked_lines(name: str, file: IO[bytes]) -> "tuple[array[int], array[int], bytes]":
+def _index_lines(name: str, file: IO[bytes]) -> "tuple[array[int], array[int], bytes]":
     """Where each line that is not blank starts and its number, from 1, and the first byte that is no white space.
 
     Raises DataError for text that is not UTF-8. A byte order mark at the start is left out.
@@ -159,26 +165,28 @@ def _checked_lines(name: str, file: IO[bytes]) -> "tuple[array[int], array[int],
     return starts, lines, first
 
 
-def _json_lines(name: str, content: Spool, starts: "array[int]", lines: "array[int]") -> FileRows:
+def _read_json_lines(name: str, content: Spool, starts: "array[int]", lines: "array[int]") -> FileRows:
     def make(index: int) -> Row:
         # up to the next line that is not blank
         text = content.read(starts[index], starts[index + 1]).decode().partition("\n")[0]
-        return _object(f"{name}:{lines[index]}", _json(name, text, lines[index]))
+        return _require_object(f"{name}:{lines[index]}", _parse_json(name, text, lines[index]))
 
-    return FileRows(name, Lazily(len(lines), make), lines)
-
-
-def _json_array(name: str, text: str) -> list[Row]:
-    return [_object(f"{name}, row {number}", value) for number, value in enumerate(_json(name, text, 1), 1)]
+    return FileRows(name, LazySequence(len(lines), make), lines)
 
 
-def _object(place: str, value: Any) -> Row:
+def _read_json_array(name: str, text: str) -> list[Row]:
+    return [
+        _require_object(f"{name}, row {number}", value) for number, value in enumerate(_parse_json(name, text, 1), 1)
+    ]
+
+
+def _require_object(place: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: is {kind_of(value)}; every row must be an object with named columns")
+        raise DataError(f"{place}: is {json_type(value)}; every row must be an object with named columns")
     return value
 
 
-def _json(name: str, text: str, first_line: int) -> Any:
+def _parse_json(name: str, text: str, first_line: int) -> Any:
     """Parse JSON `text` whose first line is line `first_line` of the file."""
 
     def refuse(constant: str) -> NoReturn:
@@ -195,7 +203,7 @@ def _json(name: str, text: str, first_line: int) -> Any:
         raise DataError(f"{name}:{first_line}: is nested too deeply to be a preference pair") from error
 
 
-def _csv(name: str, file: IO[bytes]) -> FileRows:
+def _read_csv(name: str, file: IO[bytes]) -> FileRows:
     csv.field_size_limit(1 << 30)  # the default of 131,072 characters refuses long dialogues
     file.seek(0)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -206,9 +214,9 @@ def _csv(name: str, file: IO[bytes]) -> FileRows:
         if repeated := [column for column in dict.fromkeys(header) if header.count(column) > 1]:
             raise DataError(f'{name}:1: names the column "{repeated[0]}" twice; column names must differ')
         schema = pa.schema([(column, pa.string()) for column in header])
-        records = _records(name, reader, len(header), lines)
+        records = _csv_records(name, reader, len(header), lines)
         batches = list[pa.RecordBatch]()
-        while some := list(islice(records, BLOCK)):
+        while some := list(islice(records, ARROW_BLOCK_ROWS)):
             columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
             batches.append(pa.record_batch(columns, schema=schema))
     except csv.Error as error:
@@ -218,7 +226,7 @@ def _csv(name: str, file: IO[bytes]) -> FileRows:
     return FileRows(name, arrow_rows(pa.Table.from_batches(batches, schema)), lines)
 
 
-def _records(name: str, reader: Any, columns: int, lines: "array[int]") -> Iterator[list[str]]:
+def _csv_records(name: str, reader: Any, columns: int, lines: "array[int]") -> Iterator[list[str]]:
     """The records below the header; `lines` gets the line on which each ends."""
     for fields in reader:
         if not fields:
@@ -232,7 +240,7 @@ def _records(name: str, reader: Any, columns: int, lines: "array[int]") -> Itera
         yield fields
 
 
-def _parquet(name: str, file: IO[bytes]) -> Lazily[Row]:
+def _read_parquet(name: str, file: IO[bytes]) -> LazySequence[Row]:
     try:
         table = pq.ParquetFile(file).read()
         table.validate(full=True)
@@ -245,7 +253,7 @@ def _parquet(name: str, file: IO[bytes]) -> Lazily[Row]:
     return arrow_rows(table)
 
 
-def kind_of(value: object) -> str:
+def json_type(value: object) -> str:
     """What a JSON value is, in words."""
     match value:
         case None:

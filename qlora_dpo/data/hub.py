@@ -26,16 +26,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from qlora_dpo.data.files import Row, arrow_rows
-from qlora_dpo.data.lazy_sequence import Lazily
+from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
-from qlora_dpo.files import cache_home, write_whole
+from qlora_dpo.files import atomic_write, cache_home
 
-ASK_SECONDS = 10.0
+DATASET_INFO_TIMEOUT = 10.0
 
 
-def read_hub(
+def read_hub_dataset(
     name: str, split: str, revision: str | None, config: str | None = None, data_dir: str | None = None
-) -> tuple[Lazily[Row], str]:
+) -> tuple[LazySequence[Row], str]:
     """Return every row of one split of a hub data set, and its commit; `split` may be a slice (`train[:5000]`).
 
     The hub is asked once, without retries, which commit `revision` is. If that commit is in the cache, or the hub
@@ -44,12 +44,12 @@ def read_hub(
     SourceError for a hub or disk that does not do its part, DataError for content that cannot be read.
     """
     commit = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
-    if commit is None or _cached(name, commit, config, data_dir) is None:
-        commit = _ask(name, revision, config, data_dir)
-    with _sentences(name, split):
-        folder = _cached(name, commit, config, data_dir)
+    if commit is None or _cached_folder(name, commit, config, data_dir) is None:
+        commit = _resolve_commit(name, revision, config, data_dir)
+    with _explain_errors(name, split):
+        folder = _cached_folder(name, commit, config, data_dir)
         if folder is not None:
-            table: Any = _open(name, folder).as_dataset(split=split)
+            table: Any = _open_cached(name, folder).as_dataset(split=split)
         else:
             if not sys.stderr.isatty():
                 datasets.disable_progress_bars()
@@ -58,14 +58,14 @@ def read_hub(
             if table.cache_files:
                 kept = Path(table.cache_files[0]["filename"]).parent
                 with suppress(SourceError):  # a note that cannot be written costs the next run a question to the hub
-                    write_whole(_note(name, commit, config, data_dir), str(kept))
+                    atomic_write(_cache_note_path(name, commit, config, data_dir), str(kept))
         return arrow_rows(table.data.table), commit
 
 
-def _ask(name: str, revision: str | None, config: str | None, data_dir: str | None) -> str:
+def _resolve_commit(name: str, revision: str | None, config: str | None, data_dir: str | None) -> str:
     """The commit that `revision` (the main branch if None) is now, or was when the hub was last reached."""
     try:
-        return str(HfApi().dataset_info(name, revision=revision, timeout=ASK_SECONDS).sha)
+        return str(HfApi().dataset_info(name, revision=revision, timeout=DATASET_INFO_TIMEOUT).sha)
     except HFValidationError as error:
         raise RecipeError(
             f"{name}: is no name of a hub data set (OWNER/NAME); a local path starts with ./ or ends in .jsonl, "
@@ -83,8 +83,8 @@ def _ask(name: str, revision: str | None, config: str | None, data_dir: str | No
             "`hf auth login`, or write ./ before a local path"
         ) from error
     except Exception as error:  # offline mode, refused, timeout, a hub or proxy in trouble: each has its own class
-        commit = _remembered(name, revision)
-        if commit is not None and _cached(name, commit, config, data_dir) is not None:
+        commit = _last_known_commit(name, revision)
+        if commit is not None and _cached_folder(name, commit, config, data_dir) is not None:
             return commit
         if isinstance(error, HfHubHTTPError):
             raise SourceError(
@@ -97,7 +97,7 @@ def _ask(name: str, revision: str | None, config: str | None, data_dir: str | No
         ) from error
 
 
-def _remembered(name: str, revision: str | None) -> str | None:
+def _last_known_commit(name: str, revision: str | None) -> str | None:
     """The commit that a branch or tag was when it was last downloaded; a commit hash is itself."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
@@ -106,13 +106,13 @@ def _remembered(name: str, revision: str | None) -> str | None:
     return reference.read_text().strip() if reference.is_file() else None
 
 
-def _cached(name: str, commit: str, config: str | None, data_dir: str | None) -> Path | None:
+def _cached_folder(name: str, commit: str, config: str | None, data_dir: str | None) -> Path | None:
     """The folder in which `datasets` keeps that commit, if it is there.
 
     A note of ours remembers where what was read lies, since a folder's name tells neither a `data_dir` nor which
     configuration is read where none is named. Without a note it is the folder of `config`, or of the default one.
     """
-    note = _note(name, commit, config, data_dir)
+    note = _cache_note_path(name, commit, config, data_dir)
     if note.is_file():
         folder = Path(note.read_text(encoding="utf-8"))
         return folder if (folder / "dataset_info.json").is_file() else None
@@ -125,12 +125,12 @@ def _cached(name: str, commit: str, config: str | None, data_dir: str | None) ->
     return found[0] if len(found) == 1 else None
 
 
-def _note(name: str, commit: str, config: str | None, data_dir: str | None) -> Path:
+def _cache_note_path(name: str, commit: str, config: str | None, data_dir: str | None) -> Path:
     key = sha256(json.dumps([name, commit, config, data_dir]).encode()).hexdigest()[:32]
     return cache_home() / "hub" / key
 
 
-def _open(name: str, folder: Path) -> Any:
+def _open_cached(name: str, folder: Path) -> Any:
     configuration, version, commit = folder.parts[-3:]
     return Cache(
         repo_id=name, dataset_name=name.rpartition("/")[2], config_name=configuration, version=version, hash=commit
@@ -138,19 +138,19 @@ def _open(name: str, folder: Path) -> Any:
 
 
 @contextmanager
-def _sentences(name: str, split: str) -> Iterator[None]:
+def _explain_errors(name: str, split: str) -> Iterator[None]:
     """Turn what `datasets` raises while it downloads and reads into one sentence of the right class."""
     try:
         yield
     except QloraDpoError:
         raise
     except Exception as error:
-        raise in_a_sentence(error, name, split) from error
+        raise explain_dataset_error(error, name, split) from error
 
 
-def in_a_sentence(error: Exception, name: str, split: str) -> QloraDpoError:
+def explain_dataset_error(error: Exception, name: str, split: str) -> QloraDpoError:
     """The error of this project that says what an error of `datasets` means to the user."""
-    causes = list(_causes(error))
+    causes = list(_exception_chain(error))
     text = " ".join(str(error).split())
     if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in causes):
         return SourceError(
@@ -183,7 +183,7 @@ def _configurations(text: str) -> str:
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "its hub page lists them"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__

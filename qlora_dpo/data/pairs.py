@@ -11,20 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_dpo.data import scan_cache
-from qlora_dpo.data.dialogue import Message, Unusable, check_roles
+from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles
 from qlora_dpo.data.files import Row
-from qlora_dpo.data.formats import NAMES, Shape, named, recognise, renamed, tools_of, turns_of
-from qlora_dpo.data.lazy_sequence import Lazily
-from qlora_dpo.data.progress import Watch, unwatched, watched
-from qlora_dpo.data.sources import Rows
+from qlora_dpo.data.formats import (
+    FORMATS_BY_NAME,
+    PreferenceFormat,
+    detect_format,
+    list_columns,
+    parse_row,
+    parse_tools,
+    rename_columns,
+)
+from qlora_dpo.data.lazy_sequence import LazySequence
+from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
+from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import RecipeError
 
-Numbers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
-FORMAT = 1
+PARSE_VERSION = 1
 """Goes up when the same row would be another pair, so that no reading of an older version is used."""
-MOST_CHARACTERS = 1_000_000
+MAX_CHARACTERS = 1_000_000
 """Characters of a row's prompt and answers; more is no conversation, and would be tokenized for seconds."""
 
 
@@ -46,7 +54,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParseOptions:
     """How the recipe says that rows are to be read."""
 
     format: str = "auto"
@@ -55,164 +63,176 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Found:
+class ParsedRows:
     """What the rows of a source hold: usable pairs in their order, and the numbers of all other rows by reason.
 
     Pairs are made from their rows when they are asked for; `row_P` has the row number of each.
     """
 
-    shape: Shape
+    format: PreferenceFormat
     pairs: Sequence[Pair]
     dropped: dict[str, list[int]]
-    row_P: Numbers
-    held_P: Flags | None = None
+    row_P: IntArray
+    is_eval_P: BoolArray | None = None
     """Which pairs are of the held-out share of the prompts, where one was asked for."""
 
-    def only(self, keep_P: Flags) -> "Found":
+    def select(self, keep_P: BoolArray) -> "ParsedRows":
         """The same with a part of the pairs."""
         places = np.flatnonzero(keep_P)
-        pairs = Lazily(len(places), lambda index: self.pairs[int(places[index])])
-        return replace(self, pairs=pairs, row_P=self.row_P[places], held_P=None)
+        pairs = LazySequence(len(places), lambda index: self.pairs[int(places[index])])
+        return replace(self, pairs=pairs, row_P=self.row_P[places], is_eval_P=None)
 
 
-def find_pairs(
-    rows: Rows,
-    keep: Mapping[str, str] = MappingProxyType({}),
-    reading: Reading | None = None,
-    share: float | None = None,
-    watch: Watch = unwatched,
-) -> Found:
-    """Read every row as pairs of the one shape that the source has; `share` of the prompts are marked as held out.
+def parse_pairs(
+    rows: SourceRows,
+    extra_columns: Mapping[str, str] = MappingProxyType({}),
+    options: ParseOptions | None = None,
+    eval_share: float | None = None,
+    progress: ProgressCallback = no_progress,
+) -> ParsedRows:
+    """Read every row as pairs of the one shape that the source has; `eval_share` of the prompts are marked as held out.
 
     A row that holds none (a column that is missing, null or of another type, equal or empty answers, unequal prompts,
     roles that do not alternate, a last turn that is not the assistant's, more text than any model reads) is counted
     under its reason. Raises DataError where no row has a shape that is understood, and RecipeError if a column of
-    `keep` is missing.
+    `extra_columns` is missing.
     """
-    reading = reading or Reading()
-    if reading.columns:
-        read, columns = rows.rows, reading.columns
-        rows = replace(rows, rows=Lazily(len(read), lambda index: renamed(read[index], columns)))
-    large = rows.fingerprint and len(rows.rows) >= scan_cache.MANY
-    name = scan_cache.name_of(FORMAT, rows.fingerprint, vars(reading), share, sorted(keep)) if large else None
-    scan = _recalled(name)
+    options = options or ParseOptions()
+    if options.columns:
+        read, columns = rows.rows, options.columns
+        rows = replace(rows, rows=LazySequence(len(read), lambda index: rename_columns(read[index], columns)))
+    large = rows.fingerprint and len(rows.rows) >= scan_cache.MIN_CACHED_ROWS
+    name = (
+        scan_cache.scan_key(PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
+        if large
+        else None
+    )
+    scan = _load_cached_parse(name)
     if scan is None:
-        scan = _scanned(rows, keep, reading, share, watch)
-        _kept_for_later(name, scan)
-    shape, row_P, which_P = scan.shape, scan.row_P, scan.which_P
+        scan = _scan_rows(rows, extra_columns, options, eval_share, progress)
+        _store_parse(name, scan)
+    shape, row_P, which_P = scan.format, scan.row_P, scan.pair_index_P
 
     def make(index: int) -> Pair:
         number, which = row_P[index], which_P[index]
         row = rows.rows[number - 1]
-        prompt, chosen, rejected = turns_of(shape, row, reading.every_pair)[which]
-        extra = {column: _kept(row, column, key, rows) for column, key in keep.items()}
-        label = row["label"] if shape is Shape.UNPAIRED else None
-        return Pair(prompt, chosen, rejected, number, extra, label, tools_of(row))
+        prompt, chosen, rejected = parse_row(shape, row, options.every_pair)[which]
+        extra = {column: _extra_value(row, column, key, rows) for column, key in extra_columns.items()}
+        label = row["label"] if shape is PreferenceFormat.UNPAIRED else None
+        return Pair(prompt, chosen, rejected, number, extra, label, parse_tools(row))
 
-    held = np.array(scan.held_P, dtype=bool) if share is not None else None
-    found = Found(shape, Lazily(len(row_P), make), scan.dropped, np.array(row_P), held)
-    return _compared(found, scan.answers) if shape is Shape.UNPAIRED else found
+    held = np.array(scan.is_eval_P, dtype=bool) if eval_share is not None else None
+    found = ParsedRows(shape, LazySequence(len(row_P), make), scan.dropped, np.array(row_P), held)
+    return _with_mismatched_answers(found, scan.answer_digests) if shape is PreferenceFormat.UNPAIRED else found
 
 
 @dataclass(frozen=True)
 class _Scan:
     """What looking at every row has found: of each pair its row and which of the row's pairs it is, and so on."""
 
-    shape: Shape
+    format: PreferenceFormat
     row_P: "array[int]"
-    which_P: "array[int]"
-    held_P: "array[int]"
-    answers: list[bytes]
+    pair_index_P: "array[int]"
+    is_eval_P: "array[int]"
+    answer_digests: list[bytes]
     """A digest of each unpaired answer."""
     dropped: dict[str, list[int]]
 
 
-def _recalled(name: str | None) -> _Scan | None:
+def _load_cached_parse(name: str | None) -> _Scan | None:
     """What an earlier run has found in these rows, if it is kept."""
-    known = scan_cache.recall(name)
+    known = scan_cache.load_scan(name)
     if known is None:
         return None
     row_P, which_P = (array("q", known.columns[each].tobytes()) for each in ("row", "which"))
     answers = [bytes(each) for each in known.columns["answer"].reshape(-1, 16)]
     held_P = array("b", known.columns["held"].tobytes())
-    return _Scan(Shape(known.facts["shape"]), row_P, which_P, held_P, answers, known.facts["dropped"])
+    return _Scan(PreferenceFormat(known.metadata["shape"]), row_P, which_P, held_P, answers, known.metadata["dropped"])
 
 
-def _kept_for_later(name: str | None, scan: _Scan) -> None:
-    columns: scan_cache.Columns = {
+def _store_parse(name: str | None, scan: _Scan) -> None:
+    columns: scan_cache.ColumnArrays = {
         "row": np.array(scan.row_P, dtype=np.int64),
-        "which": np.array(scan.which_P, dtype=np.int64),
-        "held": np.array(scan.held_P, dtype=np.uint8),
-        "answer": np.frombuffer(b"".join(scan.answers), dtype=np.uint8),
+        "which": np.array(scan.pair_index_P, dtype=np.int64),
+        "held": np.array(scan.is_eval_P, dtype=np.uint8),
+        "answer": np.frombuffer(b"".join(scan.answer_digests), dtype=np.uint8),
     }
-    scan_cache.keep(name, columns, {"shape": scan.shape.value, "dropped": scan.dropped})
+    scan_cache.store_scan(name, columns, {"shape": scan.format.value, "dropped": scan.dropped})
 
 
-def _scanned(rows: Rows, keep: Mapping[str, str], reading: Reading, share: float | None, watch: Watch) -> _Scan:
-    """Look at every row; raises as `find_pairs` does."""
-    shape = recognise(rows) if reading.format == "auto" else NAMES[reading.format]
+def _scan_rows(
+    rows: SourceRows,
+    extra_columns: Mapping[str, str],
+    options: ParseOptions,
+    eval_share: float | None,
+    progress: ProgressCallback,
+) -> _Scan:
+    """Look at every row; raises as `parse_pairs` does."""
+    shape = detect_format(rows) if options.format == "auto" else FORMATS_BY_NAME[options.format]
     dropped = dict[str, list[int]]()
     row_P, which_P, held_P, answers = array("q"), array("q"), array("b"), list[bytes]()
-    for number, row in enumerate(watched(rows.rows, "read", len(rows.rows), watch), 1):
+    for number, row in enumerate(track_progress(rows.rows, "read", len(rows.rows), progress), 1):
         try:
-            some = turns_of(shape, row, reading.every_pair)
-            tools_of(row)
+            some = parse_row(shape, row, options.every_pair)
+            parse_tools(row)
             for prompt, chosen, rejected in some:
-                _check(prompt, chosen, rejected if shape is not Shape.UNPAIRED else None)
-        except Unusable as unusable:
+                _check_pair(prompt, chosen, rejected if shape is not PreferenceFormat.UNPAIRED else None)
+        except InvalidRow as unusable:
             dropped.setdefault(str(unusable), []).append(number)
             continue
-        for column, key in keep.items():
-            _kept(row, column, key, rows)
+        for column, key in extra_columns.items():
+            _extra_value(row, column, key, rows)
         for which, (prompt, chosen, _) in enumerate(some):
             row_P.append(number)
             which_P.append(which)
-            if share is not None:
-                held_P.append(in_share(prompt, share))
-            if shape is Shape.UNPAIRED:
+            if eval_share is not None:
+                held_P.append(in_eval_share(prompt, eval_share))
+            if shape is PreferenceFormat.UNPAIRED:
                 answers.append(sha256(chosen.encode()).digest()[:16])
     return _Scan(shape, row_P, which_P, held_P, answers, dropped)
 
 
-def in_share(prompt: tuple[Message, ...], share: float) -> bool:
+def in_eval_share(prompt: tuple[Message, ...], share: float) -> bool:
     """True for `share` of all prompts: it depends on the prompt's text alone."""
     text = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 
-def _compared(found: Found, answers: Sequence[bytes]) -> Found:
+def _with_mismatched_answers(parsed: ParsedRows, answers: Sequence[bytes]) -> ParsedRows:
     """Give each unpaired answer the next one that differs for comparison: KTO estimates by it how far the policy is
     from the reference. `answers` has a digest of each.
     """
-    count, pairs = len(answers), found.pairs
+    count, pairs = len(answers), parsed.pairs
     if len(set(answers)) < 2:
-        dropped = {**found.dropped, "no other answer to compare with": found.row_P.tolist()} if count else found.dropped
+        dropped = (
+            {**parsed.dropped, "no other answer to compare with": parsed.row_P.tolist()} if count else parsed.dropped
+        )
         nothing = np.zeros(count, dtype=bool)
-        return replace(found.only(nothing), dropped=dropped)
+        return replace(parsed.select(nothing), dropped=dropped)
     following = array("q", [0]) * count
     for place in range(2 * count - 2, -1, -1):  # twice round, since the last one's next is among the first
         here, after = place % count, (place + 1) % count
         following[here] = after if answers[here] != answers[after] else following[after]
     return replace(
-        found, pairs=Lazily(count, lambda index: replace(pairs[index], rejected=pairs[following[index]].chosen))
+        parsed, pairs=LazySequence(count, lambda index: replace(pairs[index], rejected=pairs[following[index]].chosen))
     )
 
 
-def _check(prompt: tuple[Message, ...], chosen: str, rejected: str | None) -> None:
-    """Raise Unusable with the first reason that holds; `rejected` is None if there is one answer only."""
+def _check_pair(prompt: tuple[Message, ...], chosen: str, rejected: str | None) -> None:
+    """Raise InvalidRow with the first reason that holds; `rejected` is None if there is one answer only."""
     check_roles(prompt)
     answers = (chosen,) if rejected is None else (chosen, rejected)
     texts = (*answers, *(turn["content"] for turn in prompt))
-    if not all(map(_is_text, texts)):
-        raise Unusable("text with half a surrogate pair")
+    if not all(map(_is_encodable, texts)):
+        raise InvalidRow("text with half a surrogate pair")
     if any(_is_blank(turn["content"]) for turn in prompt):
-        raise Unusable("empty turn in the prompt")
+        raise InvalidRow("empty turn in the prompt")
     if any(map(_is_blank, answers)):
-        raise Unusable("empty answer")
+        raise InvalidRow("empty answer")
     if rejected is not None and chosen.strip() == rejected.strip():
-        raise Unusable("equal answers")
-    if sum(map(len, texts)) > MOST_CHARACTERS:
-        raise Unusable(f"more than {MOST_CHARACTERS:,} characters")
+        raise InvalidRow("equal answers")
+    if sum(map(len, texts)) > MAX_CHARACTERS:
+        raise InvalidRow(f"more than {MAX_CHARACTERS:,} characters")
 
 
 def _is_blank(text: str) -> bool:
@@ -220,7 +240,7 @@ def _is_blank(text: str) -> bool:
     return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
-def _is_text(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -228,7 +248,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _kept(row: Row, column: str, key: str, rows: Rows) -> str:
+def _extra_value(row: Row, column: str, key: str, rows: SourceRows) -> str:
     if column not in row:
-        raise RecipeError(f'{rows.name}: has no column "{column}", which {key} names; it has {named(row)}')
+        raise RecipeError(f'{rows.name}: has no column "{column}", which {key} names; it has {list_columns(row)}')
     return "" if row[column] is None else str(row[column])

@@ -4,7 +4,7 @@ import tempfile
 import weakref
 from typing import IO, Any
 
-IN_MEMORY = 2**26
+SPOOL_MEMORY_BYTES = 2**26
 """Bytes up to which they are kept in memory."""
 
 
@@ -12,14 +12,14 @@ class Spool:
     """The bytes of `file`, or what is added to a temporary one; open for as long as anything refers to it."""
 
     def __init__(self, file: IO[bytes] | None = None) -> None:
-        self.file: Any = file or tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - closed by the next line
+        self.file: Any = file or tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES)  # noqa: SIM115 - closed by the next line
         weakref.finalize(self, self.file.close)
-        self.bytes = 0
+        self.num_bytes = 0
 
-    def add(self, some: bytes) -> None:
-        """Append `some`."""
-        self.file.seek(self.bytes)
-        self.bytes += self.file.write(some)
+    def append(self, data: bytes) -> None:
+        """Append `data`."""
+        self.file.seek(self.num_bytes)
+        self.num_bytes += self.file.write(data)
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from `start` up to `stop`."""

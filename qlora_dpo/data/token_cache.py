@@ -14,29 +14,31 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from qlora_dpo.data.chat_format import ChatFormat
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
-from qlora_dpo.files import cache_home, write_whole
+from qlora_dpo.files import atomic_write, cache_home
 
-FORMAT = 2
+TOKEN_CACHE_VERSION = 2
 """Goes up when the same pair would be encoded otherwise, so that no entry of an older version is used."""
 
-Result = EncodedPair | str
+EncodedOrReason = EncodedPair | str
 """A pair's ids, or the reason why it has none."""
 
 
 @lru_cache(maxsize=4)
-def tokenizer_text(tokenizer: Any) -> str | None:
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """All that decides how this tokenizer renders and tokenizes a chat; None if it cannot be told, or changes daily."""
     backend, template = getattr(tokenizer, "backend_tokenizer", None), tokenizer.chat_template
     if backend is None or not isinstance(template, str) or "strftime_now" in template:
         return None
-    return json.dumps([FORMAT, transformers.__version__, template, tokenizer.special_tokens_map, backend.to_str()])
+    return json.dumps(
+        [TOKEN_CACHE_VERSION, transformers.__version__, template, tokenizer.special_tokens_map, backend.to_str()]
+    )
 
 
-def key_of(pairs: Sequence[Pair], tokenizer: Any, form: ChatFormat) -> str | None:
+def token_cache_key(pairs: Sequence[Pair], tokenizer: Any, form: ChatFormat) -> str | None:
     """The name under which these pairs are kept; None if they are not to be."""
-    told = tokenizer_text(tokenizer)
+    told = tokenizer_fingerprint(tokenizer)
     if told is None:
         return None
     name = hashlib.sha256(told.encode())
@@ -52,7 +54,7 @@ def key_of(pairs: Sequence[Pair], tokenizer: Any, form: ChatFormat) -> str | Non
     return name.hexdigest()
 
 
-def look_up(key: str, pairs: Sequence[Pair]) -> list[Result] | None:
+def load_tokens(key: str, pairs: Sequence[Pair]) -> list[EncodedOrReason] | None:
     """What became of `pairs`, in their order; None if it is not known or the file is damaged."""
     try:
         content = load((cache_home() / "encoded" / f"{key}.safetensors").read_bytes())
@@ -62,7 +64,7 @@ def look_up(key: str, pairs: Sequence[Pair]) -> list[Result] | None:
         return None
     if not len(lengths) == len(reasons) == len(digests) == len(pairs):
         return None
-    results: list[Result] = []
+    results: list[EncodedOrReason] = []
     at = 0
     for pair, reason, (prompt, chosen, rejected), own in zip(pairs, reasons, lengths, digests, strict=True):
         if reason:
@@ -71,13 +73,13 @@ def look_up(key: str, pairs: Sequence[Pair]) -> list[Result] | None:
         cuts = list(accumulate((prompt, chosen, rejected), initial=at))
         parts = [tuple(ids[start:stop]) for start, stop in pairwise(cuts)]
         at = cuts[-1]
-        if digest(*parts) != own.tobytes():
+        if digest_ids(*parts) != own.tobytes():
             return None
         results.append(EncodedPair(parts[0], parts[1], parts[2], pair.row, own.tobytes()))
     return results
 
 
-def keep(key: str, results: Sequence[Result]) -> None:
+def store_tokens(key: str, results: Sequence[EncodedOrReason]) -> None:
     """Write what became of some pairs."""
     encoded = [result if isinstance(result, EncodedPair) else None for result in results]
     ids = array("i")
@@ -93,4 +95,4 @@ def keep(key: str, results: Sequence[Result]) -> None:
         "digests": np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32),
         "reasons": np.frombuffer(reasons, dtype=np.uint8),
     }
-    write_whole(cache_home() / "encoded" / f"{key}.safetensors", save(content))
+    atomic_write(cache_home() / "encoded" / f"{key}.safetensors", save(content))

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.data.dialogue import Message, Unusable
+from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.pairs import Pair
 
 
-def cut_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Callable[[Pair], int]) -> Pair:
+def truncate_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Callable[[Pair], int]) -> Pair:
     """Return `pair` with as little as possible cut off the front of its prompt until `excess` is 0 or less.
 
     `excess(pair)` is how many tokens too long the pair is when encoded anew, so the template stays whole. The system
     turn stays; the oldest user and assistant turns go first; what is then still too long loses whole tokens from the
-    front of the one user turn that is left. Raises Unusable if nothing of that turn would be left.
+    front of the one user turn that is left. Raises InvalidRow if nothing of that turn would be left.
     """
     has_system = pair.prompt[0]["role"] == "system"
     head, turns = pair.prompt[:has_system], pair.prompt[has_system:]
@@ -29,7 +29,7 @@ def cut_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Callable[
         cut += over
         left = text[starts[cut] :] if cut < len(starts) else ""
         if not left.strip():
-            raise Unusable("answer leaves no room for a prompt in max_length")
+            raise InvalidRow("answer leaves no room for a prompt in max_length")
         user: Message = {"role": "user", "content": left}
         turns = (user, *turns[1:])
         over = excess(replace(pair, prompt=head + turns))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.deploy.merge_card import Onto
+from qlora_dpo.deploy.merge_card import BaseWeights
 from qlora_dpo.errors import GateError
 
 RULE = (
@@ -12,17 +12,17 @@ RULE = (
     "lower perplexity of the chosen answers; else onto the weights it was trained on"
 )
 
-Figures = Mapping[str, Any]
+MergeMetrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Bars:
+class MergeThresholds:
     """What the user asks of a merged model; None asks for nothing."""
 
     max_kl: float | None = None
     min_agreement: float | None = None
 
-    def missed(self, figures: Figures) -> str:
+    def missed(self, figures: MergeMetrics) -> str:
         """The bar that `figures` miss, in words; empty if they miss none."""
         if self.max_kl is not None and figures["kl"] > self.max_kl:
             return f"KL {figures['kl']:.3g} nats per token is above --max-kl {self.max_kl:g}"
@@ -31,7 +31,7 @@ class Bars:
         return ""
 
 
-def choose(candidates: Mapping[Onto, Figures], bars: Bars) -> Onto:
+def choose_base(candidates: Mapping[BaseWeights, MergeMetrics], bars: MergeThresholds) -> BaseWeights:
     """The base to keep, of one or two that were measured; raise GateError if none meets the bars."""
     missed = {onto: bars.missed(figures) for onto, figures in candidates.items()}
     kept = [onto for onto, words in missed.items() if not words]
@@ -43,7 +43,7 @@ def choose(candidates: Mapping[Onto, Figures], bars: Bars) -> Onto:
     return "original" if _better(candidates["original"], candidates["trained"]) else "trained"
 
 
-def _better(one: Figures, other: Figures) -> bool:
+def _better(one: MergeMetrics, other: MergeMetrics) -> bool:
     """True if `one` beats `other` as RULE says; without held-out pairs nothing can."""
     if one["why_no_accuracy"]:
         return False

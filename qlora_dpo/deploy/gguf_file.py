@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
-from qlora_dpo.deploy.gguf_tensors import ARCHITECTURES, Planned, Quant, encoded, planned_tensors, values_of
-from qlora_dpo.deploy.gguf_tokenizer import Words
+from qlora_dpo.deploy.gguf_tensors import ARCHITECTURES, GgufTensor, Quant, plan_tensors, quantize_values, tensor_values
+from qlora_dpo.deploy.gguf_tokenizer import GgufTokenizer
 from qlora_dpo.errors import ModelError
 
 FILE_TYPES = {
@@ -21,7 +21,7 @@ FILE_TYPES = {
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 
-MOST_ERROR: dict[Quant, float] = {
+MAX_QUANT_ERROR: dict[Quant, float] = {
     "f16": 1e-3,
     "bf16": 4e-3,
     "q8_0": 0.02,
@@ -33,7 +33,7 @@ MOST_ERROR: dict[Quant, float] = {
 """Relative L2 error of a tensor, twice what normally distributed weights have: above this it is no rounding."""
 
 
-def insist_on_architecture(config: Any, name: str) -> None:
+def check_architecture(config: Any, name: str) -> None:
     """Raise ModelError for a model that is not written as GGUF here."""
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -45,12 +45,14 @@ def insist_on_architecture(config: Any, name: str) -> None:
         raise ModelError(f"{name}: has a sliding window, which llama.cpp does not read for {config.model_type}")
 
 
-def write_gguf(file: Path, folder: Path, config: Any, words: Words, quant: Quant, name: str) -> list[Planned]:
+def write_gguf(
+    file: Path, folder: Path, config: Any, words: GgufTokenizer, quant: Quant, name: str
+) -> list[GgufTensor]:
     """Write the model in `folder` as one GGUF file; one tensor at a time is in memory."""
-    planned = planned_tensors(folder, config, quant, name)
+    planned = plan_tensors(folder, config, quant, name)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     _describe(writer, config, quant, name)
-    _spell(writer, words)
+    _write_tokenizer(writer, words)
     for tensor in planned:
         # the type that the writer is told decides how many bytes a row has
         writer.add_tensor_info(
@@ -60,12 +62,12 @@ def write_gguf(file: Path, folder: Path, config: Any, words: Words, quant: Quant
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in planned:
-        writer.write_tensor_data(encoded(tensor, values_of(tensor, config)))
+        writer.write_tensor_data(quantize_values(tensor, tensor_values(tensor, config)))
     writer.close()
     return planned
 
 
-def read_back(file: Path, planned: list[Planned], config: Any, words: Words, quant: Quant) -> float:
+def verify_gguf(file: Path, planned: list[GgufTensor], config: Any, words: GgufTokenizer, quant: Quant) -> float:
     """The largest relative error of a tensor in `file`; raises ModelError if anything in it is not what was meant."""
     reader = gguf.GGUFReader(file)
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
@@ -78,12 +80,12 @@ def read_back(file: Path, planned: list[Planned], config: Any, words: Words, qua
         raise ModelError(f"{file.name}: has other tensors than were written; nothing was kept")
     worst = 0.0
     for tensor in planned:
-        values = values_of(tensor, config)
+        values = tensor_values(tensor, config)
         there = dequantize(found[tensor.name].data, tensor.type).reshape(values.shape)
         error = float(np.linalg.norm(there - values) / (np.linalg.norm(values) or 1.0))
-        if not error <= MOST_ERROR[quant]:
+        if not error <= MAX_QUANT_ERROR[quant]:
             raise ModelError(
-                f"{file.name}: {tensor.own_name} reads back with an error of {error:.2g}, at most {MOST_ERROR[quant]} "
+                f"{file.name}: {tensor.hf_name} reads back with an error of {error:.2g}, at most {MAX_QUANT_ERROR[quant]} "
                 f"is {quant}'s rounding; nothing was kept"
             )
         worst = max(worst, error)
@@ -114,7 +116,7 @@ def _describe(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: str) -> 
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _spell(writer: gguf.GGUFWriter, words: Words) -> None:
+def _write_tokenizer(writer: gguf.GGUFWriter, words: GgufTokenizer) -> None:
     writer.add_tokenizer_model("gpt2")  # what GGUF calls byte-level BPE
     writer.add_tokenizer_pre(words.split)
     writer.add_token_list(words.tokens)
@@ -132,7 +134,7 @@ def _spell(writer: gguf.GGUFWriter, words: Words) -> None:
         writer.add_chat_template(words.template)
 
 
-def _numpy_type(tensor: Planned) -> type:
+def _numpy_type(tensor: GgufTensor) -> type:
     match tensor.type:
         case gguf.GGMLQuantizationType.F32:
             return np.float32
@@ -142,7 +144,7 @@ def _numpy_type(tensor: Planned) -> type:
             return np.uint8
 
 
-def _stored_shape(tensor: Planned) -> tuple[int, ...]:
+def _stored_shape(tensor: GgufTensor) -> tuple[int, ...]:
     """The shape in numbers, or in bytes for a type whose numbers are packed."""
     if _numpy_type(tensor) is np.uint8:
         return tuple(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type))

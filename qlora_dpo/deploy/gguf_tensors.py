@@ -15,27 +15,27 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from qlora_dpo.deploy.shards import Stored, tensors_of
+from qlora_dpo.deploy.shards import StoredTensor, list_tensors
 from qlora_dpo.errors import ModelError
 
 Quant = Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 QUANTS: tuple[Quant, ...] = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
-ENDS = ("token_embd.weight", "output.weight")
-BLOCK = 32
+EMBEDDING_TENSORS = ("token_embd.weight", "output.weight")
+QUANT_BLOCK = 32
 """Numbers that share a scale in all these types; a row that is no multiple of it stays in f16."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class GgufTensor:
     """A tensor to write: its name in GGUF, its type there, and where its numbers come from."""
 
     name: str
     type: Type
     shape: tuple[int, ...]
-    stored: Stored | None
-    own_name: str
+    stored: StoredTensor | None
+    hf_name: str
     heads: int | None
     """How many heads its rows belong to where their order changes; None where it does not."""
 
@@ -46,43 +46,43 @@ class Planned:
         return int(math.prod(self.shape) // block * size)
 
 
-def planned_tensors(folder: Path, config: Any, quant: Quant, name: str) -> list[Planned]:
+def plan_tensors(folder: Path, config: Any, quant: Quant, name: str) -> list[GgufTensor]:
     """Every tensor of the model in `folder`; raises ModelError for one that llama.cpp has no place for."""
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     planned = []
-    for own, stored in tensors_of(folder).items():
+    for own, stored in list_tensors(folder).items():
         if own == "lm_head.weight" and config.tie_word_embeddings:
             continue
         found = names.get_name(own, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ModelError(f"{name}: its tensor {own} has no place in a GGUF file of the kind {config.model_type}")
         kind = _type(found, stored.shape, quant)
-        planned.append(Planned(found, kind, stored.shape, stored, own, _heads(own, config)))
+        planned.append(GgufTensor(found, kind, stored.shape, stored, own, _heads(own, config)))
     if config.rope_parameters["rope_type"] == "llama3":
         factors = rope_factors(config.rope_parameters, _head_width(config))
-        planned.append(Planned("rope_freqs.weight", Type.F32, tuple(factors.shape), None, "", None))
+        planned.append(GgufTensor("rope_freqs.weight", Type.F32, tuple(factors.shape), None, "", None))
     return planned
 
 
-def values_of(tensor: Planned, config: Any) -> NDArray[np.float32]:
+def tensor_values(tensor: GgufTensor, config: Any) -> NDArray[np.float32]:
     """The numbers of a tensor in the order they are written, in float32."""
     if tensor.stored is None:
         return rope_factors(config.rope_parameters, _head_width(config))
     with safe_open(tensor.stored.file, framework="pt") as file:
-        values: Tensor = file.get_tensor(tensor.own_name).float()
+        values: Tensor = file.get_tensor(tensor.hf_name).float()
     if tensor.heads is not None:
-        values = interleaved(values, tensor.heads)
+        values = rope_permuted(values, tensor.heads)
     array: NDArray[np.float32] = values.contiguous().numpy()
     return array
 
 
-def encoded(tensor: Planned, values: NDArray[np.float32]) -> NDArray[Any]:
+def quantize_values(tensor: GgufTensor, values: NDArray[np.float32]) -> NDArray[Any]:
     """`values` as the file has them."""
     made: NDArray[Any] = quantize(values, tensor.type)
     return made
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
+def rope_permuted(rows: Tensor, heads: int) -> Tensor:
     """Rows of a query or key projection so that each pair that is turned together stands together.
 
     transformers turns row i of a head with row i + half; llama.cpp, for this architecture, row 2i with row 2i + 1.
@@ -121,6 +121,6 @@ def _type(name: str, shape: tuple[int, ...], quant: Quant) -> Type:
         return Type.F32
     if quant in ("f16", "bf16"):
         return Type[quant.upper()]
-    if shape[-1] % BLOCK:
+    if shape[-1] % QUANT_BLOCK:
         return Type.F16
-    return Type.Q8_0 if name in ENDS else Type[quant.upper()]
+    return Type.Q8_0 if name in EMBEDDING_TENSORS else Type[quant.upper()]

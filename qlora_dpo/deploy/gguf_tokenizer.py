@@ -8,7 +8,7 @@ from gguf import TokenType
 
 from qlora_dpo.errors import ModelError
 
-SPLITS = {
+PRE_TOKENIZER_PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -18,7 +18,7 @@ SPLITS = {
 
 
 @dataclass(frozen=True)
-class Words:
+class GgufTokenizer:
     """What a GGUF file says of its tokenizer."""
 
     split: str
@@ -31,7 +31,7 @@ class Words:
     template: str | None
 
 
-def words_of(tokenizer: Any, rows: int, name: str) -> Words:
+def convert_tokenizer(tokenizer: Any, rows: int, name: str) -> GgufTokenizer:
     """The byte-level BPE `tokenizer`, filled up to the `rows` of the embedding matrix.
 
     Raises ModelError for any other kind, and for a way to split text that GGUF has no name for.
@@ -52,7 +52,7 @@ def words_of(tokenizer: Any, rows: int, name: str) -> Words:
     if len(by_id) > rows:
         raise ModelError(f"{name}: its tokenizer has {len(by_id)} words and its embedding matrix {rows} rows")
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
-    return Words(
+    return GgufTokenizer(
         split=split,
         tokens=tokens,
         kinds=[_kind(number in by_id, special.get(word)) for number, word in enumerate(tokens)],
@@ -82,6 +82,6 @@ def _split_name(pre: dict[str, Any], ignore_merges: bool) -> str | None:
             return "smollm"
         case ["Split", "ByteLevel"] if not parts[1]["use_regex"]:
             expression = parts[0]["pattern"].get("Regex")
-            name = next((name for name, known in SPLITS.items() if known == expression), None)
+            name = next((name for name, known in PRE_TOKENIZER_PATTERNS.items() if known == expression), None)
             return None if (name == "llama-bpe") != ignore_merges else name
     return None

@@ -11,19 +11,27 @@ from typing import Any, Literal
 
 import tomli_w
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError, RunError
-from qlora_dpo.manifest import MANIFEST, damage
-from qlora_dpo.recipe.tables import is_local
-from qlora_dpo.redact import line_of_secret, redacted
-from qlora_dpo.run_folder import CONFIG, WEIGHTS
+from qlora_dpo.manifest import MANIFEST, find_damage
+from qlora_dpo.recipe.tables import is_local_path
+from qlora_dpo.redact import find_secret_line, redact_secrets
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-What = Literal["model", "card", "run", "samples"]
+HubFileGroup = Literal["model", "card", "run", "samples"]
 
-PATTERNS: dict[What, tuple[str, ...]] = {
+GROUP_PATTERNS: dict[HubFileGroup, tuple[str, ...]] = {
     "model": (
         *("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile"),
-        *("config.json", "generation_config.json", CONFIG, "merge.json", "export.json", "run.json", "resolved.toml"),
+        *(
+            "config.json",
+            "generation_config.json",
+            ADAPTER_CONFIG_NAME,
+            "merge.json",
+            "export.json",
+            "run.json",
+            "resolved.toml",
+        ),
         *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
     ),
     "card": ("README.md", "report.html", "plots/*.svg", "plots/*.png"),
@@ -39,7 +47,7 @@ BINARY = (".safetensors", ".gguf", ".png", ".model")
 
 
 @dataclass(frozen=True)
-class Piece:
+class HubFile:
     """One file of a repository: its name there, and its bytes or the file that holds them."""
 
     name: str
@@ -51,41 +59,41 @@ class Piece:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
-def parcel(
-    folder: Path, repository: str, what: Collection[What], base: str | None, scrub: Callable[[str], str]
-) -> list[Piece]:
+def collect_hub_files(
+    folder: Path, repository: str, what: Collection[HubFileGroup], base: str | None, scrub: Callable[[str], str]
+) -> list[HubFile]:
     """The files of `folder` that go to `repository`, by name; `scrub` cuts paths of this machine down.
 
     `base` is the hub name of an adapter's base, where the run knew it as a folder. Raises RecipeError if there is
     nothing to push or the base cannot be named, ModelError if a file is damaged, RunError if a text holds a secret.
     """
-    _insist_on_finished(folder)
-    found = sorted({file for each in what for pattern in PATTERNS[each] for file in folder.glob(pattern)})
+    _check_finished(folder)
+    found = sorted({file for each in what for pattern in GROUP_PATTERNS[each] for file in folder.glob(pattern)})
     files = [file for file in found if file.is_file()]
-    name = _base_name(folder, base) if (folder / CONFIG).is_file() else None
+    name = _base_name(folder, base) if (folder / ADAPTER_CONFIG_NAME).is_file() else None
     pieces = [_piece(file, folder, repository, name, scrub) for file in files]
     if not pieces:
         raise RecipeError(f"{folder}: holds nothing of {', '.join(sorted(what))}; choose other parts with --what")
     for piece in pieces:
-        _insist_on_no_secret(piece, folder)
-    top = {file.name for pattern in PATTERNS["model"] for file in folder.glob(pattern)}
+        _check_no_secrets(piece, folder)
+    top = {file.name for pattern in GROUP_PATTERNS["model"] for file in folder.glob(pattern)}
     listed = [piece for piece in pieces if piece.name in top]
-    return [*pieces, Piece(MANIFEST, _manifest(listed))] if listed else pieces
+    return [*pieces, HubFile(MANIFEST, _manifest(listed))] if listed else pieces
 
 
-def base_of(pieces: Sequence[Piece]) -> str | None:
+def adapter_base_name(pieces: Sequence[HubFile]) -> str | None:
     """The base that an adapter among `pieces` names; None if there is none."""
-    config = next((piece.content for piece in pieces if piece.name == CONFIG), None)
+    config = next((piece.content for piece in pieces if piece.name == ADAPTER_CONFIG_NAME), None)
     return str(json.loads(config)["base_model_name_or_path"]) if isinstance(config, bytes) else None
 
 
-def _insist_on_finished(folder: Path) -> None:
+def _check_finished(folder: Path) -> None:
     if not folder.is_dir():
         raise RecipeError(f"{folder}: there is no such folder; name an adapter, a merged model or an export")
-    kinds = {CONFIG: WEIGHTS, "merge.json": "config.json", "export.json": "export.json"}
+    kinds = {ADAPTER_CONFIG_NAME: ADAPTER_SAFE_WEIGHTS_NAME, "merge.json": "config.json", "export.json": "export.json"}
     for mark, needed in kinds.items():
         if (folder / mark).is_file():
-            if (folder / MANIFEST).is_file() and (damaged := damage(folder, needed)):
+            if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, needed)):
                 raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or make it again")
             return
     raise RecipeError(f"{folder}: is no adapter, no merged model and no export; name the folder of one")
@@ -95,27 +103,27 @@ def _base_name(folder: Path, base: str | None) -> str:
     """What others can load an adapter's base by."""
     if base is not None:
         return base
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
     trained = run.get("base", {})
     named = str(trained.get("hub_id") or config.get("base_model_name_or_path"))
-    if not is_local(named):
+    if not is_local_path(named):
         return named
     if str(trained.get("name")).startswith("pypi:"):
         return str(trained["name"])
     raise RecipeError(
-        f"{folder}: its base is the folder {printable(named)}, which nobody else can load; name its repository with "
+        f"{folder}: its base is the folder {sanitize_text(named)}, which nobody else can load; name its repository with "
         "--base OWNER/NAME, or push the merged model"
     )
 
 
-def _piece(file: Path, folder: Path, repository: str, base: str | None, scrub: Callable[[str], str]) -> Piece:
+def _piece(file: Path, folder: Path, repository: str, base: str | None, scrub: Callable[[str], str]) -> HubFile:
     name = file.relative_to(folder).as_posix()
-    if name == CONFIG and base is not None:
+    if name == ADAPTER_CONFIG_NAME and base is not None:
         config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
-        return Piece(name, (json.dumps(config, indent=2) + "\n").encode())
+        return HubFile(name, (json.dumps(config, indent=2) + "\n").encode())
     if name not in WRITTEN_BY_US:
-        return Piece(name, file)
+        return HubFile(name, file)
     text = file.read_text(encoding="utf-8")
     if name == "resolved.toml":
         text = tomli_w.dumps(_without_folders(tomllib.loads(text), base))
@@ -126,7 +134,7 @@ def _piece(file: Path, folder: Path, repository: str, base: str | None, scrub: C
         text = text.replace(f"qlora-dpo merge {own}\n", "").replace(own, repository)
         text = text.replace('"FOLDER"', f'"{repository}"')
         text = text.replace('"FOLDER_OF_THE_BASE"', f'"{base}"')
-    return Piece(name, redacted(scrub(text)).encode())
+    return HubFile(name, redact_secrets(scrub(text)).encode())
 
 
 def _without_folders(values: Any, base: str | None) -> Any:
@@ -145,12 +153,12 @@ def _without_folders(values: Any, base: str | None) -> Any:
 
 def _run(run: Any, base: str | None) -> Any:
     known = run.get("base")
-    if base is not None and isinstance(known, dict) and is_local(str(known.get("name"))):
+    if base is not None and isinstance(known, dict) and is_local_path(str(known.get("name"))):
         run["base"] = known | {"name": base, "hub_id": base}
     return run
 
 
-def _insist_on_no_secret(piece: Piece, folder: Path) -> None:
+def _check_no_secrets(piece: HubFile, folder: Path) -> None:
     """Raise RunError for a text that holds a token, a password, a secret of the environment, or this folder's path."""
     if piece.name.endswith(BINARY):
         return
@@ -161,7 +169,7 @@ def _insist_on_no_secret(piece: Piece, folder: Path) -> None:
 
 
 def _suspicious(text: str, folder: Path) -> Iterator[tuple[int, str]]:
-    found = line_of_secret(text)
+    found = find_secret_line(text)
     if found is not None:
         yield found, "there is what looks like a token or a password"
     # a folder right below the root, such as /tmp, tells nothing of anybody and is a word of many tokenizers
@@ -171,7 +179,7 @@ def _suspicious(text: str, folder: Path) -> Iterator[tuple[int, str]]:
             yield number, "there is a path of this machine"
 
 
-def _manifest(pieces: list[Piece]) -> bytes:
+def _manifest(pieces: list[HubFile]) -> bytes:
     """The manifest of what is sent, as `manifest.write_manifest` would write it for a folder."""
     listed = {}
     for piece in sorted(pieces, key=lambda each: each.name):

@@ -13,59 +13,58 @@ from peft.tuners.lora import Linear4bit, Linear8bitLt, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from qlora_dpo.adapter import Opened, open_adapter
-from qlora_dpo.deploy.base_choice import RULE, Bars, choose
-from qlora_dpo.deploy.merge_card import Onto, merged_card, public_name
+from qlora_dpo.adapter import OpenedModel, open_adapter
+from qlora_dpo.deploy.base_choice import RULE, MergeMetrics, MergeThresholds, choose_base
+from qlora_dpo.deploy.merge_card import BaseWeights, merged_card, public_name
 from qlora_dpo.deploy.merged_weights import changed_layers, is_dora
 from qlora_dpo.deploy.shards import write_model
-from qlora_dpo.deploy.weighted_adapters import add_adapters
+from qlora_dpo.deploy.weighted_adapters import add_weighted_adapters
 from qlora_dpo.errors import ModelError, RecipeError, RunError
-from qlora_dpo.files import whole_folder, write_json, write_whole
+from qlora_dpo.files import atomic_folder, atomic_write, write_json
 from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import device
 from qlora_dpo.model.quantized import quantization_of, quantized_layers
 from qlora_dpo.recipe.model import Quantization
-from qlora_dpo.run_folder import CONFIG
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
 Dtype = Literal["bf16", "fp16", "fp32"]
-Figures = Mapping[str, Any]
-Check = Callable[[Path], Figures]
+Check = Callable[[Path], MergeMetrics]
 """Loads the model that was written to a folder and returns figures; `kl`, in nats per token, is among them."""
 
-MOST_KL = 0.05
+MAX_KL = 0.05
 """Nats per token. Rounding costs 1e-4 in bf16, what 16-bit arithmetic adds on a GPU stays below 0.01, and every wrong
 way that was measured costs 0.1 and more: above this the files are not the model that was trained."""
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What was written, and how it compares with the model that was trained; `candidates` has all that was measured."""
 
     folder: Path
-    onto: Onto
+    onto: BaseWeights
     dtype: Dtype
     bytes: int
     shards: int
     quantization: Quantization
-    figures: Figures
-    candidates: Mapping[Onto, Figures]
+    figures: MergeMetrics
+    candidates: Mapping[BaseWeights, MergeMetrics]
 
 
-def claim(output: Path) -> None:
+def check_output_free(output: Path) -> None:
     """Raise RunError if there is anything at `output` already; an empty folder may be filled."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: is there already and is not overwritten; name another folder with -o DIR")
 
 
-def open_for_merge(folder: Path, others: Sequence[Path] = (), weights: Sequence[float] = (1.0,)) -> Opened:
+def open_for_merge(folder: Path, others: Sequence[Path] = (), weights: Sequence[float] = (1.0,)) -> OpenedModel:
     """Open base and adapter as they were trained, with `others` added; on a CPU they compute in float32.
 
     Raises RecipeError if `folder` is no adapter, ModelError for an adapter that a full model cannot hold exactly.
     """
     for each in (folder, *others):
-        _insist_on_mergeable(each)
-    opened = open_adapter(folder, "fp32" if device.choose().type == "cpu" else "auto")
-    add_adapters(opened, folder, others, list(weights))
+        _check_mergeable(each)
+    opened = open_adapter(folder, "fp32" if device.select_device().type == "cpu" else "auto")
+    add_weighted_adapters(opened, folder, others, list(weights))
     for name, layer in changed_layers(opened.model).items():
         if reason := _not_a_sum(layer):
             raise ModelError(f"{folder}: cannot be merged: {name} {reason}")
@@ -78,20 +77,20 @@ def open_for_merge(folder: Path, others: Sequence[Path] = (), weights: Sequence[
     return opened
 
 
-def _insist_on_mergeable(folder: Path) -> None:
+def _check_mergeable(folder: Path) -> None:
     """Raise RecipeError if `folder` is no adapter, ModelError if its config says that it is no sum of weights."""
-    if not (folder / CONFIG).is_file():
-        found = "has no " + CONFIG if folder.is_dir() else "there is no such folder"
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        found = "has no " + ADAPTER_CONFIG_NAME if folder.is_dir() else "there is no such folder"
         raise RecipeError(f"{folder}: {found}; name the adapter folder of a finished run")
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}: its {CONFIG} is damaged ({type(error).__name__})") from error
+        raise ModelError(f"{folder}: its {ADAPTER_CONFIG_NAME} is damaged ({type(error).__name__})") from error
     if reason := _beyond_weights(config):
         raise ModelError(f"{folder}: cannot be merged: {reason}")
 
 
-def bases_for(opened: Opened, onto: Onto | Literal["auto"]) -> tuple[Onto, ...]:
+def candidate_bases(opened: OpenedModel, onto: BaseWeights | Literal["auto"]) -> tuple[BaseWeights, ...]:
     """The bases to measure; "auto" is both where they differ."""
     match onto:
         case "auto":
@@ -100,32 +99,32 @@ def bases_for(opened: Opened, onto: Onto | Literal["auto"]) -> tuple[Onto, ...]:
             return (onto,)
 
 
-def merge(
-    opened: Opened,
+def merge_adapter(
+    opened: OpenedModel,
     output: Path,
-    onto: Onto | Literal["auto"],
+    onto: BaseWeights | Literal["auto"],
     dtype: Dtype,
     check: Check,
-    bars: Bars | None = None,
+    bars: MergeThresholds | None = None,
     name: str | None = None,
-) -> Merged:
+) -> MergeResult:
     """Write the full model of `opened` to `output`, let `check` load it there, and keep it only if that went well.
 
     With "auto" both bases are tried, and the better one by `choice.RULE` is kept. All are written before the first is
     checked, so `check` may let go of the trained model. Raises RunError if there is something at `output`, ModelError
     if the written model is not the trained one, GateError if it misses `bars`.
     """
-    claim(output)
+    check_output_free(output)
     quantization = quantization_of(opened.model)
-    with whole_folder(output) as temporary:
-        bases = bases_for(opened, onto)
+    with atomic_folder(output) as temporary:
+        bases = candidate_bases(opened, onto)
         folders = {base: temporary / base if len(bases) > 1 else temporary for base in bases}
         for base, folder in folders.items():
             write_model(opened, folder, base, device.TORCH_DTYPES[dtype])
         candidates = {base: dict(check(folder)) for base, folder in folders.items()}
         for base, each in candidates.items():
-            _agrees(each["kl"], base, dtype)
-        chosen = choose(candidates, bars or Bars())
+            _check_kl(each["kl"], base, dtype)
+        chosen = choose_base(candidates, bars or MergeThresholds())
         if len(bases) > 1:
             _keep_only(folders[chosen], temporary)
         weights = list(temporary.glob("*.safetensors"))
@@ -148,9 +147,9 @@ def merge(
             **figures,
         }
         write_json(temporary / "merge.json", record)
-        write_whole(temporary / "README.md", merged_card(record))
+        atomic_write(temporary / "README.md", merged_card(record))
         write_manifest(temporary, [file for file in temporary.iterdir() if file.is_file()])
-    return Merged(output, chosen, dtype, record["bytes"], record["shards"], quantization, figures, candidates)
+    return MergeResult(output, chosen, dtype, record["bytes"], record["shards"], quantization, figures, candidates)
 
 
 def _keep_only(chosen: Path, home: Path) -> None:
@@ -188,16 +187,16 @@ def _not_a_sum(layer: nn.Module) -> str:
     return ""
 
 
-def _agrees(kl: float, onto: Onto, dtype: Dtype) -> None:
+def _check_kl(kl: float, onto: BaseWeights, dtype: Dtype) -> None:
     if not math.isfinite(kl):
         raise ModelError(f"the merged model gives no finite log-probabilities in {dtype}; nothing was kept")
-    if onto == "trained" and kl > MOST_KL:
+    if onto == "trained" and kl > MAX_KL:
         raise ModelError(
-            f"the merged model is not the trained one: KL {kl:.3g} nats per token, at most {MOST_KL} is rounding; "
+            f"the merged model is not the trained one: KL {kl:.3g} nats per token, at most {MAX_KL} is rounding; "
             "nothing was kept"
         )
 
 
-def _adapter_name(opened: Opened) -> str:
+def _adapter_name(opened: OpenedModel) -> str:
     folder = opened.folder.resolve().name if opened.folder else "adapter"
     return str(opened.run["name"]) if opened.run else folder

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora_dpo.data.dialogue import printable
-from qlora_dpo.recipe.tables import is_local
+from qlora_dpo.data.dialogue import sanitize_text
+from qlora_dpo.recipe.tables import is_local_path
 
-Onto = Literal["trained", "original"]
+BaseWeights = Literal["trained", "original"]
 """What an update is added to."""
 
 MEASURED = (
@@ -35,11 +35,11 @@ def merged_card(record: Mapping[str, Any]) -> str:
     sections = [
         f"# {_words(record['adapter'])}, merged",
         f"`{_words(base['name'])}` with the LoRA adapter `{_words(record['adapter'])}`, as one full model in"
-        f" {DTYPES[record['dtype']]}. {sum_in_words(record['onto'], base['quantization'])}",
+        f" {DTYPES[record['dtype']]}. {describe_base(record['onto'], base['quantization'])}",
         *([_words(base["note"])] if base["note"] else []),
         "## Against the adapter model",
         f"Measured on {record['measured_on']} ({record['tokens']} answer tokens), {record['computed_in']}.",
-        "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figure_lines(record))]),
+        "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in metric_lines(record))]),
         *_choice(record),
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -53,12 +53,12 @@ def _choice(record: Mapping[str, Any]) -> list[str]:
     """Both bases side by side, and the rule that chose one; nothing where only one was measured."""
     if "candidates" not in record:
         return []
-    head, *rows = (f"| {' | '.join(row)} |" for row in candidate_rows(record["candidates"]))
+    head, *rows = (f"| {' | '.join(row)} |" for row in candidate_table(record["candidates"]))
     table = "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *rows])
     return ["## The base it was added to", f"The rule: {record['rule']}. So: onto {record['onto']}.", table]
 
 
-def sum_in_words(onto: Onto, quantization: str) -> str:
+def describe_base(onto: BaseWeights, quantization: str) -> str:
     """One sentence on what the update was added to."""
     match onto, quantization:
         case _, "none":
@@ -70,7 +70,7 @@ def sum_in_words(onto: Onto, quantization: str) -> str:
     return f"The update is added to {base}, in float32, and rounded once."
 
 
-def figure_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def metric_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures with their names, as text."""
     lines = [
         ("KL(trained, merged), nats per token", f"{record['kl']:.2g}"),
@@ -88,7 +88,7 @@ def figure_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def candidate_rows(candidates: Mapping[Onto, Mapping[str, Any]]) -> list[list[str]]:
+def candidate_table(candidates: Mapping[BaseWeights, Mapping[str, Any]]) -> list[list[str]]:
     """A table of both bases beside the trained model itself, its head first."""
     first = next(iter(candidates.values()))
     measured = not first["why_no_accuracy"]
@@ -103,9 +103,9 @@ def candidate_rows(candidates: Mapping[Onto, Mapping[str, Any]]) -> list[list[st
 
 def public_name(name: str) -> str:
     """A base's name without the folders it lies in."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local(name) else name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local_path(name) else name
 
 
 def _words(text: str) -> str:
     """Text of others on one line, without meaning to markdown or a terminal."""
-    return re.sub(r"([`|<>\[\]*])", "", " ".join(printable(text).split()))
+    return re.sub(r"([`|<>\[\]*])", "", " ".join(sanitize_text(text).split()))

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from qlora_dpo.adapter import Opened
-from qlora_dpo.deploy.shards import largest_layer_bytes, shards_of, stored_tensors
+from qlora_dpo.adapter import OpenedModel
+from qlora_dpo.deploy.shards import base_tensors, largest_layer_bytes, plan_shards
 from qlora_dpo.errors import DoesNotFitError
-from qlora_dpo.files import insist_on_space
+from qlora_dpo.files import check_disk_space
 from qlora_dpo.model.memory import free_bytes
 
 COMPARING = 2**29
@@ -17,7 +17,7 @@ COMPARING = 2**29
 
 
 @dataclass(frozen=True)
-class Room:
+class MergeMemory:
     """Bytes that a merge takes."""
 
     opened: int
@@ -47,27 +47,27 @@ class Room:
         return max(self.writing, self.check + COMPARING - self.opened)
 
 
-def room_for(opened: Opened, dtype: torch.dtype, candidates: int) -> Room:
+def estimate_merge_memory(opened: OpenedModel, dtype: torch.dtype, candidates: int) -> MergeMemory:
     """What writing and checking `candidates` models of `dtype` takes; the trained one is loaded already."""
     held = sum(each.nbytes for each in (*opened.model.parameters(), *opened.model.buffers()))
-    stored = stored_tensors(opened)
+    stored = base_tensors(opened)
     if stored is None:  # the whole model is loaded a second time, and its sums in float32
         elements = sum(_elements(each) for each in opened.model.parameters())
         whole = elements * (4 if candidates > 1 else dtype.itemsize)
         loaded = elements * (opened.device.weight_dtype.itemsize + dtype.itemsize)
-        return Room(held, whole, 0, loaded, candidates * elements * dtype.itemsize)
+        return MergeMemory(held, whole, 0, loaded, candidates * elements * dtype.itemsize)
     sizes = [
         sum(stored[name].bytes_in(dtype) for name in names)
-        for names in shards_of(stored, dtype).filename_to_tensors.values()
+        for names in plan_shards(stored, dtype).filename_to_tensors.values()
     ]
     # the file is mapped while it is loaded
     loaded = sum(each.bytes_in(opened.device.weight_dtype) for each in stored.values()) + sum(sizes)
-    return Room(held, max(sizes), largest_layer_bytes(opened, stored), loaded, candidates * sum(sizes))
+    return MergeMemory(held, max(sizes), largest_layer_bytes(opened, stored), loaded, candidates * sum(sizes))
 
 
-def insist_on_room(room: Room, opened: Opened, output: Path) -> None:
+def check_merge_memory(room: MergeMemory, opened: OpenedModel, output: Path) -> None:
     """Raise DoesNotFitError if memory is too small for the merge, SourceError if the disk is."""
-    insist_on_space(output, room.disk)
+    check_disk_space(output, room.disk)
     free = free_bytes(opened.device)
     if room.more > free:
         raise DoesNotFitError(

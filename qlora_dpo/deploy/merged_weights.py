@@ -19,7 +19,7 @@ def changed_layers(model: Any) -> dict[str, nn.Module]:
     return quantized | adapted
 
 
-def trained_copies(model: Any) -> dict[str, Tensor]:
+def modules_to_save_tensors(model: Any) -> dict[str, Tensor]:
     """The tensors of modules that were trained whole (PEFT's modules_to_save), by their name in the base."""
     return {
         f"{name}.{own}": tensor.detach()
@@ -30,7 +30,7 @@ def trained_copies(model: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def trained_weight(layer: nn.Module) -> Tensor:
+def base_layer_weight(layer: nn.Module) -> Tensor:
     """The weight (out, in) that the adapter was trained against, in float32 and the caller's own."""
     inner: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     if quantization_of(inner) != "none":
@@ -40,7 +40,7 @@ def trained_weight(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def add_update(layer: Any, whole: Tensor) -> Tensor:
+def add_delta_weight(layer: Any, whole: Tensor) -> Tensor:
     """Add to `whole`, (out, in) in float32, in place, what the active adapters change: the sum of scaling * B A.
 
     DoRA (Liu et al. 2024, eq. 5) brings each row of the sum to a length of its own. In place, since the largest layer

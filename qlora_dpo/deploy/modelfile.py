@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qlora_dpo.data.chat_template import rendered
+from qlora_dpo.data.chat_template import render_chats
 from qlora_dpo.data.dialogue import Message
 
 CHATML = """\
@@ -11,28 +11,28 @@ CHATML = """\
 {{ end }}<|im_start|>assistant
 """
 
-ASKED: list[Message] = [
+PROBE_CHAT: list[Message] = [
     {"role": "system", "content": "S"},
     {"role": "user", "content": "U"},
     {"role": "assistant", "content": "A"},
     {"role": "user", "content": "V"},
 ]
-TOLD = (
+CHATML_PROBE_TEXT = (
     "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
-def modelfile(file: str, tokenizer: Any) -> str:
+def ollama_modelfile(file: str, tokenizer: Any) -> str:
     """The Modelfile for the GGUF `file`.
 
     A template that writes ChatML is written out, with its default system prompt; for any other Ollama looks at the one
     in the GGUF file and takes its own of the same name.
     """
     lines = [f"FROM ./{file}"]
-    if tokenizer.chat_template and rendered(tokenizer, [ASKED], answered=False)[0] == TOLD:
+    if tokenizer.chat_template and render_chats(tokenizer, [PROBE_CHAT], answered=False)[0] == CHATML_PROBE_TEXT:
         lines.append(f'TEMPLATE """{CHATML}"""')
-        alone = rendered(tokenizer, [ASKED[1:2]], answered=False)[0]
+        alone = render_chats(tokenizer, [PROBE_CHAT[1:2]], answered=False)[0]
         system = (
             alone.partition("<|im_start|>user\n")[0].removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
         )

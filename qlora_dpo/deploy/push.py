@@ -14,27 +14,27 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from qlora_dpo.deploy.hub_files import Piece
+from qlora_dpo.deploy.hub_files import HubFile
 from qlora_dpo.errors import RecipeError, SourceError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 AGAIN = "run the same command again: files that have arrived are not sent twice"
 
 
-def insist_on_name(repository: str) -> None:
+def check_repo_id(repository: str) -> None:
     """Raise RecipeError if `repository` is no name on a hub."""
     if not REPOSITORY.fullmatch(repository):
         raise RecipeError(f"{repository}: is no name of a repository; write OWNER/NAME, such as me/hh-adapter")
 
 
-def push(pieces: Sequence[Piece], repository: str, message: str, *, private: bool) -> str:
+def push_files(pieces: Sequence[HubFile], repository: str, message: str, *, private: bool) -> str:
     """Create `repository` if it is missing, commit `pieces` to it, and return the commit's address.
 
     All files appear at once or none does. Raises RecipeError if the repository is there and public, and that was not
     asked for; SourceError if the hub refuses or cannot be reached.
     """
     api = HfApi()
-    with _trouble_named(repository):
+    with _hub_errors(repository):
         if not _exists(api, repository, private=private):
             api.create_repo(repository, private=private)
         operations = [
@@ -55,7 +55,7 @@ def _exists(api: HfApi, repository: str, *, private: bool) -> bool:
 
 
 @contextmanager
-def _trouble_named(repository: str) -> Iterator[None]:
+def _hub_errors(repository: str) -> Iterator[None]:
     """Turn what a hub or the way to it can do into a sentence."""
     try:
         yield

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_dpo.adapter import Opened
-from qlora_dpo.deploy.merge_card import Onto
-from qlora_dpo.deploy.merged_weights import add_update, changed_layers, trained_copies, trained_weight
+from qlora_dpo.adapter import OpenedModel
+from qlora_dpo.deploy.merge_card import BaseWeights
+from qlora_dpo.deploy.merged_weights import add_delta_weight, base_layer_weight, changed_layers, modules_to_save_tensors
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import write_json
 
@@ -29,7 +29,7 @@ GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in one of the base's files."""
 
     file: Path
@@ -48,14 +48,14 @@ class Stored:
         return self.bytes if self.itemsize is None else self.elements * dtype.itemsize
 
 
-def write_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) -> None:
+def write_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: torch.dtype) -> None:
     """Write weights, config, generation config, tokenizer and chat template.
 
     Everything that is neither a changed linear layer nor a trained copy comes from the base's files: bitsandbytes casts
     the bias of a 4-bit layer to the compute dtype in its first forward, so the opened model's biases are not taken.
     """
     folder.mkdir(exist_ok=True)
-    stored = stored_tensors(opened)
+    stored = base_tensors(opened)
     if stored is None:
         _write_whole_model(opened, folder, onto, dtype)
     else:
@@ -71,7 +71,7 @@ def write_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) ->
     opened.tokenizer.save_pretrained(folder)
 
 
-def stored_tensors(opened: Opened) -> dict[str, Stored] | None:
+def base_tensors(opened: OpenedModel) -> dict[str, StoredTensor] | None:
     """The tensors of the base's files by name; None if the files name or store layers in a way of their own.
 
     That is so for some architectures, and for bases that are stored quantized. A second name of a tied tensor is left
@@ -80,20 +80,20 @@ def stored_tensors(opened: Opened) -> dict[str, Stored] | None:
     model = _base(opened)
     if getattr(AutoConfig.from_pretrained(opened.source.folder), "quantization_config", None) is not None:
         return None
-    found = tensors_of(opened.source.folder)
+    found = list_tensors(opened.source.folder)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     twice = {name: first[id(each)] for name, each in model.named_parameters(remove_duplicate=False)}
     stored = {name: each for name, each in found.items() if twice.get(name, name) not in found.keys() - {name}}
-    named = {f"{name}.weight" for name in changed_layers(model)} | trained_copies(model).keys()
+    named = {f"{name}.weight" for name in changed_layers(model)} | modules_to_save_tensors(model).keys()
     return stored if named and named <= stored.keys() else None
 
 
-def largest_layer_bytes(opened: Opened, stored: Mapping[str, Stored]) -> int:
+def largest_layer_bytes(opened: OpenedModel, stored: Mapping[str, StoredTensor]) -> int:
     """Bytes of the largest changed layer in float32, which is what is summed at a time."""
     return max(4 * stored[f"{name}.weight"].elements for name in changed_layers(opened.model))
 
 
-def shards_of(stored: Mapping[str, Stored], dtype: torch.dtype) -> Any:
+def plan_shards(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> Any:
     """Which tensors go into which file, as huggingface_hub splits a model of `dtype`."""
     return split_state_dict_into_shards_factory(
         dict(stored),
@@ -103,25 +103,27 @@ def shards_of(stored: Mapping[str, Stored], dtype: torch.dtype) -> Any:
     )
 
 
-def tensors_of(folder: Path) -> dict[str, Stored]:
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the files that transformers reads; the index names no file outside of the folder."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file() and index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in (folder / each for each in names if (folder / each).is_file()):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dictionary
                 tensor = file.get_slice(name)
                 shape, itemsize = tuple(tensor.get_shape()), FLOATS.get(tensor.get_dtype())
                 size = math.prod(shape) * itemsize if itemsize else file.get_tensor(name).nbytes
-                found[name] = Stored(path, shape, itemsize, size)
+                found[name] = StoredTensor(path, shape, itemsize, size)
     return found
 
 
-def _write_shards(opened: Opened, stored: Mapping[str, Stored], folder: Path, onto: Onto, dtype: torch.dtype) -> None:
-    layers, copies = changed_layers(opened.model), trained_copies(opened.model)
-    split = shards_of(stored, dtype)
+def _write_shards(
+    opened: OpenedModel, stored: Mapping[str, StoredTensor], folder: Path, onto: BaseWeights, dtype: torch.dtype
+) -> None:
+    layers, copies = changed_layers(opened.model), modules_to_save_tensors(opened.model)
+    split = plan_shards(stored, dtype)
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for name in names:
@@ -142,16 +144,16 @@ def _write_shards(opened: Opened, stored: Mapping[str, Stored], folder: Path, on
         )
 
 
-def _tensor(name: str, layer: nn.Module | None, stored: Stored, onto: Onto) -> Tensor:
+def _tensor(name: str, layer: nn.Module | None, stored: StoredTensor, onto: BaseWeights) -> Tensor:
     """The merged weight of a changed layer in float32, any other tensor as the base's file has it."""
     if layer is not None and onto == "trained":
-        whole = trained_weight(layer)
+        whole = base_layer_weight(layer)
         if whole.shape != stored.shape:
             raise ModelError(f"{name} has another shape quantized than in the files of the base; not merged")
-        return add_update(layer, whole)
+        return add_delta_weight(layer, whole)
     with safe_open(stored.file, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
-    return tensor if layer is None else add_update(layer, tensor.to(torch.float32, copy=True))
+    return tensor if layer is None else add_delta_weight(layer, tensor.to(torch.float32, copy=True))
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,7 +166,7 @@ def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _write_whole_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dtype) -> None:
+def _write_whole_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: torch.dtype) -> None:
     """The same for a base whose files name its layers otherwise than its code: loaded as a whole, beside the other."""
     try:
         # the sum needs the original weights in float32; without them, loading in the target dtype takes half the memory
@@ -176,11 +178,11 @@ def _write_whole_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dt
     full.requires_grad_(False).eval()
     for name, layer in changed_layers(opened.model).items():
         place = full.get_submodule(name).weight
-        whole = place.to(torch.float32, copy=True) if onto == "original" else trained_weight(layer)
+        whole = place.to(torch.float32, copy=True) if onto == "original" else base_layer_weight(layer)
         if whole.shape != place.shape:
             raise ModelError(f"{name}.weight has another shape quantized than in the files of the base; not merged")
-        place.data = add_update(layer, whole).cpu().to(dtype)
-    for name, tensor in trained_copies(opened.model).items():
+        place.data = add_delta_weight(layer, whole).cpu().to(dtype)
+    for name, tensor in modules_to_save_tensors(opened.model).items():
         full.get_parameter(name).data = tensor.cpu().to(dtype)
     full.to(dtype)
     for name, parameter in full.named_parameters():
@@ -189,5 +191,5 @@ def _write_whole_model(opened: Opened, folder: Path, onto: Onto, dtype: torch.dt
     full.save_pretrained(folder, max_shard_size=SHARD)
 
 
-def _base(opened: Opened) -> Any:
+def _base(opened: OpenedModel) -> Any:
     return opened.model.get_base_model() if isinstance(opened.model, PeftModel) else opened.model

@@ -10,16 +10,16 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
-from qlora_dpo.adapter import Opened
-from qlora_dpo.data.dialogue import printable
-from qlora_dpo.deploy.merged_weights import changed_layers, is_dora, trained_copies
+from qlora_dpo.adapter import OpenedModel
+from qlora_dpo.data.dialogue import sanitize_text
+from qlora_dpo.deploy.merged_weights import changed_layers, is_dora, modules_to_save_tensors
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.manifest import MANIFEST, damage
+from qlora_dpo.manifest import MANIFEST, find_damage
 from qlora_dpo.model import sources
-from qlora_dpo.run_folder import CONFIG, WEIGHTS, described
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, read_run_metadata
 
 
-def weights_for(folders: Sequence[Path], text: str | None) -> list[float]:
+def parse_weights(folders: Sequence[Path], text: str | None) -> list[float]:
     """One weight for each of `folders`, as a comma-separated `text` gives them; raise RecipeError if it does not."""
     if text is None:
         if len(folders) > 1:
@@ -35,7 +35,7 @@ def weights_for(folders: Sequence[Path], text: str | None) -> list[float]:
     return weights
 
 
-def add_adapters(opened: Opened, first: Path, others: Sequence[Path], weights: Sequence[float]) -> None:
+def add_weighted_adapters(opened: OpenedModel, first: Path, others: Sequence[Path], weights: Sequence[float]) -> None:
     """Load `others` beside the adapter of `opened`, and let the model answer with the weighted sum of all updates.
 
     The base is never added up, so the weights need not sum to 1. Raises ModelError if an adapter has another base, or
@@ -44,7 +44,7 @@ def add_adapters(opened: Opened, first: Path, others: Sequence[Path], weights: S
     names = ["default", *(f"other{number}" for number in range(1, len(others) + 1))]
     model: Any = opened.model
     for name, folder in zip(names[1:], others, strict=True):
-        _insist_on_same_base(opened, first, folder)
+        _check_same_base(opened, first, folder)
         _load(model, name, folder)
     if len(names) > 1:
         model.base_model.set_adapter(names)
@@ -52,7 +52,7 @@ def add_adapters(opened: Opened, first: Path, others: Sequence[Path], weights: S
     layers = changed_layers(model).values()
     if weights != [1.0] and any(map(is_dora, layers)):
         raise ModelError("an adapter with DoRA is no sum and cannot be weighed; merge it by itself, without --weights")
-    if weights != [1.0] and trained_copies(model):
+    if weights != [1.0] and modules_to_save_tensors(model):
         raise ModelError("an adapter with modules_to_save cannot be weighed; merge it by itself, without --weights")
     for layer in layers:
         if isinstance(layer, LoraLayer):
@@ -61,7 +61,7 @@ def add_adapters(opened: Opened, first: Path, others: Sequence[Path], weights: S
                     layer.scaling[name] *= weight
 
 
-def name_of(folders: Sequence[Path], weights: Sequence[float]) -> str:
+def weighted_name(folders: Sequence[Path], weights: Sequence[float]) -> str:
     """What a merged model of these adapters is called in its card."""
     names = [folder.resolve().name for folder in folders]
     if list(weights) == [1.0]:
@@ -69,13 +69,13 @@ def name_of(folders: Sequence[Path], weights: Sequence[float]) -> str:
     return " + ".join(f"{weight:g} x {name}" for weight, name in zip(weights, names, strict=True))
 
 
-def _insist_on_same_base(opened: Opened, first: Path, folder: Path) -> None:
-    if not (folder / CONFIG).is_file():
-        raise RecipeError(f"{folder}: has no {CONFIG}; name the adapter folder of a finished run")
-    table, run, _ = described(folder)
-    if sources.fetch(table).fingerprint != opened.source.fingerprint:
+def _check_same_base(opened: OpenedModel, first: Path, folder: Path) -> None:
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise RecipeError(f"{folder}: has no {ADAPTER_CONFIG_NAME}; name the adapter folder of a finished run")
+    table, run, _ = read_run_metadata(folder)
+    if sources.fetch_model(table).fingerprint != opened.source.fingerprint:
         raise ModelError(f"{folder}: has another base than {first}; only adapters of one base can be added up")
-    own = described(first)[0]
+    own = read_run_metadata(first)[0]
     for key in ("quantization", "double_quant"):
         if getattr(table, key) != getattr(own, key):
             raise ModelError(
@@ -89,17 +89,17 @@ def _insist_on_same_base(opened: Opened, first: Path, folder: Path) -> None:
 
 def _load(model: PeftModel, name: str, folder: Path) -> None:
     """Load one more adapter under `name`, and check that it is undamaged and that every tensor found its place."""
-    if (folder / MANIFEST).is_file() and (damaged := damage(folder, needed=WEIGHTS)):
+    if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, framework="pt") as file:
             saved = set(file.keys())
         model.load_adapter(str(folder), name)
     except (FileNotFoundError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        words = printable((str(error).splitlines() or [""])[0])
+        words = sanitize_text((str(error).splitlines() or [""])[0])
         raise ModelError(f"{folder}: the adapter cannot be attached to its base: {words}") from error
     placed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if misplaced := saved ^ set(placed):
         raise ModelError(
-            f"{folder}: {len(misplaced)} tensors do not fit the base, for example {printable(min(misplaced))}"
+            f"{folder}: {len(misplaced)} tensors do not fit the base, for example {sanitize_text(min(misplaced))}"
         )

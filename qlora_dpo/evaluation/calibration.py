@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BINS = 10
+CALIBRATION_BINS = 10
 """Bins of equal width between one half and 1, as Guo et al. 2017 take between 0 and 1."""
 
 
@@ -40,12 +40,14 @@ def calibration(margin_P: Tensor, right_P: Tensor) -> Calibration:
     p_P = torch.sigmoid(margin_P.double())
     confidence_P = torch.maximum(p_P, 1 - p_P)
     # a confidence on a boundary belongs to the bin below it
-    bin_P = (torch.ceil((confidence_P - 0.5) * 2 * BINS) - 1).clamp(0, BINS - 1)
+    bin_P = (torch.ceil((confidence_P - 0.5) * 2 * CALIBRATION_BINS) - 1).clamp(0, CALIBRATION_BINS - 1)
     bins = []
-    for number in range(BINS):
+    for number in range(CALIBRATION_BINS):
         mine_P = bin_P == number
         if pairs := int(mine_P.sum()):
             means = [float(each[mine_P].double().mean()) for each in (confidence_P, right_P)]
-            bins.append(Bin(0.5 + number / (2 * BINS), 0.5 + (number + 1) / (2 * BINS), pairs, *means))
+            bins.append(
+                Bin(0.5 + number / (2 * CALIBRATION_BINS), 0.5 + (number + 1) / (2 * CALIBRATION_BINS), pairs, *means)
+            )
     ece = sum(each.pairs * abs(each.accuracy - each.confidence) for each in bins) / len(margin_P)
     return Calibration(bins, ece, float((1 - p_P).square().mean()))

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RecipeError, SourceError
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.model.lora import adapter_disabled
 
-INSTALL = "pip install 'qlora_dpo[tasks]'"
-ROWS_AT_ONCE = 8
+INSTALL_COMMAND = "pip install 'qlora_dpo[tasks]'"
+BATCH_SIZE = 8
 
 
-def task_manager(names: Sequence[str], folder: Path | None) -> Any:
+def make_task_manager(names: Sequence[str], folder: Path | None) -> Any:
     """lm-eval's list of tasks, with those of `folder` among them.
 
     Raises RecipeError if lm-eval is not installed, or has no task of a name.
@@ -25,7 +25,7 @@ def task_manager(names: Sequence[str], folder: Path | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RecipeError(f"--tasks needs lm-eval, which is not installed: {INSTALL}") from error
+        raise RecipeError(f"--tasks needs lm-eval, which is not installed: {INSTALL_COMMAND}") from error
     if folder is not None and not folder.is_dir():
         raise RecipeError(f"--task-path {folder}: there is no such folder; name one with tasks as YAML files")
     manager = TaskManager(include_path=str(folder) if folder else None)
@@ -39,31 +39,31 @@ def task_manager(names: Sequence[str], folder: Path | None) -> Any:
     return manager
 
 
-def measure_tasks(
+def evaluate_tasks(
     model: Any,
     tokenizer: Any,
     device: Device,
     manager: Any,
     names: Sequence[str],
     limit: int | None,
-    say: Callable[[str], None],
+    log_info: Callable[[str], None],
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Every metric of every task: base, tuned, and their standard errors where lm-eval has them.
 
     `limit` is the most rows of each task. Raises SourceError where a task's data cannot be had.
     """
-    say(f"lm-eval: {', '.join(names)} by the base")
-    with adapter_off(model):
-        base = _run(model, tokenizer, device, manager, names, limit)
-    say(f"lm-eval: {', '.join(names)} by the tuned model")
-    tuned = _run(model, tokenizer, device, manager, names, limit)
+    log_info(f"lm-eval: {', '.join(names)} by the base")
+    with adapter_disabled(model):
+        base = _simple_evaluate(model, tokenizer, device, manager, names, limit)
+    log_info(f"lm-eval: {', '.join(names)} by the tuned model")
+    tuned = _simple_evaluate(model, tokenizer, device, manager, names, limit)
     return {
         task: {
             metric: {
                 "base": value,
                 "tuned": tuned[task][metric],
-                "base_stderr": _error(base[task], metric),
-                "tuned_stderr": _error(tuned[task], metric),
+                "base_stderr": _metric_stderr(base[task], metric),
+                "tuned_stderr": _metric_stderr(tuned[task], metric),
             }
             for metric, value in figures.items()
             if not metric.partition(",")[0].endswith("_stderr")
@@ -72,7 +72,7 @@ def measure_tasks(
     }
 
 
-def _run(
+def _simple_evaluate(
     model: Any, tokenizer: Any, device: Device, manager: Any, names: Sequence[str], limit: int | None
 ) -> dict[str, dict[str, float]]:
     from lm_eval import simple_evaluate
@@ -80,14 +80,14 @@ def _run(
 
     try:
         with device.autocast():
-            wrapped = HFLM(pretrained=model.get_base_model(), tokenizer=tokenizer, batch_size=ROWS_AT_ONCE)
+            wrapped = HFLM(pretrained=model.get_base_model(), tokenizer=tokenizer, batch_size=BATCH_SIZE)
             found = simple_evaluate(
                 wrapped, tasks=list(names), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise SourceError(
-            f"--tasks {', '.join(names)}: cannot be run ({type(error).__name__}: {printable(first)[:200]}); its data "
+            f"--tasks {', '.join(names)}: cannot be run ({type(error).__name__}: {sanitize_text(first)[:200]}); its data "
             "must be in the cache, on the hub, or named as a file in a task of your own"
         ) from error
     results = (found or {})["results"]
@@ -97,7 +97,7 @@ def _run(
     }
 
 
-def _error(figures: dict[str, float], metric: str) -> float | None:
+def _metric_stderr(figures: dict[str, float], metric: str) -> float | None:
     """The standard error of `metric,filter`."""
     name, _, kind = metric.partition(",")
     return figures.get(f"{name}_stderr,{kind}")

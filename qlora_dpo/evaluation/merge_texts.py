@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.chat_format import chat_format
-from qlora_dpo.data.encode import encode, load_pairs
-from qlora_dpo.data.encoded import EncodedPair, digest
+from qlora_dpo.data.chat_format import detect_chat_format
+from qlora_dpo.data.encode import encode_pairs, load_pairs
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe.tables import is_local
+from qlora_dpo.recipe.tables import is_local_path
 
-MOST_PAIRS = 64
-MOST_TOKENS = 6_000
+MAX_PAIRS = 64
+MAX_TOKENS = 6_000
 """Of both sequences of all pairs: three float32 passes of a 135M model take a minute on two cores, and a
 KL over a thousand answer tokens has two good digits."""
 
-SENTENCES = (
+FALLBACK_SENTENCES = (
     (
         "The library opens at nine",
         " and closes at six, so there is time for a walk.",
@@ -38,7 +38,7 @@ SENTENCES = (
 
 
 @dataclass(frozen=True)
-class Texts:
+class ComparisonTexts:
     """Pairs to compare two models on. `why_no_accuracy` is empty if they are the run's held-out pairs."""
 
     encoded: Sequence[EncodedPair]
@@ -46,65 +46,65 @@ class Texts:
     why_no_accuracy: str = ""
 
 
-def texts_for(folder: Path, recipe: Recipe | None, tokenizer: Any) -> Texts:
-    """Held-out pairs of the run, at most `MOST_PAIRS` and about `MOST_TOKENS`; without them the next best texts."""
+def load_comparison_texts(folder: Path, recipe: Recipe | None, tokenizer: Any) -> ComparisonTexts:
+    """Held-out pairs of the run, at most `MAX_PAIRS` and about `MAX_TOKENS`; without them the next best texts."""
     why = "the adapter comes without a recipe"
     if recipe is not None:
-        wanted = min(recipe.data.max_eval_samples or MOST_PAIRS, MOST_PAIRS)
+        wanted = min(recipe.data.max_eval_samples or MAX_PAIRS, MAX_PAIRS)
         table = recipe.data.model_copy(update={"max_eval_samples": wanted})
         try:
             encoded = load_pairs(table, "eval", tokenizer, recipe.train.seed).encoded
         except QloraDpoError as error:
-            why = f"the held-out pairs cannot be read ({_without_folders(str(error), recipe)})"
+            why = f"the held-out pairs cannot be read ({_strip_folders(str(error), recipe)})"
         else:
-            some = within_budget(encoded, recipe.train.seed)
-            return Texts(some, f"{len(some)} held-out pairs of the run")
-    if sampled := _samples(folder / "samples.jsonl", tokenizer):
-        return Texts(sampled, f"{len(sampled)} sample prompts of the run", why)
-    return Texts(_sentences(tokenizer), f"{len(SENTENCES)} built-in sentences", why)
+            some = sample_within_tokens(encoded, recipe.train.seed)
+            return ComparisonTexts(some, f"{len(some)} held-out pairs of the run")
+    if sampled := _load_samples(folder / "samples.jsonl", tokenizer):
+        return ComparisonTexts(sampled, f"{len(sampled)} sample prompts of the run", why)
+    return ComparisonTexts(_encode_sentences(tokenizer), f"{len(FALLBACK_SENTENCES)} built-in sentences", why)
 
 
-def _without_folders(text: str, recipe: Recipe) -> str:
+def _strip_folders(text: str, recipe: Recipe) -> str:
     """`text` without the folders that the recipe's data lies in: it goes into a card that others read."""
     for name in (recipe.data.train, recipe.data.eval, *(each.source for each in recipe.data.mix or ())):
-        if name is not None and is_local(name):
+        if name is not None and is_local_path(name):
             text = text.replace(name, Path(name).name)
     return text
 
 
-def within_budget(pairs: Sequence[EncodedPair], seed: int) -> list[EncodedPair]:
-    """Pairs in the order of a draw until `MOST_TOKENS` are reached; always at least one."""
+def sample_within_tokens(pairs: Sequence[EncodedPair], seed: int) -> list[EncodedPair]:
+    """Pairs in the order of a draw until `MAX_TOKENS` are reached; always at least one."""
     taken: list[EncodedPair] = []
     tokens = 0
     order = random.Random(seed).sample(pairs, len(pairs))  # noqa: S311 - a draw of samples, no secret
     for pair in order:
         tokens += 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-        if taken and tokens > MOST_TOKENS:
+        if taken and tokens > MAX_TOKENS:
             break
         taken.append(pair)
     return taken
 
 
-def _samples(file: Path, tokenizer: Any) -> list[EncodedPair]:
+def _load_samples(file: Path, tokenizer: Any) -> list[EncodedPair]:
     """The prompts of samples.jsonl, each with the tuned and the base model's answer; empty if there are none."""
     if not file.is_file():
         return []
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:MOST_PAIRS]]
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:MAX_PAIRS]]
         pairs = [
             Pair(prompt=tuple(each["prompt"]), chosen=each["tuned"], rejected=each["base"], row=row, extra={})
             for row, each in enumerate(records, start=1)
         ]
-        results = encode(pairs, tokenizer, chat_format(tokenizer))
+        results = encode_pairs(pairs, tokenizer, detect_chat_format(tokenizer))
     except (QloraDpoError, ValueError, KeyError, TypeError):
         return []
-    return within_budget([result for result in results if isinstance(result, EncodedPair)], seed=0)
+    return sample_within_tokens([result for result in results if isinstance(result, EncodedPair)], seed=0)
 
 
-def _sentences(tokenizer: Any) -> list[EncodedPair]:
+def _encode_sentences(tokenizer: Any) -> list[EncodedPair]:
     pairs = []
-    for row, (start, *ends) in enumerate(SENTENCES, start=1):
+    for row, (start, *ends) in enumerate(FALLBACK_SENTENCES, start=1):
         prompt = tuple(tokenizer(start).input_ids)
         first, second = (tuple(tokenizer(end, add_special_tokens=False).input_ids) for end in ends)
-        pairs.append(EncodedPair(prompt, first, second, row, digest(prompt, first, second)))
+        pairs.append(EncodedPair(prompt, first, second, row, digest_ids(prompt, first, second)))
     return pairs

@@ -19,23 +19,23 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_dpo.model.buckets import Buckets, buckets_of, slots_by_token
-from qlora_dpo.model.gather import take, take_back, take_once
+from qlora_dpo.model.buckets import Buckets, make_buckets, slots_by_token
+from qlora_dpo.model.gather import gather_rows, gather_rows_padded, gather_rows_unique
 from qlora_dpo.model.span import Span
 
 Backend = Literal["spans", "batched", "varlen"]
-BEYOND = ("softcap", "position_bias", "s_aux")
+UNSUPPORTED_KWARGS = ("softcap", "position_bias", "s_aux")
 """What some models' layers ask of attention and packed rows do not do: capped scores, biases by position, sinks."""
-TILE = 256
+SPAN_TILE = 256
 """Queries whose scores exist at once: what lies above the diagonal is computed for nothing only inside a tile."""
 BATCHED_TILE = 128
 """The same where tiles are padded: on HH's lengths 1.8 times the scores needed are computed, with 256 2.0 times."""
-NAME = "qlora_dpo_packed"
+ATTENTION_NAME = "qlora_dpo_packed"
 """The name under which transformers' attention interface knows the function of this file."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """The spans of a row, in the row's order and without gaps, and the backend that computes them."""
 
     spans: tuple[Span, ...]
@@ -45,27 +45,27 @@ class Layout:
     """The `index_tensors` on `device`, where they came along with the batch's."""
 
     @cached_property
-    def longest(self) -> int:
+    def max_sequence_tokens(self) -> int:
         """Tokens of the longest sequence in the row."""
-        return max(span.sees for span in self.spans)
+        return max(span.num_visible for span in self.spans)
 
     @cached_property
     def tiles(self) -> tuple[Span, ...]:
         """The spans cut to at most TILE queries: scores of a long sequence are never all there at once."""
-        return tuple(tile for span in self.spans for tile in span.tiles(TILE))
+        return tuple(tile for span in self.spans for tile in span.tiles(SPAN_TILE))
 
     @cached_property
-    def pieces(self) -> list[int]:
+    def key_chunks(self) -> list[int]:
         """The lengths of the parts into which keys are cut, so that every tile sees whole parts."""
-        cuts = sorted({end for tile in self.tiles for stretch in tile.stretches for end in stretch})
+        cuts = sorted({end for tile in self.tiles for stretch in tile.visible_ranges for end in stretch})
         return [stop - start for start, stop in pairwise(cuts)]
 
     @cached_property
-    def seen(self) -> list[list[int]]:
+    def visible_chunks(self) -> list[list[int]]:
         """For each tile, the numbers of the `pieces` it sees."""
-        number = {start: index for index, start in enumerate(accumulate(self.pieces, initial=0))}
+        number = {start: index for index, start in enumerate(accumulate(self.key_chunks, initial=0))}
         return [
-            [piece for start, stop in tile.stretches for piece in range(number[start], number[stop])]
+            [piece for start, stop in tile.visible_ranges for piece in range(number[start], number[stop])]
             for tile in self.tiles
         ]
 
@@ -89,7 +89,7 @@ class Layout:
         made: dict[int, Tensor] = self.__dict__.setdefault("_bucket_biases", {})
         if bucket not in made:
             tiles, q, k = self.buckets.sizes[bucket]
-            earlier_S11 = self.index["earlier"][self.buckets.tiles_before(bucket) :][:tiles, None, None]
+            earlier_S11 = self.index["earlier"][self.buckets.tile_offset(bucket) :][:tiles, None, None]
             query_q1 = torch.arange(q, device=self.device)[:, None]
             hidden_Sqk = torch.arange(k, device=self.device) > earlier_S11 + query_q1
             bias_Sqk = torch.zeros(tiles, q, k, dtype=dtype, device=self.device).masked_fill_(hidden_Sqk, -torch.inf)
@@ -118,13 +118,13 @@ class Layout:
     @cached_property
     def buckets(self) -> Buckets:
         """The spans in tiles, sorted into a few calls of SDPA."""
-        return buckets_of([tile for span in self.spans for tile in span.tiles(BATCHED_TILE)])
+        return make_buckets([tile for span in self.spans for tile in span.tiles(BATCHED_TILE)])
 
     def _varlen_tensors(self) -> dict[str, Tensor]:
         """Where each span's queries begin and end, where its keys do, which tokens those keys are, and back again."""
         queries, keys = (
             np.cumsum([0, *lengths])
-            for lengths in ([span.tokens for span in self.spans], [span.sees for span in self.spans])
+            for lengths in ([span.tokens for span in self.spans], [span.num_visible for span in self.spans])
         )
         token_K = np.concatenate([span.visible for span in self.spans])
         order_K, counts_T = slots_by_token(token_K, np.arange(len(token_K)))
@@ -132,10 +132,10 @@ class Layout:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def why_not(model: Any, longest: int) -> str:
+def packing_unsupported_reason(model: Any, longest: int) -> str:
     """Why `model` cannot be given packed rows of sequences up to `longest` tokens; empty if nothing speaks against it.
 
-    A prediction from its class and config; `preference.layout` proves it on real pairs.
+    A prediction from its class and config; `preference.packing_choice` proves it on real pairs.
     """
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
@@ -155,15 +155,15 @@ def why_not(model: Any, longest: int) -> str:
     return ""
 
 
-def use(model: Any) -> str:
+def enable_packed_attention(model: Any) -> str:
     """Let `model` attend as a layout says wherever it is given one; without one it goes on by transformers' SDPA.
 
     Returns the name of the attention it had.
     """
     before: str = model.config._attn_implementation
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    model.set_attn_implementation(ATTENTION_NAME)
     return before
 
 
@@ -173,40 +173,42 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    layout: Layout | None = None,
+    layout: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as `layout` says, (1, T, H, D); called by transformers with (1, H, T, D) and (1, K, T, D)."""
     if layout is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return plain
-    if more := [name for name in BEYOND if kwargs.get(name) is not None]:
+    if more := [name for name in UNSUPPORTED_KWARGS if kwargs.get(name) is not None]:
         raise ValueError(f"a layer asks attention for {', '.join(more)}")
     window = kwargs.get("sliding_window")
-    if window is not None and window < layout.longest:
-        raise ValueError(f"a layer looks back {window} tokens only, and a sequence of the row has {layout.longest}")
+    if window is not None and window < layout.max_sequence_tokens:
+        raise ValueError(
+            f"a layer looks back {window} tokens only, and a sequence of the row has {layout.max_sequence_tokens}"
+        )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     # before anything is gathered; autocast does not reach varlen attention, which is no operator that it knows
     place = value.device.type
     dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return backend_of(layout.backend)(query, key, value, layout, scale), None
+    return attention_function(layout.backend)(query, key, value, layout, scale), None
 
 
-def backend_of(name: Backend) -> Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]:
+def attention_function(name: Backend) -> Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]:
     """The function that computes a row's attention under this name."""
     match name:
         case "spans":
-            return spans
+            return spans_attention
         case "batched":
-            return batched
+            return batched_attention
         case "varlen":
-            return varlen
+            return varlen_attention
         case never:
             assert_never(never)
 
 
-def spans(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def spans_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """SDPA tile after tile: no padding at all, so the best where calls are cheap and arithmetic is not, on a CPU.
 
     The G heads that share a key head are laid one below the other, so that keys are never copied for them.
@@ -215,29 +217,31 @@ def spans(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: floa
     group = heads // key_heads
     # split, not slices: the backward pass of a slice fills a whole row with zeros, that of a split joins the parts once
     queries = query.split([tile.tokens for tile in layout.tiles], 2)
-    keys, values = key.split(layout.pieces, 2), value.split(layout.pieces, 2)
+    keys, values = key.split(layout.key_chunks, 2), value.split(layout.key_chunks, 2)
     answers = []
-    for tile, seen, query_HqD in zip(layout.tiles, layout.seen, queries, strict=True):
+    for tile, seen, query_HqD in zip(layout.tiles, layout.visible_chunks, queries, strict=True):
         answer = F.scaled_dot_product_attention(
             query_HqD.reshape(1, key_heads, group * tile.tokens, width),
             torch.cat([keys[piece] for piece in seen], 2),
             torch.cat([values[piece] for piece in seen], 2),
-            attn_mask=layout.bias(tile.tokens, tile.sees, group, query.dtype),
+            attn_mask=layout.bias(tile.tokens, tile.num_visible, group, query.dtype),
             scale=scale,
         )
         answers.append(answer.view(1, heads, tile.tokens, width).transpose(1, 2))
     return torch.cat(answers, 1)
 
 
-def batched(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """A few calls of SDPA, each over tiles of about the same size with padding: for GPUs where a call costs time.
 
     A T4 has no flash attention and no varlen kernels; its memory-efficient kernel takes the mask.
     """
     heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
     group, index = heads // key_heads, layout.index
-    query_QW = take_once(_by_token(query), index["query"], index["place"])
-    key_KW, value_KW = (take(_by_token(part), index["key"], index["order"], index["counts"]) for part in (key, value))
+    query_QW = gather_rows_padded(_by_token(query), index["query"], index["place"])
+    key_KW, value_KW = (
+        gather_rows(_by_token(part), index["key"], index["order"], index["counts"]) for part in (key, value)
+    )
     sizes = layout.buckets.sizes
     # split, not slices: as in `spans`
     queries = query_QW.split([tiles * q for tiles, q, _ in sizes])
@@ -257,7 +261,7 @@ def batched(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
         )
         output_SqKGD = output_SKqD.view(tiles, key_heads, q, group, width).transpose(1, 2)
         outputs.append(output_SqKGD.reshape(tiles * q, heads * width))
-    output_TW = take_back(torch.cat(outputs), index["place"])
+    output_TW = gather_rows_unique(torch.cat(outputs), index["place"])
     return output_TW.view(1, -1, heads, width)
 
 
@@ -266,17 +270,17 @@ def _by_token(part: Tensor) -> Tensor:
     return part[0].transpose(0, 1).flatten(1)
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """One call of torch's variable-length flash attention for all spans, without padding; capability (8, 0) and up."""
     from torch.nn.attention.varlen import varlen_attn
 
     index = layout.index
     keys, values = (
-        take(_by_token(part), index["token"], index["order"], index["counts"]).view(-1, *part.shape[1::2])
+        gather_rows(_by_token(part), index["token"], index["order"], index["counts"]).view(-1, *part.shape[1::2])
         for part in (key, value)
     )
     group, grouped = query.shape[1] // key.shape[1], dict[str, Any]()
-    if group > 1 and _takes_groups(varlen_attn):
+    if group > 1 and _supports_gqa(varlen_attn):
         grouped = {"enable_gqa": True}
     elif group > 1:
         keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
@@ -287,7 +291,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
         index["queries"].int(),
         index["keys"].int(),
         max(span.tokens for span in layout.spans),
-        layout.longest,
+        layout.max_sequence_tokens,
         window_size=(-1, 0),  # causal, with a span's last query at its last key
         scale=scale,
         **grouped,
@@ -297,6 +301,6 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 
 
 @cache
-def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+def _supports_gqa(varlen_attn: Callable[..., Any]) -> bool:
     """True if it takes fewer key heads than query heads, as torch 2.12 and later do; 2.11 has no word for it."""
     return "enable_gqa" in signature(varlen_attn).parameters

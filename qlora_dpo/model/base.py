@@ -15,11 +15,11 @@ from qlora_dpo.model.cast_output import CastOutput
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.quantized import compute_with_dequantized_weights
-from qlora_dpo.model.sources import Source
+from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe.model import ModelTable
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer; one without a padding token pads with its end token."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
@@ -48,7 +48,7 @@ def vocabulary_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
-def load_base(source: Source, table: ModelTable, device: Device) -> PreTrainedModel:
+def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrainedModel:
     """Load the base onto `device`, frozen, in evaluation mode: linear layers quantized, embeddings and output head in
     `embedding_dtype`, the rest in `weight_dtype`.
     """
@@ -77,7 +77,7 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
                 bnb_4bit_use_double_quant=table.double_quant,
                 bnb_4bit_compute_dtype=device.torch_dtype,
                 # FSDP2 shards floats only; the bytes are the same
-                bnb_4bit_quant_storage=device.weight_dtype if processes.sharing() == "fsdp2" else torch.uint8,
+                bnb_4bit_quant_storage=device.weight_dtype if processes.sharding_strategy() == "fsdp2" else torch.uint8,
             )
         case "int8":
             config = BitsAndBytesConfig(load_in_8bit=True)

@@ -6,16 +6,16 @@ from typing import Any
 from torch import nn
 
 
-def remember(base: nn.Module) -> Callable[[], None]:
+def snapshot_base(base: nn.Module) -> Callable[[], None]:
     """A function that puts `base` back to what it is now: its modules, their attributes and hooks, what is trained.
 
-    Whatever was attached meanwhile, by PEFT, by `make_lean` or for gradient checkpointing, and however far that got,
+    Whatever was attached meanwhile, by PEFT, by `fuse_lora` or for gradient checkpointing, and however far that got,
     falls off. The values of tensors are not copied: what runs here changes none of the base's.
     """
-    modules = [(module, _as_now(vars(module))) for module in base.modules()]
+    modules = [(module, _copy_attributes(vars(module))) for module in base.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
 
-    def put_back() -> None:
+    def restore_base() -> None:
         for module, attributes in modules:
             own = vars(module)
             own.clear()
@@ -28,10 +28,10 @@ def remember(base: nn.Module) -> Callable[[], None]:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
 
-    return put_back
+    return restore_base
 
 
-def _as_now(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _copy_attributes(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Each attribute with a copy of its content, if it is a dictionary or a set: of submodules, parameters, hooks."""
     return {
         name: (value, value.copy() if isinstance(value, dict | set) else None) for name, value in attributes.items()

@@ -17,12 +17,12 @@ from qlora_dpo.model.span import Span
 
 Array = NDArray[np.int64]
 
-CALL = 2**15
+CALL_COST = 2**15
 """Scores that cost as much as one more call. With the 0.5B's 14 heads a T4 that reaches 15 TFLOP/s computes them in 8
 microseconds; estimated, not measured."""
-QUERIES, KEYS = 16, 32
+QUERY_ROUNDING, KEY_ROUNDING = 16, 32
 """Tiles whose queries and keys agree after rounding up to these are not told apart when buckets are chosen."""
-ALIGNED = 8
+KEY_ALIGNMENT = 8
 """Keys of a bucket are a multiple of this many: the memory-efficient kernel of CUDA would pad and copy other masks."""
 
 
@@ -36,11 +36,15 @@ class Buckets:
     def sizes(self) -> list[tuple[int, int, int]]:
         """Tiles, padded queries and padded keys of each bucket."""
         return [
-            (len(group), max(tile.tokens for tile in group), _rounded(max(tile.sees for tile in group), ALIGNED))
+            (
+                len(group),
+                max(tile.tokens for tile in group),
+                _rounded(max(tile.num_visible for tile in group), KEY_ALIGNMENT),
+            )
             for group in self.tiles
         ]
 
-    def tiles_before(self, bucket: int) -> int:
+    def tile_offset(self, bucket: int) -> int:
         """How many tiles stand in the buckets before this one."""
         return sum(map(len, self.tiles[:bucket]))
 
@@ -58,10 +62,10 @@ class Buckets:
             query_Sq, key_Sk = np.zeros((tiles, q), dtype=np.int64), np.zeros((tiles, k), dtype=np.int64)
             for s, tile in enumerate(group):
                 query_Sq[s, : tile.tokens] = np.arange(tile.start, tile.stop)
-                key_Sk[s, : tile.sees] = tile.visible
+                key_Sk[s, : tile.num_visible] = tile.visible
                 place_T[tile.start : tile.stop] = queries + s * q + np.arange(tile.tokens)
                 tokens.append(tile.visible)
-                places.append(keys + s * k + np.arange(tile.sees))
+                places.append(keys + s * k + np.arange(tile.num_visible))
             query.append(query_Sq.ravel())
             key.append(key_Sk.ravel())
             queries, keys = queries + query_Sq.size, keys + key_Sk.size
@@ -72,7 +76,9 @@ class Buckets:
             "place": place_T,
             "order": order_N,
             "counts": counts_T,
-            "earlier": np.array([tile.sees - tile.tokens for group in self.tiles for tile in group], dtype=np.int64),
+            "earlier": np.array(
+                [tile.num_visible - tile.tokens for group in self.tiles for tile in group], dtype=np.int64
+            ),
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -82,7 +88,7 @@ def slots_by_token(token_N: Array, slot_N: Array) -> tuple[Array, Array]:
     return slot_N[np.argsort(token_N, kind="stable")], np.bincount(token_N)
 
 
-def buckets_of(tiles: Sequence[Span]) -> Buckets:
+def make_buckets(tiles: Sequence[Span]) -> Buckets:
     """The cheapest buckets of neighbours, where tiles are in order of their queries (within a factor of two) and keys.
 
     A bucket costs its scores, padding included, and a call. With pairs as long as HH's, a row of 2,048 tokens takes 6
@@ -90,7 +96,9 @@ def buckets_of(tiles: Sequence[Span]) -> Buckets:
     """
     alike: dict[tuple[int, int], list[Span]] = {}
     for tile in tiles:
-        alike.setdefault((_rounded(tile.tokens, QUERIES), _rounded(tile.sees, KEYS)), []).append(tile)
+        alike.setdefault((_rounded(tile.tokens, QUERY_ROUNDING), _rounded(tile.num_visible, KEY_ROUNDING)), []).append(
+            tile
+        )
     sizes = sorted(alike, key=lambda size: (size[0].bit_length(), size[1], size[0]))
     # least[j] is the cost of the first j sizes, begun[j] where their last bucket begins
     least, begun = [0.0] + [float("inf")] * len(sizes), [0] * (len(sizes) + 1)
@@ -99,7 +107,7 @@ def buckets_of(tiles: Sequence[Span]) -> Buckets:
         for start in range(end - 1, -1, -1):
             queries, keys = max(queries, sizes[start][0]), max(keys, sizes[start][1])
             count += len(alike[sizes[start]])
-            if (cost := least[start] + CALL + count * queries * keys) < least[end]:
+            if (cost := least[start] + CALL_COST + count * queries * keys) < least[end]:
                 least[end], begun[end] = cost, start
     groups, end = list[tuple[Span, ...]](), len(sizes)
     while end:

@@ -8,7 +8,7 @@ from typing import Literal, assert_never
 import torch
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.model.gpu_specs import Card
+from qlora_dpo.model.gpu_specs import GpuSpec
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,7 +62,7 @@ class Device:
         return 1e-4 if self.compute_dtype == "fp32" else 2e-2
 
     @property
-    def grad_scaler(self) -> bool:
+    def needs_grad_scaler(self) -> bool:
         """True if gradients need loss scaling, as fp16 does."""
         return self.compute_dtype == "fp16"
 
@@ -70,9 +70,9 @@ class Device:
         """The context in which the model is run."""
         return torch.autocast(self.type, dtype=self.torch_dtype, enabled=self.compute_dtype != "fp32")
 
-    def lines(self) -> list[str]:
+    def describe(self) -> list[str]:
         """The decisions and their reasons, one a line."""
-        scaler = " + GradScaler" if self.grad_scaler else ""
+        scaler = " + GradScaler" if self.needs_grad_scaler else ""
         return [
             f"device      {self.name} ({self.type}, {self.total_bytes / 2**30:.0f} GiB)",
             f"compute     {self.compute_dtype}{scaler}: {self.dtype_reason}",
@@ -86,7 +86,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def insist_on_gpus(processes: int) -> None:
+def check_gpu_count(processes: int) -> None:
     """Raise RecipeError if there are GPUs, and fewer than `processes`, of which each needs one."""
     gpus = torch.cuda.device_count() if has_gpu() and processes > 1 else processes
     if processes > gpus:
@@ -95,29 +95,29 @@ def insist_on_gpus(processes: int) -> None:
         )
 
 
-def choose(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
+def select_device(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
     """Decide device, compute dtype and the backend of attention in packed rows.
 
     In fp16 on a GPU, products are summed in float32 from here on.
     Raises RecipeError for a dtype this device cannot train in.
     """
-    return _cuda(dtype) if has_gpu() else _cpu(dtype)
+    return _select_cuda(dtype) if has_gpu() else _select_cpu(dtype)
 
 
-def _cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
-    card = Card(
+def _select_cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
+    card = GpuSpec(
         torch.cuda.get_device_name(),
         torch.cuda.get_device_capability(),
         torch.cuda.get_device_properties(None).total_memory,
     )
-    chosen = on_card(card, dtype)
+    chosen = device_for_gpu(card, dtype)
     if chosen.compute_dtype == "fp16":
         # cuBLAS may cut the 2,048 tokens over which lora_B's gradient is summed into parts, and add these up in fp16
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return chosen
 
 
-def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
+def device_for_gpu(card: GpuSpec, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
     """What is decided on a GPU of this kind, be it in this machine or not.
 
     Raises RecipeError for bf16 where it would be emulated.
@@ -141,7 +141,7 @@ def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto")
             chosen, reason = dtype, "the recipe asks for it"
         case never:
             assert_never(never)
-    attention, attention_reason = _attention(ampere, chosen)
+    attention, attention_reason = _select_attention(ampere, chosen)
     return Device(
         type="cuda",
         name=card.name,
@@ -154,7 +154,7 @@ def on_card(card: Card, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto")
     )
 
 
-def _attention(ampere: bool, dtype: ComputeDtype) -> tuple[Literal["batched", "varlen"], str]:
+def _select_attention(ampere: bool, dtype: ComputeDtype) -> tuple[Literal["batched", "varlen"], str]:
     """The backend of attention in packed rows on a GPU, and why."""
     if not ampere:
         why = "flash attention needs capability (8, 0)"
@@ -167,7 +167,7 @@ def _attention(ampere: bool, dtype: ComputeDtype) -> tuple[Literal["batched", "v
     return "batched", f"SDPA over padded spans, since {why}"
 
 
-def _cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
+def _select_cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
     native = cpu_has_bf16()
     chosen: ComputeDtype
     match dtype:

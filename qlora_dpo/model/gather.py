@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def take(x_TW: Tensor, index_N: Tensor, order_M: Tensor, counts_T: Tensor) -> Tensor:
+def gather_rows(x_TW: Tensor, index_N: Tensor, order_M: Tensor, counts_T: Tensor) -> Tensor:
     """x[index] (N, W). `order` lists the places of row 0, then of row 1 and so on, and `counts` how many each has.
 
     Places that `order` leaves out are padding, and their gradient is dropped.
@@ -19,13 +19,13 @@ def take(x_TW: Tensor, index_N: Tensor, order_M: Tensor, counts_T: Tensor) -> Te
     return rows
 
 
-def take_once(x_TW: Tensor, index_Q: Tensor, place_T: Tensor) -> Tensor:
+def gather_rows_padded(x_TW: Tensor, index_Q: Tensor, place_T: Tensor) -> Tensor:
     """x[index] (Q, W), where row t is wanted at `place[t]` only; every other place is padding."""
     rows: Tensor = _TakeOnce.apply(x_TW, index_Q, place_T)  # type: ignore[no-untyped-call]
     return rows
 
 
-def take_back(x_QW: Tensor, place_T: Tensor) -> Tensor:
+def gather_rows_unique(x_QW: Tensor, place_T: Tensor) -> Tensor:
     """x[place] (T, W), where no place is read twice."""
     rows: Tensor = _TakeBack.apply(x_QW, place_T)  # type: ignore[no-untyped-call]
     return rows

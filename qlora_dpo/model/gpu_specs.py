@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """What decides about a run on a GPU: its compute capability and its memory."""
 
     name: str
@@ -13,22 +13,22 @@ class Card:
 
 
 MIB = 2**20
-CARDS = {
+GPU_SPECS = {
     # memory in MiB as nvidia-smi shows it, with ECC where the card has it on; older cards than sm_75 have no CUDA 13
-    "t4": Card("Tesla T4", (7, 5), 15_360 * MIB),
-    "rtx2080ti": Card("GeForce RTX 2080 Ti", (7, 5), 11_264 * MIB),
-    "rtx3060": Card("GeForce RTX 3060", (8, 6), 12_288 * MIB),
-    "rtx3090": Card("GeForce RTX 3090", (8, 6), 24_576 * MIB),
-    "rtx4060": Card("GeForce RTX 4060", (8, 9), 8_188 * MIB),
-    "rtx4090": Card("GeForce RTX 4090", (8, 9), 24_564 * MIB),
-    "rtx5090": Card("GeForce RTX 5090", (12, 0), 32_607 * MIB),
-    "a10": Card("A10", (8, 6), 23_028 * MIB),
-    "a10g": Card("A10G", (8, 6), 23_028 * MIB),
-    "l4": Card("L4", (8, 9), 23_034 * MIB),
-    "l40s": Card("L40S", (8, 9), 46_068 * MIB),
-    "a100-40gb": Card("A100 40GB", (8, 0), 40_960 * MIB),
-    "a100": Card("A100 80GB", (8, 0), 81_920 * MIB),
-    "h100": Card("H100 80GB", (9, 0), 81_559 * MIB),
-    "h200": Card("H200", (9, 0), 143_771 * MIB),
+    "t4": GpuSpec("Tesla T4", (7, 5), 15_360 * MIB),
+    "rtx2080ti": GpuSpec("GeForce RTX 2080 Ti", (7, 5), 11_264 * MIB),
+    "rtx3060": GpuSpec("GeForce RTX 3060", (8, 6), 12_288 * MIB),
+    "rtx3090": GpuSpec("GeForce RTX 3090", (8, 6), 24_576 * MIB),
+    "rtx4060": GpuSpec("GeForce RTX 4060", (8, 9), 8_188 * MIB),
+    "rtx4090": GpuSpec("GeForce RTX 4090", (8, 9), 24_564 * MIB),
+    "rtx5090": GpuSpec("GeForce RTX 5090", (12, 0), 32_607 * MIB),
+    "a10": GpuSpec("A10", (8, 6), 23_028 * MIB),
+    "a10g": GpuSpec("A10G", (8, 6), 23_028 * MIB),
+    "l4": GpuSpec("L4", (8, 9), 23_034 * MIB),
+    "l40s": GpuSpec("L40S", (8, 9), 46_068 * MIB),
+    "a100-40gb": GpuSpec("A100 40GB", (8, 0), 40_960 * MIB),
+    "a100": GpuSpec("A100 80GB", (8, 0), 81_920 * MIB),
+    "h100": GpuSpec("H100 80GB", (9, 0), 81_559 * MIB),
+    "h200": GpuSpec("H200", (9, 0), 143_771 * MIB),
 }
-CARDS |= {"3090": CARDS["rtx3090"], "4090": CARDS["rtx4090"]}  # as people say it
+GPU_SPECS |= {"3090": GPU_SPECS["rtx3090"], "4090": GPU_SPECS["rtx4090"]}  # as people say it

@@ -8,15 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
-    """Inside `with`: what operations have made that still exists, `now` and at its `most`, in bytes.
+class LiveTensorBytes(TorchDispatchMode):
+    """Inside `with`: what operations have made that still exists, `now` and at its `peak`, in bytes.
 
     What a single operation takes while it works is not seen, nor what existed before.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self._known = set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -27,18 +27,18 @@ class Live(TorchDispatchMode):
         }
         for each in tree_leaves(out):
             if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in given:  # a view makes nothing
-                self._note(each.untyped_storage())
+                self._track(each.untyped_storage())
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._forget, key, size)
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._untrack, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _untrack(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
 

@@ -13,7 +13,7 @@ from qlora_dpo.model import dora, modules_to_save
 from qlora_dpo.recipe.model import LoraTable
 
 
-def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
+def attach_lora(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
     """Attach an adapter that changes nothing yet (lora_B is 0); its lora_A is drawn with `seed`.
 
     Raises RecipeError for modules and layers that this model does not have, or that cannot be trained here.
@@ -26,8 +26,8 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
         lora_dropout=table.lora_dropout,
         target_modules=table.target_modules if isinstance(table.target_modules, str) else list(table.target_modules),
         exclude_modules=table.exclude_modules,
-        layers_to_transform=_layers(base, table),
-        modules_to_save=modules_to_save.names(base, table.modules_to_save) if table.modules_to_save else None,
+        layers_to_transform=_layers_to_transform(base, table),
+        modules_to_save=modules_to_save.resolve_modules(base, table.modules_to_save) if table.modules_to_save else None,
         rank_pattern=dict(table.rank_pattern),
         alpha_pattern=dict(table.alpha_pattern),
         use_rslora=table.use_rslora,
@@ -46,7 +46,7 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
     head = base.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise RecipeError("lora.target_modules names the output head, which is not trained here; leave it out")
-    for parameter in trainable(model).values():
+    for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
     modules_to_save.keep_output_dtypes(model)
     dora.use_exact_norms(model)
@@ -55,9 +55,9 @@ def attach(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
     return result
 
 
-def _layers(base: PreTrainedModel, table: LoraTable) -> list[int] | None:
+def _layers_to_transform(base: PreTrainedModel, table: LoraTable) -> list[int] | None:
     """The layers that get an adapter, None for all; raises RecipeError for one that the model does not have."""
-    asked = table.layers
+    asked = table.layer_indices
     if asked is None:
         return None
     count = base.config.get_text_config().num_hidden_layers
@@ -68,13 +68,13 @@ def _layers(base: PreTrainedModel, table: LoraTable) -> list[int] | None:
     return asked
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Run `model` as its base; a model without an adapter is its own base."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
@@ -83,6 +83,6 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def names_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def nonfinite_names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of those that hold a NaN or an infinity."""
     return [name for name, each in tensors.items() if not bool(each.isfinite().all())]

@@ -14,17 +14,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.quantized import keep_dense
+from qlora_dpo.model.quantized import cache_dequantized
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, as malloc.h numbers them."""
 
-USABLE = 0.9
+USABLE_FRACTION = 0.9
 """Share of the free bytes that is planned with: a plan has been wrong by a tenth at most (benchmarks/README.md)."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class ActivationBytes:
     """Bytes that one token keeps in one layer for the backward pass, and bytes of the layer's input alone."""
 
     layer: float
@@ -51,7 +51,7 @@ def free_bytes(device: Device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return min(_available_bytes(device), _left_in_group()) // processes.on_this_machine()
+    return min(_available_bytes(device), _cgroup_free_bytes()) // processes.local_world_size()
 
 
 def _available_bytes(device: Device) -> int:
@@ -62,7 +62,7 @@ def _available_bytes(device: Device) -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _left_in_group() -> int:
+def _cgroup_free_bytes() -> int:
     home = Path("/sys/fs/cgroup")
     try:
         most, used = ((home / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -71,7 +71,7 @@ def _left_in_group() -> int:
         return 2**62
 
 
-def keep_freed_memory(*, keep: bool = True) -> None:
+def malloc_retain(*, retain: bool = True) -> None:
     """Let the C library keep what a step frees for the next one; without `keep`, do as it does unasked.
 
     glibc hands blocks of 32 MiB and more back to the system at once, which has to zero their pages when the next block
@@ -86,11 +86,11 @@ def keep_freed_memory(*, keep: bool = True) -> None:
         (M_TRIM_THRESHOLD, -1, 2 * largest_unmapped),
         (M_MMAP_THRESHOLD, largest_unmapped, largest_unmapped),
     ):
-        mallopt(name, kept if keep else unasked)
+        mallopt(name, kept if retain else unasked)
 
 
 @contextmanager
-def freed_at_once() -> Iterator[None]:
+def malloc_release_eagerly() -> Iterator[None]:
     """Inside, the C library hands every freed block of a MiB and more back to the system, as while weights are read.
 
     Read in several threads, what is converted on the way would otherwise stay in each thread's heap: 350 MiB of a model
@@ -100,11 +100,11 @@ def freed_at_once() -> Iterator[None]:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**20)
     yield
-    give_back_freed_memory()
-    keep_freed_memory(keep=False)
+    malloc_trim()
+    malloc_retain(retain=False)
 
 
-def give_back_freed_memory() -> None:
+def malloc_trim() -> None:
     """Hand what was freed back to the system now: glibc keeps small blocks, such as 4-bit weights, for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -120,29 +120,29 @@ def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     )
 
 
-def keep_dense_if_it_fits(model: nn.Module, device: Device, room: int) -> tuple[bool, str]:
-    """Keep the linear weights in the compute dtype beside their stored form if they take no more than `room` bytes.
+def cache_dequantized_if_fits(model: nn.Module, device: Device, headroom: int) -> tuple[bool, str]:
+    """Keep the linear weights in the compute dtype beside their stored form if they take no more than `headroom` bytes.
 
     True if they are kept, and what was done in words.
     """
     need = dense_bytes(model, device.torch_dtype)
-    if fits := need <= room:
-        keep_dense(model, device.torch_dtype)
+    if fits := need <= headroom:
+        cache_dequantized(model, device.torch_dtype)
     return fits, (
-        f"weights: the linear layers take {need / 2**30:.1f} GiB in {device.compute_dtype}, and {room / 2**30:.1f} GiB "
+        f"weights: the linear layers take {need / 2**30:.1f} GiB in {device.compute_dtype}, and {headroom / 2**30:.1f} GiB "
         f"are free for that: converted {'once' if fits else 'in every layer visit'}"
     )
 
 
-def own_bytes() -> int:
+def rss_bytes() -> int:
     """Bytes of memory that this process holds now; 0 where the system does not say."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
 
 
-def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
+def measure_activation_bytes(model: Any, forward: Callable[[], Tensor], tokens: int) -> ActivationBytes:
     """Measure what a layer keeps per token: run `forward` over `tokens` tokens and look at what autograd saves."""
-    layers, width = checkpointable(model), model.config.get_text_config().hidden_size
+    layers, width = checkpointable_layers(model), model.config.get_text_config().hidden_size
     inputs = {"itemsize": model.get_input_embeddings().weight.dtype.itemsize}
     frozen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
@@ -165,17 +165,19 @@ def kept(model: Any, forward: Callable[[], Tensor], tokens: int) -> Kept:
     finally:
         for hook in hooks:
             hook.remove()
-    return Kept(layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=width * inputs["itemsize"])
+    return ActivationBytes(
+        layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=width * inputs["itemsize"]
+    )
 
 
-def checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers whose activations can be recomputed, in the model's order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def checkpoint(model: Any, count: int) -> None:
+def set_gradient_checkpointing(model: Any, count: int) -> None:
     """Recompute the first `count` layers in the backward pass, and keep the activations of the others."""
     if count:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for index, layer in enumerate(checkpointable(model)):
+    for index, layer in enumerate(checkpointable_layers(model)):
         layer.gradient_checkpointing = index < count

@@ -85,7 +85,7 @@ def quantization_of(model: nn.Module) -> Quantization:
     return "fp4" if layer.weight.quant_type == "fp4" else "nf4"
 
 
-def keep_dense(model: nn.Module, dtype: torch.dtype) -> None:
+def cache_dequantized(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep every linear weight in `dtype` beside its quantized or wider form, so that it is made once."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype:

@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.files import sha256_of
-from qlora_dpo.manifest import MANIFEST, damage
+from qlora_dpo.files import file_sha256
+from qlora_dpo.manifest import MANIFEST, find_damage
 from qlora_dpo.model import dora, modules_to_save
-from qlora_dpo.model.lora import names_not_finite
-from qlora_dpo.model.sources import Source, fingerprint
+from qlora_dpo.model.lora import nonfinite_names
+from qlora_dpo.model.sources import ModelSource, model_fingerprint
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SHAPE: dict[str, Any] = {
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+EFFECT_DEFAULTS: dict[str, Any] = {
     "r": None,
     "lora_alpha": None,
     "rank_pattern": {},
@@ -34,7 +34,7 @@ SHAPE: dict[str, Any] = {
     "use_dora": False,
 }
 """What decides an adapter's effect beside its tensors, and what PEFT takes where its config says nothing."""
-UNKNOWN: dict[str, Any] = {
+UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "bias": "none",
     "lora_bias": False,
     "trainable_token_indices": None,
@@ -47,7 +47,7 @@ UNKNOWN: dict[str, Any] = {
     "arrow_config": None,
 }
 """What a [lora] table has no key for, at the value that is none of it."""
-CHANGES_NOTHING = (True, False, "gaussian", "orthogonal", "eva")
+IDENTITY_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Ways to draw an adapter that leave the base as it is. After PiSSA and its kin, B A is not the whole difference."""
 
 
@@ -61,43 +61,45 @@ class SavedAdapter:
     note: str = ""
 
 
-def find_saved(folder: Path, key: str, lora: LoraTable) -> SavedAdapter:
+def find_saved_adapter(folder: Path, key: str, lora: LoraTable) -> SavedAdapter:
     """The adapter in `folder`, which the recipe's `key` names and which must have the shape that `lora` says.
 
     Raises RecipeError if there is none or it has another shape, ModelError if it is damaged.
     """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        found = "is no folder" if not folder.is_dir() else f"has no {CONFIG} and {WEIGHTS}"
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        found = "is no folder" if not folder.is_dir() else f"has no {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
         raise RecipeError(f"{key}: {folder} {found}; name the folder of a finished run or of a PEFT adapter")
-    if (folder / MANIFEST).is_file() and (damaged := damage(folder, needed=WEIGHTS)):
+    if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required=ADAPTER_WEIGHTS)):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train it again")
-    config = _json(folder / CONFIG)
-    _insist_on_plain_lora(config, folder, key)
-    for name, otherwise in SHAPE.items():
+    config = _read_json(folder / ADAPTER_CONFIG)
+    _check_plain_lora(config, folder, key)
+    for name, otherwise in EFFECT_DEFAULTS.items():
         asked, found = getattr(lora, name), config.get(name, otherwise) or otherwise
         if asked != found:
             raise RecipeError(
                 f"lora.{name} is {json.dumps(asked)}, and {folder} was made with {json.dumps(found)}; write that in "
                 f"[lora], or leave {key} out"
             )
-    scaled = json.dumps([config.get(name, otherwise) or otherwise for name, otherwise in SHAPE.items()], sort_keys=True)
-    content = hashlib.sha256(f"{scaled} {sha256_of(folder / WEIGHTS)}".encode()).hexdigest()
+    scaled = json.dumps(
+        [config.get(name, otherwise) or otherwise for name, otherwise in EFFECT_DEFAULTS.items()], sort_keys=True
+    )
+    content = hashlib.sha256(f"{scaled} {file_sha256(folder / ADAPTER_WEIGHTS)}".encode()).hexdigest()
     return SavedAdapter(folder, content)
 
 
-def insist_on_base(saved: SavedAdapter, table: ModelTable, source: Source, template: str) -> SavedAdapter:
+def check_base_matches(saved: SavedAdapter, table: ModelTable, source: ModelSource, template: str) -> SavedAdapter:
     """`saved`, with a note if it does not say what it was made for; raise ModelError if it is another base.
 
     `template` is the fingerprint of the chat template that this run trains with.
     """
     folder = saved.folder
     if not (folder / "run.json").is_file():
-        return _named_base(saved, source)
-    run = _json(folder / "run.json")
+        return _check_base_by_name(saved, source)
+    run = _read_json(folder / "run.json")
     base = run.get("base", {})
     if base.get("fingerprint") != source.fingerprint:
         raise ModelError(
-            f"{folder}: was trained on other weights ({printable(str(base.get('name')))}) than model.name = "
+            f"{folder}: was trained on other weights ({sanitize_text(str(base.get('name')))}) than model.name = "
             f'"{source.name}" has; name its base there'
         )
     for key in ("quantization", "double_quant"):
@@ -112,11 +114,11 @@ def insist_on_base(saved: SavedAdapter, table: ModelTable, source: Source, templ
     return saved
 
 
-def _named_base(saved: SavedAdapter, source: Source) -> SavedAdapter:
+def _check_base_by_name(saved: SavedAdapter, source: ModelSource) -> SavedAdapter:
     """For an adapter that was made elsewhere and knows its base by name only."""
-    name = _json(saved.folder / CONFIG).get("base_model_name_or_path")
+    name = _read_json(saved.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if isinstance(name, str) and Path(name).is_dir():
-        if fingerprint(Path(name)) == source.fingerprint:
+        if model_fingerprint(Path(name)) == source.fingerprint:
             return saved
     elif name == source.hub_id and name is not None:
         return saved
@@ -124,30 +126,30 @@ def _named_base(saved: SavedAdapter, source: Source) -> SavedAdapter:
         note = f"{saved.folder}: does not say by fingerprint what base it was made for; taken as made for {source.name}"
         return SavedAdapter(saved.folder, saved.fingerprint, note)
     raise ModelError(
-        f'{saved.folder}: was made for {printable(str(name))}, and model.name is "{source.name}"; name its base there, '
-        f"or correct base_model_name_or_path in its {CONFIG}"
+        f'{saved.folder}: was made for {sanitize_text(str(name))}, and model.name is "{source.name}"; name its base there, '
+        f"or correct base_model_name_or_path in its {ADAPTER_CONFIG}"
     )
 
 
-def put(model: PeftModel, saved: SavedAdapter) -> None:
+def load_adapter_weights(model: PeftModel, saved: SavedAdapter) -> None:
     """Give the model's adapter the tensors of `saved`; raise RecipeError if they are not of the same layers."""
     try:
-        tensors = load_file(saved.folder / WEIGHTS)
+        tensors = load_file(saved.folder / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{saved.folder}: its {WEIGHTS} cannot be read; take it from a backup") from error
-    if bad := names_not_finite(tensors):
-        raise ModelError(f"{saved.folder}: {printable(bad[0])} is not finite; train it again with a lower rate")
+        raise ModelError(f"{saved.folder}: its {ADAPTER_WEIGHTS} cannot be read; take it from a backup") from error
+    if bad := nonfinite_names(tensors):
+        raise ModelError(f"{saved.folder}: {sanitize_text(bad[0])} is not finite; train it again with a lower rate")
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if odd := sorted(own.keys() ^ tensors.keys()):
         which = "the adapter does not have" if odd[0] in own else "the recipe does not adapt"
         raise RecipeError(
-            f"[lora] names other modules than {saved.folder} has: {printable(odd[0])} is one that {which}; write its "
+            f"[lora] names other modules than {saved.folder} has: {sanitize_text(odd[0])} is one that {which}; write its "
             "target_modules, layers and modules_to_save there"
         )
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise ModelError(
-                f"{saved.folder}: {printable(name)} has the shape {list(tensors[name].shape)}, and this base needs "
+                f"{saved.folder}: {sanitize_text(name)} has the shape {list(tensors[name].shape)}, and this base needs "
                 f"{list(tensor.shape)}; name the base that it was made for"
             )
     set_peft_model_state_dict(model, {name: tensor.to(torch.float32) for name, tensor in tensors.items()})
@@ -160,7 +162,9 @@ def opened_by_peft(base: PreTrainedModel, saved: SavedAdapter) -> Iterator[nn.Mo
         opened = PeftModel.from_pretrained(base, saved.folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{saved.folder}: the adapter cannot be attached to its base: {printable(first)}") from error
+        raise ModelError(
+            f"{saved.folder}: the adapter cannot be attached to its base: {sanitize_text(first)}"
+        ) from error
     dora.use_exact_norms(opened)
     try:
         yield opened.eval()
@@ -168,22 +172,22 @@ def opened_by_peft(base: PreTrainedModel, saved: SavedAdapter) -> Iterator[nn.Mo
         modules_to_save.unload(opened)
 
 
-def _insist_on_plain_lora(config: dict[str, Any], folder: Path, key: str) -> None:
+def _check_plain_lora(config: dict[str, Any], folder: Path, key: str) -> None:
     if config.get("peft_type") != "LORA":
-        raise RecipeError(f"{key}: {folder} is of PEFT's type {printable(str(config.get('peft_type')))}, not LORA")
-    for name, none in UNKNOWN.items():
+        raise RecipeError(f"{key}: {folder} is of PEFT's type {sanitize_text(str(config.get('peft_type')))}, not LORA")
+    for name, none in UNSUPPORTED_DEFAULTS.items():
         if (config.get(name) or none) != none:
             raise RecipeError(
                 f"{key}: {folder} has {name}, which [lora] has no key for; name an adapter that is plain LoRA"
             )
-    if config.get("init_lora_weights", True) not in CHANGES_NOTHING:
+    if config.get("init_lora_weights", True) not in IDENTITY_INITS:
         raise RecipeError(
             f"{key}: {folder} has init_lora_weights = {json.dumps(config['init_lora_weights'])}, which changes the "
             "base itself; convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

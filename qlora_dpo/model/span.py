@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 class Span:
     """Tokens `start` to `stop` of a row, which stand one after another in their sequence.
 
-    `before` are the stretches of the row that come before them in that sequence, in order.
+    `prefix` are the stretches of the row that come before them in that sequence, in order.
     """
 
     start: int
     stop: int
-    before: tuple[tuple[int, int], ...] = ()
+    prefix: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -25,10 +25,10 @@ class Span:
         return self.stop - self.start
 
     @cached_property
-    def stretches(self) -> tuple[tuple[int, int], ...]:
+    def visible_ranges(self) -> tuple[tuple[int, int], ...]:
         """The stretches of the row that its last token sees, itself included; neighbours are joined."""
         joined: list[tuple[int, int]] = []
-        for start, stop in (*self.before, (self.start, self.stop)):
+        for start, stop in (*self.prefix, (self.start, self.stop)):
             if joined and joined[-1][1] == start:
                 joined[-1] = (joined[-1][0], stop)
             else:
@@ -36,17 +36,17 @@ class Span:
         return tuple(joined)
 
     @cached_property
-    def sees(self) -> int:
+    def num_visible(self) -> int:
         """Tokens that its last token sees, itself included."""
-        return sum(stop - start for start, stop in self.stretches)
+        return sum(stop - start for start, stop in self.visible_ranges)
 
     def tiles(self, tokens: int) -> Iterator["Span"]:
         """The span cut into stretches of at most so many tokens, each of which sees those before it."""
         for start in range(self.start, self.stop, tokens):
             own = ((self.start, start),) if start > self.start else ()
-            yield Span(start, min(start + tokens, self.stop), (*self.before, *own))
+            yield Span(start, min(start + tokens, self.stop), (*self.prefix, *own))
 
     @cached_property
     def visible(self) -> NDArray[np.int64]:
         """The tokens of the row that its last token sees, in the order of the sequence."""
-        return np.concatenate([np.arange(start, stop) for start, stop in self.stretches])
+        return np.concatenate([np.arange(start, stop) for start, stop in self.visible_ranges])

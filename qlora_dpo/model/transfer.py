@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def copied_together(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def copy_batched(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The same tensors on `device`: of each dtype one copy, from pinned memory, for which the host does not wait.
 
     A micro-batch has about twenty index tensors. Copied one by one, each would make the host wait until the GPU has

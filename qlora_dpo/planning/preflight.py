@@ -7,49 +7,55 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_dpo.data import lint
-from qlora_dpo.data.audit import OVERLONG, Audit, insist_on_few_bad_rows, quantiles
-from qlora_dpo.data.encode import CUT, PairSet
-from qlora_dpo.data.encoded import lengths, sequence_tokens
-from qlora_dpo.data.formats import Shape
-from qlora_dpo.data.lazy_sequence import picked
-from qlora_dpo.data.lint import Finding, Lengths
-from qlora_dpo.data.pairs import Found
+from qlora_dpo.data.audit import OVERLONG, Audit, check_bad_share, length_quantiles
+from qlora_dpo.data.encode import PROMPT_TRUNCATED, PairSet
+from qlora_dpo.data.encoded import pair_lengths, sequence_lengths
+from qlora_dpo.data.formats import PreferenceFormat
+from qlora_dpo.data.lazy_sequence import select_items
+from qlora_dpo.data.lint import LengthStats, LintFinding
+from qlora_dpo.data.pairs import ParsedRows
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.sources import without_weights
-from qlora_dpo.planning.layer_timing import measure
-from qlora_dpo.planning.memory_advice import Way, ways_to_fit
-from qlora_dpo.planning.memory_estimate import Memory, estimate
-from qlora_dpo.planning.time_estimate import Layers, Timetable, amount, passes, seconds
+from qlora_dpo.model.sources import fetch_without_weights
+from qlora_dpo.planning.layer_timing import measure_layer_timing
+from qlora_dpo.planning.memory_advice import MemoryFix, find_memory_fixes
+from qlora_dpo.planning.memory_estimate import MemoryEstimate, estimate_memory
+from qlora_dpo.planning.time_estimate import (
+    LayerCounts,
+    TimeEstimate,
+    count_passes,
+    estimate_seconds,
+    mean_tokens_per_pair,
+)
 from qlora_dpo.preference.pack import Packing, micro_batches
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.training.data_order import make_plan
-from qlora_dpo.training.loss_columns import columns_of
-from qlora_dpo.training.meta_model import load_of
-from qlora_dpo.training.optim import insist_on_optimizer
-from qlora_dpo.training.run import Prepared, prepare
+from qlora_dpo.training.data_order import make_data_order
+from qlora_dpo.training.loss_columns import read_loss_columns
+from qlora_dpo.training.meta_model import workload_of
+from qlora_dpo.training.optim import check_optimizer
+from qlora_dpo.training.run import PreparedData, prepare_data
 
-LAID_OUT = 256
+SAMPLE_PAIRS = 256
 """Pairs that are laid out in rows to see what they share; the others are taken to share as much."""
-MANY_OVERLONG = 0.05
+OVERLONG_WARNING_SHARE = 0.05
 """Share of pairs over `max_length` from which on it is worth a warning."""
-FEW_HELD_OUT = 50
+MIN_HELDOUT_PAIRS = 50
 """With fewer held-out pairs the 95 % interval of an accuracy reaches 14 points and more to either side."""
-TIGHT = 0.9
+MEMORY_WARNING_SHARE = 0.9
 """Share of the memory from which on a run may fail that fits: an allocator rounds, and other programs grow."""
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenLengths:
     """Lengths of the training pairs that are used, in tokens; those of three are median, 95th percentile, longest."""
 
     pair: tuple[int, int, int]
     """Of all that goes through the model for a pair: the prompt once, and its answers."""
     sequence: tuple[int, int, int]
     """Of the prompt with the longer answer, which `data.max_length` limits."""
-    epoch: int
+    epoch_tokens: int
     """All pairs once."""
-    overlong: int
+    overlong_pairs: int
     """Pairs longer than `data.max_length`, which were left out or cut."""
     overlong_share: float
 
@@ -61,106 +67,108 @@ class Preflight:
     device: Device
     train: Audit
     heldout: Audit
-    findings: tuple[Finding, ...]
-    lengths: Lengths | None
-    tokens: Tokens
+    findings: tuple[LintFinding, ...]
+    length_bias: LengthStats | None
+    tokens: TokenLengths
     steps: int
-    memory: Memory
+    memory: MemoryEstimate
     warnings: tuple[str, ...]
-    time: Timetable
-    ways: tuple[Way, ...] = ()
+    time: TimeEstimate
+    memory_fixes: tuple[MemoryFix, ...] = ()
     """What would make it fit, if it does not."""
 
 
-def examine(recipe: Recipe, device: Device, free: int, *, here: bool = True) -> Preflight:
+def run_preflight(recipe: Recipe, device: Device, free: int, *, on_this_machine: bool = True) -> Preflight:
     """Look at the recipe's rows, tokens and memory, as a run on `device` with `free` bytes would meet them.
 
     How long it takes is found out by a short probe, if `device` is `here`.
 
     Raises what the run itself would raise before it loads weights.
     """
-    insist_on_optimizer(recipe.train, device)
+    check_optimizer(recipe.train, device)
     if recipe.train.engine == "trl":
-        from qlora_dpo.training.trl_engine import insist_on_trls  # TRL takes seconds to import
+        from qlora_dpo.training.trl_engine import check_trl_supports  # TRL takes seconds to import
 
-        insist_on_trls(recipe.objective)
-    prepared = prepare(recipe, without_weights)
+        check_trl_supports(recipe.objective)
+    prepared = prepare_data(recipe, fetch_without_weights)
     train, heldout = prepared.train, prepared.heldout
     for side in (train, heldout):
-        insist_on_few_bad_rows(side.audit, recipe.data.max_bad_share)
-        columns_of(side.pairs, recipe.objective)
-    found = tuple(_findings(train, heldout, recipe))
-    tokens = _tokens(train)
-    steps = make_plan(len(train.encoded), recipe.train).total_steps
-    load = load_of(train, heldout, recipe)
-    memory = estimate(prepared.source, recipe, device, load, free)
-    bias = lint.lengths(train.pairs)
-    warnings = tuple(_warnings(recipe, found, bias, tokens, steps, memory, heldout))
-    ways = () if memory.fits else ways_to_fit(prepared.source, recipe, device, load, free)
-    time = _time(prepared, recipe, device, memory, here=here)
+        check_bad_share(side.audit, recipe.data.max_bad_share)
+        read_loss_columns(side.pairs, recipe.objective)
+    found = tuple(_lint_findings(train, heldout, recipe))
+    tokens = _token_lengths(train)
+    steps = make_data_order(len(train.encoded), recipe.train).total_steps
+    load = workload_of(train, heldout, recipe)
+    memory = estimate_memory(prepared.source, recipe, device, load, free)
+    bias = lint.length_stats(train.pairs)
+    warnings = tuple(_preflight_warnings(recipe, found, bias, tokens, steps, memory, heldout))
+    ways = () if memory.fits else find_memory_fixes(prepared.source, recipe, device, load, free)
+    time = _estimate_time(prepared, recipe, device, memory, on_this_machine=on_this_machine)
     return Preflight(device, train.audit, heldout.audit, found, bias, tokens, steps, memory, warnings, time, ways)
 
 
-def _time(prepared: Prepared, recipe: Recipe, device: Device, memory: Memory, *, here: bool) -> Timetable:
+def _estimate_time(
+    prepared: PreparedData, recipe: Recipe, device: Device, memory: MemoryEstimate, *, on_this_machine: bool
+) -> TimeEstimate:
     """Seconds by part, after a short probe of this machine; or why they are not known."""
     train, heldout = prepared.train.encoded, prepared.heldout.encoded
-    packing = Packing(memory.row, 0, None if memory.padded else device.attention)
-    step = picked(train, make_plan(len(train), recipe.train).indices(1)[:LAID_OUT])
-    done = passes(recipe, len(train), len(heldout), several_rows=len(micro_batches(step, packing)) > 1)
+    packing = Packing(memory.row_tokens, 0, None if memory.padding_reason else device.attention)
+    step = select_items(train, make_data_order(len(train), recipe.train).batch_indices(1)[:SAMPLE_PAIRS])
+    done = count_passes(recipe, len(train), len(heldout), multiple_rows=len(micro_batches(step, packing)) > 1)
     if recipe.train.engine == "trl":
-        return Timetable(done, why_not='train.engine = "trl" computes in another way')
-    if not here:
-        return Timetable(done, why_not="a probe needs the card")
+        return TimeEstimate(done, unknown_reason='train.engine = "trl" computes in another way')
+    if not on_this_machine:
+        return TimeEstimate(done, unknown_reason="a probe needs the card")
     if not memory.fits:
-        return Timetable(done, why_not="the run has no room")
-    amounts = amount(train, step, packing), amount(heldout, heldout[:LAID_OUT], packing)
-    layers = Layers(memory.layers, memory.recomputed, min(recipe.lora.layers or [0]))
+        return TimeEstimate(done, unknown_reason="the run has no room")
+    amounts = mean_tokens_per_pair(train, step, packing), mean_tokens_per_pair(heldout, heldout[:SAMPLE_PAIRS], packing)
+    layers = LayerCounts(memory.num_layers, memory.recomputed_layers, min(recipe.lora.layer_indices or [0]))
     try:
-        pace = measure(prepared.source, recipe, device, step, packing, dense=memory.dense)
+        pace = measure_layer_timing(prepared.source, recipe, device, step, packing, dense=memory.caches_dequantized)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, QloraDpoError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Timetable(done, why_not=f"one layer alone cannot be timed: {reason}")
-    return Timetable(done, seconds(done, pace, layers, *amounts), pace.probe)
+        return TimeEstimate(done, unknown_reason=f"one layer alone cannot be timed: {reason}")
+    return TimeEstimate(done, estimate_seconds(done, pace, layers, *amounts), pace.probe_seconds)
 
 
-def _findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[Finding]:
+def _lint_findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[LintFinding]:
     """What is odd about the rows that are trained on, and prompts on both sides."""
     dropped = {reason: list(rows) for reason, rows in train.audit.dropped.items() if reason != OVERLONG}
     row_P = np.array([pair.row for pair in train.pairs])
-    yield from lint.findings(Found(Shape(train.audit.shape), train.pairs, dropped, row_P))
-    if recipe.data.held_out_share is None and (both := lint.overlap(train.pairs, heldout.pairs)):
-        yield Finding("held-out prompts that are trained on", both, "set data.eval_share, or other splits", False)
+    yield from lint.find_problems(ParsedRows(PreferenceFormat(train.audit.format), train.pairs, dropped, row_P))
+    if recipe.data.effective_eval_share is None and (both := lint.prompt_overlap(train.pairs, heldout.pairs)):
+        yield LintFinding("held-out prompts that are trained on", both, "set data.eval_share, or other splits", False)
 
 
-def _tokens(train: PairSet) -> Tokens:
-    pairs = lengths(train.encoded).sum(axis=1)
-    overlong = len(train.audit.dropped.get(OVERLONG, ())) + len(train.audit.repaired.get(CUT, ()))
+def _token_lengths(train: PairSet) -> TokenLengths:
+    pairs = pair_lengths(train.encoded).sum(axis=1)
+    overlong = len(train.audit.dropped.get(OVERLONG, ())) + len(train.audit.repaired.get(PROMPT_TRUNCATED, ()))
     looked_at = train.audit.used + len(train.audit.dropped.get(OVERLONG, ()))
-    sequences = quantiles(sequence_tokens(train.encoded))
-    return Tokens(quantiles(pairs), sequences, int(pairs.sum()), overlong, overlong / max(1, looked_at))
+    sequences = length_quantiles(sequence_lengths(train.encoded))
+    return TokenLengths(length_quantiles(pairs), sequences, int(pairs.sum()), overlong, overlong / max(1, looked_at))
 
 
-def _warnings(
+def _preflight_warnings(
     recipe: Recipe,
-    found: tuple[Finding, ...],
-    bias: Lengths | None,
-    tokens: Tokens,
+    findings: tuple[LintFinding, ...],
+    bias: LengthStats | None,
+    tokens: TokenLengths,
     steps: int,
-    memory: Memory,
+    memory: MemoryEstimate,
     heldout: PairSet,
 ) -> Iterator[str]:
     """What a user may want to change before the run, a sentence each."""
-    for each in found:
-        yield f"data: {counted_rows(each)}: {each.what}; {each.advice}"
-    if bias is not None and abs(bias.effect) >= lint.MARKED_EFFECT:
-        yield f"data: {bias.sentence()}"
-    if len(heldout.encoded) < FEW_HELD_OUT:
+    for each in findings:
+        yield f"data: {format_row_count(each)}: {each.problem}; {each.advice}"
+    if bias is not None and abs(bias.effect_size) >= lint.MEDIUM_EFFECT_SIZE:
+        yield f"data: {bias.describe()}"
+    if len(heldout.encoded) < MIN_HELDOUT_PAIRS:
         pairs = len(heldout.encoded)
         yield (
             f"data: {pairs} held-out pairs: the 95 % interval of an accuracy reaches {98 / math.sqrt(pairs):.0f} "
             "points to either side; hold out more"
         )
-    if tokens.overlong_share >= MANY_OVERLONG:
+    if tokens.overlong_share >= OVERLONG_WARNING_SHARE:
         yield (
             f"tokens: {tokens.overlong_share:.1%} of the pairs are longer than data.max_length = "
             f"{recipe.data.max_length}; raise it, or see which are left with qlora-dpo data show"
@@ -172,10 +180,10 @@ def _warnings(
         )
     if recipe.train.engine == "trl":
         yield 'memory: the figures are of train.engine = "qlora_dpo"; TRL needs several times more for a step'
-    if memory.fits and memory.needed > TIGHT * memory.free:
-        yield f"memory: {memory.needed / memory.free:.0%} of it would be in use; close other programs"
+    if memory.fits and memory.needed > MEMORY_WARNING_SHARE * memory.free_bytes:
+        yield f"memory: {memory.needed / memory.free_bytes:.0%} of it would be in use; close other programs"
 
 
-def counted_rows(finding: Finding) -> str:
+def format_row_count(finding: LintFinding) -> str:
     """How many rows a finding is about."""
     return "1 row" if len(finding.rows) == 1 else f"{len(finding.rows):,} rows"

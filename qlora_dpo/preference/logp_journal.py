@@ -15,31 +15,31 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_dpo.files import full_disk_named
-from qlora_dpo.preference.logp_table import Answers, Digests, Logps, answers
+from qlora_dpo.files import translate_disk_errors
+from qlora_dpo.preference.logp_table import DigestArray, LogpArray, LogpTable, make_logp_table
 
-ENDING = ".journal"
-RECORD = np.dtype([("digest", "S32"), ("logp", "<f4", (2,)), ("check", "S8")])
+JOURNAL_SUFFIX = ".journal"
+RECORD_DTYPE = np.dtype([("digest", "S32"), ("logp", "<f4", (2,)), ("check", "S8")])
 
 
-def records(digest_P: Digests, logp_P2: Logps) -> bytes:
+def encode_records(digest_P: DigestArray, logp_P2: LogpArray) -> bytes:
     """The records of some answers, one after another."""
-    record_P = np.zeros(len(digest_P), dtype=RECORD)
+    record_P = np.zeros(len(digest_P), dtype=RECORD_DTYPE)
     record_P["digest"], record_P["logp"] = digest_P, logp_P2
     return b"".join(body + _check(body) for body in _bodies(record_P.tobytes()))
 
 
-def verified(content: bytes) -> Answers:
+def decode_records(content: bytes) -> LogpTable:
     """What the records of `content` say; one that is damaged, or cut off at the end, is left out."""
-    size = RECORD.itemsize
+    size = RECORD_DTYPE.itemsize
     whole = len(content) // size
     right = [_check(body) == content[(n + 1) * size - 8 : (n + 1) * size] for n, body in enumerate(_bodies(content))]
-    record_P = np.frombuffer(content, dtype=RECORD, count=whole)[np.array(right, dtype=bool)]
-    return answers(record_P["digest"], record_P["logp"])
+    record_P = np.frombuffer(content, dtype=RECORD_DTYPE, count=whole)[np.array(right, dtype=bool)]
+    return make_logp_table(record_P["digest"], record_P["logp"])
 
 
 def _bodies(content: bytes) -> Iterator[bytes]:
-    size = RECORD.itemsize
+    size = RECORD_DTYPE.itemsize
     return (content[start : start + size - 8] for start in range(0, len(content) - size + 1, size))
 
 
@@ -47,7 +47,7 @@ def _check(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=8).digest()
 
 
-class Journal:
+class LogpJournal:
     """The journal of this process in `folder`; its file is made with the first answer and removed by `close`."""
 
     def __init__(self, folder: Path) -> None:
@@ -55,18 +55,18 @@ class Journal:
         self.path: Path | None = None
         self._handle = -1
 
-    def add(self, digest_P: Digests, logp_P2: Logps) -> None:
+    def add(self, digest_P: DigestArray, logp_P2: LogpArray) -> None:
         """Append some answers: they outlive this process, and a power cut if the system has written them by then."""
-        with full_disk_named(self.folder):
+        with translate_disk_errors(self.folder):
             while self.path is None:
                 self._open()
-            left = records(digest_P, logp_P2)
+            left = encode_records(digest_P, logp_P2)
             while left:
                 left = left[os.write(self._handle, left) :]
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._handle, name = tempfile.mkstemp(suffix=ENDING, dir=self.folder)
+        self._handle, name = tempfile.mkstemp(suffix=JOURNAL_SUFFIX, dir=self.folder)
         with suppress(OSError):  # a file system without locks; then nobody takes the file for one that was left
             fcntl.flock(self._handle, fcntl.LOCK_SH)
         if Path(name).exists():
@@ -89,11 +89,11 @@ class Journal:
 
 
 @contextmanager
-def left_behind(folder: Path) -> Iterator[dict[Path, Answers]]:
+def orphaned_journals(folder: Path) -> Iterator[dict[Path, LogpTable]]:
     """The journals in `folder` whose processes have ended, each with what it says; locked meanwhile."""
-    found, handles = dict[Path, Answers](), list[int]()
+    found, handles = dict[Path, LogpTable](), list[int]()
     try:
-        for path in sorted(folder.glob(f"*{ENDING}")):
+        for path in sorted(folder.glob(f"*{JOURNAL_SUFFIX}")):
             try:
                 handle = os.open(path, os.O_RDWR)
             except OSError:  # removed by its owner, or of another user
@@ -103,7 +103,7 @@ def left_behind(folder: Path) -> Iterator[dict[Path, Answers]]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:  # its owner lives, or the file system has no locks
                 continue
-            found[path] = verified(path.read_bytes())
+            found[path] = decode_records(path.read_bytes())
         yield found
     finally:
         for handle in handles:

@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Digests = NDArray[np.bytes_]
+DigestArray = NDArray[np.bytes_]
 """Of 32 bytes each; numpy compares all 32 and orders them as bytes."""
-Logps = NDArray[np.float32]
+LogpArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Answers:
+class LogpTable:
     """Each pair once, in the order of the digests. As Python objects they would take 300 bytes a pair."""
 
-    digest_P: Digests
-    logp_P2: Logps
+    digest_P: DigestArray
+    logp_P2: LogpArray
 
     def __len__(self) -> int:
         return len(self.digest_P)
 
-    def find(self, digest_Q: Digests) -> Logps:
+    def lookup(self, digest_Q: DigestArray) -> LogpArray:
         """Log-probabilities (Q, 2), NaN where they are not known."""
         found_Q2 = np.full((len(digest_Q), 2), math.nan, dtype=np.float32)
         if len(self):
@@ -34,23 +34,23 @@ class Answers:
             found_Q2[known_Q] = self.logp_P2[place_Q[known_Q]]
         return found_Q2
 
-    def beside(self, newer: "Answers") -> "Answers":
+    def merged_with(self, newer: "LogpTable") -> "LogpTable":
         """Both together; of pairs that both know, what `newer` says."""
-        kept = np.isnan(newer.find(self.digest_P)[:, 0])
-        own = self if kept.all() else Answers(self.digest_P[kept], self.logp_P2[kept])
+        kept = np.isnan(newer.lookup(self.digest_P)[:, 0])
+        own = self if kept.all() else LogpTable(self.digest_P[kept], self.logp_P2[kept])
         place_Q = np.searchsorted(own.digest_P, newer.digest_P)
-        return Answers(
+        return LogpTable(
             np.insert(own.digest_P, place_Q, newer.digest_P), np.insert(own.logp_P2, place_Q, newer.logp_P2, axis=0)
         )
 
 
-def answers(digests: Any, logps: Any) -> Answers:
+def make_logp_table(digests: Any, logps: Any) -> LogpTable:
     """Answers in any order; of a pair that is there several times, the last."""
     digest_P = np.asarray(digests, dtype="S32")
     logp_P2 = np.asarray(logps, dtype=np.float32).reshape(-1, 2)
     # np.unique keeps the first of each
     ordered, first = np.unique(digest_P[::-1], return_index=True)
-    return Answers(ordered, logp_P2[::-1][first])
+    return LogpTable(ordered, logp_P2[::-1][first])
 
 
-NONE = answers([], [])
+EMPTY_LOGP_TABLE = make_logp_table([], [])

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.gather import sum_rows
 from qlora_dpo.model.quantized import dense_weight
-from qlora_dpo.preference.objective import Columns, Logps
+from qlora_dpo.preference.objective import Logps, LossColumns
 from qlora_dpo.preference.pack import MicroBatch
 
 # of the vocabulary; a CPU wants 2^12 words of 256 states (4 MiB) in its cache, a GPU long products (64 MiB)
-WORDS_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
+VOCAB_TILE = {"cpu": 2**12, "cuda": 2**16}
 
 
-HEAD_FIGURES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+HEAD_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 """What only the whole vocabulary tells, summed: mean logits over the tokens of either answer, nats of entropy over all
 tokens, and how many tokens of the chosen answers are the likeliest ones."""
 
@@ -32,14 +32,14 @@ class Scores:
 
     chosen_logp_P: Tensor  # nats, summed over the tokens of the answer that count
     rejected_logp_P: Tensor
-    chosen_whole_P: Tensor  # nats, summed over the answer
-    likely_P: Tensor | None  # how likely the model is to write both answers itself, as WPO weighs pairs
+    chosen_logp_all_P: Tensor  # nats, summed over the answer
+    wpo_weight_P: Tensor | None  # how likely the model is to write both answers itself, as WPO weighs pairs
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
-    answer_tokens: tuple[int, int]  # of all chosen and of all rejected answers
-    figures_4: Tensor | None  # sums over tokens, as HEAD_FIGURES names them; None if nobody wanted them
+    completion_tokens: tuple[int, int]  # of all chosen and of all rejected answers
+    head_metrics_4: Tensor | None  # sums over tokens, as HEAD_METRICS names them; None if nobody wanted them
 
-    def beside(self, reference_P2: Tensor, columns: Columns | None = None) -> Logps:
+    def with_reference(self, reference_P2: Tensor, columns: LossColumns | None = None) -> Logps:
         """What a loss is given: these log-probabilities beside the reference's, and what the data says of the pairs."""
         return Logps(
             self.chosen_logp_P,
@@ -47,22 +47,24 @@ class Scores:
             self.chosen_tokens_P,
             self.rejected_tokens_P,
             reference_P2,
-            self.chosen_whole_P,
-            self.likely_P,
+            self.chosen_logp_all_P,
+            self.wpo_weight_P,
             columns,
         )
 
 
-def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool = True, likely: bool = False) -> Scores:
+def score_batch(
+    model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool = True, wpo_weights: bool = False
+) -> Scores:
     """Run `batch` through `model` once and sum the log-probabilities of each answer.
 
-    Without `metrics` there are no HEAD_FIGURES: the reference needs none, and on a T4 they take 8 ms of a row. With
+    Without `metrics` there are no HEAD_METRICS: the reference needs none, and on a T4 they take 8 ms of a row. With
     `likely`, it is said how likely the model is to write each pair's answers itself (Zhou et al. 2024, eq. 2).
     """
-    head = language_model(model).get_output_embeddings()
+    head = unwrap_peft(model).get_output_embeddings()
     weight_VD = dense_weight(head, device.torch_dtype)
-    logp_N, logits_R, entropy_R, top1_N, squares_R = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_states(model, batch, device), weight_VD, head.bias, batch, metrics, likely
+    logp_N, logits_R, entropy_R, top1_N, squares_R = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_states(model, batch, device), weight_VD, head.bias, batch, metrics, wpo_weights
     )
     row_M = batch.row_N[batch.scored_M]
     chosen = batch.pairs
@@ -79,24 +81,24 @@ def score(model: nn.Module, batch: MicroBatch, device: Device, *, metrics: bool 
         )
     if batch.weight_M is not None:
         logp_S = sum_rows(logp_M * batch.weight_M, batch.tokens_S)
-    if likely:
+    if wpo_weights:
         aligned_S = sum_rows(logp_M.detach() - squares_R[row_M], batch.tokens_S)
         likely_P = (aligned_S / batch.tokens_S).reshape(2, chosen).sum(0).exp()
     return Scores(
         chosen_logp_P=logp_S[:chosen],
         rejected_logp_P=logp_S[chosen:],
-        chosen_whole_P=whole_S[:chosen],
-        likely_P=likely_P,
+        chosen_logp_all_P=whole_S[:chosen],
+        wpo_weight_P=likely_P,
         chosen_tokens_P=batch.tokens_S[:chosen],
         rejected_tokens_P=batch.tokens_S[chosen:],
-        answer_tokens=batch.answer_tokens,
-        figures_4=figures_4,
+        completion_tokens=batch.completion_tokens,
+        head_metrics_4=figures_4,
     )
 
 
 def hidden_states(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
     """Run `batch` through all of `model` but its head: the hidden states (T, D)."""
-    whole = language_model(model)
+    whole = unwrap_peft(model)
     body = getattr(whole, whole.base_model_prefix)
     mask, layout = batch.attention_mask_BL, {}
     if batch.layout is not None:
@@ -113,12 +115,12 @@ def hidden_states(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor
     return hidden_BLD.flatten(0, 1)
 
 
-def language_model(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-class _HeadLogps(torch.autograd.Function):
+class _ChunkedLogps(torch.autograd.Function):
     """Log-probability of each scored token, and its gradient with respect to the hidden state in the same pass.
 
     The loss is linear in these log-probabilities up to a factor per token, so the gradient can be made before the loss
@@ -199,7 +201,7 @@ def _chunk(
     total_c, logits_c, weighted_c, squares_c = (torch.zeros_like(top_c) for _ in range(4))
     target_logit_n = top_c.new_zeros(len(target_n))
     others_cD = torch.zeros_like(hidden_cD, dtype=exact)
-    words = WORDS_AT_ONCE[hidden_cD.device.type]
+    words = VOCAB_TILE[hidden_cD.device.type]
     for start in range(0, vocabulary, words):
         tile_vD = weight_VD[start : start + words]
         logits_cv = nn.functional.linear(hidden_cD, tile_vD).to(exact)

@@ -19,14 +19,15 @@ from qlora_dpo.recipe.objective import (
     BetaDpo,
     Cpo,
     Discopop,
-    Divergence,
     Dpop,
     ExoPair,
+    FDivergenceLoss,
     Kto,
     Objective,
     Odpo,
     Orpo,
-    Plain,
+    PairwiseLoss,
+    PlainLoss,
     Rdpo,
     ReferenceFree,
     Robust,
@@ -34,11 +35,10 @@ from qlora_dpo.recipe.objective import (
     Sft,
     Sigmoid,
     Simpo,
-    Sum,
-    WithSft,
+    WeightedSum,
 )
 
-LEAST_BETA = 1e-3
+MIN_BETA = 1e-3
 """beta-DPO's beta falls no lower, as in the authors' code."""
 
 
@@ -53,24 +53,24 @@ class Logps:
     rejected_tokens_P: Tensor
     reference_P2: Tensor
     """The reference's log-probabilities; not read where a loss knows none."""
-    chosen_whole_P: Tensor
+    chosen_logp_all_P: Tensor
     """Of all tokens of the chosen answer, each counted once."""
-    likely_P: Tensor | None = None
+    wpo_weight_P: Tensor | None = None
     """How likely the model is to write both answers itself (WPO), without a gradient."""
-    columns: "Columns | None" = None
+    columns: "LossColumns | None" = None
 
     def items(self) -> dict[str, Tensor]:
         """The tensors among its fields, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def none(self) -> "Logps":
+    def empty(self) -> "Logps":
         """The same fields of no pair."""
-        beside = None if self.columns is None else self.columns.of([])
+        beside = None if self.columns is None else self.columns.select([])
         return Logps(**{name: value[:0] for name, value in self.items().items()}, columns=beside)
 
 
 @dataclass(frozen=True)
-class Columns:
+class LossColumns:
     """Numbers that stand beside the pairs in the data."""
 
     weight_P: Tensor | None = None
@@ -79,22 +79,22 @@ class Columns:
     label_P: Tensor | None = None
     """True for unpaired answers that are good; they stand in the chosen column, another answer in the rejected one."""
 
-    def of(self, indices: list[int]) -> "Columns":
+    def select(self, indices: list[int]) -> "LossColumns":
         """The numbers of some pairs."""
-        return Columns(**{name: None if value is None else value[indices] for name, value in vars(self).items()})
+        return LossColumns(**{name: None if value is None else value[indices] for name, value in vars(self).items()})
 
-    def to(self, device: torch.device) -> "Columns":
+    def to(self, device: torch.device) -> "LossColumns":
         """The same numbers on another device."""
-        return Columns(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+        return LossColumns(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
-def together(parts: Sequence[Logps]) -> Logps:
+def concat_logps(parts: Sequence[Logps]) -> Logps:
     """What is known of the pairs of several micro-batches, one after another."""
     tensors = {name: torch.cat([part.items()[name] for part in parts]) for name in parts[0].items()}
     beside = [vars(part.columns) for part in parts if part.columns is not None]
     present = [name for name, value in (beside[0] if beside else {}).items() if value is not None]
     columns = {name: torch.cat([each[name] for each in beside]) for name in present}
-    return Logps(**tensors, columns=Columns(**columns) if beside else None)
+    return Logps(**tensors, columns=LossColumns(**columns) if beside else None)
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class Losses:
     rewards_P2: Tensor
 
 
-def slopes(losses: Losses, logps: Logps) -> Tensor:
+def loss_gradients(losses: Losses, logps: Logps) -> Tensor:
     """How much each pair's log-probabilities still move its loss, (P,): the sum of the derivatives' sizes.
 
     Needs log-probabilities with gradients, whose graph is kept.
     """
-    inputs = [logps.chosen_logp_P, logps.rejected_logp_P, logps.chosen_whole_P]
+    inputs = [logps.chosen_logp_P, logps.rejected_logp_P, logps.chosen_logp_all_P]
     found = torch.autograd.grad(losses.total_P.sum(), inputs, retain_graph=True, allow_unused=True)
     return torch.stack([slope_P.abs() for slope_P in found if slope_P is not None]).sum(0)
 
@@ -231,7 +231,7 @@ def kto(ratio_P: Tensor, label_P: Tensor, mean_P: Tensor, table: Kto, beta: floa
     return torch.where(label_P, good_P, bad_P)
 
 
-def distance(other_P: Tensor) -> Tensor:
+def kto_kl(other_P: Tensor) -> Tensor:
     """How far the policy is from the reference (eq. 7): the mean log-ratio of answers to other prompts, at least 0."""
     return other_P.detach().mean().clamp(min=0).expand_as(other_P)
 
@@ -247,7 +247,7 @@ def sft(chosen_logp_P: Tensor, chosen_tokens_P: Tensor) -> Tensor:
     return -chosen_logp_P / chosen_tokens_P
 
 
-def f_score(ratio_P: Tensor, table: Divergence) -> Tensor:
+def f_score(ratio_P: Tensor, table: FDivergenceLoss) -> Tensor:
     """f'(pi/pi_ref) for the divergence of `table`, up to a constant (Wang et al. 2023, table 1)."""
     match table.f_divergence_type:
         case "reverse_kl":
@@ -276,9 +276,9 @@ def needs_reference(table: Objective) -> bool:
     return not isinstance(table, ReferenceFree)
 
 
-def weighs_pairs(table: Objective) -> bool:
+def uses_wpo_weighting(table: Objective) -> bool:
     """True if a pair's loss counts by how likely the model is to write its answers itself."""
-    return isinstance(table, WithSft) and table.use_weighting
+    return isinstance(table, PairwiseLoss) and table.use_weighting
 
 
 def needs_whole_step(table: Objective) -> bool:
@@ -286,7 +286,7 @@ def needs_whole_step(table: Objective) -> bool:
     return isinstance(table, Aot | BetaDpo | Kto)
 
 
-def objective(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
+def compute_losses(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
     """The recipe's loss per pair; `beta` is that of the step, the table's if absent."""
     strength: float = getattr(table, "beta", 1.0) if beta is None else beta
     ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
@@ -294,16 +294,16 @@ def objective(logps: Logps, table: Objective, beta: float | None = None) -> Loss
         ratio_P2 = ratio_P2 - logps.reference_P2
     # an answer that is not there has no tokens, and a log-probability of 0
     tokens_P2 = torch.stack([logps.chosen_tokens_P, logps.rejected_tokens_P], 1).clamp(min=1)
-    sft_P = sft(logps.chosen_whole_P, logps.chosen_tokens_P)
+    sft_P = sft(logps.chosen_logp_all_P, logps.chosen_tokens_P)
     rewards_P2 = strength * _reward(ratio_P2, tokens_P2, table)
     if logps.columns is not None and logps.columns.label_P is not None:
         # a good answer is right above the mean, a bad one below it
-        both_P2 = torch.stack([rewards_P2[:, 0], strength * distance(ratio_P2[:, 1])], 1)
+        both_P2 = torch.stack([rewards_P2[:, 0], strength * kto_kl(ratio_P2[:, 1])], 1)
         rewards_P2 = torch.where(logps.columns.label_P[:, None], both_P2, both_P2.flip(1))
-    preference_P = _preference(logps, ratio_P2, tokens_P2, table, strength)
-    if logps.likely_P is not None:
-        preference_P = preference_P * logps.likely_P
-    total_P = preference_P + (table.sft_weight * sft_P if isinstance(table, WithSft) else 0)
+    preference_P = _preference_loss(logps, ratio_P2, tokens_P2, table, strength)
+    if logps.wpo_weight_P is not None:
+        preference_P = preference_P * logps.wpo_weight_P
+    total_P = preference_P + (table.sft_weight * sft_P if isinstance(table, PairwiseLoss) else 0)
     if logps.columns is not None and logps.columns.weight_P is not None:
         total_P = total_P * logps.columns.weight_P
     return Losses(total_P, preference_P, sft_P, rewards_P2.detach())
@@ -320,12 +320,12 @@ def _reward(ratio_P2: Tensor, tokens_P2: Tensor, table: Objective) -> Tensor:
             return ratio_P2
 
 
-def _preference(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: Objective, beta: float) -> Tensor:
+def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: Objective, beta: float) -> Tensor:
     chosen_P, rejected_P = ratio_P2.unbind(1)
     margin_P = chosen_P - rejected_P
-    scores_P2 = f_score(ratio_P2, table) if isinstance(table, Divergence) else ratio_P2
+    scores_P2 = f_score(ratio_P2, table) if isinstance(table, FDivergenceLoss) else ratio_P2
     score_P, mean_P2 = scores_P2[:, 0] - scores_P2[:, 1], ratio_P2 / tokens_P2
-    columns = logps.columns or Columns()
+    columns = logps.columns or LossColumns()
     match table:
         case Sigmoid():
             asked_P = 0 if columns.margin_P is None else columns.margin_P / beta
@@ -336,11 +336,12 @@ def _preference(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: Object
             return exo_pair(score_P, beta, table.label_smoothing)
         case Discopop():
             return discopop(score_P, beta, table.discopop_tau)
-        case Plain():
-            return _plain(table.loss_type, scores_P2, ratio_P2, tokens_P2, beta)
-        case Sum():
+        case PlainLoss():
+            return _beta_only_loss(table.loss_type, scores_P2, ratio_P2, tokens_P2, beta)
+        case WeightedSum():
             parts = [
-                weight * _plain(name, ratio_P2, ratio_P2, tokens_P2, beta) for name, weight in table.losses.items()
+                weight * _beta_only_loss(name, ratio_P2, ratio_P2, tokens_P2, beta)
+                for name, weight in table.losses.items()
             ]
             return torch.stack(parts).sum(0)
         case Aot() if table.loss_type == "aot":
@@ -371,14 +372,14 @@ def _preference(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: Object
         case Kto():
             if columns.label_P is None:
                 raise ValueError("kto needs labels")
-            return kto(chosen_P, columns.label_P, distance(rejected_P), table, beta)
+            return kto(chosen_P, columns.label_P, kto_kl(rejected_P), table, beta)
         case Sft():
-            return sft(logps.chosen_whole_P, logps.chosen_tokens_P)
+            return sft(logps.chosen_logp_all_P, logps.chosen_tokens_P)
         case never:
             assert_never(never)
 
 
-def _plain(name: str, scores_P2: Tensor, ratio_P2: Tensor, tokens_P2: Tensor, beta: float) -> Tensor:
+def _beta_only_loss(name: str, scores_P2: Tensor, ratio_P2: Tensor, tokens_P2: Tensor, beta: float) -> Tensor:
     """The losses that know nothing but `beta`; `scores_P2` are the log-ratios as another divergence sees them."""
     (chosen_P, rejected_P), score_P = ratio_P2.unbind(1), scores_P2[:, 0] - scores_P2[:, 1]
     per_token_P2 = scores_P2 / tokens_P2
@@ -415,7 +416,7 @@ def dynamic_beta(margin_P: Tensor, mean: float, table: BetaDpo, beta: float) -> 
     """
     now = float(margin_P.mean())
     mean = table.beta_momentum * mean + (1 - table.beta_momentum) * now
-    return max(LEAST_BETA, beta * (1 + table.beta_alpha * (now - mean))), mean
+    return max(MIN_BETA, beta * (1 + table.beta_alpha * (now - mean))), mean
 
 
 def _log1mexp(logp_P: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qlora_dpo.data.encoded import EncodedPair, Ids
-from qlora_dpo.model.attention import Backend, Layout
+from qlora_dpo.data.encoded import EncodedPair, TokenIds
+from qlora_dpo.model.attention import Backend, PackedLayout
 from qlora_dpo.model.span import Span
-from qlora_dpo.model.transfer import copied_together
-from qlora_dpo.preference.token_weights import Counted
+from qlora_dpo.model.transfer import copy_batched
+from qlora_dpo.preference.token_weights import TokenWeighting
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Packing:
     token_budget: int
     pad_token_id: int
     backend: Backend | None
-    counted: Counted | None = None
+    token_weighting: TokenWeighting | None = None
     """How the tokens of answers count; None if all count alike."""
 
 
-STATES_AT_ONCE = 256
+STATES_PER_CHUNK = 256
 """States whose logits exist at once: those of 8 pairs of 512 tokens are 4.6 GiB in float32, with 152k words."""
 
 
@@ -43,7 +43,7 @@ class MicroBatch:
     input_ids_BL: Tensor
     position_ids_BL: Tensor
     attention_mask_BL: Tensor | None  # of a padded batch
-    layout: Layout | None  # of a packed row
+    layout: PackedLayout | None  # of a packed row
     state_R: Tensor  # index into the B * L positions, ascending
     row_N: Tensor  # which of the R states predicts the token, ascending
     tokens_R: Tensor  # how many of the N tokens each state predicts
@@ -53,14 +53,14 @@ class MicroBatch:
     weight_M: Tensor | None  # how much each answer token counts; None if all count alike
     pairs: int
     tokens: int  # of all sequences, as TRL counts them: a prompt once for each answer that is there, no padding
-    answer_tokens: tuple[int, int]  # of all chosen and of all rejected answers
-    chunks: tuple[tuple[slice, slice], ...]  # STATES_AT_ONCE of the R, and their tokens among the N
+    completion_tokens: tuple[int, int]  # of all chosen and of all rejected answers
+    chunks: tuple[tuple[slice, slice], ...]  # STATES_PER_CHUNK of the R, and their tokens among the N
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on another device, copied at once with the index tensors of its layout."""
         own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         index = {} if self.layout is None else self.layout.index_tensors()
-        moved = copied_together(own | {f"layout {name}": tensor for name, tensor in index.items()}, device)
+        moved = copy_batched(own | {f"layout {name}": tensor for name, tensor in index.items()}, device)
         layout = self.layout and replace(
             self.layout, device=device, moved={name: moved.pop(f"layout {name}") for name in index}
         )
@@ -73,18 +73,20 @@ def micro_batches(pairs: Sequence[EncodedPair], packing: Packing) -> list[list[i
     Returns indices into `pairs`. A pair that is larger than the budget makes a group of its own.
     """
     return (
-        _padded_groups(pairs, packing.token_budget) if packing.backend is None else _rows(pairs, packing.token_budget)
+        _padded_groups(pairs, packing.token_budget)
+        if packing.backend is None
+        else _packed_groups(pairs, packing.token_budget)
     )
 
 
-def _rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+def _packed_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
     """Fill rows with pairs in the order of their prompts, so that prompts with a common beginning stand together."""
     groups: list[list[int]] = []
     room = 0
     for index in sorted(range(len(pairs)), key=lambda i: (pairs[i].prompt, i)):
         pair = pairs[index]
         own = row_tokens(pair)
-        shared = _common(pairs[groups[-1][-1]].prompt, pair.prompt) if groups else 0
+        shared = _common_prefix_length(pairs[groups[-1][-1]].prompt, pair.prompt) if groups else 0
         if groups and own - shared <= room:
             groups[-1].append(index)
             room -= own - shared
@@ -97,38 +99,38 @@ def _rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
 def _padded_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
     """Put pairs of similar length together, from the longest down."""
     groups: list[list[int]] = []
-    for index in sorted(range(len(pairs)), key=lambda i: (-longest(pairs[i]), i)):
+    for index in sorted(range(len(pairs)), key=lambda i: (-max_sequence_tokens(pairs[i]), i)):
         # sorted from the longest down, so the first pair of a group decides its padded length
         both = 2 if pairs[index].rejected else 1
-        if groups and both * (len(groups[-1]) + 1) * padded(pairs[groups[-1][0]]) <= token_budget:
+        if groups and both * (len(groups[-1]) + 1) * padded_length(pairs[groups[-1][0]]) <= token_budget:
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
 
 
-def longest(pair: EncodedPair) -> int:
+def max_sequence_tokens(pair: EncodedPair) -> int:
     """Tokens of the prompt with the longer of the two answers."""
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
 def row_tokens(pair: EncodedPair) -> int:
     """Tokens that `pair` alone takes in a packed row: its prompt once, and once what both answers begin with."""
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - _common(pair.chosen, pair.rejected)
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - _common_prefix_length(pair.chosen, pair.rejected)
 
 
-def padded(pair: EncodedPair) -> int:
+def padded_length(pair: EncodedPair) -> int:
     """Columns that a padded batch with `pair` as its longest has.
 
     There is always one column of padding: without any, transformers drops the mask and attention takes another
     kernel, whose rounding differs; this way a pair has the same log-probability in every batch.
     """
-    return longest(pair) + 1
+    return max_sequence_tokens(pair) + 1
 
 
 def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
     """Lay out `pairs` as one packed row, or as one right-padded batch of S sequences."""
-    places = _padded(pairs, packing.pad_token_id) if packing.backend is None else _packed(pairs, packing.backend)
+    places = _pad_batch(pairs, packing.pad_token_id) if packing.backend is None else _pack_row(pairs, packing.backend)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     # the state before an answer's first token is the prompt's last one, for both answers the same in a packed row
     scored = [
@@ -142,7 +144,7 @@ def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
     row = {position: index for index, position in enumerate(states)}
     row_N = np.array([row[position] for position, _ in distinct], dtype=np.int64)
     tokens_S = [len(answer) for answer in answers]
-    weights = [packing.counted.weights(pair) for pair in pairs] if packing.counted else []
+    weights = [packing.token_weighting.weights(pair) for pair in pairs] if packing.token_weighting else []
     return MicroBatch(
         input_ids_BL=places.input_ids_BL,
         position_ids_BL=places.position_ids_BL,
@@ -157,30 +159,30 @@ def collate(pairs: Sequence[EncodedPair], packing: Packing) -> MicroBatch:
         weight_M=torch.tensor([w for side in (0, 1) for each in weights for w in each[side]]) if weights else None,
         pairs=len(pairs),
         tokens=sum(map(len, places.position_SL)),
-        answer_tokens=(sum(tokens_S[: len(pairs)]), sum(tokens_S[len(pairs) :])),
+        completion_tokens=(sum(tokens_S[: len(pairs)]), sum(tokens_S[len(pairs) :])),
         chunks=_chunks(row_N, len(states)),
     )
 
 
 def _chunks(row_N: NDArray[np.int64], states: int) -> tuple[tuple[slice, slice], ...]:
     """The states in chunks, each beside the tokens that it predicts."""
-    ends = [*range(0, states, STATES_AT_ONCE), states]
+    ends = [*range(0, states, STATES_PER_CHUNK), states]
     firsts = np.searchsorted(row_N, ends).tolist()
     return tuple((slice(*some), slice(*tokens)) for some, tokens in zip(pairwise(ends), pairwise(firsts), strict=True))
 
 
 @dataclass(frozen=True)
-class _Places:
+class _Placement:
     """Tokens as they go through the model, and at which of the B * L positions each sequence stands."""
 
     input_ids_BL: Tensor
     position_ids_BL: Tensor
     position_SL: list[list[int]]
     attention_mask_BL: Tensor | None = None
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
 
 
-def _packed(pairs: Sequence[EncodedPair], backend: Backend) -> _Places:
+def _pack_row(pairs: Sequence[EncodedPair], backend: Backend) -> _Placement:
     """One row: the sequences in lexicographic order, each without what it has in common with the one before.
 
     In that order the sequences with a common beginning are neighbours, so each beginning stands in the row once: a
@@ -191,28 +193,28 @@ def _packed(pairs: Sequence[EncodedPair], backend: Backend) -> _Places:
     positions: list[int] = []
     spans: list[Span] = []
     position_SL: list[list[int]] = [[] for _ in sequences]
-    before: Ids = ()
+    before: TokenIds = ()
     where: list[int] = []
     for s in sorted(filter(sequences.__getitem__, range(len(sequences))), key=lambda s: sequences[s]):
         sequence = sequences[s]
-        shared = _common(before, sequence)
+        shared = _common_prefix_length(before, sequence)
         where = [*where[:shared], *range(len(ids), len(ids) + len(sequence) - shared)]
         if shared < len(sequence):
-            spans.append(Span(len(ids), len(ids) + len(sequence) - shared, _stretches(where[:shared])))
+            spans.append(Span(len(ids), len(ids) + len(sequence) - shared, _contiguous_ranges(where[:shared])))
         ids.extend(sequence[shared:])
         positions.extend(range(shared, len(sequence)))
         position_SL[s], before = where, sequence
-    return _Places(
+    return _Placement(
         input_ids_BL=torch.tensor([ids]),
         position_ids_BL=torch.tensor([positions]),
         position_SL=position_SL,
-        layout=Layout(tuple(spans), backend, torch.device("cpu")),
+        layout=PackedLayout(tuple(spans), backend, torch.device("cpu")),
     )
 
 
-def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> _Places:
+def _pad_batch(pairs: Sequence[EncodedPair], pad_token_id: int) -> _Placement:
     """One right-padded batch: the sequences that have tokens, the chosen ones first."""
-    columns = max(padded(pair) for pair in pairs)
+    columns = max(padded_length(pair) for pair in pairs)
     sequences = _sequences(pairs)
     rows = [s for s, sequence in enumerate(sequences) if sequence]
     ids = torch.full((len(rows), columns), pad_token_id)
@@ -223,7 +225,7 @@ def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> _Places:
         ids[row, :length] = torch.tensor(sequences[s])
         mask[row, :length] = 1
         position_SL[s] = list(range(row * columns, row * columns + length))
-    return _Places(
+    return _Placement(
         input_ids_BL=ids,
         position_ids_BL=torch.arange(columns).expand(len(rows), -1),
         position_SL=position_SL,
@@ -231,13 +233,13 @@ def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> _Places:
     )
 
 
-def _sequences(pairs: Sequence[EncodedPair]) -> list[Ids]:
+def _sequences(pairs: Sequence[EncodedPair]) -> list[TokenIds]:
     """Each prompt with its chosen answer, then each with its rejected one; empty if there is none."""
     answers = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
     return [prompt + answer if answer else () for prompt, answer in answers]
 
 
-def _common(one: Ids, other: Ids) -> int:
+def _common_prefix_length(one: TokenIds, other: TokenIds) -> int:
     """How many tokens both begin with."""
     least, most = 0, min(len(one), len(other))
     while least < most:  # a comparison of slices runs in C, so bisecting beats comparing token by token
@@ -249,7 +251,7 @@ def _common(one: Ids, other: Ids) -> int:
     return least
 
 
-def _stretches(where: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _contiguous_ranges(where: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Ascending positions as stretches without gaps."""
     breaks = [i for i in range(1, len(where)) if where[i] != where[i - 1] + 1]
     ends = [0, *breaks, len(where)] if where else []

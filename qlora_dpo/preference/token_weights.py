@@ -4,20 +4,20 @@ import random
 from dataclasses import dataclass
 
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.recipe.objective import Objective, Paired, SamPo
+from qlora_dpo.recipe.objective import Objective, ReferenceLoss, SamPo
 
-Weights = tuple[list[float], list[float]]
+TokenWeights = tuple[list[float], list[float]]
 """Of the chosen and of the rejected answer, one per token."""
 
 
 @dataclass(frozen=True)
-class Counted:
+class TokenWeighting:
     """Which tokens count, and the name under which the reference's answers about them are kept."""
 
     name: str
     ld_alpha: float | None = None
 
-    def weights(self, pair: EncodedPair) -> Weights:
+    def weights(self, pair: EncodedPair) -> TokenWeights:
         """One weight per token. Reference and policy are asked about the same tokens."""
         lengths = len(pair.chosen), len(pair.rejected)
         shorter = min(lengths)
@@ -27,22 +27,22 @@ class Counted:
             chosen, rejected = ([1.0] * shorter + [alpha] * (length - shorter) for length in lengths)
             return chosen, rejected
         draw = random.Random(pair.digest)  # noqa: S311 - which tokens count, no secret
-        chosen, rejected = (_drawn(length, shorter, draw) for length in lengths)
+        chosen, rejected = (_random_mask(length, shorter, draw) for length in lengths)
         return chosen, rejected
 
 
-def counted(table: Objective) -> Counted | None:
+def make_token_weighting(table: Objective) -> TokenWeighting | None:
     """How the objective weighs tokens; None if all count alike."""
     match table:
         case SamPo():
-            return Counted("sampo")
-        case Paired() if table.ld_alpha is not None and table.ld_alpha != 1:
-            return Counted(f"ld {table.ld_alpha!r}", table.ld_alpha)
+            return TokenWeighting("sampo")
+        case ReferenceLoss() if table.ld_alpha is not None and table.ld_alpha != 1:
+            return TokenWeighting(f"ld {table.ld_alpha!r}", table.ld_alpha)
         case _:
             return None
 
 
-def _drawn(length: int, count: int, draw: random.Random) -> list[float]:
+def _random_mask(length: int, count: int, draw: random.Random) -> list[float]:
     """1 for `count` tokens drawn at random, 0 for the others."""
     kept = set(draw.sample(range(length), count))
     return [float(position in kept) for position in range(length)]

@@ -1,5 +1,5 @@
 """All that decides a run: the tables of a recipe, its reader, and the sentences for a wrong one."""
 
-from qlora_dpo.recipe.recipe import Recipe, load
+from qlora_dpo.recipe.recipe import Recipe, load_recipe
 
-__all__ = ["Recipe", "load"]
+__all__ = ["Recipe", "load_recipe"]

@@ -7,14 +7,14 @@ import tomli_w
 from qlora_dpo.recipe.errors import key_lines
 
 
-def changed(text: str, table: str, values: Mapping[str, str], without: Collection[str] = ()) -> str:
-    """`text` with the keys `values` of `[table]`, which stands in it, and no longer with the keys `without`.
+def edit_table(text: str, table: str, values: Mapping[str, str], removed: Collection[str] = ()) -> str:
+    """`text` with the keys `values` of `[table]`, which stands in it, and no longer with the keys `removed`.
 
     What is said behind an old value in its line is about that value, and goes with it. Values of several lines are not
     understood.
     """
     lines, where = text.splitlines(), key_lines(text)
-    gone = [where[table, key] for key in without if (table, key) in where and key not in values]
+    gone = [where[table, key] for key in removed if (table, key) in where and key not in values]
     new = []
     for key, value in values.items():
         line = tomli_w.dumps({key: value}).rstrip("\n")

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qlora_dpo.recipe.data import MixTable
-from qlora_dpo.recipe.objective import TABLES, Plain, loss_types
-from qlora_dpo.recipe.reference import REFERENCES
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, PlainLoss, loss_types
+from qlora_dpo.recipe.reference import REFERENCE_TABLES
 
-OTHER_TOOLS = {
+FOREIGN_KEYS = {
     "lora_rank": ("LLaMA-Factory's", "lora.r"),
     "lora_r": ("axolotl's and TRL's", "lora.r"),
     "rank": ("torchtune's", "lora.r"),
@@ -87,10 +87,10 @@ OTHER_TOOLS = {
     "sync_ref_model": ("TRL's", '[reference] kind = "ema"'),
 }
 
-KIND_KEYS = {"objective": "loss_type", "reference": "kind"}
+DISCRIMINATORS = {"objective": "loss_type", "reference": "kind"}
 """The tables with several sets of keys, and the key that chooses among them."""
 
-NOT_HERE = {
+UNSUPPORTED_KEYS = {
     "neftune_noise_alpha": (
         "noise on the embeddings moves every log-probability, and a pair is judged by small differences of those; "
         "lora.lora_dropout is drawn anew in each step instead"
@@ -98,10 +98,10 @@ NOT_HERE = {
     "noisy_embedding_alpha": "that is axolotl's name of NEFTune, whose noise moves what a pair is judged by",
 }
 """Keys of other tools that have no counterpart, and why."""
-MIX = ("data", "mix")
+MIX_PATH = ("data", "mix")
 """Where the tables of a mixture are."""
 
-KINDS = {
+TYPE_NAMES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -115,14 +115,14 @@ KINDS = {
 }
 
 
-def sentences(
+def describe_errors(
     error: ValidationError, recipe: type[BaseModel], path: str, text: str, overrides: Sequence[str]
 ) -> Iterator[str]:
     """Yield one line for every key that is wrong, in the order of the file."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for each in error.errors(include_url=False):
         unknown = each["type"] in ("union_tag_invalid", "union_tag_not_found")
-        keys = (str(each["loc"][0]), KIND_KEYS[str(each["loc"][0])]) if unknown else _keys(each["loc"])
+        keys = (str(each["loc"][0]), DISCRIMINATORS[str(each["loc"][0])]) if unknown else _error_keys(each["loc"])
         found.setdefault(keys, []).append(dict(each))
     lines = key_lines(text)
     placed = []
@@ -130,19 +130,19 @@ def sentences(
         line = lines.get(keys) or lines.get(keys[:3]) or lines.get(keys[:1]) or 0
         by_hand = [each for each in overrides if tuple(each.split("=")[0].replace(" ", "").split("."))[:2] == keys[:2]]
         where = f"--set {by_hand[-1]}" if by_hand else f"{path}:{line}" if line else path
-        placed.append((line, f"{where}: {_sentence(keys, problems, recipe)}"))
+        placed.append((line, f"{where}: {_describe_problem(keys, problems, recipe)}"))
     return (sentence for _, sentence in sorted(placed))
 
 
-def _keys(place: Sequence[str | int]) -> tuple[str, ...]:
+def _error_keys(place: Sequence[str | int]) -> tuple[str, ...]:
     """Table and key of an error's place; pydantic puts the kind of objective or reference between them.
 
     Of a mixture's tables, which of them it is and the key in it are told as well.
     """
-    if tuple(place[:2]) == MIX and len(place) > 2:
-        return (*MIX, *map(str, place[2:4]))
+    if tuple(place[:2]) == MIX_PATH and len(place) > 2:
+        return (*MIX_PATH, *map(str, place[2:4]))
     names = [part for part in place if isinstance(part, str)]
-    return tuple(names[:1] + names[2:3] if names[0] in KIND_KEYS else names[:2])
+    return tuple(names[:1] + names[2:3] if names[0] in DISCRIMINATORS else names[:2])
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -156,7 +156,7 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
             open_string = "" if open_string in line else open_string
             continue
         if header := re.match(r"\s*\[\[?\s*([^\]]+?)\s*\]", line):
-            table = _dotted(header[1])
+            table = _split_dotted(header[1])
             lines.setdefault(table, number)
             if line.lstrip().startswith("[["):
                 counts[table] = counts.get(table, -1) + 1
@@ -165,97 +165,99 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
         elif pair := re.match(
             r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=(.*)""", line
         ):
-            lines.setdefault((*table, *_dotted(pair[1])), number)
+            lines.setdefault((*table, *_split_dotted(pair[1])), number)
             for quotes in ('"' * 3, "'" * 3):
                 open_string = quotes if pair[2].count(quotes) == 1 else open_string
     return lines
 
 
-def _dotted(name: str) -> tuple[str, ...]:
+def _split_dotted(name: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in name.split("."))
 
 
-def _sentence(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: type[BaseModel]) -> str:
+def _describe_problem(keys: tuple[str, ...], problems: list[dict[str, Any]], recipe: type[BaseModel]) -> str:
     first = problems[0]
     name = ".".join(keys)
-    if keys[:2] == MIX and len(keys) > 2:
-        return _mix_sentence(keys[3:], [{**each, "loc": each["loc"][3:]} for each in problems])
+    if keys[:2] == MIX_PATH and len(keys) > 2:
+        return _describe_mix_problem(keys[3:], [{**each, "loc": each["loc"][3:]} for each in problems])
     if keys[:1] == ("objective",):
         if first["type"] == "union_tag_invalid":
             return _unknown_loss(first["input"].get("loss_type"))
         if first["type"] == "extra_forbidden":
-            return _unread_key(keys[1], str(first["loc"][1]), recipe)
+            return _unused_loss_key(keys[1], str(first["loc"][1]), recipe)
     if keys[:1] == ("reference",):
-        kinds = ", ".join(f'"{kind}"' for kind in _kinds())
+        kinds = ", ".join(f'"{kind}"' for kind in _reference_tables())
         match first["type"]:
             case "union_tag_not_found":
                 return f'[reference] needs the key "kind", one of {kinds}'
             case "union_tag_invalid":
-                return f"reference.kind is {_shown(first['input'].get('kind'))}; it must be one of {kinds}"
+                return f"reference.kind is {_display_value(first['input'].get('kind'))}; it must be one of {kinds}"
             case "extra_forbidden":
-                return _unread_by_kind(keys[1], str(first["loc"][1]), recipe)
+                return _unused_reference_key(keys[1], str(first["loc"][1]), recipe)
     table = recipe.model_fields[keys[0]].annotation if keys and keys[0] in recipe.model_fields else None
     match first["type"]:
         case "extra_forbidden":
-            known = _fields(table) if len(keys) > 1 else list(recipe.model_fields)
+            known = _table_fields(table) if len(keys) > 1 else list(recipe.model_fields)
             return _unknown_key(keys, known, recipe)
         case "missing" if len(keys) == 1:
             return f"the recipe needs a table [{name}]"
         case "missing":
             return f'[{keys[0]}] needs the key "{keys[1]}"'
         case "value_error" if keys == ("lora", "init_lora_weights"):
-            return f'{name} is {_shown(first["input"])}; it must be {first["ctx"]["error"]}: "default" or "gaussian"'
+            return f'{name} is {_display_value(first["input"])}; it must be {first["ctx"]["error"]}: "default" or "gaussian"'
         case "value_error" if len(keys) == 1:
             return f"[{name}] {first['ctx']['error']}"
         case _:
-            return f"{name} is {_shown(first['input'])}; it must be {_wanted(problems)}"
+            return f"{name} is {_display_value(first['input'])}; it must be {_expected(problems)}"
 
 
-def _mix_sentence(keys: tuple[str, ...], problems: list[dict[str, Any]]) -> str:
+def _describe_mix_problem(keys: tuple[str, ...], problems: list[dict[str, Any]]) -> str:
     """What is wrong with one table of a mixture, or with one of its keys."""
     first = problems[0]
     match first["type"]:
-        case "extra_forbidden" if keys[0] in OTHER_TOOLS:
-            owner, ours = OTHER_TOOLS[keys[0]]
+        case "extra_forbidden" if keys[0] in FOREIGN_KEYS:
+            owner, ours = FOREIGN_KEYS[keys[0]]
             return f'[[data.mix]] has no key "{keys[0]}": that is {owner} name; here it is {ours}'
         case "extra_forbidden":
             known = list(MixTable.model_fields)
             close = difflib.get_close_matches(keys[0], known, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"it has {', '.join(known)}"
-            return f"[[data.mix]] has no key {_quoted(keys[0])}; {hint}"
+            return f"[[data.mix]] has no key {_quote(keys[0])}; {hint}"
         case "missing":
             return f'[[data.mix]] needs the key "{keys[0]}"'
         case _:
             what = f"{keys[0]} in [[data.mix]]" if keys else "[[data.mix]]"
-            return f"{what} is {_shown(first['input'])}; it must be {_wanted(problems)}"
+            return f"{what} is {_display_value(first['input'])}; it must be {_expected(problems)}"
 
 
 def _unknown_loss(found: object) -> str:
-    known = [name for table in TABLES for name in loss_types(table)]
+    known = [name for table in OBJECTIVE_TABLES for name in loss_types(table)]
     close = difflib.get_close_matches(str(found), known, n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"it must be one of {', '.join(known)}"
-    return f"objective.loss_type is {_shown(found)}; {hint}"
+    return f"objective.loss_type is {_display_value(found)}; {hint}"
 
 
-def _unread_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
+def _unused_loss_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
     """A key of [objective] that its loss does not read: which losses do, or what may have been meant."""
-    own = next(table for table in TABLES if kind in (*loss_types(table), "plain" if table is Plain else ""))
-    readers = [name for table in TABLES if key in table.model_fields for name in loss_types(table)]
+    own = next(
+        table for table in OBJECTIVE_TABLES if kind in (*loss_types(table), "plain" if table is PlainLoss else "")
+    )
+    readers = [name for table in OBJECTIVE_TABLES if key in table.model_fields for name in loss_types(table)]
     if readers:
-        loss = "this loss" if own is Plain else f'loss_type = "{loss_types(own)[0]}"'
+        loss = "this loss" if own is PlainLoss else f'loss_type = "{loss_types(own)[0]}"'
         verb = "does" if len(readers) == 1 else "do"
         return f'[objective] has "{key}", which {loss} does not read; {", ".join(readers)} {verb}'
     return _unknown_key(("objective", key), list(own.model_fields), recipe)
 
 
-def _kinds() -> dict[str, type[BaseModel]]:
+def _reference_tables() -> dict[str, type[BaseModel]]:
     """The tables of [reference] by their kind."""
-    return {table.model_fields["kind"].annotation.__args__[0]: table for table in REFERENCES}  # type: ignore[union-attr]
+    return {table.model_fields["kind"].annotation.__args__[0]: table for table in REFERENCE_TABLES}  # type: ignore[union-attr]
 
 
-def _unread_by_kind(key: str, kind: str, recipe: type[BaseModel]) -> str:
+def _unused_reference_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
     """A key of [reference] that its kind does not read: which kinds do, or what may have been meant."""
-    kinds = _kinds()
+    kinds = _reference_tables()
     if readers := [name for name, table in kinds.items() if key in table.model_fields]:
         verb = "does" if len(readers) == 1 else "do"
         return f'[reference] has "{key}", which kind = "{kind}" does not read; {", ".join(readers)} {verb}'
@@ -264,15 +266,15 @@ def _unread_by_kind(key: str, kind: str, recipe: type[BaseModel]) -> str:
 
 def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
     place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
-    if key in NOT_HERE:
-        return f'{place} has no key "{key}": {NOT_HERE[key]}'
-    if key in OTHER_TOOLS:
-        owner, ours = OTHER_TOOLS[key]
+    if key in UNSUPPORTED_KEYS:
+        return f'{place} has no key "{key}": {UNSUPPORTED_KEYS[key]}'
+    if key in FOREIGN_KEYS:
+        owner, ours = FOREIGN_KEYS[key]
         return f'{place} has no key "{key}": that is {owner} name; here it is {ours}'
-    homes = [table for table, field in recipe.model_fields.items() if key in _fields(field.annotation)]
+    homes = [table for table, field in recipe.model_fields.items() if key in _table_fields(field.annotation)]
     homes += [
         name
-        for name, tables in (("objective", TABLES), ("reference", REFERENCES))
+        for name, tables in (("objective", OBJECTIVE_TABLES), ("reference", REFERENCE_TABLES))
         if any(key in table.model_fields for table in tables)
     ]
     if homes:
@@ -280,10 +282,10 @@ def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel
     kind = "key" if len(keys) > 1 else "table"
     close = difflib.get_close_matches(key, known, n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"it has {', '.join(known)}"
-    return f"{place} has no {kind} {_quoted(key)}; {hint}"
+    return f"{place} has no {kind} {_quote(key)}; {hint}"
 
 
-def _fields(annotation: Any) -> list[str]:
+def _table_fields(annotation: Any) -> list[str]:
     """Keys of a table, also where its annotation is `Table | None`."""
     for each in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(each, type) and issubclass(each, BaseModel):
@@ -291,12 +293,12 @@ def _fields(annotation: Any) -> list[str]:
     return []
 
 
-def _wanted(problems: list[dict[str, Any]]) -> str:
+def _expected(problems: list[dict[str, Any]]) -> str:
     """What would be right; a union's alternatives are joined by "or"."""
-    return " or ".join(dict.fromkeys(_one_wanted(problem) for problem in problems))
+    return " or ".join(dict.fromkeys(_expected_by_problem(problem) for problem in problems))
 
 
-def _one_wanted(problem: dict[str, Any]) -> str:
+def _expected_by_problem(problem: dict[str, Any]) -> str:
     context = problem.get("ctx", {})
     if any(isinstance(part, int) for part in problem["loc"]):
         return "a list of strings that are not empty"
@@ -319,16 +321,16 @@ def _one_wanted(problem: dict[str, Any]) -> str:
         case "too_short":
             return "a list that is not empty"
         case kind:
-            return KINDS.get(kind, str(problem["msg"]))
+            return TYPE_NAMES.get(kind, str(problem["msg"]))
 
 
-def _shown(value: object) -> str:
+def _display_value(value: object) -> str:
     """The value as the recipe's author would recognise it, on one line and not too long."""
     match value:
         case bool():
             return str(value).lower()
         case str():
-            return f"the string {_quoted(value)}"
+            return f"the string {_quote(value)}"
         case dict():
             return "a table"
         case list():
@@ -341,6 +343,6 @@ def _shown(value: object) -> str:
             return f"the date or time {value}"
 
 
-def _quoted(text: str, most: int = 80) -> str:
+def _quote(text: str, max_length: int = 80) -> str:
     """`text` in double quotes, with line breaks and control characters written out."""
-    return json.dumps(text if len(text) <= most else f"{text[:most]}...", ensure_ascii=False)
+    return json.dumps(text if len(text) <= max_length else f"{text[:max_length]}...", ensure_ascii=False)

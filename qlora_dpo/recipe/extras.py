@@ -7,9 +7,9 @@ from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe import Recipe
 
 
-def insist_on_extras(recipe: Recipe) -> None:
+def check_extras(recipe: Recipe) -> None:
     """Raise RecipeError with the command that installs what is missing."""
-    for key, package, extra in _needed(recipe):
+    for key, package, extra in _required_extras(recipe):
         if find_spec(package) is None:
             raise RecipeError(
                 f"{key} needs the package {package}, which is not installed; install it with: pip install "
@@ -17,7 +17,7 @@ def insist_on_extras(recipe: Recipe) -> None:
             )
 
 
-def _needed(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+def _required_extras(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """Key of the recipe, package that it needs, and our extra that has it."""
     track = recipe.track
     if recipe.train.optim == "schedule_free_adamw":

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.recipe import Recipe, load
-from qlora_dpo.recipe.recipe import LoadedRecipe, insist_on_keys
+from qlora_dpo.recipe import Recipe, load_recipe
+from qlora_dpo.recipe.recipe import LoadedRecipe, check_keys
 
-NAME_LETTERS = 64
+MAX_NAME_LENGTH = 64
 """Characters that the name of a run may have."""
-ANOTHER_BASE = "would need another base"
-OTHER_PAIRS = "would need other pairs, held-out ones too, and figures of different pairs cannot be compared"
-CHANGES_NOTHING = "changes no figure of a run"
-WHY_NOT = {
-    "model.": ANOTHER_BASE,
-    "data.": OTHER_PAIRS,
-    "samples.": CHANGES_NOTHING,
-    "track.": CHANGES_NOTHING,
+NEEDS_OTHER_BASE = "would need another base"
+NEEDS_OTHER_PAIRS = "would need other pairs, held-out ones too, and figures of different pairs cannot be compared"
+NO_EFFECT = "changes no figure of a run"
+UNSWEEPABLE_KEYS = {
+    "model.": NEEDS_OTHER_BASE,
+    "data.": NEEDS_OTHER_PAIRS,
+    "samples.": NO_EFFECT,
+    "track.": NO_EFFECT,
     "train.engine": "would need another base, as TRL wants it loaded",
     "train.metric_for_best_model": "decides what is best, so it must be one for all",
     **{
@@ -30,7 +30,7 @@ WHY_NOT = {
     },
 }
 """Keys that the points of a grid share, by how they begin, and what each point would need otherwise."""
-SHORT = {
+SHORT_NAMES = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
     "batch_size": "batch",
@@ -40,11 +40,11 @@ SHORT = {
     "target_modules": "modules",
 }
 """What long keys are called in the names of points, which stand in the first column of tables."""
-DRAWN_BY = ("data.max_train_samples", "data.max_eval_samples", "max_samples or weight in [[data.mix]]")
+SAMPLING_KEYS = ("data.max_train_samples", "data.max_eval_samples", "max_samples or weight in [[data.mix]]")
 
 
 @dataclass(frozen=True)
-class Axis:
+class SweepAxis:
     """A key of the recipe and the values that it takes."""
 
     key: str
@@ -52,7 +52,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One combination: its name, which is that of its folder, what it sets, and the recipe that comes of it."""
 
     name: str
@@ -60,27 +60,27 @@ class Point:
     loaded: LoadedRecipe
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What it sets, as one would write it: `objective.beta = 0.1, lora.r = 8`."""
-        return ", ".join(f"{key} = {toml(value)}" for key, value in self.values.items())
+        return ", ".join(f"{key} = {to_toml(value)}" for key, value in self.values.items())
 
     @property
-    def options(self) -> tuple[str, ...]:
+    def set_options(self) -> tuple[str, ...]:
         """The same for `--set`."""
-        return tuple(f"{key}={toml(value)}" for key, value in self.values.items())
+        return tuple(f"{key}={to_toml(value)}" for key, value in self.values.items())
 
 
-def axes(over: Sequence[str]) -> tuple[Axis, ...]:
+def parse_axes(over: Sequence[str]) -> tuple[SweepAxis, ...]:
     """The axes that `--over KEY=[VALUE, ...]` asks for; raises RecipeError for what is none."""
     if not over:
         raise RecipeError("a sweep needs a key with several values: --over objective.beta=[0.05, 0.1, 0.3]")
-    found = tuple(map(_axis, over))
+    found = tuple(map(_parse_axis, over))
     keys = [axis.key for axis in found]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RecipeError(f"--over {twice}: is given twice; write all its values in one list")
-    insist_on_keys(keys, also=(), option="--over")
+    check_keys(keys, extra_keys=(), option="--over")
     for key in keys:
-        for start, why in WHY_NOT.items():
+        for start, why in UNSWEEPABLE_KEYS.items():
             if key.startswith(start):
                 raise RecipeError(
                     f"--over {key}: a sweep has one base and one set of pairs for all its runs, and this key {why}; "
@@ -89,7 +89,7 @@ def axes(over: Sequence[str]) -> tuple[Axis, ...]:
     return found
 
 
-def points(recipe_file: str, sets: Sequence[str], over: Sequence[Axis]) -> list[Point]:
+def expand_grid(recipe_file: str, sets: Sequence[str], over: Sequence[SweepAxis]) -> list[GridPoint]:
     """Every combination of the values in `over`, the last axis fastest, with `--set` values below.
 
     Raises RecipeError for a combination that is no recipe, and for one that cannot share base and pairs.
@@ -101,14 +101,14 @@ def points(recipe_file: str, sets: Sequence[str], over: Sequence[Axis]) -> list[
         {axis.key: value for axis, value in zip(over, values, strict=True)}
         for values in itertools.product(*(axis.values for axis in over))
     ]
-    names = names_of(over, combinations)
+    names = name_points(over, combinations)
     return [
-        Point(name, values, _loaded(recipe_file, sets, values))
+        GridPoint(name, values, _load_point(recipe_file, sets, values))
         for name, values in zip(names, combinations, strict=True)
     ]
 
 
-def toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
     """`value` on one line of TOML."""
     match value:
         case bool():
@@ -116,9 +116,9 @@ def toml(value: Any) -> str:
         case str():
             return json.dumps(value, ensure_ascii=False)
         case list():
-            return f"[{', '.join(map(toml, value))}]"
+            return f"[{', '.join(map(to_toml, value))}]"
         case dict():
-            return "{ " + ", ".join(f"{json.dumps(key)} = {toml(each)}" for key, each in value.items()) + " }"
+            return "{ " + ", ".join(f"{json.dumps(key)} = {to_toml(each)}" for key, each in value.items()) + " }"
         case float():
             short = f"{value:g}"
             return short if float(short) == value and not short.lstrip("-").isdigit() else repr(value)
@@ -126,17 +126,17 @@ def toml(value: Any) -> str:
             return str(value)
 
 
-def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two recipes or two grids, a few words for each key."""
-    one, other = dict(_flat(was)), dict(_flat(now))
+    one, other = dict(_flatten(was)), dict(_flatten(now))
     return [
-        f"{key} was {_shown(one, key)}, is {_shown(other, key)}"
+        f"{key} was {_display_value(one, key)}, is {_display_value(other, key)}"
         for key in sorted(one.keys() | other.keys())
         if one.get(key) != other.get(key)
     ]
 
 
-def _axis(text: str) -> Axis:
+def _parse_axis(text: str) -> SweepAxis:
     key, equals, listed = (part.strip() for part in text.partition("="))
     if not equals or not key:
         raise RecipeError(f"--over {text}: write TABLE.KEY=[VALUE, VALUE], as in --over lora.r=[8, 16]")
@@ -151,25 +151,25 @@ def _axis(text: str) -> Axis:
     if not isinstance(values, list) or not values:
         raise RecipeError(f"--over {text}: must be a list that is not empty: --over {key}=[{listed.strip('[]')}]")
     if twice := next((value for number, value in enumerate(values) if value in values[:number]), None):
-        raise RecipeError(f"--over {text}: has the value {toml(twice)} twice; leave one out")
-    return Axis(key, tuple(values))
+        raise RecipeError(f"--over {text}: has the value {to_toml(twice)} twice; leave one out")
+    return SweepAxis(key, tuple(values))
 
 
-def _loaded(recipe_file: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
+def _load_point(recipe_file: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
     """The recipe of one combination; a mistake in it is told as one of `--over`."""
-    own = [f"{key}={toml(value)}" for key, value in values.items()]
+    own = [f"{key}={to_toml(value)}" for key, value in values.items()]
     try:
-        loaded = load(recipe_file, (*sets, *own))
+        loaded = load_recipe(recipe_file, (*sets, *own))
     except RecipeError as error:
         told = str(error)
         for each in own:
             told = told.replace(f"--set {each}:", f"--over {each}:")
         raise RecipeError(told) from error
-    _insist_on_sharing(loaded.recipe, values)
+    _check_shareable(loaded.recipe, values)
     return loaded
 
 
-def _insist_on_sharing(recipe: Recipe, values: Mapping[str, Any]) -> None:
+def _check_shareable(recipe: Recipe, values: Mapping[str, Any]) -> None:
     """Raise RecipeError for a recipe whose runs cannot have the same base or the same pairs."""
     if recipe.train.engine == "trl":
         raise RecipeError(
@@ -180,40 +180,40 @@ def _insist_on_sharing(recipe: Recipe, values: Mapping[str, Any]) -> None:
     mixed = any(each.weight or each.max_samples for each in data.mix or ())
     if "train.seed" in values and (data.max_train_samples or data.max_eval_samples or mixed):
         raise RecipeError(
-            f"--over train.seed: pairs are drawn with it here ({', '.join(DRAWN_BY)}), so each run would have others; "
+            f"--over train.seed: pairs are drawn with it here ({', '.join(SAMPLING_KEYS)}), so each run would have others; "
             "leave out those keys, or begin a sweep for each seed: --set train.seed=VALUE -o DIR"
         )
 
 
-def names_of(over: Sequence[Axis], combinations: Sequence[Mapping[str, Any]]) -> list[str]:
+def name_points(over: Sequence[SweepAxis], combinations: Sequence[Mapping[str, Any]]) -> list[str]:
     """A folder name for each combination: `02_beta-0.1_lr-1e-05`. Its number keeps it apart when cut."""
     last = {axis.key: axis.key.rpartition(".")[2] for axis in over}
-    short = {key: SHORT.get(name, name) for key, name in last.items()}
+    short = {key: SHORT_NAMES.get(name, name) for key, name in last.items()}
     for key, name in short.items():
         if list(short.values()).count(name) > 1:
             short[key] = key
     width = len(str(len(combinations)))
     return [
-        "_".join([f"{number:0{width}}", *(f"{short[key]}-{_letters(value)}" for key, value in values.items())])[
-            :NAME_LETTERS
+        "_".join([f"{number:0{width}}", *(f"{short[key]}-{_filename_safe(value)}" for key, value in values.items())])[
+            :MAX_NAME_LENGTH
         ].rstrip("-_.")
         for number, values in enumerate(combinations, 1)
     ]
 
 
-def _letters(value: Any) -> str:
+def _filename_safe(value: Any) -> str:
     """`value` in the characters that a folder's name may have."""
-    text = value if isinstance(value, str) else toml(value).replace("e+", "e")  # 1e+30 is not to read as 1e-30
+    text = value if isinstance(value, str) else to_toml(value).replace("e+", "e")  # 1e+30 is not to read as 1e-30
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
 
 
-def _flat(tables: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tables: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tables.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{start}{name}.")
+            yield from _flatten(value, f"{start}{name}.")
         else:
             yield f"{start}{name}", value
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return toml(values[key]) if key in values else "absent"
+def _display_value(values: Mapping[str, Any], key: str) -> str:
+    return to_toml(values[key]) if key in values else "absent"

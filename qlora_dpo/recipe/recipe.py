@@ -12,23 +12,23 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable
-from qlora_dpo.recipe.errors import sentences
+from qlora_dpo.recipe.errors import describe_errors
 from qlora_dpo.recipe.model import LoraTable, ModelTable
-from qlora_dpo.recipe.objective import TABLES, Objective, ReferenceFree, Sigmoid
-from qlora_dpo.recipe.reference import REFERENCES, AdapterReference, EmaReference, ModelReference, Reference
-from qlora_dpo.recipe.shipped import recipe_homes
-from qlora_dpo.recipe.tables import Table, is_local
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, Objective, ReferenceFree, Sigmoid
+from qlora_dpo.recipe.reference import REFERENCE_TABLES, AdapterReference, EmaReference, ModelReference, Reference
+from qlora_dpo.recipe.shipped import recipe_folders
+from qlora_dpo.recipe.tables import RecipeTable, is_local_path
 from qlora_dpo.recipe.train import SamplesTable, TrackTable, TrainTable
 from qlora_dpo.recipe.watch import WatchTable
-from qlora_dpo.redact import line_of_secret
+from qlora_dpo.redact import find_secret_line
 
-MOST_BYTES = 2**16
+MAX_RECIPE_BYTES = 2**16
 """A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
-MOST_SENTENCES = 20
+MAX_ERRORS_SHOWN = 20
 """Mistakes that are told at once."""
 
 
-class Recipe(Table):
+class Recipe(RecipeTable):
     """A whole recipe. Only `[model] name` and `[data] train` have no default."""
 
     model: ModelTable
@@ -43,7 +43,7 @@ class Recipe(Table):
 
     @field_validator("reference")
     @classmethod
-    def _reference_is_asked(cls, reference: Reference | None, info: ValidationInfo) -> Reference | None:
+    def _check_reference(cls, reference: Reference | None, info: ValidationInfo) -> Reference | None:
         table, train = info.data.get("objective"), info.data.get("train")
         if reference is not None and isinstance(table, ReferenceFree):
             raise ValueError(
@@ -93,7 +93,7 @@ class LoadedRecipe:
         return self.path.stem
 
 
-def find(path: str) -> Path:
+def find_recipe(path: str) -> Path:
     """Return the recipe file at `path`, or the shipped recipe of that name; raise RecipeError if there is none."""
     try:
         given = Path(path).expanduser()
@@ -104,45 +104,45 @@ def find(path: str) -> Path:
         return given
     if path and is_folder:
         raise RecipeError(f"{path}: is a folder; name a recipe file in it, for example {given / 'quickstart.toml'}")
-    shipped = [home / given.name for home in recipe_homes() if (home / given.name).is_file()]
+    shipped = [home / given.name for home in recipe_folders() if (home / given.name).is_file()]
     if shipped and str(given.parent) in (".", "recipes"):
         return shipped[0]
-    known = sorted({f"recipes/{file.name}" for home in recipe_homes() for file in home.glob("*.toml")})
+    known = sorted({f"recipes/{file.name}" for home in recipe_folders() for file in home.glob("*.toml")})
     raise RecipeError(f"{path}: there is no such recipe; shipped with this version: {', '.join(known) or 'none'}")
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read and check the recipe at `path` with `--set` values on top.
 
     Raises RecipeError naming every problem at once, each with file and line.
     """
-    file = find(path)
-    text, values = _read(path, file)
-    _insist_on_no_secret(path, text, overrides)
-    set_by_hand = {".".join(keys) for keys in (_override(values, each) for each in overrides)}
-    recipe = _checked(path, text, values, overrides)
-    return LoadedRecipe(_absolute(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
+    file = find_recipe(path)
+    text, values = _read_toml(path, file)
+    _check_no_secrets(path, text, overrides)
+    set_by_hand = {".".join(keys) for keys in (_apply_override(values, each) for each in overrides)}
+    recipe = _validate(path, text, values, overrides)
+    return LoadedRecipe(_with_absolute_paths(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
 
 
-def insist_on_recipe(path: str, text: str) -> None:
-    """Raise RecipeError, as `load` would of the file `path`, unless `text` is a recipe."""
-    _insist_on_no_secret(path, text, ())
-    _checked(path, text, tomllib.loads(text), ())
+def check_recipe(path: str, text: str) -> None:
+    """Raise RecipeError, as `load_recipe` would of the file `path`, unless `text` is a recipe."""
+    _check_no_secrets(path, text, ())
+    _validate(path, text, tomllib.loads(text), ())
 
 
-def _checked(path: str, text: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+def _validate(path: str, text: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        told = list(sentences(error, Recipe, path, text, overrides))
-        more = [f"{path}: {len(told) - MOST_SENTENCES:,} more mistakes"] if len(told) > MOST_SENTENCES else []
-        raise RecipeError("\n".join(told[:MOST_SENTENCES] + more)) from error
+        told = list(describe_errors(error, Recipe, path, text, overrides))
+        more = [f"{path}: {len(told) - MAX_ERRORS_SHOWN:,} more mistakes"] if len(told) > MAX_ERRORS_SHOWN else []
+        raise RecipeError("\n".join(told[:MAX_ERRORS_SHOWN] + more)) from error
 
 
-def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None:
+def _check_no_secrets(path: str, text: str, overrides: Sequence[str]) -> None:
     """Raise RecipeError if a token stands in the recipe, which is copied into every run and its model card."""
-    line = line_of_secret(text)
-    place = f"{path}:{line}" if line else "--set" if any(map(line_of_secret, overrides)) else ""
+    line = find_secret_line(text)
+    place = f"{path}:{line}" if line else "--set" if any(map(find_secret_line, overrides)) else ""
     if place:
         raise RecipeError(
             f"{place}: holds what looks like a token or a password, and a recipe is copied into every run and card; "
@@ -150,31 +150,33 @@ def _insist_on_no_secret(path: str, text: str, overrides: Sequence[str]) -> None
         )
 
 
-def insist_on_keys(keys: Sequence[str], also: Sequence[str], option: str) -> None:
-    """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `also`."""
+def check_keys(keys: Sequence[str], extra_keys: Sequence[str], option: str) -> None:
+    """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `extra_keys`."""
     tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
-    tables |= {"objective": TABLES, "reference": REFERENCES}
-    known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _keys(table)] + list(also)
+    tables |= {"objective": OBJECTIVE_TABLES, "reference": REFERENCE_TABLES}
+    known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _table_keys(table)] + list(
+        extra_keys
+    )
     for key in keys:
         if key not in known:
             near = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
-            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *also))}"
+            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *extra_keys))}"
             raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
 
 
-def _keys(table: Any) -> Iterator[str]:
+def _table_keys(table: Any) -> Iterator[str]:
     yield from getattr(table, "model_fields", ())
 
 
-def resolved_text(recipe: Recipe) -> str:
-    """The recipe with every default written out, as TOML that `load` reads back to the same value."""
+def resolved_toml(recipe: Recipe) -> str:
+    """The recipe with every default written out, as TOML that `load_recipe` reads back to the same value."""
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
-def _read(path: str, file: Path) -> tuple[str, dict[str, Any]]:
+def _read_toml(path: str, file: Path) -> tuple[str, dict[str, Any]]:
     """The recipe's text and its TOML values; `path` is how the user called `file`."""
     try:
-        if file.stat().st_size > MOST_BYTES:
+        if file.stat().st_size > MAX_RECIPE_BYTES:
             raise RecipeError(f"{path}: has {file.stat().st_size:,} bytes; a recipe is a small TOML file")
         text = file.read_text(encoding="utf-8-sig")
         return text, tomllib.loads(text)
@@ -190,13 +192,13 @@ def _read(path: str, file: Path) -> tuple[str, dict[str, Any]]:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _override(values: dict[str, Any], assignment: str) -> list[str]:
+def _apply_override(values: dict[str, Any], assignment: str) -> list[str]:
     """Put one `--set TABLE.KEY=VALUE` into `values` and return its keys. A bare word counts as a string."""
     name, equals, value_text = assignment.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or not all(keys):
         raise RecipeError(f"--set {assignment}: write TABLE.KEY=VALUE, for example --set lora.r=8")
-    value = _value(assignment, value_text.strip())
+    value = _parse_value(assignment, value_text.strip())
     table = values
     for key in keys[:-1]:
         table = table.setdefault(key, {})
@@ -206,7 +208,7 @@ def _override(values: dict[str, Any], assignment: str) -> list[str]:
     return keys
 
 
-def _value(assignment: str, text: str) -> Any:
+def _parse_value(assignment: str, text: str) -> Any:
     """The TOML value in `text`; what is no TOML and does not look like a string, list or table is a bare word."""
     try:
         if "\n" in text:
@@ -220,7 +222,7 @@ def _value(assignment: str, text: str) -> Any:
         return text
 
 
-def _absolute(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
+def _with_absolute_paths(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
     """Make local paths absolute: those of the recipe from its own folder, those of `--set` from the current one."""
 
     def folder(key: str, name: str) -> str:
@@ -231,13 +233,13 @@ def _absolute(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
             raise RecipeError(f"{key} is {name}, and there is no such home folder; write the whole path") from error
 
     def place(key: str, name: str) -> str:
-        return folder(key, name) if is_local(name) else name
+        return folder(key, name) if is_local_path(name) else name
 
     names = {"train": recipe.data.train, "eval": recipe.data.eval}
     data: dict[str, Any] = {key: place(f"data.{key}", name) for key, name in names.items() if name is not None}
     if recipe.data.mix is not None:
         data["mix"] = [each.model_copy(update={"source": place("data.mix", each.source)}) for each in recipe.data.mix]
-    changed: dict[str, Table] = {
+    changed: dict[str, RecipeTable] = {
         "data": recipe.data.model_copy(update=data),
         "model": recipe.model.model_copy(update={"name": place("model.name", recipe.model.name)}),
     }

@@ -14,8 +14,8 @@ def count_answers(samples: Sequence[Mapping[str, Any]], pattern: str | None) -> 
         {
             "group": group,
             "prompts": len(members),
-            "base_matching": _share(members, "base", pattern),
-            "tuned_matching": _share(members, "tuned", pattern),
+            "base_matching": _matching_share(members, "base", pattern),
+            "tuned_matching": _matching_share(members, "tuned", pattern),
             "base_tokens": sum(member["base_tokens"] for member in members) / len(members),
             "tuned_tokens": sum(member["tuned_tokens"] for member in members) / len(members),
         }
@@ -23,7 +23,7 @@ def count_answers(samples: Sequence[Mapping[str, Any]], pattern: str | None) -> 
     ]
 
 
-def _share(members: Sequence[Mapping[str, Any]], who: str, pattern: str | None) -> float | None:
+def _matching_share(members: Sequence[Mapping[str, Any]], model: str, pattern: str | None) -> float | None:
     if pattern is None:
         return None
-    return sum(re.search(pattern, member[who]) is not None for member in members) / len(members)
+    return sum(re.search(pattern, member[model]) is not None for member in members) / len(members)

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 
-def next_commands(run_dir: Path) -> str:
+def format_next_commands(run_dir: Path) -> str:
     """Two lines to paste: talk to the tuned model, and write it out in full."""
     folder = run_dir.resolve()
     here = Path.cwd().resolve()

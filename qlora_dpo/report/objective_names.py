@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-NAMES = {
+OBJECTIVE_NAMES = {
     "sigmoid": "DPO",
     "robust": "robust DPO",
     "hinge": "SLiC's hinge loss",
@@ -36,13 +36,15 @@ DPO = "DPO"
 Record = Mapping[str, Any]
 
 
-def objective_name(objective: Record) -> str:
+def describe_objective(objective: Record) -> str:
     """The loss as its paper calls it, with beta, and SFT beside it if there is any: `DPO (beta 0.1) plus 1 * SFT`."""
     losses = objective.get("losses")
     if losses:
-        name = "a sum of " + ", ".join(f"{weight:g} * {NAMES.get(each, each)}" for each, weight in losses.items())
+        name = "a sum of " + ", ".join(
+            f"{weight:g} * {OBJECTIVE_NAMES.get(each, each)}" for each, weight in losses.items()
+        )
     else:
-        name = NAMES.get(objective["loss_type"], f"the loss {objective['loss_type']}")
+        name = OBJECTIVE_NAMES.get(objective["loss_type"], f"the loss {objective['loss_type']}")
     beta, sft = objective.get("beta"), objective.get("sft_weight")
     return name + (f" (beta {beta:g})" if beta is not None else "") + (f" plus {sft:g} * SFT" if sft else "")
 
@@ -50,5 +52,5 @@ def objective_name(objective: Record) -> str:
 def objective_tags(objective: Record) -> list[str]:
     """What the hub finds a model by: the loss, and `dpo` for DPO itself and what is named after it."""
     loss = objective["loss_type"]
-    kin = loss == "sigmoid" or DPO in NAMES.get(loss, "")
+    kin = loss == "sigmoid" or DPO in OBJECTIVE_NAMES.get(loss, "")
     return [*(["dpo"] if kin else []), *([loss.replace("_", "-")] if loss not in ("sigmoid", "sum") else [])]

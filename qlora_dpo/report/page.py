@@ -4,10 +4,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 
 
-def page(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
     """The page; every value is escaped unless it is Markup, and control characters are left out."""
     environment = Environment(
         loader=PackageLoader("qlora_dpo.report", "templates"),
@@ -15,6 +15,6 @@ def page(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=lambda value: sanitize_text(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(**values)

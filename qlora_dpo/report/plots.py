@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.wilson import wilson
+from qlora_dpo.wilson import wilson_interval
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
 """Two of Okabe and Ito's colours, which all kinds of sight tell apart, and grey for what needs no model."""
-LOOK = {
+RC_PARAMS = {
     "svg.hashsalt": "qlora_dpo",
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
@@ -20,7 +20,7 @@ LOOK = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
-EDGES = {"left": 0.155, "right": 0.97, "top": 0.9, "bottom": 0.155}
+SUBPLOT_EDGES = {"left": 0.155, "right": 0.97, "top": 0.9, "bottom": 0.155}
 """Where the axes end, in shares of a picture: room for the widest numbers, without measuring them in each."""
 
 Record = Mapping[str, Any]
@@ -38,7 +38,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """A series of the records: `key` without its prefix, of training steps or of evaluations."""
 
     key: str
@@ -53,54 +53,54 @@ class Line:
         return [record["step"] for record in some], [record[name] for record in some]
 
 
-def both(key: str) -> tuple[Line, Line]:
+def train_and_eval_lines(key: str) -> tuple[PlotLine, PlotLine]:
     """The same figure of training and of held-out pairs."""
-    return Line(key, "training", ORANGE, "train"), Line(key, "held out", BLUE, "eval")
+    return PlotLine(key, "training", ORANGE, "train"), PlotLine(key, "held out", BLUE, "eval")
 
 
-def sides(key: str) -> tuple[Line, Line]:
+def chosen_and_rejected_lines(key: str) -> tuple[PlotLine, PlotLine]:
     """The figure of chosen and rejected answers, held out."""
-    return Line(f"{key}/chosen", "chosen", BLUE, "eval"), Line(f"{key}/rejected", "rejected", ORANGE, "eval")
+    return PlotLine(f"{key}/chosen", "chosen", BLUE, "eval"), PlotLine(f"{key}/rejected", "rejected", ORANGE, "eval")
 
 
-PLOTS: dict[str, tuple[str, str, tuple[Line, ...]]] = {
-    "loss": ("Loss", "nats per pair", both("loss")),
-    "accuracy": ("Accuracy, with its 95 % interval", "share of pairs", both("rewards/accuracies")),
-    "margins": ("Margin: chosen reward less rejected", "nats", both("rewards/margins")),
-    "rewards": ("Rewards of held-out answers", "nats", sides("rewards")),
-    "logps": ("Log-probabilities of held-out answers", "nats per answer", sides("logps")),
-    "kl": ("KL to the base on chosen answers", "nats per token", (Line("kl", "held out", BLUE, "eval"),)),
-    "learning_rate": ("Learning rate", "", (Line("learning_rate", "learning rate", ORANGE, "train"),)),
-    "throughput": ("Throughput", "pairs per second", (Line("pairs_per_second", "training", ORANGE, "train"),)),
+PLOTS: dict[str, tuple[str, str, tuple[PlotLine, ...]]] = {
+    "loss": ("Loss", "nats per pair", train_and_eval_lines("loss")),
+    "accuracy": ("Accuracy, with its 95 % interval", "share of pairs", train_and_eval_lines("rewards/accuracies")),
+    "margins": ("Margin: chosen reward less rejected", "nats", train_and_eval_lines("rewards/margins")),
+    "rewards": ("Rewards of held-out answers", "nats", chosen_and_rejected_lines("rewards")),
+    "logps": ("Log-probabilities of held-out answers", "nats per answer", chosen_and_rejected_lines("logps")),
+    "kl": ("KL to the base on chosen answers", "nats per token", (PlotLine("kl", "held out", BLUE, "eval"),)),
+    "learning_rate": ("Learning rate", "", (PlotLine("learning_rate", "learning rate", ORANGE, "train"),)),
+    "throughput": ("Throughput", "pairs per second", (PlotLine("pairs_per_second", "training", ORANGE, "train"),)),
 }
 
 
-def draw(records: Sequence[Record], results: Record) -> list[Plot]:
+def draw_plots(records: Sequence[Record], results: Record) -> list[Plot]:
     """Every plot that the records have figures for, in a fixed order."""
     return [
-        _picture(name, title, unit, lines, records, results)
+        _draw_plot(name, title, unit, lines, records, results)
         for name, (title, unit, lines) in PLOTS.items()
         if any(line.points(records)[0] for line in lines)
     ]
 
 
-def _picture(
-    name: str, title: str, unit: str, lines: Sequence[Line], records: Sequence[Record], results: Record
+def _draw_plot(
+    name: str, title: str, unit: str, lines: Sequence[PlotLine], records: Sequence[Record], results: Record
 ) -> Plot:
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with mpl.rc_context(LOOK):
+    with mpl.rc_context(RC_PARAMS):
         figure = Figure(figsize=(5.2, 3.1), dpi=150)
-        figure.subplots_adjust(**EDGES)
+        figure.subplots_adjust(**SUBPLOT_EDGES)
         axes = figure.add_subplot()
         for line in lines:
             steps, values = line.points(records)
             style = {"marker": "o", "markersize": 3.5} if line.kind == "eval" or len(steps) == 1 else {"alpha": 0.8}
             axes.plot(steps, values, color=line.colour, label=line.label, linewidth=1.4, **style)
         if name == "accuracy":
-            _intervals_and_baselines(axes, records, results)
+            _draw_intervals_and_baselines(axes, records, results)
         axes.set(title=title, xlabel="optimizer step", ylabel=unit)
         axes.title.set_fontsize(10)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
@@ -113,12 +113,12 @@ def _picture(
     return Plot(name, title, svg.getvalue(), png.getvalue())
 
 
-def _intervals_and_baselines(axes: Any, records: Sequence[Record], results: Record) -> None:
+def _draw_intervals_and_baselines(axes: Any, records: Sequence[Record], results: Record) -> None:
     """Whiskers around every held-out accuracy, and what picking by length scores."""
     key = "eval_rewards/accuracies"
     for record in records:
         if record["kind"] == "eval" and record.get(key) is not None and record.get("eval_pairs"):
-            ends = wilson(record[key] * record["eval_pairs"], record["eval_pairs"])
+            ends = wilson_interval(record[key] * record["eval_pairs"], record["eval_pairs"])
             axes.vlines(record["step"], *ends, color=BLUE, alpha=0.5, linewidth=1)
     baselines = results.get("baselines") or {}
     if baselines:

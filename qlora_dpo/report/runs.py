@@ -12,14 +12,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
-from qlora_dpo.report.objective_names import objective_name
-from qlora_dpo.wilson import wilson
+from qlora_dpo.report.objective_names import describe_objective
+from qlora_dpo.wilson import wilson_interval
 
 Record = Mapping[str, Any]
 
-SORTS = {
+SORT_DESCENDING = {
     "finished": False,
     "name": False,
     "loss": False,
@@ -29,13 +29,13 @@ SORTS = {
     "minutes": False,
 }
 """What a list can be sorted by; True where the highest comes first."""
-FIGURES = {
+METRIC_KEYS = {
     "loss": "eval_loss",
     "accuracy": "eval_rewards/accuracies",
     "margin": "eval_rewards/margins",
     "kl": "eval_kl",
 }
-COLUMNS = {
+COLUMN_FORMATS = {
     "name": "{}",
     "objective": "{}",
     "learning_rate": "{:g}",
@@ -46,10 +46,10 @@ COLUMNS = {
     "kl": "{:.3f}",
     "minutes": "{:.1f}",
 }
-HEADINGS = {"learning_rate": "learning\nrate", "minutes": "min"}
+COLUMN_HEADINGS = {"learning_rate": "learning\nrate", "minutes": "min"}
 """Shorter than the names of the columns: every letter is one less for the name and the objective."""
-NOTHING = "-"
-OTHER_COLUMNS, LEAST_NAME = 72, 12
+EMPTY_CELL = "-"
+OTHER_COLUMNS_WIDTH, MIN_NAME_WIDTH = 72, 12
 """Columns that a table of runs needs beside the name, and what the name gets in a terminal that has not so many."""
 
 
@@ -58,18 +58,18 @@ def find_runs(home: Path) -> list[Path]:
     return sorted(each.parent for each in home.glob("*/resolved.toml"))
 
 
-def summary(folder: Path) -> dict[str, Any]:
+def summarize_run(folder: Path) -> dict[str, Any]:
     """One run in a few figures: those of the evaluation that its adapter comes from, else of the last one.
 
     Raises RunError if a file of it is damaged.
     """
     try:
         recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
-        run, results = (_json(folder / name) for name in ("run.json", "results.json"))
-        evals = results.get("evals") or _evals(folder / "metrics.jsonl")
+        run, results = (_read_json(folder / name) for name in ("run.json", "results.json"))
+        evals = results.get("evals") or _read_evals(folder / "metrics.jsonl")
         by_step = {record["step"]: record for record in evals}
         shown = by_step.get(run.get("adapter_step"), evals[-1] if evals else {})
-        share, pairs = shown.get(FIGURES["accuracy"]), shown.get("eval_pairs")
+        share, pairs = shown.get(METRIC_KEYS["accuracy"]), shown.get("eval_pairs")
         seconds = (run.get("seconds") or {}).get("total")
         return {
             "name": folder.resolve().name,
@@ -77,14 +77,14 @@ def summary(folder: Path) -> dict[str, Any]:
             "status": run.get("status", "finished" if results else "unfinished"),
             "finished": run.get("finished"),
             "base": recipe["model"]["name"],
-            "objective": objective_name(recipe.get("objective", {"loss_type": "sigmoid"})),
+            "objective": describe_objective(recipe.get("objective", {"loss_type": "sigmoid"})),
             "learning_rate": recipe["train"]["learning_rate"],
             "train_pairs": (run.get("data") or {}).get("train_pairs"),
             "eval_pairs": pairs,
             "steps": run.get("steps", shown.get("step")),
             "adapter_step": shown.get("step"),
-            **{name: shown.get(key) for name, key in FIGURES.items()},
-            "accuracy_interval": wilson(share * pairs, pairs) if share is not None and pairs else None,
+            **{name: shown.get(key) for name, key in METRIC_KEYS.items()},
+            "accuracy_interval": wilson_interval(share * pairs, pairs) if share is not None and pairs else None,
             "minutes": None if seconds is None else round(seconds / 60, 2),
             "signs": [sign["name"] for sign in results.get("signs") or []],
         }
@@ -94,64 +94,67 @@ def summary(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def in_order(runs: Sequence[Record], key: str) -> list[Record]:
+def sort_runs(runs: Sequence[Record], key: str) -> list[Record]:
     """Runs by `key`, the best first where one is better; what a run does not have puts it last."""
     having = [run for run in runs if run[key] is not None]
-    return [*sorted(having, key=lambda run: run[key], reverse=SORTS[key]), *(r for r in runs if r[key] is None)]
+    return [
+        *sorted(having, key=lambda run: run[key], reverse=SORT_DESCENDING[key]),
+        *(r for r in runs if r[key] is None),
+    ]
 
 
 def runs_table(runs: Sequence[Record], width: int) -> RenderableType:
     """A row a run, and a note for each with signs of trouble or without an end, for a terminal of so many columns."""
-    table = _table()
+    table = _make_table()
     table.padding = (0, 1, 0, 0)
-    for column in COLUMNS:
+    for column in COLUMN_FORMATS:
         table.add_column(
-            HEADINGS.get(column, column),
+            COLUMN_HEADINGS.get(column, column),
             justify="left" if column in ("name", "objective") else "right",
             no_wrap=column != "objective",
             max_width=32,
             overflow="fold",
         )
     for run in runs:
-        shown = {**run, "name": _broken(run["name"], max(LEAST_NAME, width - OTHER_COLUMNS))}
-        table.add_row(*(Text(_cell(shown[column], form)) for column, form in COLUMNS.items()))
+        shown = {**run, "name": _wrap_name(run["name"], max(MIN_NAME_WIDTH, width - OTHER_COLUMNS_WIDTH))}
+        table.add_row(*(Text(_format_cell(shown[column], form)) for column, form in COLUMN_FORMATS.items()))
     notes = [
         f"{run['name']}: {', '.join([*([run['status']] if run['status'] != 'finished' else []), *run['signs']])}"
         for run in runs
         if run["status"] != "finished" or run["signs"]
     ]
-    return Group(table, *(Text(printable(note), style="yellow") for note in notes))
+    return Group(table, *(Text(sanitize_text(note), style="yellow") for note in notes))
 
 
-def difference(one: Path, other: Path) -> dict[str, Any]:
+def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     """What differs between two runs: keys of their recipes, fingerprints, and the figures of both."""
-    first, second = summary(one), summary(other)
-    recipes = [_flat(tomllib.loads((each / "resolved.toml").read_text(encoding="utf-8"))) for each in (one, other)]
-    facts = [_facts(_json(each / "run.json")) for each in (one, other)]
+    first, second = summarize_run(one), summarize_run(other)
+    recipes = [_flatten(tomllib.loads((each / "resolved.toml").read_text(encoding="utf-8"))) for each in (one, other)]
+    facts = [_run_metadata(_read_json(each / "run.json")) for each in (one, other)]
     return {
         "runs": [first["name"], second["name"]],
-        "recipe": dict(_differing(*recipes)),
-        "data": dict(_differing(*facts)),
+        "recipe": dict(_differences(*recipes)),
+        "data": dict(_differences(*facts)),
         "results": {
             name: [first[name], second[name]]
-            for name in (*FIGURES, "accuracy_interval", "eval_pairs", "steps", "minutes", "signs")
+            for name in (*METRIC_KEYS, "accuracy_interval", "eval_pairs", "steps", "minutes", "signs")
         },
-        "same_held_out_pairs": _same(facts, "data.fingerprint_eval"),
+        "same_held_out_pairs": _is_equal(facts, "data.fingerprint_eval"),
     }
 
 
-def difference_table(found: Record) -> RenderableType:
+def run_diff_table(diff: Record) -> RenderableType:
     """Both runs side by side, what is equal left out but for the results."""
-    table = _table()
-    for heading in ("", *found["runs"]):
-        table.add_column(Text(printable(heading)), overflow="fold")
+    table = _make_table()
+    for heading in ("", *diff["runs"]):
+        table.add_column(Text(sanitize_text(heading)), overflow="fold")
     for title in ("recipe", "data", "results"):
         table.add_row(Text(title, style="bold"), "", "")
-        if not found[title]:
+        if not diff[title]:
             table.add_row(Text("  the same", style="dim"), "", "")
-        for name, values in found[title].items():
-            table.add_row(Text(f"  {name}"), *(Text(_value(value)) for value in values))
-    same = found["same_held_out_pairs"]
+        for name, values in diff[title].items():
+            table.add_row(Text(f"  {name}"), *(Text(_format_value(value)) for value in values))
+    same = diff["same_held_out_pairs"]
     words = {
         True: "both were evaluated on the same held-out pairs",
         False: "they were evaluated on different held-out pairs: their figures cannot be compared",
@@ -160,36 +163,36 @@ def difference_table(found: Record) -> RenderableType:
     return Group(table, Text(words, style="" if same else "yellow"))
 
 
-def _facts(run: Record) -> dict[str, Any]:
+def _run_metadata(run: Record) -> dict[str, Any]:
     """What a run was made of and with, by dotted names."""
     kept = {name: run.get(name) or {} for name in ("base", "data", "tokenizer", "versions", "device")}
-    return {**_flat(kept), "git_commit": run.get("git_commit")}
+    return {**_flatten(kept), "git_commit": run.get("git_commit")}
 
 
-def _same(facts: Sequence[Record], key: str) -> bool | None:
+def _is_equal(facts: Sequence[Record], key: str) -> bool | None:
     both = [each.get(key) for each in facts]
     return None if None in both else both[0] == both[1]
 
 
-def _differing(one: Record, other: Record) -> Iterator[tuple[str, list[Any]]]:
+def _differences(one: Record, other: Record) -> Iterator[tuple[str, list[Any]]]:
     for key in dict.fromkeys((*one, *other)):
         if one.get(key) != other.get(key):
             yield key, [one.get(key), other.get(key)]
 
 
-def _flat(tables: Record, start: str = "") -> dict[str, Any]:
+def _flatten(tables: Record, start: str = "") -> dict[str, Any]:
     """Nested tables by dotted names."""
     found: dict[str, Any] = {}
     for name, value in tables.items():
-        found |= _flat(value, f"{start}{name}.") if isinstance(value, dict) and value else {f"{start}{name}": value}
+        found |= _flatten(value, f"{start}{name}.") if isinstance(value, dict) and value else {f"{start}{name}": value}
     return found
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
-def _evals(file: Path) -> list[dict[str, Any]]:
+def _read_evals(file: Path) -> list[dict[str, Any]]:
     """The evaluations of a run that has no results yet; a last line that is cut off is left out."""
     if not file.is_file():
         return []
@@ -199,31 +202,31 @@ def _evals(file: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _broken(name: str, most: int) -> str:
+def _wrap_name(name: str, max_width: int) -> str:
     """A name in lines of at most so many letters, broken after an underscore, where a sweep's point has them."""
     lines = [""]
     for part in re.findall(r"[^_]*_|[^_]+", name):
-        if lines[-1] and len(lines[-1] + part) > most:
+        if lines[-1] and len(lines[-1] + part) > max_width:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
 
 
-def _cell(value: Any, form: str) -> str:
-    return NOTHING if value is None else printable(form.format(value))
+def _format_cell(value: Any, form: str) -> str:
+    return EMPTY_CELL if value is None else sanitize_text(form.format(value))
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     match value:
         case None:
             return "absent"
         case float():
             return f"{value:.6g}"
         case list() | tuple():
-            return ", ".join(map(_value, value)) or "none"
+            return ", ".join(map(_format_value, value)) or "none"
         case _:
-            return printable(str(value))
+            return sanitize_text(str(value))
 
 
-def _table() -> Table:
+def _make_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, show_edge=False)

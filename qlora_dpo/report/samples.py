@@ -9,38 +9,38 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 
-PROMPT_CHARACTERS = 600  # a held-out dialogue can be pages; its end is what the answer is to
+MAX_PROMPT_CHARACTERS = 600  # a held-out dialogue can be pages; its end is what the answer is to
 
 
-def side_by_side(samples: Sequence[Mapping[str, Any]], show: int) -> RenderableType:
+def samples_view(samples: Sequence[Mapping[str, Any]], show: int) -> RenderableType:
     """The first `show` samples: each prompt, below it what base and tuned model answered."""
-    return Group(*(_sample(sample) for sample in samples[:show]))
+    return Group(*(_sample_view(sample) for sample in samples[:show]))
 
 
-def prompt_text(prompt: Sequence[Mapping[str, str]], characters: int = PROMPT_CHARACTERS) -> str:
+def format_prompt(prompt: Sequence[Mapping[str, str]], characters: int = MAX_PROMPT_CHARACTERS) -> str:
     """A prompt as plain text: the last question alone, or every turn with its role; a long one loses its front."""
     questions = [turn for turn in prompt if turn["role"] != "system"]
     if len(questions) == 1:
         text = questions[0]["content"].strip()
     else:
         text = "\n".join(f"{turn['role']}: {turn['content'].strip()}" for turn in questions)
-    text = printable(text)
+    text = sanitize_text(text)
     return text if len(text) <= characters else f"... {text[-characters:].lstrip()}"
 
 
-def _sample(sample: Mapping[str, Any]) -> RenderableType:
+def _sample_view(sample: Mapping[str, Any]) -> RenderableType:
     answers = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, header_style="dim", show_edge=False)
     for who in ("base", "tuned"):
         answers.add_column(f"{who}, {sample[f'{who}_tokens']} tokens", ratio=1, overflow="fold")
-    answers.add_row(*(_answer(sample, who) for who in ("base", "tuned")))
-    return Group(Text(prompt_text(sample["prompt"]), style="bold"), Padding(answers, (0, 0, 1, 2)))
+    answers.add_row(*(_completion_text(sample, who) for who in ("base", "tuned")))
+    return Group(Text(format_prompt(sample["prompt"]), style="bold"), Padding(answers, (0, 0, 1, 2)))
 
 
-def _answer(sample: Mapping[str, Any], who: str) -> Text:
+def _completion_text(sample: Mapping[str, Any], who: str) -> Text:
     """Model text as it is: without terminal escapes, and with brackets that are no markup."""
-    text = Text(printable(str(sample[who])).strip() or "(nothing)")
+    text = Text(sanitize_text(str(sample[who])).strip() or "(nothing)")
     if not sample.get(f"{who}_ended", True):
         text.append(" ... (stopped by the token limit)", style="dim")
     return text

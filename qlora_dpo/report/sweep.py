@@ -3,38 +3,47 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_dpo.wilson import wilson
+from qlora_dpo.wilson import wilson_interval
 
 Record = Mapping[str, Any]
 Interval = tuple[str, float, float]
 """What is meant (losses, accuracies), and the ends."""
 
-SAME_YARDSTICK = ("rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "kl")
+OBJECTIVE_FREE_METRICS = (
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "kl",
+)
 """Figures that are measured in the same way whatever the objective is."""
 
 
-def figure(metric: str, value: float) -> str:
+def format_metric(metric: str, value: float) -> str:
     """A figure with its name: `loss 0.6512`."""
     return f"accuracy {value:.3f}" if metric == "rewards/accuracies" else f"{metric} {value:z.4f}"
 
 
-def interval(evaluation: Record, metric: str) -> Interval | None:
+def metric_interval(evaluation: Record, metric: str) -> Interval | None:
     """The 95 % interval of the loss, if that is the metric, and else of the accuracy; None where there is neither."""
     error, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
     if metric == "loss" and error is not None:
         return "losses", evaluation["eval_loss"] - 1.96 * error, evaluation["eval_loss"] + 1.96 * error
     share = evaluation.get("eval_rewards/accuracies")
-    return None if share is None or not pairs else ("accuracies", *wilson(share * pairs, pairs))
+    return None if share is None or not pairs else ("accuracies", *wilson_interval(share * pairs, pairs))
 
 
-def cautions(best_first: Mapping[str, Record], metric: str, swept: Sequence[str], folder: object) -> Iterator[str]:
+def ranking_caveats(
+    best_first: Mapping[str, Record], metric: str, swept: Sequence[str], folder: object
+) -> Iterator[str]:
     """What to know before believing that the first point is the best, a sentence each.
 
     `best_first` are the evaluations that figures are of, by the names of the points that finished; `swept` are the keys
     that differ, and `folder` is that of the best point.
     """
     keys = [key for key in swept if key.startswith("objective.")]
-    if keys and metric not in SAME_YARDSTICK:
+    if keys and metric not in OBJECTIVE_FREE_METRICS:
         yield (
             f"{metric} is measured with each point's own {' and '.join(keys)}, so it is not one yardstick for all; "
             "--metric rewards/accuracies is"
@@ -42,7 +51,7 @@ def cautions(best_first: Mapping[str, Record], metric: str, swept: Sequence[str]
     if len(best_first) < 2:
         return
     (_, best), (name, second) = list(best_first.items())[:2]
-    one, other = interval(best, metric), interval(second, metric)
+    one, other = metric_interval(best, metric), metric_interval(second, metric)
     if one and other and one[1] <= other[2] and other[1] <= one[2]:
         yield (
             f"{best['eval_pairs']} pairs do not tell it from the second, {name}: the 95 % intervals of their {one[0]} "

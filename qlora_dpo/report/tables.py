@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dpo.data.dialogue import printable
-from qlora_dpo.wilson import wilson
+from qlora_dpo.data.dialogue import sanitize_text
+from qlora_dpo.wilson import wilson_interval
 
 Record = Mapping[str, Any]
 
@@ -27,13 +27,13 @@ EPOCH_COLUMNS = {
     "Logits/chosen": ("eval_logits/chosen", "{:z.4f}"),
     "Logits/rejected": ("eval_logits/rejected", "{:z.4f}"),
 }
-NOTHING = "-"
-MATCHING = ["base matching", "tuned matching"]
+MISSING_CELL = "-"
+MATCHING_COLUMNS = ["base matching", "tuned matching"]
 MATCHING_NOTE = "matching: the share of answers that contain samples.count_matching"
-CUT_OFF_NOTE = ">= : the token limit stopped some of these answers, so the true mean is higher"
+TRUNCATED_NOTE = ">= : the token limit stopped some of these answers, so the true mean is higher"
 
 
-def steps_shown(results: Record) -> list[tuple[str, Record]]:
+def shown_steps(results: Record) -> list[tuple[str, Record]]:
     """The evaluations of the results table with their headings; one that is both best and last comes once."""
     by_step = {record["step"]: record for record in results["evals"]}
     roles: dict[int, list[str]] = {}
@@ -47,23 +47,23 @@ def steps_shown(results: Record) -> list[tuple[str, Record]]:
 
 
 def result_rows(results: Record) -> list[tuple[str, list[str]]]:
-    """Every row of the results table: its label and one cell for each of `steps_shown`."""
-    shown = [record for _, record in steps_shown(results)]
+    """Every row of the results table: its label and one cell for each of `shown_steps`."""
+    shown = [record for _, record in shown_steps(results)]
     with_sft = any("eval_sft_loss" in record for record in shown)
     rows = [
-        ("loss", [_number(record, "eval_loss", "{:z.4f}") for record in shown]),
+        ("loss", [_format_metric(record, "eval_loss", "{:z.4f}") for record in shown]),
         (
             "preference loss",
-            [_number(record, "eval_preference_loss", "{:z.4f}") for record in shown] if with_sft else [],
+            [_format_metric(record, "eval_preference_loss", "{:z.4f}") for record in shown] if with_sft else [],
         ),
-        ("accuracy", [_number(record, "eval_rewards/accuracies", "{:.3f}") for record in shown]),
-        ("  95 % interval", [_interval(record) for record in shown]),
-        ("  ties", [_ties(record) for record in shown]),
-        ("margin", [_number(record, "eval_rewards/margins", "{:+z.3f}") for record in shown]),
-        ("chosen reward", [_number(record, "eval_rewards/chosen", "{:+z.3f}") for record in shown]),
-        ("rejected reward", [_number(record, "eval_rewards/rejected", "{:+z.3f}") for record in shown]),
-        ("chosen log-prob, nats", [_number(record, "eval_logps/chosen", "{:z.2f}") for record in shown]),
-        ("rejected log-prob, nats", [_number(record, "eval_logps/rejected", "{:z.2f}") for record in shown]),
+        ("accuracy", [_format_metric(record, "eval_rewards/accuracies", "{:.3f}") for record in shown]),
+        ("  95 % interval", [_format_interval(record) for record in shown]),
+        ("  ties", [_format_ties(record) for record in shown]),
+        ("margin", [_format_metric(record, "eval_rewards/margins", "{:+z.3f}") for record in shown]),
+        ("chosen reward", [_format_metric(record, "eval_rewards/chosen", "{:+z.3f}") for record in shown]),
+        ("rejected reward", [_format_metric(record, "eval_rewards/rejected", "{:+z.3f}") for record in shown]),
+        ("chosen log-prob, nats", [_format_metric(record, "eval_logps/chosen", "{:z.2f}") for record in shown]),
+        ("rejected log-prob, nats", [_format_metric(record, "eval_logps/rejected", "{:z.2f}") for record in shown]),
     ]
     return [(label, cells) for label, cells in rows if cells]
 
@@ -80,11 +80,11 @@ def baseline_rows(results: Record) -> list[tuple[str, str]]:
 
 def results_table(results: Record) -> Table:
     """Held-out figures at step 0, at the best and at the last evaluation, with the baselines to beat."""
-    shown = steps_shown(results)
-    table = _table(f"Held-out pairs: {results['pairs']['eval']}")
+    shown = shown_steps(results)
+    table = _make_table(f"Held-out pairs: {results['pairs']['eval']}")
     table.add_column("")
     for heading, _ in shown:
-        table.add_column(_two_lines(heading), justify="right", no_wrap=True)
+        table.add_column(_wrap_heading(heading), justify="right", no_wrap=True)
     for label, cells in result_rows(results):
         table.add_row(label, *cells, style="dim" if label.startswith("  ") else None)
     table.add_section()
@@ -93,33 +93,36 @@ def results_table(results: Record) -> Table:
     return table
 
 
-def cut_off(samples: Iterable[Record]) -> set[tuple[str, str]]:
+def truncated_groups(samples: Iterable[Record]) -> set[tuple[str, str]]:
     """The (group, "base" or "tuned") of which some answer was stopped by the token limit."""
     return {
-        (_group(sample), who) for sample in samples for who in ("base", "tuned") if not sample.get(f"{who}_ended", True)
+        (_group_label(sample), who)
+        for sample in samples
+        for who in ("base", "tuned")
+        if not sample.get(f"{who}_ended", True)
     }
 
 
 def answer_cells(answers: Sequence[Record], samples: Iterable[Record]) -> tuple[list[str], list[list[str]], list[str]]:
     """Columns, rows and footnotes of the answers table. A mean over answers that were cut off is marked ">="."""
-    stopped = cut_off(samples)
+    stopped = truncated_groups(samples)
     matching = any(each.get("tuned_matching") is not None for each in answers)
-    columns = ["group", "prompts", *(MATCHING if matching else []), "base tokens", "tuned tokens"]
+    columns = ["group", "prompts", *(MATCHING_COLUMNS if matching else []), "base tokens", "tuned tokens"]
     rows = []
     for each in answers:
-        group = _group(each)
-        shares = [_percent(each.get(f"{who}_matching")) for who in ("base", "tuned")] if matching else []
+        group = _group_label(each)
+        shares = [_format_percent(each.get(f"{who}_matching")) for who in ("base", "tuned")] if matching else []
         tokens = [f"{'>= ' if (group, who) in stopped else ''}{each[f'{who}_tokens']:.1f}" for who in ("base", "tuned")]
         rows.append([group, str(each["prompts"]), *shares, *tokens])
     marked = any(">= " in cell for row in rows for cell in row[1:])
-    notes = ([MATCHING_NOTE] if matching else []) + ([CUT_OFF_NOTE] if marked else [])
+    notes = ([MATCHING_NOTE] if matching else []) + ([TRUNCATED_NOTE] if marked else [])
     return columns, rows, notes
 
 
 def answers_table(answers: Sequence[Record], samples: Iterable[Record] = ()) -> RenderableType:
     """What base and tuned model answered to the held-out prompts, counted by group; tokens are means."""
     columns, rows, notes = answer_cells(answers, samples)
-    table = _table("Greedy answers to held-out prompts")
+    table = _make_table("Greedy answers to held-out prompts")
     for column in columns:
         right: Literal["left", "right"] = "left" if column == "group" else "right"
         table.add_column(column.replace(" ", "\n"), justify=right, no_wrap=column != "group", overflow="fold")
@@ -130,21 +133,21 @@ def answers_table(answers: Sequence[Record], samples: Iterable[Record] = ()) -> 
 
 def results_markdown(results: Record) -> str:
     """The results table for a model card."""
-    shown = steps_shown(results)
+    shown = shown_steps(results)
     rows = [[label.strip(), *cells] for label, cells in result_rows(results)]
     rows += [[label, *[value] * len(shown)] for label, value in baseline_rows(results)]
-    return markdown(["", *(heading for heading, _ in shown)], rows)
+    return markdown_table(["", *(heading for heading, _ in shown)], rows)
 
 
 def answers_markdown(answers: Sequence[Record], samples: Iterable[Record] = ()) -> str:
     """The answers table for a model card, with its footnotes."""
     columns, rows, notes = answer_cells(answers, samples)
-    return "\n".join([markdown(columns, rows), *(f"{markdown_cell(note)}\n" for note in notes)])
+    return "\n".join([markdown_table(columns, rows), *(f"{escape_markdown(note)}\n" for note in notes)])
 
 
 def epoch_table(records: Sequence[Record]) -> str:
     """The table per epoch in markdown, from the records of metrics.jsonl."""
-    return markdown(["Epoch", "Training Loss", *EPOCH_COLUMNS], epoch_rows(records))
+    return markdown_table(["Epoch", "Training Loss", *EPOCH_COLUMNS], epoch_rows(records))
 
 
 def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
@@ -163,15 +166,15 @@ def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table whose cells cannot break out of it."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(escape_markdown(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def markdown_cell(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text on one line without meaning to markdown or HTML."""
-    line = html.escape(" ".join(printable(text).split()), quote=False)
+    line = html.escape(" ".join(sanitize_text(text).split()), quote=False)
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
@@ -183,53 +186,53 @@ def _epoch_loss(train: Sequence[Record], start: float, stop: float) -> str:
         if covered > 1e-9:
             value = record["loss"]
             total, weight = total + covered * (math.nan if value is None else value), weight + covered
-    return f"{total / weight:.4f}" if weight else NOTHING
+    return f"{total / weight:.4f}" if weight else MISSING_CELL
 
 
 def _epoch_values(evals: Sequence[Record], start: float, stop: float) -> list[str]:
     within = [record for record in evals if start + 1e-6 < record["epoch"] <= stop + 1e-6]
     if not within:
-        return [NOTHING] * len(EPOCH_COLUMNS)
+        return [MISSING_CELL] * len(EPOCH_COLUMNS)
     newest = within[-1]
-    cells = [_number(newest, key, form) for key, form in EPOCH_COLUMNS.values()]
+    cells = [_format_metric(newest, key, form) for key, form in EPOCH_COLUMNS.values()]
     if newest["epoch"] < stop - 1e-6:
         cells[0] += f" (step {newest['step']})"
     return cells
 
 
-def _table(title: str) -> Table:
+def _make_table(title: str) -> Table:
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="", pad_edge=False
     )
 
 
-def _two_lines(heading: str) -> str:
+def _wrap_heading(heading: str) -> str:
     """`step 36 (best)` as two lines, so that three columns fit into 80."""
     step, _, role = heading.partition(" (")
     return f"{role.rstrip(')')}\n{step}" if role else f"\n{step}"
 
 
-def _number(record: Record, key: str, form: str) -> str:
+def _format_metric(record: Record, key: str, form: str) -> str:
     value = record.get(key)
-    return NOTHING if value is None else form.format(value)
+    return MISSING_CELL if value is None else form.format(value)
 
 
-def _interval(record: Record) -> str:
+def _format_interval(record: Record) -> str:
     share, pairs = record.get("eval_rewards/accuracies"), record.get("eval_pairs")
     if share is None or not pairs:
-        return NOTHING
-    low, high = wilson(share * pairs, pairs)
+        return MISSING_CELL
+    low, high = wilson_interval(share * pairs, pairs)
     return f"{low:.3f}-{high:.3f}"
 
 
-def _ties(record: Record) -> str:
+def _format_ties(record: Record) -> str:
     ties = record.get("eval_ties")
-    return NOTHING if ties is None else f"{ties:.0f}"
+    return MISSING_CELL if ties is None else f"{ties:.0f}"
 
 
-def _group(record: Record) -> str:
-    return "all" if record.get("group") is None else " ".join(printable(str(record["group"])).split())
+def _group_label(record: Record) -> str:
+    return "all" if record.get("group") is None else " ".join(sanitize_text(str(record["group"])).split())
 
 
-def _percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{share:.0%}".replace("%", " %")
+def _format_percent(share: float | None) -> str:
+    return MISSING_CELL if share is None else f"{share:.0%}".replace("%", " %")

@@ -10,14 +10,14 @@ from huggingface_hub import ModelCard
 from pydantic import ValidationError
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.files import write_whole
+from qlora_dpo.files import atomic_write
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.report.card import model_card
-from qlora_dpo.report.plots import draw
-from qlora_dpo.report.run_page import run_page
+from qlora_dpo.report.plots import draw_plots
+from qlora_dpo.report.run_page import render_run_page
 from qlora_dpo.report.tables import epoch_table
 
-NEEDED = ("run.json", "results.json", "metrics.jsonl", "resolved.toml")
+REQUIRED_FILES = ("run.json", "results.json", "metrics.jsonl", "resolved.toml")
 
 
 def write_report(folder: Path, base: Path | None) -> list[Path]:
@@ -26,20 +26,20 @@ def write_report(folder: Path, base: Path | None) -> list[Path]:
     `base` is the folder of its base model, which may say under which licence it stands. Raises RunError if the run
     left less than a finished one does, or something damaged.
     """
-    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+    if missing := [name for name in REQUIRED_FILES if not (folder / name).is_file()]:
         raise RunError(f"{folder}: has no {missing[0]}, which a finished run leaves; name the folder of a finished run")
     try:
-        run, results = (_json(folder / name) for name in ("run.json", "results.json"))
-        records, samples = (_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
+        run, results = (_read_json(folder / name) for name in ("run.json", "results.json"))
+        records, samples = (_read_json_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
         resolved = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
         objective = Recipe.model_validate(resolved).objective.model_dump(exclude_none=True)
         recipe = folder / "recipe.toml"
         text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
-        plots = draw(records, results)
+        plots = draw_plots(records, results)
         card = model_card(
             run, results, samples, epoch_table(records), text, objective, base_licence(base) if base else None
         )
-        page = run_page(run, results, samples, records, text, objective, plots)
+        page = render_run_page(run, results, samples, records, text, objective, plots)
     except (ValueError, KeyError, TypeError, StopIteration, ValidationError) as error:
         raise RunError(
             f"{folder}: its files do not fit together or are damaged ({type(error).__name__}: {str(error)[:60]}); take "
@@ -49,7 +49,7 @@ def write_report(folder: Path, base: Path | None) -> list[Path]:
     for plot in plots:
         written |= {folder / "plots" / f"{plot.name}.svg": plot.svg, folder / "plots" / f"{plot.name}.png": plot.png}
     for path, content in written.items():
-        write_whole(path, content)
+        atomic_write(path, content)
     return list(written)
 
 
@@ -62,11 +62,11 @@ def base_licence(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _read_json(file: Path) -> Mapping[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines; a last line that was cut off is left out, and no file has none."""
     if not file.is_file():
         return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
-HEADERS = {
+SECURITY_HEADERS = {
     # Nothing of another origin, nothing inline: text that a model wrote cannot become part of the page
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -24,7 +24,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Guard:
+class AccessPolicy:
     """Whom the server answers; `key` is None where it listens to this machine alone and none was set."""
 
     host: str

@@ -13,25 +13,25 @@ from contextlib import closing
 
 import click
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.talk.chat_history import keep
-from qlora_dpo.talk.commands import is_command, obey
-from qlora_dpo.talk.conversation import Conversation, Voice, ask, next_seed, reply
-from qlora_dpo.talk.generate import Tally
-from qlora_dpo.talk.line_editor import message, remembered
-from qlora_dpo.talk.terminal import ctrl_c_stops, keys_unseen
+from qlora_dpo.talk.chat_history import save_chat
+from qlora_dpo.talk.commands import is_command, run_command
+from qlora_dpo.talk.conversation import Conversation, ModelVariant, add_user_message, next_seed, stream_reply
+from qlora_dpo.talk.generate import TokenUsage
+from qlora_dpo.talk.line_editor import line_editing, read_message
+from qlora_dpo.talk.terminal import catch_ctrl_c, no_echo
 
-COLOURS = {"you": "cyan", "...": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
+LABEL_COLOURS = {"you": "cyan", "...": "cyan", "tuned": "green", "model": "green", "base": "yellow"}
 
 
-def talk(conversation: Conversation) -> None:
+def run_chat(conversation: Conversation) -> None:
     """Hold the conversation until the user leaves."""
     device = conversation.device
     _note(f"{conversation.title} · {device.name}, {device.compute_dtype} · /help lists commands, Ctrl+D leaves")
     if conversation.messages:
         _note(f"(goes on after {len(conversation.messages)} messages; /new begins anew)")
-    with remembered():
+    with line_editing():
         _talk(conversation)
 
 
@@ -41,7 +41,7 @@ def _talk(conversation: Conversation) -> None:
             if line.strip():
                 _answer(conversation, line.strip())
             continue
-        outcome = obey(conversation, line)
+        outcome = run_command(conversation, line)
         if outcome.text:
             _note(outcome.text)
         if outcome.then == "leave":
@@ -52,10 +52,10 @@ def _talk(conversation: Conversation) -> None:
             _keep(conversation)
 
 
-def answer_pipe(conversation: Conversation, text: str) -> None:
+def reply_to_pipe(conversation: Conversation, text: str) -> None:
     """Write one answer to `text`, by the first voice, to stdout and nothing else."""
-    ask(conversation, text)
-    _show(conversation, conversation.voices[0], next_seed(conversation), threading.Event())
+    add_user_message(conversation, text)
+    _show(conversation, conversation.variants[0], next_seed(conversation), threading.Event())
     if conversation.messages[:-2]:
         _keep(conversation)
 
@@ -65,7 +65,7 @@ def _lines() -> Iterator[str]:
     while True:
         click.echo(err=True)
         try:
-            yield message(_typed(), lambda: _typed("..."))
+            yield read_message(_typed(), lambda: _typed("..."))
         except EOFError:
             click.echo(err=True)
             return
@@ -85,11 +85,11 @@ def _typed(who: str = "you") -> str:
 def _answer(conversation: Conversation, question: str) -> None:
     """Show every voice's answer to `question`; one Ctrl+C stops them all."""
     try:
-        if note := ask(conversation, question):
+        if note := add_user_message(conversation, question):
             _note(f"({note})")
         seed = next_seed(conversation)
-        with keys_unseen(), ctrl_c_stops() as stopped:
-            for voice in conversation.voices:
+        with no_echo(), catch_ctrl_c() as stopped:
+            for voice in conversation.variants:
                 if not stopped.is_set():
                     click.echo(_label(voice), nl=False, err=True)
                     began = time.monotonic()
@@ -103,10 +103,10 @@ def _answer(conversation: Conversation, question: str) -> None:
         _note(str(error))
 
 
-def _show(conversation: Conversation, voice: Voice, seed: int, stopped: threading.Event) -> bool:
+def _show(conversation: Conversation, voice: ModelVariant, seed: int, stopped: threading.Event) -> bool:
     """Write the answer of `voice` as it comes; return False if it did not come to its own end."""
     ended = False
-    with closing(reply(conversation, voice, seed)) as pieces:
+    with closing(stream_reply(conversation, voice, seed)) as pieces:
         while not stopped.is_set():
             try:
                 click.echo(next(pieces), nl=False)
@@ -129,23 +129,23 @@ def _say_why_it_stopped(conversation: Conversation, ended: bool, stopped: thread
         _note("(stopped before the first word; your message is taken back)")
 
 
-def _figures(tally: Tally, seconds: float) -> str:
+def _figures(tally: TokenUsage, seconds: float) -> str:
     """What a reply took: tokens, tokens a second with the reading of the prompt, and what of that was remembered."""
-    speed = f"{tally.reply} tokens, {tally.reply / max(seconds, 1e-9):.1f} tokens/s"
-    return f"{speed}, {tally.reused} of {tally.prompt} prompt tokens reused"
+    speed = f"{tally.completion_tokens} tokens, {tally.completion_tokens / max(seconds, 1e-9):.1f} tokens/s"
+    return f"{speed}, {tally.cached_tokens} of {tally.prompt_tokens} prompt tokens reused"
 
 
 def _keep(conversation: Conversation) -> None:
     if conversation.target and conversation.messages:
-        keep(conversation)
+        save_chat(conversation)
 
 
 def _label(who: str) -> str:
-    return f"{_styled(who, fg=COLOURS[who], bold=True)}: "
+    return f"{_styled(who, fg=LABEL_COLOURS[who], bold=True)}: "
 
 
 def _note(text: str) -> None:
-    click.echo(_styled(printable(text), dim=True), err=True)
+    click.echo(_styled(sanitize_text(text), dim=True), err=True)
 
 
 def _styled(text: str, fg: str | None = None, bold: bool | None = None, dim: bool | None = None) -> str:

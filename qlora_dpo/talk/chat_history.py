@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.dialogue import Message, Unusable, check_roles
+from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.files import cache_home
 from qlora_dpo.talk.conversation import Conversation
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedChat:
     """What is known of the last conversation: which model it was with, the system prompt, and what was said."""
 
     model: str
@@ -23,7 +23,7 @@ class Kept:
     messages: list[Message]
 
 
-def lines_file() -> Path:
+def input_history_file() -> Path:
     """Where the lines that were typed in chats are kept."""
     return cache_home() / "chat_lines"
 
@@ -32,7 +32,7 @@ def _file() -> Path:
     return cache_home() / "last_chat.json"
 
 
-def keep(conversation: Conversation) -> None:
+def save_chat(conversation: Conversation) -> None:
     """Write the conversation, readable by its owner alone; a disk that refuses is no reason to end a chat."""
     value = {"model": conversation.target, "system": conversation.system, "messages": conversation.messages}
     with suppress(OSError):
@@ -47,7 +47,7 @@ def keep(conversation: Conversation) -> None:
             raise
 
 
-def kept() -> Kept:
+def load_chat() -> SavedChat:
     """The last conversation; raise RecipeError if there is none, or if it is damaged."""
     try:
         value: Any = json.loads(_file().read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def kept() -> Kept:
         raise _damaged() from error
     match value:
         case {"model": str(model), "system": None | str() as system, "messages": [*messages]} if _is_chat(messages):
-            return Kept(model, system, messages)
+            return SavedChat(model, system, messages)
         case _:
             raise _damaged()
 
@@ -76,6 +76,6 @@ def _is_chat(messages: list[Any]) -> bool:
     )
     try:
         check_roles([*messages, {"role": "user", "content": "?"}] if whole else [])
-    except Unusable:
+    except InvalidRow:
         return False
     return messages[:1] == [] or messages[0]["role"] == "user"

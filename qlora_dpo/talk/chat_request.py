@@ -6,14 +6,14 @@ from typing import Any
 
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.errors import RecipeError
-from qlora_dpo.talk.conversation import Voice
-from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.conversation import ModelVariant
+from qlora_dpo.talk.sampling import SamplingParams
 
 MOST_MESSAGES = 1000
 MOST_STOPS = 4
 """As many as OpenAI takes."""
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """The roles that are known; `developer` is OpenAI's newer name of `system`."""
 
 OBEYED = frozenset(
@@ -50,25 +50,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatRequest:
     """A request that can be answered."""
 
     model: str
-    voice: Voice
+    voice: ModelVariant
     messages: list[Message]
-    settings: Settings
-    room: bool
+    settings: SamplingParams
+    clip_to_context: bool
     stops: tuple[str, ...]
     stream: bool
     usage: bool
     """True if a stream is to end with a chunk that counts tokens."""
 
 
-class Unknown(RecipeError):
+class UnknownModel(RecipeError):
     """The request names a model that is not served here."""
 
 
-def asked(body: Any, models: Mapping[str, Voice], defaults: Settings, seed: int) -> Asked:
+def parse_chat_request(
+    body: Any, models: Mapping[str, ModelVariant], defaults: SamplingParams, seed: int
+) -> ChatRequest:
     """Read the request in `body`; raise RecipeError with the sentence for the client.
 
     `models` are the ids that are served. `seed` is taken if the request has none; defaults.max_new_tokens is also the
@@ -77,10 +79,10 @@ def asked(body: Any, models: Mapping[str, Voice], defaults: Settings, seed: int)
     if not isinstance(body, dict):
         raise RecipeError("the body must be a JSON object with model and messages")
     for key, value in body.items():
-        _insist_on_key(key, value)
+        _check_key(key, value)
     model = body.get("model")
     if not isinstance(model, str) or model not in models:
-        raise Unknown(f"model must be one of {', '.join(models)}")
+        raise UnknownModel(f"model must be one of {', '.join(models)}")
     most = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None))
     if most is not None and most > defaults.max_new_tokens:
         raise RecipeError(
@@ -90,25 +92,25 @@ def asked(body: Any, models: Mapping[str, Voice], defaults: Settings, seed: int)
     options = body.get("stream_options") or {}
     if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:
         raise RecipeError("stream_options must be an object; include_usage is the one that is known")
-    settings = Settings(
+    settings = SamplingParams(
         temperature=_number(body, "temperature", defaults.temperature),
         top_p=_number(body, "top_p", defaults.top_p),
         max_new_tokens=defaults.max_new_tokens if most is None else most,
         seed=_whole(body, "seed", None) if body.get("seed") is not None else seed,
     )
-    return Asked(
+    return ChatRequest(
         model=model,
         voice=models[model],
         messages=_messages(body.get("messages")),
         settings=settings,
-        room=most is None,
+        clip_to_context=most is None,
         stops=_stops(body.get("stop")),
         stream=_flag(body, "stream"),
         usage=_flag(options, "include_usage"),
     )
 
 
-def _insist_on_key(key: str, value: Any) -> None:
+def _check_key(key: str, value: Any) -> None:
     if key in OBEYED or key in LABELS or value is None:
         return
     if key not in NEUTRAL:
@@ -132,11 +134,11 @@ def _message(value: Any, place: int) -> Message:
     if not isinstance(value, dict):
         raise RecipeError(f"messages[{place}] must be an object with role and content")
     role = value.get("role")
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role, str) or role not in CHAT_ROLES:
         raise RecipeError(f"messages[{place}].role must be system, developer, user or assistant")
     if value.get("tool_calls"):
         raise RecipeError(f"messages[{place}] has tool_calls, which are not supported here")
-    return {"role": ROLES[role], "content": _content(value.get("content"), place)}
+    return {"role": CHAT_ROLES[role], "content": _content(value.get("content"), place)}
 
 
 def _content(value: Any, place: int) -> str:

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_dpo.data.dialogue import Message, Unusable, check_roles, printable
+from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles, sanitize_text
 from qlora_dpo.errors import RecipeError, SourceError
-from qlora_dpo.files import full_disk_named
+from qlora_dpo.files import translate_disk_errors
 
 
-def insist_on_collectable(path: Path) -> None:
+def check_pair_file(path: Path) -> None:
     """Raise RecipeError or SourceError if pairs cannot be appended to `path`; a file that is not there stays so."""
     if path.suffix != ".jsonl":
         raise RecipeError(f"{path}: pairs are lines of JSON; give the file a name that ends in .jsonl")
@@ -24,27 +24,27 @@ def insist_on_collectable(path: Path) -> None:
         raise SourceError(f"{path}: cannot be written; choose a file that you may write to")
 
 
-def add_pair(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rejected: tuple[str, str]) -> None:
+def append_pair(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rejected: tuple[str, str]) -> None:
     """Append a pair as message lists; `chosen` and `rejected` are each an answer and who gave it.
 
     The line is written at once, under a lock, and flushed to the disk. Raises RecipeError if the pair could not be
     trained on.
     """
-    insist_on_collectable(path)
+    check_pair_file(path)
     try:
         check_roles(prompt)
-    except Unusable as unusable:
+    except InvalidRow as unusable:
         raise RecipeError(f"this is no preference pair: {unusable}") from unusable
-    if not all(printable(turn["content"]).strip() for turn in prompt):
+    if not all(sanitize_text(turn["content"]).strip() for turn in prompt):
         raise RecipeError("this is no preference pair: empty turn in the prompt")
     # white space around an answer is nobody's preference, and can merge with the tokens of the template before it
-    texts = {"chosen": printable(chosen[0]).strip(), "rejected": printable(rejected[0]).strip()}
+    texts = {"chosen": sanitize_text(chosen[0]).strip(), "rejected": sanitize_text(rejected[0]).strip()}
     if not all(texts.values()):
         raise RecipeError("this is no preference pair: empty answer")
     if texts["chosen"] == texts["rejected"]:
         raise RecipeError("this is no preference pair: equal answers")
     row = {
-        "prompt": [{"role": turn["role"], "content": printable(turn["content"])} for turn in prompt],
+        "prompt": [{"role": turn["role"], "content": sanitize_text(turn["content"])} for turn in prompt],
         **{name: [{"role": "assistant", "content": text}] for name, text in texts.items()},
         "chosen_by": chosen[1],
         "rejected_by": rejected[1],
@@ -54,7 +54,7 @@ def add_pair(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rej
 
 def _append(path: Path, line: str) -> None:
     """Add a line whole or not at all."""
-    with full_disk_named(path):
+    with translate_disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

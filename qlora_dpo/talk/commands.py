@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_dpo.errors import QloraDpoError, RecipeError
-from qlora_dpo.talk.collect import add_pair
-from qlora_dpo.talk.conversation import Conversation, Said, latest, start_anew, transcript, undo
-from qlora_dpo.talk.sampling import SETTINGS, Settings
+from qlora_dpo.talk.collect import append_pair
+from qlora_dpo.talk.conversation import Conversation, Reply, clear_history, latest_replies, transcript, undo_last_turn
+from qlora_dpo.talk.sampling import SAMPLING_PARAM_NAMES, SamplingParams
 
 COMMANDS = {
     "/help": ("", "show this list"),
@@ -31,7 +31,7 @@ OTHER_NAMES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/new", "/reset": "/
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandResult:
     """What a command says to the user, and what happens next; `question` is there to be answered."""
 
     text: str
@@ -44,53 +44,53 @@ def is_command(line: str) -> bool:
     return line.startswith("/")
 
 
-def obey(conversation: Conversation, line: str) -> Outcome:
+def run_command(conversation: Conversation, line: str) -> CommandResult:
     """Carry out the command in `line`; a command that cannot be carried out changes nothing and says why."""
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if name in COMMANDS and rest and not COMMANDS[name][0]:
-        return Outcome(f"{name} takes nothing after it")
+        return CommandResult(f"{name} takes nothing after it")
     try:
         return _obey(conversation, name, rest)
     except QloraDpoError as error:
-        return Outcome(str(error))
+        return CommandResult(str(error))
 
 
-def _obey(conversation: Conversation, name: str, rest: str) -> Outcome:
+def _obey(conversation: Conversation, name: str, rest: str) -> CommandResult:
     match name:
         case "/help":
-            return Outcome(_help())
+            return CommandResult(_help())
         case "/new":
-            start_anew(conversation)
-            return Outcome("a new conversation")
+            clear_history(conversation)
+            return CommandResult("a new conversation")
         case "/system":
-            return Outcome(_system(conversation, rest))
+            return CommandResult(_system(conversation, rest))
         case "/set":
-            return Outcome(_set(conversation, rest.split()))
+            return CommandResult(_set(conversation, rest.split()))
         case "/base" | "/both" | "/reward" if not conversation.has_adapter:
-            return Outcome(f"{conversation.title} is a full model: there is no adapter to switch off")
+            return CommandResult(f"{conversation.title} is a full model: there is no adapter to switch off")
         case "/base":
-            conversation.voices = ("tuned",) if conversation.voices == ("base",) else ("base",)
-            return Outcome(f"the {conversation.voices[0]} model answers from here on")
+            conversation.variants = ("tuned",) if conversation.variants == ("base",) else ("base",)
+            return CommandResult(f"the {conversation.variants[0]} model answers from here on")
         case "/both":
-            conversation.voices = ("tuned",) if len(conversation.voices) == 2 else ("tuned", "base")
-            two = len(conversation.voices) == 2
-            return Outcome(f"the tuned {'and the base model answer' if two else 'model answers'} from here on")
+            conversation.variants = ("tuned",) if len(conversation.variants) == 2 else ("tuned", "base")
+            two = len(conversation.variants) == 2
+            return CommandResult(f"the tuned {'and the base model answer' if two else 'model answers'} from here on")
         case "/retry":
             return _retry(conversation)
         case "/reward":
-            return Outcome(_rewards(conversation))
+            return CommandResult(_rewards(conversation))
         case "/better":
-            return Outcome(_better(conversation, rest))
+            return CommandResult(_better(conversation, rest))
         case "/undo":
-            question = undo(conversation)
-            return Outcome("there is nothing to undo" if question is None else f"taken back: {_brief(question)}")
+            question = undo_last_turn(conversation)
+            return CommandResult("there is nothing to undo" if question is None else f"taken back: {_brief(question)}")
         case "/save":
-            return Outcome(_save(conversation, rest))
+            return CommandResult(_save(conversation, rest))
         case "/quit":
-            return Outcome("", "leave")
+            return CommandResult("", "leave")
         case _:
-            return Outcome(_unknown(name))
+            return CommandResult(_unknown(name))
 
 
 def _help() -> str:
@@ -117,22 +117,22 @@ def _system(conversation: Conversation, text: str) -> str:
 def _set(conversation: Conversation, words: Sequence[str]) -> str:
     settings = conversation.settings
     if not words:
-        return ", ".join(f"{name} {getattr(settings, name)}" for name in SETTINGS)
+        return ", ".join(f"{name} {getattr(settings, name)}" for name in SAMPLING_PARAM_NAMES)
     key = words[0].lstrip("-").replace("-", "_")
-    if key not in SETTINGS:
-        close = difflib.get_close_matches(key, SETTINGS, n=1)
+    if key not in SAMPLING_PARAM_NAMES:
+        close = difflib.get_close_matches(key, SAMPLING_PARAM_NAMES, n=1)
         return f"no setting {words[0]}; " + (
-            f"did you mean {close[0]}?" if close else f"there are {', '.join(SETTINGS)}"
+            f"did you mean {close[0]}?" if close else f"there are {', '.join(SAMPLING_PARAM_NAMES)}"
         )
     if len(words) != 2:
         return f"write /set {key} VALUE; it is {getattr(settings, key)} now"
-    conversation.settings = changed(settings, key, words[1])
+    conversation.settings = with_setting(settings, key, words[1])
     if key == "seed":
         conversation.draws = 0
     return f"{key} is {getattr(conversation.settings, key)} now"
 
 
-def changed(settings: Settings, key: str, word: str) -> Settings:
+def with_setting(settings: SamplingParams, key: str, word: str) -> SamplingParams:
     """`settings` with `key` set to the number in `word`; raise RecipeError if it is none or out of range."""
     kind = type(getattr(settings, key))
     try:
@@ -143,28 +143,33 @@ def changed(settings: Settings, key: str, word: str) -> Settings:
     return replace(settings, **{key: value})
 
 
-def _retry(conversation: Conversation) -> Outcome:
-    question = undo(conversation)
+def _retry(conversation: Conversation) -> CommandResult:
+    question = undo_last_turn(conversation)
     if question is None:
-        return Outcome("there is nothing to retry")
+        return CommandResult("there is nothing to retry")
     same = conversation.settings.temperature == 0
-    return Outcome("temperature is 0, so the answer is the same again" if same else "", "answer", question)
+    return CommandResult("temperature is 0, so the answer is the same again" if same else "", "answer", question)
 
 
 def _rewards(conversation: Conversation) -> str:
-    from qlora_dpo.talk.reward import reward
+    from qlora_dpo.talk.reward import implicit_reward
 
-    answers = latest(conversation)[-len(conversation.voices) :]
+    answers = latest_replies(conversation)[-len(conversation.variants) :]
     if not answers:
         return "there is no answer yet"
     beta = 0.1 if conversation.beta is None else conversation.beta
     lines = []
     for said in answers:
-        found = reward(
-            conversation.model, conversation.tokenizer, conversation.device, conversation.asked, said.text, said.ended
+        found = implicit_reward(
+            conversation.model,
+            conversation.tokenizer,
+            conversation.device,
+            conversation.last_prompt,
+            said.text,
+            said.ended,
         )
         nats = f"{beta:g} * ({found.tuned:.2f} - {found.base:.2f}) nats"
-        lines.append(f"{said.voice}: reward {found.of(beta):+.3f} = {nats}, {found.tokens} tokens")
+        lines.append(f"{said.voice}: reward {found.at_beta(beta):+.3f} = {nats}, {found.tokens} tokens")
     if conversation.beta is None:
         lines.append(f"(what beta the adapter was trained with is not known; {beta:g} is the usual one)")
     return "\n".join(lines)
@@ -173,21 +178,21 @@ def _rewards(conversation: Conversation) -> str:
 def _better(conversation: Conversation, rest: str) -> str:
     """Append a pair of the last two answers; the better one is what the conversation goes on from."""
     side, _, name = rest.partition(" ")
-    path = Path(name.strip()).expanduser() if name.strip() else conversation.votes
+    path = Path(name.strip()).expanduser() if name.strip() else conversation.preference_file
     if side not in ("a", "b") or path is None:
         return "write /better a FILE or /better b FILE, for example /better a pairs.jsonl"
-    two = latest(conversation)[-2:]
+    two = latest_replies(conversation)[-2:]
     if len(two) < 2:
         other = "/both and /retry give" if conversation.has_adapter else "/retry gives"
         return f"there are no two answers to the last message; {other} another one"
     chosen, rejected = two if side == "a" else reversed(two)
-    add_pair(path, conversation.asked, _by(conversation, chosen), _by(conversation, rejected))
-    conversation.votes = path
+    append_pair(path, conversation.last_prompt, _by(conversation, chosen), _by(conversation, rejected))
+    conversation.preference_file = path
     conversation.messages[-1] = {"role": "assistant", "content": chosen.text}
     return f"appended to {path}: {side} is better; the conversation goes on from it"
 
 
-def _by(conversation: Conversation, said: Said) -> tuple[str, str]:
+def _by(conversation: Conversation, said: Reply) -> tuple[str, str]:
     """An answer, and the model that gave it."""
     return said.text, f"{conversation.title}, adapter off" if said.voice == "base" else conversation.title
 

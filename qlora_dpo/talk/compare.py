@@ -13,22 +13,22 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
-from qlora_dpo.adapter import Opened, open_adapter
-from qlora_dpo.data.dialogue import Message, printable
+from qlora_dpo.adapter import OpenedModel, open_adapter
+from qlora_dpo.data.dialogue import Message, sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.manifest import MANIFEST, damage
-from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.model.sources import fetch
+from qlora_dpo.manifest import MANIFEST, find_damage
+from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.model.sources import fetch_model
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.run_folder import WEIGHTS, described
-from qlora_dpo.talk.generate import Answer, answers, prompt_ids
+from qlora_dpo.run_folder import ADAPTER_SAFE_WEIGHTS_NAME, read_run_metadata
+from qlora_dpo.talk.generate import Completion, generate_greedy, tokenize_prompt
 
-BETA = 0.1
+DEFAULT_BETA = 0.1
 """Of an adapter that comes without a recipe, or whose objective has none: DPO's default."""
 
 
 @dataclass(frozen=True)
-class Speaker:
+class LoadedAdapter:
     """An adapter of the loaded model: as people call it, as PEFT does, and the beta of its run."""
 
     name: str
@@ -37,10 +37,10 @@ class Speaker:
 
 
 @dataclass(frozen=True)
-class Reward:
+class TokenRewards:
     """The implicit reward of one answer under one adapter: beta * log(pi/pi_ref) of each token, in nats."""
 
-    speaker: Speaker
+    speaker: LoadedAdapter
     tokens: tuple[float, ...]
 
     @property
@@ -50,23 +50,23 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Said:
+class ScoredReply:
     """What one voice answered to a prompt, and the answer's reward under every adapter."""
 
     voice: str
-    answer: Answer
-    rewards: tuple[Reward, ...]
+    answer: Completion
+    rewards: tuple[TokenRewards, ...]
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedReplies:
     """A prompt and all answers to it: the base's first."""
 
     prompt: Sequence[Message]
-    said: tuple[Said, ...]
+    said: tuple[ScoredReply, ...]
 
 
-def open_several(folders: Sequence[Path], dtype: str) -> tuple[Opened, list[Speaker]]:
+def open_adapters(folders: Sequence[Path], dtype: str) -> tuple[OpenedModel, list[LoadedAdapter]]:
     """Load the base once, with every adapter of `folders` on it.
 
     Raises ModelError if one was trained on another base, or if its tensors do not fit.
@@ -77,40 +77,42 @@ def open_several(folders: Sequence[Path], dtype: str) -> tuple[Opened, list[Spea
     if len(set(names)) < len(names):
         raise RecipeError(f"{folders[0]}: an adapter is named twice; name each once")
     opened = open_adapter(folders[0], dtype)
-    speakers = [Speaker(names[0], "default", _beta(opened.recipe))]
+    speakers = [LoadedAdapter(names[0], "default", _beta(opened.recipe))]
     for number, (folder, name) in enumerate(zip(folders[1:], names[1:], strict=True), 2):
         recipe = _attach_beside(opened, folder, f"adapter_{number}")
-        speakers.append(Speaker(name, f"adapter_{number}", _beta(recipe)))
+        speakers.append(LoadedAdapter(name, f"adapter_{number}", _beta(recipe)))
     opened.model.eval()
     return opened, speakers
 
 
 def _beta(recipe: Recipe | None) -> float:
-    return float(getattr(recipe.objective, "beta", BETA)) if recipe is not None else BETA
+    return float(getattr(recipe.objective, "beta", DEFAULT_BETA)) if recipe is not None else DEFAULT_BETA
 
 
-def _attach_beside(opened: Opened, folder: Path, peft_name: str) -> Recipe | None:
+def _attach_beside(opened: OpenedModel, folder: Path, peft_name: str) -> Recipe | None:
     """Attach the adapter of `folder` to the model that is loaded, and return its recipe."""
     assert opened.folder is not None  # noqa: S101 - it is an adapter
-    table, run, recipe = described(folder)
-    first = described(opened.folder)[0]
-    source = fetch(table)
+    table, run, recipe = read_run_metadata(folder)
+    first = read_run_metadata(opened.folder)[0]
+    source = fetch_model(table)
     if (source.fingerprint, table.quantization) != (opened.source.fingerprint, first.quantization):
         raise ModelError(
-            f"{folder}: is an adapter of {printable(source.name)} ({table.quantization}), and {opened.folder} one of "
-            f"{printable(opened.source.name)} ({first.quantization}); compare adapters of one base"
+            f"{folder}: is an adapter of {sanitize_text(source.name)} ({table.quantization}), and {opened.folder} one of "
+            f"{sanitize_text(opened.source.name)} ({first.quantization}); compare adapters of one base"
         )
     if run is not None and source.fingerprint != run["base"]["fingerprint"]:
         raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
-    if (folder / MANIFEST).is_file() and (damaged := damage(folder, needed=WEIGHTS)):
+    if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, framework="pt") as file:
             saved = set(file.keys())
         opened.model.load_adapter(str(folder), adapter_name=peft_name)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {printable(first_line)}") from error
+        raise ModelError(
+            f"{folder}: the adapter cannot be attached to its base: {sanitize_text(first_line)}"
+        ) from error
     placed = set(get_peft_model_state_dict(opened.model, adapter_name=peft_name, save_embedding_layers=False))
     if misplaced := saved ^ placed:
         raise ModelError(f"{folder}: {len(misplaced)} tensors do not fit the base, for example {min(misplaced)}")
@@ -118,10 +120,10 @@ def _attach_beside(opened: Opened, folder: Path, peft_name: str) -> Recipe | Non
 
 
 @contextmanager
-def speaking(model: PeftModel, speaker: Speaker | None) -> Iterator[None]:
+def use_adapter(model: PeftModel, speaker: LoadedAdapter | None) -> Iterator[None]:
     """Let one adapter of the model speak, or, with None, its base."""
     if speaker is None:
-        with adapter_off(model):
+        with adapter_disabled(model):
             yield
         return
     model.set_adapter(speaker.peft_name)
@@ -129,50 +131,50 @@ def speaking(model: PeftModel, speaker: Speaker | None) -> Iterator[None]:
     yield
 
 
-def compare(
-    opened: Opened,
-    speakers: Sequence[Speaker],
+def compare_replies(
+    opened: OpenedModel,
+    speakers: Sequence[LoadedAdapter],
     prompts: Sequence[Sequence[Message]],
     max_new_tokens: int,
     advance: Callable[[int], None] = lambda answers: None,
-) -> list[Compared]:
+) -> list[ComparedReplies]:
     """Greedy answers of base and all speakers to `prompts`; `advance` is told how many answers are done."""
     model: Any = opened.model
-    everyone: list[Speaker | None] = [None, *speakers]
-    spoken: list[list[Answer]] = []
+    everyone: list[LoadedAdapter | None] = [None, *speakers]
+    spoken: list[list[Completion]] = []
     with opened.device.autocast():
         for speaker in everyone:
-            with speaking(model, speaker):
-                spoken.append(answers(model, opened.tokenizer, prompts, max_new_tokens))
+            with use_adapter(model, speaker):
+                spoken.append(generate_greedy(model, opened.tokenizer, prompts, max_new_tokens))
             advance(len(prompts))
         found = []
         for number, prompt in enumerate(prompts):
-            ids = prompt_ids(opened.tokenizer, prompt)
+            ids = tokenize_prompt(opened.tokenizer, prompt)
             said = [
-                Said(
+                ScoredReply(
                     speaker.name if speaker else "base",
                     replies[number],
-                    rewards(model, speakers, ids, replies[number].ids),
+                    rewards_per_adapter(model, speakers, ids, replies[number].ids),
                 )
                 for speaker, replies in zip(everyone, spoken, strict=True)
             ]
-            found.append(Compared(prompt, tuple(said)))
+            found.append(ComparedReplies(prompt, tuple(said)))
     return found
 
 
-def rewards(
-    model: Any, speakers: Sequence[Speaker], prompt: Sequence[int], answer: Sequence[int]
-) -> tuple[Reward, ...]:
+def rewards_per_adapter(
+    model: Any, speakers: Sequence[LoadedAdapter], prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[TokenRewards, ...]:
     """The implicit reward of `answer` under every speaker; call it inside the device's autocast."""
     if not answer:
-        return tuple(Reward(speaker, ()) for speaker in speakers)
-    with speaking(model, None):
+        return tuple(TokenRewards(speaker, ()) for speaker in speakers)
+    with use_adapter(model, None):
         base_A = _logps(model, prompt, answer)
     found = []
     for speaker in speakers:
-        with speaking(model, speaker):
+        with use_adapter(model, speaker):
             ratio_A = _logps(model, prompt, answer) - base_A
-        found.append(Reward(speaker, tuple((speaker.beta * ratio_A).tolist())))
+        found.append(TokenRewards(speaker, tuple((speaker.beta * ratio_A).tolist())))
     return tuple(found)
 
 

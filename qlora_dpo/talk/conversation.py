@@ -9,19 +9,19 @@ from typing import Any, Literal
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.talk.generate import Memory, Tally, context_tokens, prompt_ids, stream
-from qlora_dpo.talk.sampling import Settings
-from qlora_dpo.talk.terminal import Printable
+from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.talk.generate import KVCache, TokenUsage, context_tokens, generate_stream, tokenize_prompt
+from qlora_dpo.talk.sampling import SamplingParams
+from qlora_dpo.talk.terminal import EscapeFilter
 
-Voice = Literal["tuned", "base", "model"]
+ModelVariant = Literal["tuned", "base", "model"]
 
 
 @dataclass(frozen=True)
-class Said:
+class Reply:
     """An answer as it was shown; `ended` is False if it was stopped or cut off."""
 
-    voice: Voice
+    voice: ModelVariant
     text: str
     ended: bool
 
@@ -34,86 +34,88 @@ class Conversation:
     model: Any
     tokenizer: Any
     device: Device
-    settings: Settings
-    voices: tuple[Voice, ...]
+    settings: SamplingParams
+    variants: tuple[ModelVariant, ...]
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
-    left_out: int = 0
+    num_dropped: int = 0
     """How many of the oldest messages the model no longer reads."""
     draws: int = 0
     """Replies begun so far; each is sampled with a seed of its own, so that a retry says something else."""
-    memories: dict[Voice, Memory] = field(default_factory=dict)
-    asked: list[Message] = field(default_factory=list)
+    kv_caches: dict[ModelVariant, KVCache] = field(default_factory=dict)
+    last_prompt: list[Message] = field(default_factory=list)
     """What the model read when it was asked last, up to the question."""
-    answers: list[Said] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
     """All answers to that, in the order in which they were shown: of both voices, and of retries."""
-    tally: Tally = field(default_factory=Tally)
+    tally: TokenUsage = field(default_factory=TokenUsage)
     """Of the last reply."""
     beta: float | None = None
     """What the adapter was trained with; None if that is not known."""
     target: str = ""
     """The model as it can be opened again from anywhere."""
-    votes: Path | None = None
+    preference_file: Path | None = None
     """The file that the last preference pair went to."""
 
     @property
     def has_adapter(self) -> bool:
         """True if there is an adapter that can be switched off."""
-        return self.voices != ("model",)
+        return self.variants != ("model",)
 
 
-def ask(conversation: Conversation, text: str) -> str:
+def add_user_message(conversation: Conversation, text: str) -> str:
     """Add the user's message and return a note if old messages had to be left out for it.
 
     Raises RecipeError, and takes the message back, if it does not fit the model's context by itself.
     """
     conversation.messages.append({"role": "user", "content": text})
     try:
-        note = fit(conversation)
-        if (read := _read(conversation)) != conversation.asked:
-            conversation.asked, conversation.answers = read, []
+        note = fit_to_context(conversation)
+        if (read := _read(conversation)) != conversation.last_prompt:
+            conversation.last_prompt, conversation.replies = read, []
         return note
     except BaseException:
         conversation.messages.pop()
         raise
 
 
-def fit(conversation: Conversation) -> str:
+def fit_to_context(conversation: Conversation) -> str:
     """Leave out the oldest messages until the rest and a reply fit the context; return a note about it, or ""."""
     context = context_tokens(conversation.model)
     if context is None or context - conversation.settings.max_new_tokens >= _tokens(conversation):
         return ""
     room = context - conversation.settings.max_new_tokens
-    before = conversation.left_out
+    before = conversation.num_dropped
     # A quarter of the room is freed at once: each time something is left out, the whole history is read again
-    while _tokens(conversation) > room * 3 // 4 and conversation.left_out < len(conversation.messages) - 1:
-        conversation.left_out += 2
+    while _tokens(conversation) > room * 3 // 4 and conversation.num_dropped < len(conversation.messages) - 1:
+        conversation.num_dropped += 2
     if (tokens := _tokens(conversation)) > room:
-        conversation.left_out = before
+        conversation.num_dropped = before
         raise RecipeError(
             f"this message makes {tokens} tokens and a reply may take {conversation.settings.max_new_tokens}, but the "
             f"model reads {context} at most; shorten the message, or set max_new_tokens lower"
         )
-    return f"the model reads {context} tokens at most: it no longer sees the first {conversation.left_out} messages"
+    return f"the model reads {context} tokens at most: it no longer sees the first {conversation.num_dropped} messages"
 
 
-def reply(conversation: Conversation, voice: Voice, seed: int) -> Generator[str, None, bool]:
+def stream_reply(conversation: Conversation, voice: ModelVariant, seed: int) -> Generator[str, None, bool]:
     """Yield the answer of `voice` to the last question, free of terminal escapes; return True if it came to its end.
 
     The first voice's answer is kept in the history, also when the generator is closed early; a question whose
     answer was stopped before its first word is taken back.
     """
-    clean, said, ended = Printable(), list[str](), False
-    memory = conversation.memories.setdefault(voice, Memory())
-    settings = Settings(**{**vars(conversation.settings), "seed": seed})
-    conversation.tally = Tally()
+    clean, said, ended = EscapeFilter(), list[str](), False
+    memory = conversation.kv_caches.setdefault(voice, KVCache())
+    settings = SamplingParams(**{**vars(conversation.settings), "seed": seed})
+    conversation.tally = TokenUsage()
     try:
-        ids = prompt_ids(conversation.tokenizer, _read(conversation))
+        ids = tokenize_prompt(conversation.tokenizer, _read(conversation))
         with ExitStack() as around:
             around.enter_context(conversation.device.autocast())
             if voice == "base":
-                around.enter_context(adapter_off(conversation.model))
-            pieces = stream(conversation.model, conversation.tokenizer, ids, settings, memory, conversation.tally)
+                around.enter_context(adapter_disabled(conversation.model))
+            pieces = generate_stream(
+                conversation.model, conversation.tokenizer, ids, settings, memory, conversation.tally
+            )
             while True:
                 try:
                     piece = clean.feed(next(pieces))
@@ -128,7 +130,7 @@ def reply(conversation: Conversation, voice: Voice, seed: int) -> Generator[str,
             yield rest
         return ended
     finally:
-        _keep(conversation, Said(voice, "".join(said), ended))
+        _keep(conversation, Reply(voice, "".join(said), ended))
 
 
 def next_seed(conversation: Conversation) -> int:
@@ -137,20 +139,20 @@ def next_seed(conversation: Conversation) -> int:
     return (conversation.settings.seed + conversation.draws - 1) % 2**63
 
 
-def undo(conversation: Conversation) -> str | None:
+def undo_last_turn(conversation: Conversation) -> str | None:
     """Take back the last question and its answer; return the question, or None if nothing was said."""
     if not conversation.messages:
         return None
     question = conversation.messages[-2]["content"]
     del conversation.messages[-2:]
-    conversation.left_out = 0
+    conversation.num_dropped = 0
     return question
 
 
-def start_anew(conversation: Conversation) -> None:
+def clear_history(conversation: Conversation) -> None:
     """Forget what was said; system prompt, settings and voices stay."""
     conversation.messages.clear()
-    conversation.left_out = 0
+    conversation.num_dropped = 0
 
 
 def transcript(conversation: Conversation) -> list[Message]:
@@ -158,16 +160,16 @@ def transcript(conversation: Conversation) -> list[Message]:
     return [*_system(conversation), *conversation.messages]
 
 
-def latest(conversation: Conversation) -> list[Said]:
+def latest_replies(conversation: Conversation) -> list[Reply]:
     """The answers to the last question, as long as nothing before them has changed."""
     messages = conversation.messages
     answered = bool(messages) and messages[-1]["role"] == "assistant"
-    return conversation.answers if answered and _read(conversation) == conversation.asked else []
+    return conversation.replies if answered and _read(conversation) == conversation.last_prompt else []
 
 
-def _keep(conversation: Conversation, said: Said) -> None:
+def _keep(conversation: Conversation, said: Reply) -> None:
     if said.text or said.ended:
-        conversation.answers.append(said)
+        conversation.replies.append(said)
     if conversation.messages[-1]["role"] == "assistant":
         return
     if said.text or said.ended:
@@ -180,7 +182,7 @@ def _read(conversation: Conversation) -> list[Message]:
     """What the model reads: up to the last question, without what was left out."""
     messages = conversation.messages
     upto = len(messages) - (messages[-1]["role"] == "assistant")
-    return [*_system(conversation), *messages[conversation.left_out : upto]]
+    return [*_system(conversation), *messages[conversation.num_dropped : upto]]
 
 
 def _system(conversation: Conversation) -> list[Message]:
@@ -188,4 +190,4 @@ def _system(conversation: Conversation) -> list[Message]:
 
 
 def _tokens(conversation: Conversation) -> int:
-    return len(prompt_ids(conversation.tokenizer, _read(conversation)))
+    return len(tokenize_prompt(conversation.tokenizer, _read(conversation)))

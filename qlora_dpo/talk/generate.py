@@ -16,15 +16,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from qlora_dpo.data.chat_template import REFUSALS, chat_ids, rendered, tokenize
-from qlora_dpo.data.dialogue import Message, Unusable
-from qlora_dpo.data.template_limits import TooMuch
+from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, chat_ids, render_chats, tokenize_texts
+from qlora_dpo.data.dialogue import InvalidRow, Message
+from qlora_dpo.data.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """A generated answer; `tokens` counts it without its end token, `ended` is False if it was cut off."""
 
     text: str
@@ -34,13 +34,13 @@ class Answer:
     """Its tokens, end token included."""
 
 
-def answers(
+def generate_greedy(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[Message]],
     max_new_tokens: int,
     batch_tokens: int = 16_384,
-) -> list[Answer]:
+) -> list[Completion]:
     """Answer every prompt greedily, in the order of `prompts`.
 
     Each token is the likeliest one: sampling, repetition penalties and length rules of the model's generation config
@@ -48,8 +48,8 @@ def answers(
     finished row leaves it. The default is large because on a CPU a step of 68 rows costs only about twice a step of
     one. Call it inside the device's autocast. Raises ModelError if a prompt cannot be written in the chat template.
     """
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    ends = end_ids(model, tokenizer)
+    encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    ends = stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id or 0
     produced: list[list[int]] = [[] for _ in prompts]
     training = model.training
@@ -65,7 +65,7 @@ def answers(
 
 
 @dataclass
-class Memory:
+class KVCache:
     """The key-value cache of one speaker, and the tokens it holds."""
 
     past: DynamicCache | None = None
@@ -73,16 +73,21 @@ class Memory:
 
 
 @dataclass
-class Tally:
+class TokenUsage:
     """What a reply has cost so far, in tokens: the prompt, how much of it was in memory, and the reply."""
 
-    prompt: int = 0
-    reused: int = 0
-    reply: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
 
 
-def stream(
-    model: Any, tokenizer: Any, ids: Sequence[int], settings: Settings, memory: Memory, tally: Tally | None = None
+def generate_stream(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[int],
+    settings: SamplingParams,
+    memory: KVCache,
+    tally: TokenUsage | None = None,
 ) -> Generator[str, None, bool]:
     """Yield the reply to prompt `ids` as it grows, in whole characters; return True if the model ended it itself.
 
@@ -90,53 +95,53 @@ def stream(
     generator stops the reply; what was said until then stays in `memory`. The model must be in evaluation mode.
     `tally` is kept up to date as the reply grows.
     """
-    tally = Tally() if tally is None else tally
-    ends = end_ids(model, tokenizer)
+    tally = TokenUsage() if tally is None else tally
+    ends = stop_token_ids(model, tokenizer)
     generator = torch.Generator().manual_seed(settings.seed)
-    text = _Text(tokenizer)
-    new = _recall(memory, model, ids)
-    tally.prompt, tally.reused, tally.reply = len(ids), len(ids) - len(new), 0
+    text = _IncrementalDecoder(tokenizer)
+    new = _reuse_prefix(memory, model, ids)
+    tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens = len(ids), len(ids) - len(new), 0
     for _ in range(settings.max_new_tokens):
         token = _draw(_next_logits(model, new, memory), settings, generator)
         if token in ends:
             yield from text.rest()
             return True
-        tally.reply += 1
+        tally.completion_tokens += 1
         yield from text.add(token)
         new = [token]
     yield from text.rest()
     return False
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def tokenize_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The token ids of a conversation up to where the assistant's next message begins."""
-    with _template_named(tokenizer):
+    with _template_errors(tokenizer):
         return list(chat_ids(tokenizer, [messages], answered=False)[0])
 
 
-def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end an answer: tokenizer's and generation config's, and what the chat template puts after one."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    with _template_named(tokenizer):
-        after = tokenize(tokenizer, [rendered(tokenizer, [asked], answered=True)[0].rpartition("!")[2]])[0]
+    with _template_errors(tokenizer):
+        after = tokenize_texts(tokenizer, [render_chats(tokenizer, [asked], answered=True)[0].rpartition("!")[2]])[0]
     special = [each for each in after[:1] if each in tokenizer.added_tokens_decoder]
     return frozenset(each for each in (tokenizer.eos_token_id, *several, *special) if each is not None)
 
 
 @contextmanager
-def _template_named(tokenizer: Any) -> Iterator[None]:
+def _template_errors(tokenizer: Any) -> Iterator[None]:
     """Turn what a chat template can do wrong into a sentence about it."""
     if tokenizer.chat_template is None:
         raise ModelError("this model's tokenizer has no chat template; take an instruction-tuned model to talk to")
     try:
         yield
-    except REFUSALS as error:
+    except TEMPLATE_ERRORS as error:
         raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
-    except TooMuch as error:
+    except LimitExceeded as error:
         raise ModelError(f"the model's chat template {error}; take another model") from error
-    except Unusable as error:
+    except InvalidRow as error:
         raise RecipeError(f"this message cannot be asked: its {error}; leave that out") from error
 
 
@@ -186,13 +191,13 @@ def _greedy(
     return produced
 
 
-def _answer(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Answer:
+def _answer(tokenizer: Any, ids: list[int], ends: Collection[int]) -> Completion:
     ended = bool(ids) and ids[-1] in ends
     said = ids[:-1] if ended else ids
-    return Answer(tokenizer.decode(said, skip_special_tokens=True), len(said), ended, tuple(ids))
+    return Completion(tokenizer.decode(said, skip_special_tokens=True), len(said), ended, tuple(ids))
 
 
-def _recall(memory: Memory, model: Any, ids: Sequence[int]) -> list[int]:
+def _reuse_prefix(memory: KVCache, model: Any, ids: Sequence[int]) -> list[int]:
     """Cut `memory` back to what it shares with `ids` and return the rest, which is never empty."""
     shared = 0
     while shared < min(len(memory.ids), len(ids) - 1) and memory.ids[shared] == ids[shared]:
@@ -209,7 +214,7 @@ def _recall(memory: Memory, model: Any, ids: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def _next_logits(model: Any, new: list[int], memory: Memory) -> Tensor:
+def _next_logits(model: Any, new: list[int], memory: KVCache) -> Tensor:
     """Run `new` tokens after those in `memory` and return the next token's logits (V,), float32 on the CPU."""
     past, memory.past = memory.past, None  # a forward that is interrupted leaves an empty memory, not a torn one
     held, memory.ids = memory.ids, []
@@ -231,7 +236,7 @@ def _cache_name(model: Any) -> str:
     return "cache" if "cache" in signature(type(whole).forward).parameters else "past_key_values"
 
 
-def _draw(logits_V: Tensor, settings: Settings, generator: torch.Generator) -> int:
+def _draw(logits_V: Tensor, settings: SamplingParams, generator: torch.Generator) -> int:
     if logits_V.isnan().any():
         raise ModelError("the model's output is not a number; its weights or its compute dtype are broken")
     if settings.temperature == 0:
@@ -242,7 +247,7 @@ def _draw(logits_V: Tensor, settings: Settings, generator: torch.Generator) -> i
     return int(torch.multinomial(scores_RV.softmax(-1), 1, generator=generator))
 
 
-class _Text:
+class _IncrementalDecoder:
     """Tokens on their way to becoming text; holds back those that end inside a character."""
 
     def __init__(self, tokenizer: Any) -> None:

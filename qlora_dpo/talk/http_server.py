@@ -14,12 +14,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.engine import Engine
-from qlora_dpo.talk.terminal import ctrl_c_stops
+from qlora_dpo.talk.terminal import catch_ctrl_c
 
 CONNECTIONS = 256
 """At once; one more is answered with 503."""
 HEADER_BYTES = 2**14
-SECONDS_TO_ASK = 15.0
+HEADER_TIMEOUT_SECONDS = 15.0
 """For a request's headers to arrive; a connection that takes longer is closed, since it holds one of CONNECTIONS."""
 MILLISECONDS_UNREAD = 60_000
 """After which the kernel gives up a connection whose other end takes no data."""
@@ -27,7 +27,7 @@ SECONDS_TO_END = 3
 """For answers that are on their way when the server ends."""
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket on the address; raise RecipeError if it cannot be had. Port 0 is any free one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
@@ -48,7 +48,7 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Prompt(H11Protocol):
+class _HeaderTimeoutProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which leaves a connection that does not ask in time."""
 
     asking: asyncio.TimerHandle | None = None
@@ -68,7 +68,7 @@ class _Prompt(H11Protocol):
                 self.asking.cancel()
             self.asking = None
         elif self.asking is None:
-            self.asking = self.loop.call_later(SECONDS_TO_ASK, self._give_up)
+            self.asking = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
         self.asking = None
@@ -77,11 +77,11 @@ class _Prompt(H11Protocol):
 
 
 @contextmanager
-def reading(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+def serve_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
     """Read requests in a thread of its own for as long as this is open."""
     config: Any = uvicorn.Config(
         app,
-        http=_Prompt,
+        http=_HeaderTimeoutProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -107,12 +107,12 @@ def reading(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
         listener.close()
 
 
-def serve(app: ASGIApp, engine: Engine, listener: socket.socket, ready: Callable[[], None]) -> None:
+def serve_until_stopped(app: ASGIApp, engine: Engine, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Answer until Ctrl+C; those who wait then are told, and nothing is left running.
 
     The model works in the calling thread, which must be the main one: only there a chat template's time can be limited.
     """
     # KeyboardInterrupt is SIGTERM, or Ctrl+C pressed twice
-    with suppress(KeyboardInterrupt), ctrl_c_stops() as stopping, reading(app, listener):
+    with suppress(KeyboardInterrupt), catch_ctrl_c() as stopping, serve_in_thread(app, listener):
         ready()
         engine.work(stopping)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_dpo.talk.chat_history import lines_file
+from qlora_dpo.talk.chat_history import input_history_file
 from qlora_dpo.talk.commands import COMMANDS
-from qlora_dpo.talk.sampling import SETTINGS
+from qlora_dpo.talk.sampling import SAMPLING_PARAM_NAMES
 
 FENCE = '"""'
 MOST_LINES = 1000
@@ -15,7 +15,7 @@ MOST_OFFERED = 100
 
 
 @contextmanager
-def remembered() -> Iterator[None]:
+def line_editing() -> Iterator[None]:
     """While open, lines can be edited and completed, and earlier ones recalled, also those of earlier chats."""
     try:
         import readline
@@ -24,23 +24,23 @@ def remembered() -> Iterator[None]:
         return
     terminal = sys.stdin.isatty()
     if terminal:
-        readline.set_completer(completed)
+        readline.set_completer(complete_word)
         readline.set_completer_delims(" ")
         readline.parse_and_bind("tab: complete")
         readline.set_history_length(MOST_LINES)
         with suppress(OSError):
-            readline.read_history_file(lines_file())
+            readline.read_history_file(input_history_file())
     try:
         yield
     finally:
         if terminal:
             with suppress(OSError):
-                lines_file().parent.mkdir(parents=True, exist_ok=True)
-                lines_file().touch(mode=0o600)
-                readline.write_history_file(lines_file())
+                input_history_file().parent.mkdir(parents=True, exist_ok=True)
+                input_history_file().touch(mode=0o600)
+                readline.write_history_file(input_history_file())
 
 
-def message(first: str, more: Callable[[], str]) -> str:
+def read_message(first: str, more: Callable[[], str]) -> str:
     r"""The whole message that begins with the line `first`; `more` reads a further line.
 
     A line that ends in a backslash goes on in the next one; after a line that begins with three quotes all lines
@@ -60,21 +60,21 @@ def message(first: str, more: Callable[[], str]) -> str:
     return "\n".join(lines)
 
 
-def completed(word: str, state: int) -> str | None:
+def complete_word(word: str, state: int) -> str | None:
     """Readline's question: what `word` may become, one answer for each `state`, then None."""
     import readline
 
-    found = offered(readline.get_line_buffer()[: readline.get_begidx()], word)
+    found = completion_candidates(readline.get_line_buffer()[: readline.get_begidx()], word)
     return found[state] if state < len(found) else None
 
 
-def offered(before: str, word: str) -> list[str]:
+def completion_candidates(before: str, word: str) -> list[str]:
     """What `word` may become after the words in `before`: commands, settings, and files."""
     match before.split():
         case [] if word.startswith("/") and not before:
             return [f"{name} " if COMMANDS[name][0] else name for name in COMMANDS if name.startswith(word)]
         case ["/set"]:
-            return [f"{name} " for name in SETTINGS if name.startswith(word)]
+            return [f"{name} " for name in SAMPLING_PARAM_NAMES if name.startswith(word)]
         case ["/system"]:
             return ["none"] if "none".startswith(word) else []
         case ["/better"]:

@@ -12,42 +12,42 @@ from qlora_dpo.data.chat_template import chat_ids
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import adapter_off
-from qlora_dpo.talk.generate import end_ids, prompt_ids
+from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.talk.generate import stop_token_ids, tokenize_prompt
 
 
 @dataclass(frozen=True)
-class Reward:
+class ImplicitReward:
     """Log-probabilities of an answer's tokens under the tuned model and its base, summed, in nats."""
 
     tuned: float
     base: float
     tokens: int
 
-    def of(self, beta: float) -> float:
+    def at_beta(self, beta: float) -> float:
         """Rafailov et al. 2023, eq. 5, without the partition function, which all answers to a prompt share."""
         return beta * (self.tuned - self.base)
 
 
-def reward(
+def implicit_reward(
     model: PeftModel, tokenizer: Any, device: Device, prompt: Sequence[Message], answer: str, ended: bool = True
-) -> Reward:
+) -> ImplicitReward:
     """Score `answer` as the trainer would: the tokens that the chat template gives it, its end token included.
 
     The end token of an answer that was cut off (`ended` is False) is not scored. Raises RecipeError if there is
     nothing to score.
     """
-    before = prompt_ids(tokenizer, prompt)
+    before = tokenize_prompt(tokenizer, prompt)
     whole = list(chat_ids(tokenizer, [[*prompt, {"role": "assistant", "content": answer}]], answered=True)[0])
     if whole[: len(before)] != before or len(whole) == len(before):
         raise RecipeError("the model's chat template writes this answer in a way that cannot be scored")
-    tokens, ends = whole[len(before) :], end_ids(model, tokenizer)
+    tokens, ends = whole[len(before) :], stop_token_ids(model, tokenizer)
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     scored = tokens[: end + 1] if ended else tokens[:end]
     if not scored:
         raise RecipeError("the answer has no tokens to score")
     tuned, base = (_logp(model, device, before, scored, off) for off in (False, True))
-    return Reward(tuned, base, len(scored))
+    return ImplicitReward(tuned, base, len(scored))
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def _logp(model: PeftModel, device: Device, before: list[int], scored: list[int]
     with ExitStack() as around:
         around.enter_context(device.autocast())
         if off:
-            around.enter_context(adapter_off(model))
+            around.enter_context(adapter_disabled(model))
         # the last token predicts nothing that is scored
         logits_TV = model(input_ids=ids_RT, logits_to_keep=len(scored) + 1).logits[0, :-1].float()
     wanted_T = torch.tensor(scored, device=logits_TV.device)

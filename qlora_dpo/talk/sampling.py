@@ -8,7 +8,7 @@ from qlora_dpo.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingParams:
     """How replies are sampled. Nothing else is applied: no top-k, no repetition penalty, no minimum length."""
 
     temperature: float = 0.7
@@ -32,15 +32,15 @@ class Settings:
             raise RecipeError(f"seed is {self.seed}; it must be 0 or more")
 
 
-SETTINGS = tuple(each.name for each in fields(Settings))
+SAMPLING_PARAM_NAMES = tuple(each.name for each in fields(SamplingParams))
 
 
-def settings_for(generation_config: Any, context: int | None, given: dict[str, Any]) -> Settings:
+def resolve_sampling_params(generation_config: Any, context: int | None, given: dict[str, Any]) -> SamplingParams:
     """What the user gave, else temperature and top_p of the model's generation config, else the defaults.
 
     `context` is the model's longest text in tokens; the default reply takes at most half of it.
     """
     own = {name: getattr(generation_config, name, None) for name in ("temperature", "top_p")}
-    room: dict[str, Any] = {"max_new_tokens": min(Settings.max_new_tokens, context // 2)} if context else {}
+    room: dict[str, Any] = {"max_new_tokens": min(SamplingParams.max_new_tokens, context // 2)} if context else {}
     known = {name: value for name, value in own.items() if value is not None}
-    return Settings(**{**room, **known, **{name: value for name, value in given.items() if value is not None}})
+    return SamplingParams(**{**room, **known, **{name: value for name, value in given.items() if value is not None}})

@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_dpo import __version__
 from qlora_dpo.errors import QloraDpoError, RecipeError
-from qlora_dpo.talk.access import HEADERS, Guard
-from qlora_dpo.talk.chat_request import Asked, Unknown, asked
-from qlora_dpo.talk.collect import add_pair
-from qlora_dpo.talk.conversation import Voice
-from qlora_dpo.talk.engine import Ended, Engine, Event, Failed, Piece, Question
-from qlora_dpo.talk.generate import Tally
-from qlora_dpo.talk.sampling import Settings
+from qlora_dpo.talk.access import SECURITY_HEADERS, AccessPolicy
+from qlora_dpo.talk.chat_request import ChatRequest, UnknownModel, parse_chat_request
+from qlora_dpo.talk.collect import append_pair
+from qlora_dpo.talk.conversation import ModelVariant
+from qlora_dpo.talk.engine import Engine, Event, GenerationRequest, ReplyFailed, ReplyFinished, TextChunk
+from qlora_dpo.talk.generate import TokenUsage
+from qlora_dpo.talk.sampling import SamplingParams
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css", "/icon.svg": "icon.svg"}
@@ -38,7 +38,7 @@ UNREAD = (401, 403, 404, 408, 413, 415)
 
 
 @dataclass(frozen=True)
-class Limits:
+class ClientLimits:
     """What one client may take."""
 
     body_bytes: int = 2**20
@@ -53,17 +53,17 @@ class Service:
     """What is served: the model's engine, the ids its voices are called by, and where votes are written, if at all."""
 
     engine: Engine
-    models: Mapping[str, Voice]
-    defaults: Settings
-    guard: Guard
-    collect: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    models: Mapping[str, ModelVariant]
+    defaults: SamplingParams
+    access_policy: AccessPolicy
+    preference_file: Path | None = None
+    limits: ClientLimits = field(default_factory=ClientLimits)
     started: int = field(default_factory=lambda: int(time.time()))
     fixed_seed: bool = False
     """True if a request without a seed gets that of `defaults`, and so the same answer each time."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not answered."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
@@ -71,7 +71,7 @@ class Refused(Exception):
         self.status, self.message, self.code = status, message, code
 
 
-def application(service: Service) -> ASGIApp:
+def create_app(service: Service) -> ASGIApp:
     """The service as an ASGI application."""
 
     async def chat(request: Request) -> Response:
@@ -83,7 +83,7 @@ def application(service: Service) -> ASGIApp:
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in service.models:
-            raise Refused(
+            raise RequestRefused(
                 404, f"there is no model of that name; there are {', '.join(service.models)}", "model_not_found"
             )
         return JSONResponse(_model(service, name))
@@ -109,7 +109,12 @@ def application(service: Service) -> ASGIApp:
         Route("/health", health),
         *(Route(path, page) for path in FILES),
     ]
-    handlers: Any = {Refused: _refused, HTTPException: _no_such_path, ClientDisconnect: _nobody, Exception: _broken}
+    handlers: Any = {
+        RequestRefused: _refused,
+        HTTPException: _no_such_path,
+        ClientDisconnect: _nobody,
+        Exception: _broken,
+    }
     return _guarded(Starlette(routes=routes, exception_handlers=handlers), service)
 
 
@@ -121,7 +126,7 @@ def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
 
         async def send_soon(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                own = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
                 message["headers"] = [*message.get("headers", []), *own]
             try:
                 async with asyncio.timeout(service.limits.seconds_to_read):
@@ -130,7 +135,7 @@ def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
                 raise ClientDisconnect from error
 
         request = Request(scope)
-        refusal = service.guard.refusal(scope["path"], request.headers.get)
+        refusal = service.access_policy.refusal(scope["path"], request.headers.get)
         if refusal is not None:
             await _error(*refusal)(scope, receive, send_soon)
             return
@@ -139,7 +144,7 @@ def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
         except ClientDisconnect:
             return
         except Exception as error:  # the client has been told; the others are still answered
-            service.engine.complain(f"a request failed: {type(error).__name__}: {error}")
+            service.engine.log_error(f"a request failed: {type(error).__name__}: {error}")
 
     return guarded
 
@@ -148,36 +153,36 @@ async def _chat(service: Service, request: Request) -> Response:
     body = await _json(service, request)
     seed = service.defaults.seed if service.fixed_seed else secrets.randbelow(2**31)
     try:
-        wanted = asked(body, service.models, service.defaults, seed)
-    except Unknown as error:
-        raise Refused(404, str(error), "model_not_found") from error
+        wanted = parse_chat_request(body, service.models, service.defaults, seed)
+    except UnknownModel as error:
+        raise RequestRefused(404, str(error), "model_not_found") from error
     except RecipeError as error:
-        raise Refused(400, str(error), "invalid_request") from error
+        raise RequestRefused(400, str(error), "invalid_request") from error
     events: asyncio.Queue[Event] = asyncio.Queue()
     question = _question(wanted, events)
-    if not service.engine.line.enter(question):
-        raise Refused(429, "too many questions are waiting; ask again in a moment", "queue_full")
-    watch = asyncio.create_task(_watch(request, question.gone, events))
+    if not service.engine.queue.try_put(question):
+        raise RequestRefused(429, "too many questions are waiting; ask again in a moment", "queue_full")
+    watch = asyncio.create_task(_watch(request, question.cancelled, events))
     try:
         first = await events.get()
-        if isinstance(first, Failed):
-            raise Refused(first.status, first.message, first.code)
+        if isinstance(first, ReplyFailed):
+            raise RequestRefused(first.status, first.message, first.code)
         identity = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": wanted.model}
         if wanted.stream:
             return StreamingResponse(
-                _stream(wanted, identity, first, events, question.gone, watch), media_type="text/event-stream"
+                _stream(wanted, identity, first, events, question.cancelled, watch), media_type="text/event-stream"
             )
         text, end = await _whole_reply(first, events)
         return JSONResponse(_completion(identity, text, end))
     except BaseException:
-        question.gone.set()
+        question.cancelled.set()
         raise
     finally:
         if not wanted.stream:
             watch.cancel()
 
 
-def _question(wanted: Asked, events: asyncio.Queue[Event]) -> Question:
+def _question(wanted: ChatRequest, events: asyncio.Queue[Event]) -> GenerationRequest:
     loop = asyncio.get_running_loop()
 
     def tell(event: Event) -> None:
@@ -186,7 +191,7 @@ def _question(wanted: Asked, events: asyncio.Queue[Event]) -> Question:
         except RuntimeError:  # the loop has ended, and with it the client
             return
 
-    return Question(wanted.voice, wanted.messages, wanted.settings, wanted.room, wanted.stops, tell)
+    return GenerationRequest(wanted.voice, wanted.messages, wanted.settings, wanted.clip_to_context, wanted.stops, tell)
 
 
 async def _watch(request: Request, gone: threading.Event, events: asyncio.Queue[Event]) -> None:
@@ -194,24 +199,24 @@ async def _watch(request: Request, gone: threading.Event, events: asyncio.Queue[
     while (await request.receive())["type"] != "http.disconnect":
         pass
     gone.set()
-    events.put_nowait(Failed(499, "the client has left", "gone"))
+    events.put_nowait(ReplyFailed(499, "the client has left", "gone"))
 
 
-async def _whole_reply(first: Event, events: asyncio.Queue[Event]) -> tuple[str, Ended]:
+async def _whole_reply(first: Event, events: asyncio.Queue[Event]) -> tuple[str, ReplyFinished]:
     said, event = list[str](), first
     while True:
         match event:
-            case Piece(text):
+            case TextChunk(text):
                 said.append(text)
-            case Ended():
+            case ReplyFinished():
                 return "".join(said), event
-            case Failed(status, message, code):
-                raise Refused(status, message, code)
+            case ReplyFailed(status, message, code):
+                raise RequestRefused(status, message, code)
         event = await events.get()
 
 
 async def _stream(
-    wanted: Asked,
+    wanted: ChatRequest,
     identity: Mapping[str, Any],
     first: Event,
     events: asyncio.Queue[Event],
@@ -224,16 +229,16 @@ async def _stream(
         yield _chunk(identity, {"role": "assistant", "content": ""}, None)
         while True:
             match event:
-                case Piece(text):
+                case TextChunk(text):
                     yield _chunk(identity, {"content": text}, None)
-                case Ended(reason, tally):
+                case ReplyFinished(reason, tally):
                     yield _chunk(identity, {}, reason)
                     if wanted.usage:
                         counted = {**_as(identity, "chat.completion.chunk"), "choices": [], "usage": _usage(tally)}
                         yield f"data: {json.dumps(counted)}\n\n"
                     yield "data: [DONE]\n\n"
                     return
-                case Failed(status, message, code):
+                case ReplyFailed(status, message, code):
                     yield f"data: {json.dumps(_error_body(status, message, code))}\n\n"
                     return
             event = await events.get()
@@ -244,8 +249,8 @@ async def _stream(
 
 async def _preferences(service: Service, request: Request) -> Response:
     """Append a vote to the file of `serve --collect`."""
-    if service.collect is None:
-        raise Refused(404, "votes are not collected; start serve with --collect FILE", "not_collecting")
+    if service.preference_file is None:
+        raise RequestRefused(404, "votes are not collected; start serve with --collect FILE", "not_collecting")
     match await _json(service, request):
         case {
             "messages": [*messages],
@@ -254,16 +259,16 @@ async def _preferences(service: Service, request: Request) -> Response:
         } if all(map(_is_message, messages)):
             pair = (chosen, chosen_by[:200]), (rejected, rejected_by[:200])
         case _:
-            raise Refused(
+            raise RequestRefused(
                 400, "a vote has messages, chosen and rejected (each with content and model)", "invalid_request"
             )
     try:
-        add_pair(service.collect, messages, *pair)
+        append_pair(service.preference_file, messages, *pair)
     except RecipeError as error:
-        raise Refused(400, str(error), "invalid_request") from error
+        raise RequestRefused(400, str(error), "invalid_request") from error
     except QloraDpoError as error:
-        service.engine.complain(str(error))
-        raise Refused(500, str(error), "failed") from error
+        service.engine.log_error(str(error))
+        raise RequestRefused(500, str(error), "failed") from error
     return JSONResponse({"written": True})
 
 
@@ -275,9 +280,9 @@ async def _json(service: Service, request: Request) -> Any:
     """The body as JSON, read within the limits."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(415, "send the body as application/json", "invalid_request")
+        raise RequestRefused(415, "send the body as application/json", "invalid_request")
     most, body = service.limits.body_bytes, bytearray()
-    too_large = Refused(413, f"the body is larger than {most:,} bytes", "too_large")
+    too_large = RequestRefused(413, f"the body is larger than {most:,} bytes", "too_large")
     if (told := request.headers.get("content-length", "0")).isdigit() and int(told) > most:
         raise too_large
     try:
@@ -287,13 +292,13 @@ async def _json(service: Service, request: Request) -> Any:
                 if len(body) > most:
                     raise too_large
     except TimeoutError as error:
-        raise Refused(
+        raise RequestRefused(
             408, f"the body did not arrive in {service.limits.seconds_to_send:g} seconds", "too_slow"
         ) from error
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, "the body is not valid JSON", "invalid_request") from error
+        raise RequestRefused(400, "the body is not valid JSON", "invalid_request") from error
 
 
 def _about(service: Service) -> dict[str, Any]:
@@ -301,7 +306,7 @@ def _about(service: Service) -> dict[str, Any]:
     defaults = service.defaults
     return {
         "models": [{"id": name, "voice": voice} for name, voice in service.models.items()],
-        "collect": service.collect is not None,
+        "collect": service.preference_file is not None,
         "defaults": {
             "temperature": defaults.temperature,
             "top_p": defaults.top_p,
@@ -319,7 +324,7 @@ def _as(identity: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {"id": identity["id"], "object": kind, "created": identity["created"], "model": identity["model"]}
 
 
-def _completion(identity: Mapping[str, Any], text: str, end: Ended) -> dict[str, Any]:
+def _completion(identity: Mapping[str, Any], text: str, end: ReplyFinished) -> dict[str, Any]:
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.reason}
     return {**_as(identity, "chat.completion"), "choices": [choice], "usage": _usage(end.tally)}
@@ -330,12 +335,12 @@ def _chunk(identity: Mapping[str, Any], delta: dict[str, str], reason: str | Non
     return f"data: {json.dumps({**_as(identity, 'chat.completion.chunk'), 'choices': [choice]})}\n\n"
 
 
-def _usage(tally: Tally) -> dict[str, Any]:
+def _usage(tally: TokenUsage) -> dict[str, Any]:
     return {
-        "prompt_tokens": tally.prompt,
-        "completion_tokens": tally.reply,
-        "total_tokens": tally.prompt + tally.reply,
-        "prompt_tokens_details": {"cached_tokens": tally.reused},
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "total_tokens": tally.prompt_tokens + tally.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": tally.cached_tokens},
     }
 
 
@@ -351,7 +356,7 @@ def _error(status: int, message: str, code: str) -> JSONResponse:
     return JSONResponse(_error_body(status, message, code), status, headers)
 
 
-async def _refused(request: Request, error: Refused) -> Response:
+async def _refused(request: Request, error: RequestRefused) -> Response:
     return _error(error.status, error.message, error.code)
 
 

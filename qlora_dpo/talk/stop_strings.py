@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Stops:
+class StopStringFilter:
     """Text that passes through until one of `strings` is in it; that string and all after it are left out."""
 
     strings: Sequence[str] = ()
@@ -25,7 +25,7 @@ class Stops:
         self.held = text[cut:]
         return text[:cut]
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, for there will be no more."""
         text, self.held = self.held, ""
         return text

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 
 # An escape sequence that has begun and not ended: a string such as a window title, a control sequence, or a lone ESC
 UNFINISHED = re.compile(
@@ -22,7 +22,7 @@ LONGEST_HELD = 1024  # characters; a model that opens a string and never closes 
 
 
 @dataclass
-class Printable:
+class EscapeFilter:
     """Strips terminal escapes from text that arrives in pieces, also where a sequence is split between two."""
 
     held: str = ""
@@ -33,16 +33,16 @@ class Printable:
         begun = UNFINISHED.search(text)
         cut = begun.start() if begun and len(text) - begun.start() <= LONGEST_HELD else len(text)
         self.held = text[cut:]
-        return printable(text[:cut])
+        return sanitize_text(text[:cut])
 
     def rest(self) -> str:
         """Return what was held back, for the text has ended."""
         text, self.held = self.held, ""
-        return printable(text)
+        return sanitize_text(text)
 
 
 @contextmanager
-def ctrl_c_stops() -> Iterator[threading.Event]:
+def catch_ctrl_c() -> Iterator[threading.Event]:
     """While open, the first Ctrl+C sets the event that is yielded, and a second one raises KeyboardInterrupt."""
     stopped = threading.Event()
 
@@ -59,7 +59,7 @@ def ctrl_c_stops() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def keys_unseen() -> Iterator[None]:
+def no_echo() -> Iterator[None]:
     """While open, keys typed at a terminal wait for the next line instead of showing up inside the reply."""
     if not sys.stdin.isatty():
         yield

@@ -9,18 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
-from qlora_dpo.files import write_whole
+from qlora_dpo.files import atomic_write
 from qlora_dpo.recipe.train import TrackTable
-from qlora_dpo.tracking.progress import Advance, Bars, Lines, Silence, evaluation_line, on_terminal
+from qlora_dpo.tracking.progress import Advance, NullDisplay, ProgressBars, ProgressLines, evaluation_line, is_terminal
 
-METRICS, SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
-SHOWN = 100
+METRICS, EVALUATION_SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
+MAX_SHOWN_CHARACTERS = 100
 """Characters of a prompt, and of an answer to it, that are shown while a run goes on."""
 
 
-class Tracker:
+class RunLog:
     """Follows one run from its first phase to its last: `with Tracker(...) as tracker`.
 
     `total_steps` are the optimizer steps of the whole run, `start_step` those that an earlier, interrupted part has
@@ -42,7 +42,9 @@ class Tracker:
         self.run_dir, self.total_steps, self.name = run_dir, total_steps, name or run_dir.name
         self.track, self.config, self.start_step = None if silent else track, config or {}, start_step
         self.silent = silent
-        self.display = (Silence if silent else Bars if on_terminal() else Lines)(total_steps, start_step)
+        self.display = (NullDisplay if silent else ProgressBars if is_terminal() else ProgressLines)(
+            total_steps, start_step
+        )
 
     def __enter__(self) -> Self:
         path = os.devnull if self.silent else self.run_dir / METRICS
@@ -51,7 +53,7 @@ class Tracker:
         if self.track is not None:
             from qlora_dpo.tracking.trackers import Trackers
 
-            self.trackers = Trackers(self.note)
+            self.trackers = Trackers(self.info)
             self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
         self.display.open()
         return self
@@ -68,67 +70,67 @@ class Tracker:
 
     def step(self, step: int) -> None:
         """Say that optimizer step `step` is done; called for every step, logged or not, it keeps the ETA right."""
-        self.display.step(step)
+        self.display.set_step(step)
 
-    def train(self, record: Mapping[str, Any]) -> None:
+    def log_train(self, record: Mapping[str, Any]) -> None:
         """Write the record of a logged step: TRL's metric names, `step` and `epoch`."""
-        self.display.step(record["step"])
+        self.display.set_step(record["step"])
         self._write("train", record)
-        self.display.train(record)
+        self.display.show_train_record(record)
 
-    def evaluation(self, record: Mapping[str, Any]) -> None:
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Write the record of an evaluation: the same names with the prefix `eval_`, `step` and `epoch`."""
         self._write("eval", record)
-        self.note(evaluation_line(record, self.total_steps))
+        self.info(evaluation_line(record, self.total_steps))
 
-    def sign(self, record: Mapping[str, Any]) -> None:
+    def log_warning(self, record: Mapping[str, Any]) -> None:
         """Write a sign of trouble: `step`, its `name` and a `sentence` with advice."""
         self._write("sign", record)
-        self.note(f"step {record['step']}: {record['sentence']}")
+        self.info(f"step {record['step']}: {record['sentence']}")
 
-    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Write what the model answers after `step`, one line for each prompt, and show the beginnings."""
         lines = [json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records]
-        with (self.run_dir / SAMPLES).open("a", encoding="utf-8", newline="\n") as file:
+        with (self.run_dir / EVALUATION_SAMPLES).open("a", encoding="utf-8", newline="\n") as file:
             file.write("".join(lines))
         for record in records:
-            asked, answer = (_beginning(text) for text in (record["prompt"][-1]["content"], record["answer"]))
-            self.note(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
+            asked, answer = (_shorten(text) for text in (record["prompt"][-1]["content"], record["answer"]))
+            self.info(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
         if self.trackers is not None:
-            self.trackers.samples(step, records)
+            self.trackers.log_samples(step, records)
 
     def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
         """Show work beside the steps ("reference", "evaluate", "answers"); it yields `advance(count)`."""
         return self.display.phase(name, total)
 
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Write one line on stderr, above the bars where there are any."""
-        self.display.note(text)
+        self.display.print_line(text)
 
     def _write(self, kind: Literal["train", "eval", "sign"], record: Mapping[str, Any]) -> None:
-        line, lost = as_line({**record, "kind": kind})
+        line, lost = to_json_line({**record, "kind": kind})
         self.metrics.write(line)
         self.metrics.flush()
         if lost:
-            self.note(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
+            self.info(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
         if self.trackers is not None and kind != "sign":
             self.trackers.log({**record, "kind": kind})
 
 
-def _beginning(text: str) -> str:
+def _shorten(text: str) -> str:
     """The first words of `text`, on one line."""
-    line = " ".join(printable(text).split())
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+    line = " ".join(sanitize_text(text).split())
+    return line if len(line) <= MAX_SHOWN_CHARACTERS else f"{line[:MAX_SHOWN_CHARACTERS]}..."
 
 
-def as_line(record: Mapping[str, Any]) -> tuple[str, list[str]]:
+def to_json_line(record: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The record as one JSON line with `kind` first, and the names whose values JSON cannot hold (NaN, infinity)."""
     lost = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
     values = {key: None if key in lost else value for key, value in record.items() if key != "kind"}
     return json.dumps({"kind": record["kind"], **values}, allow_nan=False) + "\n", lost
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line that was cut off in the middle is left out.
 
     Raises RunError naming any other line that is not a record.
@@ -145,11 +147,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Keep the records up to and including `step`, for a run that resumes there; the file is replaced in one move."""
     if not path.is_file():
         return
-    read(path)
+    read_metrics(path)
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    write_whole(path, b"".join(kept))
+    atomic_write(path, b"".join(kept))

@@ -12,7 +12,7 @@ from textwrap import indent
 from typing import Any
 
 
-class TensorboardRun:
+class TensorBoardTracker:
     """The event file of one run, or of one part of a run that was resumed."""
 
     def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any]) -> None:
@@ -29,7 +29,9 @@ class TensorboardRun:
         first = start_step + 1 if start_step else 0
         self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         if not start_step:
-            self._write(Event(step=0, summary=_text("recipe", json.dumps(config, indent=2, ensure_ascii=False))))
+            self._write(
+                Event(step=0, summary=_text_summary("recipe", json.dumps(config, indent=2, ensure_ascii=False)))
+            )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write what metrics.jsonl says of a step: a scalar for each number."""
@@ -43,14 +45,14 @@ class TensorboardRun:
         ]
         self._write(Event(step=step, summary=Summary(value=scalars)))
 
-    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Write answers to held-out prompts as texts, one under each row's name."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         for record in records:
             turns = [*record["prompt"], {"role": "assistant", "content": record["answer"]}]
             shown = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-            self._write(Event(step=step, summary=_text(f"samples/row {record['row']}", shown)))
+            self._write(Event(step=step, summary=_text_summary(f"samples/row {record['row']}", shown)))
 
     def finish(self) -> None:
         """Close the file."""
@@ -62,7 +64,7 @@ class TensorboardRun:
         self.writer.flush()
 
 
-def _text(tag: str, text: str) -> Any:
+def _text_summary(tag: str, text: str) -> Any:
     """A summary that TensorBoard's text page shows, indented, so that nothing in it is markdown."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto

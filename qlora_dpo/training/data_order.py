@@ -13,10 +13,10 @@ from qlora_dpo.recipe.train import TrainTable
 
 
 @dataclass(frozen=True)
-class Plan:
+class DataOrder:
     """The order of all pairs over a run. Steps are counted from 1, epochs from 0."""
 
-    pairs: int
+    num_pairs: int
     batch_size: int
     seed: int
     total_steps: int
@@ -24,12 +24,12 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that pass over all pairs once; the last of them may be smaller."""
-        return math.ceil(self.pairs / self.batch_size)
+        return math.ceil(self.num_pairs / self.batch_size)
 
-    def indices(self, step: int) -> list[int]:
+    def batch_indices(self, step: int) -> list[int]:
         """The pairs of optimizer step `step`, as indices into the training pairs."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order_P = _shuffled(self.pairs, self.seed, epoch)
+        order_P = _permutation(self.num_pairs, self.seed, epoch)
         indices: list[int] = order_P[position * self.batch_size : (position + 1) * self.batch_size].tolist()
         return indices
 
@@ -42,32 +42,32 @@ class Plan:
         return step % self.steps_per_epoch == 0
 
     @property
-    def order(self) -> list[int]:
+    def flat_indices(self) -> list[int]:
         """The pairs of all steps, one after another."""
-        return [index for step in range(1, self.total_steps + 1) for index in self.indices(step)]
+        return [index for step in range(1, self.total_steps + 1) for index in self.batch_indices(step)]
 
     @property
-    def seen(self) -> NDArray[np.int64]:
+    def seen_indices(self) -> NDArray[np.int64]:
         """The pairs of all steps, each once, in ascending order."""
         if self.total_steps >= self.steps_per_epoch:
-            return np.arange(self.pairs)
-        return np.unique(np.array(self.order, dtype=np.int64))
+            return np.arange(self.num_pairs)
+        return np.unique(np.array(self.flat_indices, dtype=np.int64))
 
 
-def make_plan(pairs: int, table: TrainTable) -> Plan:
+def make_data_order(pairs: int, table: TrainTable) -> DataOrder:
     """The plan for `pairs` training pairs."""
     of_all_epochs = math.ceil(pairs / table.batch_size) * table.num_train_epochs
     total = of_all_epochs if table.max_steps is None else min(table.max_steps, of_all_epochs)
-    return Plan(pairs, table.batch_size, table.seed, total)
+    return DataOrder(pairs, table.batch_size, table.seed, total)
 
 
-def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
+def epoch_permutation(pairs: int, seed: int, epoch: int) -> list[int]:
     """A shuffle of `pairs` indices that is the same on every machine for one seed and epoch."""
-    order: list[int] = _shuffled(pairs, seed, epoch).tolist()
+    order: list[int] = _permutation(pairs, seed, epoch).tolist()
     return order
 
 
 @lru_cache(maxsize=1)  # 10 million pairs take half a second to shuffle, and every step of an epoch asks
-def _shuffled(pairs: int, seed: int, epoch: int) -> Tensor:
+def _permutation(pairs: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(pairs, generator=generator)

@@ -12,15 +12,15 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference import rank_split
-from qlora_dpo.preference.logps import score
-from qlora_dpo.preference.metrics import Sums, sums_for
-from qlora_dpo.preference.objective import Columns, Logps, Losses, objective, together, weighs_pairs
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.metrics import MetricSums, make_metric_sums
+from qlora_dpo.preference.objective import Logps, LossColumns, Losses, compute_losses, concat_logps, uses_wpo_weighting
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.recipe.objective import Objective
 
 
 @dataclass(frozen=True)
-class Side:
+class PreferenceDataset:
     """Training or held-out pairs with the reference's log-probabilities of them, (P, 2), in nats.
 
     Those of training pairs are NaN until they are asked, along with the step that needs them.
@@ -28,24 +28,24 @@ class Side:
 
     pairs: Sequence[EncodedPair]
     reference_P2: Tensor
-    columns: Columns = field(default_factory=Columns)
+    columns: LossColumns = field(default_factory=LossColumns)
     counts: bool = True
     """False for a pair that another process counts, and that shows here what form its figures have."""
 
-    def own(self) -> "Side":
+    def for_this_rank(self) -> "PreferenceDataset":
         """The pairs that this process takes of them; the first one, not to be counted, if there are none for it."""
-        if processes.count() == 1:
+        if processes.world_size() == 1:
             return self
-        own = rank_split.own(self.pairs)
+        own = rank_split.rank_indices(self.pairs)
         indices = own or [0]
         some = [self.pairs[i] for i in indices]
-        return Side(some, self.reference_P2[indices], self.columns.of(indices), counts=bool(own))
+        return PreferenceDataset(some, self.reference_P2[indices], self.columns.select(indices), counts=bool(own))
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    side: Side,
+    dataset: PreferenceDataset,
     table: Objective,
     packing: Packing,
     device: Device,
@@ -57,49 +57,53 @@ def evaluate(
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
-    sums = sums_for(table)
-    mine = processes.all_or_none(lambda: _looked_at(model, side, table, packing, device, sums, advance))
+    sums = make_metric_sums(table)
+    mine = processes.run_or_raise_everywhere(
+        lambda: _compute_logps(model, dataset, table, packing, device, sums, advance)
+    )
     # of all pairs at once, since a loss may compare them with each other
-    everything = rank_split.of_all(mine if side.counts else mine.none())
-    sums = (sums if side.counts else sums_for(table)).of_all()
-    losses = objective(everything, table)
+    everything = rank_split.all_gather_logps(mine if dataset.counts else mine.empty())
+    sums = (sums if dataset.counts else make_metric_sums(table)).all_reduce()
+    losses = compute_losses(everything, table)
     sums.add_losses(losses)
     totals = sums.totals
     model.train(was_training)
     means = {f"eval_{name}": value for name, value in sums.means().items()}
     return {
         **means,
-        **_watched(everything, losses, totals, sums.answer_tokens[0]),
+        **_warning_statistics(everything, losses, totals, sums.completion_tokens[0]),
         "eval_pairs": sums.pairs,
         "eval_ties": int(totals["ties"]),
         "seconds": time.monotonic() - started,
     }
 
 
-def _looked_at(
+def _compute_logps(
     model: nn.Module,
-    side: Side,
+    dataset: PreferenceDataset,
     table: Objective,
     packing: Packing,
     device: Device,
-    sums: Sums,
+    sums: MetricSums,
     advance: Callable[[int], None],
 ) -> Logps:
     parts = list[Logps]()
-    for group in rank_split.in_step(micro_batches(side.pairs, packing)):
-        batch = collate([side.pairs[index] for index in group or [0]], packing).to(device.torch_device)
+    for group in rank_split.pad_group_count(micro_batches(dataset.pairs, packing)):
+        batch = collate([dataset.pairs[index] for index in group or [0]], packing).to(device.torch_device)
         if group is None:
-            score(model, batch, device, metrics=False)
+            score_batch(model, batch, device, metrics=False)
             continue
-        reference_P2 = side.reference_P2[group].to(device.torch_device)
-        scores = score(model, batch, device, likely=weighs_pairs(table))
-        parts.append(scores.beside(reference_P2, side.columns.of(group).to(device.torch_device)))
+        reference_P2 = dataset.reference_P2[group].to(device.torch_device)
+        scores = score_batch(model, batch, device, wpo_weights=uses_wpo_weighting(table))
+        parts.append(scores.with_reference(reference_P2, dataset.columns.select(group).to(device.torch_device)))
         sums.add_scores(scores)
         advance(len(group))
-    return together(parts)
+    return concat_logps(parts)
 
 
-def _watched(logps: Logps, losses: Losses, totals: Mapping[str, float], chosen_tokens: int) -> dict[str, float]:
+def _warning_statistics(
+    logps: Logps, losses: Losses, totals: Mapping[str, float], chosen_tokens: int
+) -> dict[str, float]:
     """What signs of trouble are judged by, beside the means."""
     pairs = len(losses.total_P)
     total_P = losses.total_P.double()

@@ -10,7 +10,7 @@ from qlora_dpo.training.checkpoint.save import newest_valid
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
+def explain_interrupt(folder: Path) -> Iterator[None]:
     """Turn Ctrl+C and SIGTERM into Interrupted with a sentence about the run in `folder`.
 
     Between the first step and the last the loop itself sees to them, and saves a checkpoint.
@@ -18,10 +18,10 @@ def told(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Interrupted(_sentence(folder)) from stop
+        raise Interrupted(_interrupt_message(folder)) from stop
 
 
-def _sentence(folder: Path) -> str:
+def _interrupt_message(folder: Path) -> str:
     try:
         newest, _ = newest_valid(folder)
         return f"{folder}: stopped; {newest} is saved, --resume goes on from there"

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_dpo.errors import ProcessEndedError
 from qlora_dpo.model.distributed import processes
 
-ASKED, OVER, ENDED = (
+STOP_REQUESTED, TIME_OVER, PROCESS_ENDED = (
     " as asked",
     ", since the next step would end after --max-hours",
     ", since another process of this run has ended",
@@ -18,28 +18,28 @@ ASKED, OVER, ENDED = (
 
 
 @dataclass
-class Stop:
+class StopRequest:
     """Whether the run was asked to stop."""
 
-    asked: bool = False
+    is_requested: bool = False
 
 
 @contextmanager
-def stop_when_asked(say: Callable[[str], None]) -> Iterator[Stop]:
+def catch_stop_signals(log: Callable[[str], None]) -> Iterator[StopRequest]:
     """The first SIGINT or SIGTERM asks for a checkpoint after the micro-batch, or after the step if that is its last;
     the second stops at once.
     """
-    stop = Stop()
+    stop = StopRequest()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: Any) -> None:
-        stop.asked = True
+    def request_stop(number: int, frame: Any) -> None:
+        stop.is_requested = True
         for each, handler in before.items():
             signal.signal(each, handler)
-        say("stopping and saving a checkpoint; once more stops at once")
+        log("stopping and saving a checkpoint; once more stops at once")
 
     for number in before:
-        signal.signal(number, ask)
+        signal.signal(number, request_stop)
     try:
         yield stop
     finally:
@@ -48,10 +48,10 @@ def stop_when_asked(say: Callable[[str], None]) -> Iterator[Stop]:
                 signal.signal(number, handler)
 
 
-def why_stop(asked: bool, over: bool) -> str:
+def stop_reason(stop_requested: bool, time_over: bool) -> str:
     """Why all processes stop after this step, in words; empty if none was asked to and none has run out of time."""
     try:
-        asked, over = processes.any_of(asked), processes.any_of(over)
+        stop_requested, time_over = processes.all_reduce_any(stop_requested), processes.all_reduce_any(time_over)
     except ProcessEndedError:
-        return ENDED
-    return ASKED if asked else OVER if over else ""
+        return PROCESS_ENDED
+    return STOP_REQUESTED if stop_requested else TIME_OVER if time_over else ""

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlora_dpo.data.dialogue import printable
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import DataError, RecipeError
-from qlora_dpo.preference.objective import Columns
-from qlora_dpo.recipe.objective import Kto, Objective, Odpo, Sft, Sigmoid, WithSft
+from qlora_dpo.preference.objective import LossColumns
+from qlora_dpo.recipe.objective import Kto, Objective, Odpo, PairwiseLoss, Sft, Sigmoid
 
 
 def column_keys(table: Objective) -> dict[str, str]:
     """The columns that the objective reads, and the keys of the recipe that name them."""
     keys: dict[str, str] = {}
-    if isinstance(table, WithSft | Sft | Kto) and table.weight_column:
+    if isinstance(table, PairwiseLoss | Sft | Kto) and table.weight_column:
         keys[table.weight_column] = "objective.weight_column"
     if isinstance(table, Sigmoid) and table.margin_column:
         keys[table.margin_column] = "objective.margin_column"
@@ -25,9 +25,9 @@ def column_keys(table: Objective) -> dict[str, str]:
     return keys
 
 
-def columns_of(pairs: Sequence[Pair], table: Objective) -> Columns:
+def read_loss_columns(pairs: Sequence[Pair], table: Objective) -> LossColumns:
     """The numbers of `pairs`, in their order; raises DataError with the row of what is no number."""
-    weight = table.weight_column if isinstance(table, WithSft | Sft | Kto) else None
+    weight = table.weight_column if isinstance(table, PairwiseLoss | Sft | Kto) else None
     if isinstance(table, Kto) != (pairs[0].label is not None):
         raise RecipeError(
             'the rows are answers with a label, which only loss_type = "kto" reads; set [objective], or give pairs'
@@ -36,25 +36,25 @@ def columns_of(pairs: Sequence[Pair], table: Objective) -> Columns:
         )
     margin = table.margin_column if isinstance(table, Sigmoid) else None
     scores = table.score_columns if isinstance(table, Odpo) else None
-    return Columns(
-        weight_P=_numbers(pairs, weight, least=0.0) if weight else None,
-        margin_P=_numbers(pairs, margin) if margin else None,
+    return LossColumns(
+        weight_P=_float_column(pairs, weight, minimum=0.0) if weight else None,
+        margin_P=_float_column(pairs, margin) if margin else None,
         label_P=torch.tensor([bool(pair.label) for pair in pairs]) if isinstance(table, Kto) else None,
-        scores_P2=torch.stack([_numbers(pairs, each) for each in scores], 1) if scores else None,
+        scores_P2=torch.stack([_float_column(pairs, each) for each in scores], 1) if scores else None,
     )
 
 
-def _numbers(pairs: Sequence[Pair], column: str, least: float = -math.inf) -> Tensor:
-    return torch.tensor([_number(pair, column, least) for pair in pairs])
+def _float_column(pairs: Sequence[Pair], column: str, minimum: float = -math.inf) -> Tensor:
+    return torch.tensor([_parse_float(pair, column, minimum) for pair in pairs])
 
 
-def _number(pair: Pair, column: str, least: float) -> float:
+def _parse_float(pair: Pair, column: str, minimum: float) -> float:
     text = pair.extra[column]
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= least):
-        wanted = "a number that is not negative" if least == 0 else "a number"
-        raise DataError(f'row {pair.row}: its "{column}" is "{printable(text)[:40]}"; it must be {wanted}')
+    if not (math.isfinite(value) and value >= minimum):
+        wanted = "a number that is not negative" if minimum == 0 else "a number"
+        raise DataError(f'row {pair.row}: its "{column}" is "{sanitize_text(text)[:40]}"; it must be {wanted}')
     return value

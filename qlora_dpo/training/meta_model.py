@@ -17,167 +17,169 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dpo.data.encode import PairSet
-from qlora_dpo.data.encoded import EncodedPair, lengths, sequence_tokens
+from qlora_dpo.data.encoded import EncodedPair, pair_lengths, sequence_lengths
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import attention, memory
 from qlora_dpo.model.base import store_embeddings
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.fused_lora import make_lean
-from qlora_dpo.model.live_tensors import Live
-from qlora_dpo.model.lora import adapter_off, attach, trainable
-from qlora_dpo.model.memory import Kept
-from qlora_dpo.model.sources import Source
-from qlora_dpo.preference.logps import WORDS_AT_ONCE, hidden_states, language_model
-from qlora_dpo.preference.pack import STATES_AT_ONCE, MicroBatch, Packing, collate
+from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.live_tensors import LiveTensorBytes
+from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
+from qlora_dpo.model.memory import ActivationBytes
+from qlora_dpo.model.sources import ModelSource
+from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states, unwrap_peft
+from qlora_dpo.preference.pack import STATES_PER_CHUNK, MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.recipe.train import TrainTable
-from qlora_dpo.training.checkpoint.rng_state import random_states, restore
+from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
 
-FEW = 2
+PROBE_LAYERS = 2
 """Layers that are looked at where all are alike, and twice as many: what one more layer adds is the same for all."""
-PROBE = [EncodedPair(tuple(range(2, 50)), tuple(range(2, 34)), tuple(range(34, 2, -1)), row, b"") for row in range(4)]
+DUMMY_PAIRS = [
+    EncodedPair(tuple(range(2, 50)), tuple(range(2, 34)), tuple(range(34, 2, -1)), row, b"") for row in range(4)
+]
 """Pairs of which only the lengths matter."""
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What goes through the model at most, in tokens."""
 
-    sequence: int
+    max_sequence_tokens: int
     """The longest prompt with its longer answer."""
-    step: int
+    step_tokens: int
     """All pairs of an optimizer step."""
-    pair: int = 0
+    max_pair_tokens: int = 0
     """The longest pair in a packed row, its prompt once; 0: as long as `sequence`."""
-    reference: int = 0
+    reference_tokens: int = 0
     """All pairs of the larger of the two sets that the reference is asked about before the first step; 0: more than a
     row holds."""
 
-    def alone(self, *, padded: bool) -> int:
+    def longest_pair_tokens(self, *, padded: bool) -> int:
         """What goes through the model for the longest pair alone; padded, both its sequences are as long."""
         # and a column of padding (preference/pack.py)
-        return 2 * (self.sequence + 1) if padded else max(self.sequence, self.pair)
+        return 2 * (self.max_sequence_tokens + 1) if padded else max(self.max_sequence_tokens, self.max_pair_tokens)
 
 
-def load_of(train: PairSet, heldout: PairSet, recipe: Recipe) -> Load:
+def workload_of(train: PairSet, heldout: PairSet, recipe: Recipe) -> Workload:
     """What goes through the model at most with these pairs."""
-    sides = [lengths(side.encoded).sum(axis=1) for side in (train, heldout)]
-    sequence = max(int(sequence_tokens(side.encoded).max()) for side in (train, heldout))
+    sides = [pair_lengths(side.encoded).sum(axis=1) for side in (train, heldout)]
+    sequence = max(int(sequence_lengths(side.encoded).max()) for side in (train, heldout))
     pair, tokens = max(int(side.max()) for side in sides), [int(side.sum()) for side in sides]
     step = recipe.train.batch_size * pair
     # of one epoch the others are asked along with their step
     steps = 1 if recipe.train.num_train_epochs == 1 else recipe.train.max_steps
     tokens[0] = min(tokens[0], steps * step) if steps else tokens[0]
-    return Load(sequence, step, pair, max(tokens))
+    return Workload(sequence, step, pair, max(tokens))
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ModelFootprint:
     """All that is told from the shapes of base and adapter; bytes, unless said otherwise."""
 
-    weights: Mapping[str, int]
-    parameters: int
+    weight_bytes: Mapping[str, int]
+    num_parameters: int
     """Numbers of the base."""
-    trained: int
+    num_trainable: int
     """Numbers of the adapter."""
-    optimizer: int
-    dense: int
+    optimizer_state_bytes: int
+    dense_bytes: int
     """The linear layers but the head in the compute dtype."""
-    largest: int
+    largest_layer_bytes: int
     """The largest linear layer in the compute dtype."""
-    layers: int
-    per_token: Kept
-    vocabulary: int
+    num_layers: int
+    activations: ActivationBytes
+    vocab_size: int
     """Words."""
-    head_copy: int
+    head_copy_bytes: int
     """The output head in the compute dtype, if it is stored in another."""
-    head_tiles: int
-    head_token: int
+    head_tile_bytes: int
+    head_bytes_per_token: int
     """What the head reads of a token."""
-    hole_token: int
+    fragmentation_bytes_per_token: int
     """What a process on a CPU grows by for each token and recomputed layer beside all tensors: about its widest
     activation in float32, as measured for two models (benchmarks/README.md). On a GPU nobody has measured it."""
-    file: int
+    file_bytes: int
     """The weights as they lie on disk."""
-    padded: str
+    padding_reason: str
     """Why pairs would be padded; empty if they are packed."""
 
 
-_shapes: dict[tuple[str, ...], Shapes] = {}
+_footprints: dict[tuple[str, ...], ModelFootprint] = {}
 
 
-def shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Shapes:
+def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workload: Workload) -> ModelFootprint:
     """What shapes tell of a recipe's base and adapter; kept, since trying other rows changes none of it."""
     config = (source.folder / "config.json").read_text(encoding="utf-8")
     tables = recipe.model.model_dump_json(), recipe.lora.model_dump_json(), recipe.train.optim
-    key = (config, *tables, str(device), str(_like(load)))
-    if key not in _shapes:
-        before = random_states()
-        _shapes[key] = _shapes_of(source, recipe, device, load)
-        restore(before)  # an adapter on shapes seeds the generators as a real one does
-    return _shapes[key]
+    key = (config, *tables, str(device), str(_longest_pair(workload)))
+    if key not in _footprints:
+        before = get_rng_states()
+        _footprints[key] = _measure_footprint(source, recipe, device, workload)
+        set_rng_states(before)  # an adapter on shapes seeds the generators as a real one does
+    return _footprints[key]
 
 
-def _shapes_of(source: Source, recipe: Recipe, device: Device, load: Load) -> Shapes:
+def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workload: Workload) -> ModelFootprint:
     stored: torch.dtype | None = _config(source).dtype
-    base = on_meta(source, device)
-    linear, itemsize = _linear(base), device.torch_dtype.itemsize
-    weights, parameters = base_bytes(base, recipe.model, device), sum(each.numel() for each in base.parameters())
+    base = build_on_meta(source, device)
+    linear, itemsize = _linear_layers(base), device.torch_dtype.itemsize
+    weights, parameters = base_weight_bytes(base, recipe.model, device), sum(each.numel() for each in base.parameters())
     elements = [layer.weight.numel() for layer in linear]
     widest = max((features for layer in linear for features in layer.weight.shape), default=0)
-    padded = attention.why_not(base, load.sequence)
+    padded = attention.packing_unsupported_reason(base, workload.max_sequence_tokens)
     if not padded:
-        attention.use(base)
+        attention.enable_packed_attention(base)
     head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
-    model = attach(base, recipe.lora, recipe.train.seed)
-    stand_in(linear, recipe.model, device)
-    make_lean(model, device.torch_dtype)
-    moved = trainable(model)
-    return Shapes(
-        weights=weights,
-        parameters=parameters,
-        trained=sum(each.numel() for each in moved.values()),
-        optimizer=optimizer_bytes(moved, recipe.train),
-        dense=sum(elements) * itemsize,
-        largest=max(elements, default=0) * itemsize,
-        layers=len(memory.checkpointable(base)),
-        per_token=kept_per_token(model, device, packed=not padded, pairs=_like(load)),
-        vocabulary=len(head),
-        head_copy=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
-        head_tiles=tile_bytes(len(head), device),
-        head_token=width * (4 + itemsize),
-        hole_token=4 * widest if device.type == "cpu" else 0,
-        file=parameters * (stored or torch.float32).itemsize,
-        padded=padded,
+    model = attach_lora(base, recipe.lora, recipe.train.seed)
+    mimic_quantized(linear, recipe.model, device)
+    fuse_lora(model, device.torch_dtype)
+    moved = trainable_parameters(model)
+    return ModelFootprint(
+        weight_bytes=weights,
+        num_parameters=parameters,
+        num_trainable=sum(each.numel() for each in moved.values()),
+        optimizer_state_bytes=optimizer_bytes(moved, recipe.train),
+        dense_bytes=sum(elements) * itemsize,
+        largest_layer_bytes=max(elements, default=0) * itemsize,
+        num_layers=len(memory.checkpointable_layers(base)),
+        activations=activation_bytes_per_token(model, device, packed=not padded, pairs=_longest_pair(workload)),
+        vocab_size=len(head),
+        head_copy_bytes=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
+        head_tile_bytes=logit_tile_bytes(len(head), device),
+        head_bytes_per_token=width * (4 + itemsize),
+        fragmentation_bytes_per_token=4 * widest if device.type == "cpu" else 0,
+        file_bytes=parameters * (stored or torch.float32).itemsize,
+        padding_reason=padded,
     )
 
 
-def on_meta(source: Source, device: Device) -> Any:
+def build_on_meta(source: ModelSource, device: Device) -> Any:
     """The base as its config describes it, with shapes and dtypes and no weights."""
     config = _config(source)
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=device.weight_dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise _unknown(source) from error
+        raise _unknown_config_error(source) from error
     store_embeddings(model, device)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
 
-def _config(source: Source) -> Any:
+def _config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise _unknown(source) from error
+        raise _unknown_config_error(source) from error
 
 
-def _unknown(source: Source) -> ModelError:
+def _unknown_config_error(source: ModelSource) -> ModelError:
     return ModelError(f"{source.name}: its config is none of a causal language model that is known")
 
 
-def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
+def base_weight_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
     """Bytes of the base's weights as they are loaded: quantized layers, and the rest."""
     everything = sum(each.numel() * each.dtype.itemsize for each in base.parameters())
     names = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -186,7 +188,7 @@ def base_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
         stored += f", embeddings {names[device.embedding_dtype]}"
     if table.quantization == "none":
         return {f"weights, {stored}": everything}
-    linear = _linear(base)
+    linear = _linear_layers(base)
     dense = sum(layer.weight.numel() for layer in linear) * device.weight_dtype.itemsize
     biases = sum(layer.bias.numel() for layer in linear if layer.bias is not None)
     # a 4-bit layer keeps its bias in the compute dtype, an 8-bit one as it was
@@ -228,24 +230,27 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -
             assert_never(never)
 
 
-def tile_bytes(vocabulary: int, device: Device) -> int:
+def logit_tile_bytes(vocabulary: int, device: Device) -> int:
     """What the head works on at once: three tiles of logits and their exponentials in float32.
 
     In 16 bits the product of the next tile comes before it is converted, while those of the tile before are there.
     """
-    words, narrow = WORDS_AT_ONCE[device.type], device.torch_dtype.itemsize % 4
-    return STATES_AT_ONCE * min(words, vocabulary) * (3 * 4 + (narrow if vocabulary > words else 0))
+    words, narrow = VOCAB_TILE[device.type], device.torch_dtype.itemsize % 4
+    return STATES_PER_CHUNK * min(words, vocabulary) * (3 * 4 + (narrow if vocabulary > words else 0))
 
 
-def _like(load: Load) -> list[EncodedPair]:
+def _longest_pair(workload: Workload) -> list[EncodedPair]:
     """One pair as long as the longest: each tile of its attention keeps all that it sees, so long ones keep more."""
-    answer = min(max(load.pair - load.sequence, load.sequence // 8, 1), load.sequence - 1)
-    ids = range(2, 2 + load.sequence - answer), range(2, 2 + answer), range(2 + answer, 2, -1)
+    answer = min(
+        max(workload.max_pair_tokens - workload.max_sequence_tokens, workload.max_sequence_tokens // 8, 1),
+        workload.max_sequence_tokens - 1,
+    )
+    ids = range(2, 2 + workload.max_sequence_tokens - answer), range(2, 2 + answer), range(2 + answer, 2, -1)
     prompt, chosen, rejected = map(tuple, ids)
     return [EncodedPair(prompt, chosen, rejected, 1, b"")]
 
 
-def stand_in(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> None:
+def mimic_quantized(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> None:
     """Let linear layers on meta return what quantized ones would: an output in the compute dtype.
 
     Each has its weight in the compute dtype beside it: what is converted on the way is another part of the plan.
@@ -254,84 +259,90 @@ def stand_in(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> 
         if layer.weight.dtype != device.torch_dtype or table.quantization != "none":
             layer.dense_weight = layer.weight.data.to(device.torch_dtype)
         if table.quantization != "none":
-            layer.forward = partial(_as_quantized, layer)  # type: ignore[method-assign]
+            layer.forward = partial(_quantized_forward, layer)  # type: ignore[method-assign]
 
 
-def _as_quantized(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
+def _quantized_forward(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
     weight_OI: torch.Tensor = layer.dense_weight
     bias = None if layer.bias is None else layer.bias.to(weight_OI.dtype)
     return nn.functional.linear(input_TI.to(weight_OI.dtype), weight_OI, bias)
 
 
-def kept_per_token(
-    model: PeftModel, device: Device, *, packed: bool = True, pairs: Sequence[EncodedPair] = PROBE
-) -> Kept:
+def activation_bytes_per_token(
+    model: PeftModel, device: Device, *, packed: bool = True, pairs: Sequence[EncodedPair] = DUMMY_PAIRS
+) -> ActivationBytes:
     """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter."""
     batch = collate(pairs, Packing(10**6, 0, device.attention if packed else None))
     if device.attention != "spans" and batch.layout is not None:
         batch.layout.index  # noqa: B018 - numbers decide which tokens these are, so before there are only shapes
     mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
-    where, many = replace(device, type="cpu"), len(memory.checkpointable(model))
-    measure = partial(_kept, model.train(), batch, where, mode)
+    where, many = replace(device, type="cpu"), len(memory.checkpointable_layers(model))
+    measure = partial(_measure_activations, model.train(), batch, where, mode)
     try:
-        if not _alike(model) or many <= 2 * FEW:
+        if not _has_uniform_layers(model) or many <= 2 * PROBE_LAYERS:
             return measure(many)
-        more, few = measure(2 * FEW), measure(FEW)
+        more, few = measure(2 * PROBE_LAYERS), measure(PROBE_LAYERS)
         # the first layer, whose input needs no gradient, keeps less than the others
-        total = few.layer * FEW + (more.layer * 2 * FEW - few.layer * FEW) / FEW * (many - FEW)
+        total = few.layer * PROBE_LAYERS + (more.layer * 2 * PROBE_LAYERS - few.layer * PROBE_LAYERS) / PROBE_LAYERS * (
+            many - PROBE_LAYERS
+        )
         return replace(more, layer=total / many)
     finally:
         model.train(training)
 
 
-def _alike(model: PeftModel) -> bool:
+def _has_uniform_layers(model: PeftModel) -> bool:
     """True if all layers have the same class, shapes and adapter."""
     kinds = {
         (type(layer), *((name, each.shape, each.requires_grad) for name, each in layer.named_parameters()))
-        for layer in memory.checkpointable(model)
+        for layer in memory.checkpointable_layers(model)
     }
-    return len(kinds) == 1 and stack(model) is not None
+    return len(kinds) == 1 and layer_stack(model) is not None
 
 
-def stack(model: PeftModel) -> Any:
+def layer_stack(model: PeftModel) -> Any:
     """The module whose `layers` are all that the model has, one after another; None if there is none."""
-    layers = memory.checkpointable(model)
+    layers = memory.checkpointable_layers(model)
     return next((each for each in model.modules() if list(getattr(each, "layers", ())) == layers), None)
 
 
-def _kept(model: Any, batch: MicroBatch, where: Device, mode: FakeTensorMode, layers: int) -> Kept:
+def _measure_activations(
+    model: Any, batch: MicroBatch, device: Device, mode: FakeTensorMode, layers: int
+) -> ActivationBytes:
     """`kept_per_token` of the model as it would be with its first `layers` layers."""
-    holder, cpu = stack(model), torch.device("cpu")
+    holder, cpu = layer_stack(model), torch.device("cpu")
     whole = holder.layers if holder is not None else []
     if holder is not None:
         holder.layers = nn.ModuleList(list(whole)[:layers])
     try:
         for module in model.modules():
-            _fake(module, mode, cpu)
+            _fake_parameters(module, mode, cpu)
         with mode:
             tokens = batch.input_ids_BL.numel()
-            kept = memory.kept(language_model(model), lambda: hidden_states(model, batch, where), tokens)
-            with Live() as live:
-                end_TD = hidden_states(model, batch, where)
-                before, live.most = live.now, live.now
+            kept = memory.measure_activation_bytes(
+                unwrap_peft(model), lambda: hidden_states(model, batch, device), tokens
+            )
+            with LiveTensorBytes() as live:
+                end_TD = hidden_states(model, batch, device)
+                before, live.peak = live.now, live.now
                 end_TD.sum().backward()
-            forward = max(_forward(model, batch, where, off) for off in (True, False))
-            return replace(kept, working=(live.most - before) / tokens, forward=forward / tokens)
+            forward = max(_forward_bytes(model, batch, device, off) for off in (True, False))
+            return replace(kept, working=(live.peak - before) / tokens, forward=forward / tokens)
     finally:
         model.zero_grad()
         if holder is not None:
             holder.layers = whole
 
 
-def _forward(model: Any, batch: MicroBatch, where: Device, off: bool) -> int:
+def _forward_bytes(model: Any, batch: MicroBatch, device: Device, without_adapter: bool) -> int:
     """Bytes that a pass without gradients takes at most, with the adapter switched `off` or on."""
-    with torch.no_grad(), adapter_off(model) if off else nullcontext(), Live() as live:
-        hidden_states(model, batch, where)
-    most: int = live.most
+    with torch.no_grad(), adapter_disabled(model) if without_adapter else nullcontext(), LiveTensorBytes() as live:
+        hidden_states(model, batch, device)
+    most: int = live.peak
     return most
 
 
-def _fake(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:
+def _fake_parameters(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:
     """Let what `module` holds on meta pass for tensors of a CPU: only shapes, but attention and autocast work."""
 
     def faked(each: torch.Tensor) -> torch.Tensor:
@@ -346,7 +357,7 @@ def _fake(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:
         module.dense_weight = faked(module.dense_weight)
 
 
-def _linear(base: Any) -> list[nn.Linear]:
+def _linear_layers(base: Any) -> list[nn.Linear]:
     """The linear layers but the output head: those that are quantized."""
     head = base.get_output_embeddings()
     return [each for each in base.modules() if isinstance(each, nn.Linear) and each is not head]

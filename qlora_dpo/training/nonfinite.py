@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.model.lora import names_not_finite
+from qlora_dpo.model.lora import nonfinite_names
 
-MOST_SKIPPED = 5
+MAX_SKIPPED_STEPS = 5
 """Steps in a row whose scaled gradients may overflow. The scale halves each time, so more have another cause."""
 
-SMALLEST_SCALE = 1.0
+MIN_LOSS_SCALE = 1.0
 """The smallest loss scale that is tried before the first step."""
 
 
-def insist_on_finite(
+def check_finite(
     step: int,
     norm: float,
     parameters: Mapping[str, torch.nn.Parameter],
-    wrong: Sequence[int],
+    nonfinite_rows: Sequence[int],
     rows: Sequence[int],
     *,
     scaled: bool,
@@ -32,29 +32,29 @@ def insist_on_finite(
     """
     overflows = not math.isfinite(norm)
     # a loss that is not finite beside a finite gradient is no overflow that a smaller scale would cure
-    if (overflows and not scaled) or (wrong and not overflows):
-        raise RunError(not_finite(step, parameters, wrong, rows, fp16=fp16))
+    if (overflows and not scaled) or (nonfinite_rows and not overflows):
+        raise RunError(nonfinite_message(step, parameters, nonfinite_rows, rows, fp16=fp16))
 
 
-def insist_on_some_steps(
+def check_skipped_steps(
     step: int,
     skipped_in_a_row: int,
     parameters: Mapping[str, torch.nn.Parameter],
-    wrong: Sequence[int],
+    nonfinite_rows: Sequence[int],
     rows: Sequence[int],
 ) -> None:
     """Raise RunError if too many steps were skipped one after another."""
-    if skipped_in_a_row >= MOST_SKIPPED:
-        why = not_finite(step, parameters, wrong, rows)
+    if skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        why = nonfinite_message(step, parameters, nonfinite_rows, rows)
         raise RunError(f"{why}; {skipped_in_a_row} steps in a row were skipped")
 
 
-def half_of_scale(step: int, scale: float) -> float:
+def halve_loss_scale(step: int, scale: float) -> float:
     """The loss scale to try after `scale`, at which the gradient overflows; RunError where that would be below 1.
 
     Below 1 it is no longer the scaling that makes the gradient overflow.
     """
-    if scale < 2 * SMALLEST_SCALE:
+    if scale < 2 * MIN_LOSS_SCALE:
         raise RunError(
             f"step {step}: the gradient overflows fp16 at every loss scale down to {scale:,.0f}, so nothing was "
             'changed; set model.dtype = "fp32", or take a card with bf16 (compute capability 8.0 or newer)'
@@ -62,19 +62,19 @@ def half_of_scale(step: int, scale: float) -> float:
     return scale / 2
 
 
-def not_finite(
+def nonfinite_message(
     step: int,
     parameters: Mapping[str, torch.nn.Parameter],
-    wrong: Sequence[int],
+    nonfinite_rows: Sequence[int],
     rows: Sequence[int],
     *,
     fp16: bool = False,
 ) -> str:
     """What is not finite, where it was found first (weights, then losses, then gradients), and the step's pairs."""
     slopes = {name: each.grad for name, each in parameters.items() if each.grad is not None}
-    weights = [f"the weight {name}" for name in names_not_finite(parameters)]
-    losses = [f"the loss of row {row}" for row in wrong]
-    gradients = [f"the gradient of {name}" for name in names_not_finite(slopes)]
+    weights = [f"the weight {name}" for name in nonfinite_names(parameters)]
+    losses = [f"the loss of row {row}" for row in nonfinite_rows]
+    gradients = [f"the gradient of {name}" for name in nonfinite_names(slopes)]
     first = [*weights, *losses, *gradients, "the norm of the gradient"][0]
     advice = "look at them, or lower train.learning_rate"
     if fp16 and losses and not weights:

@@ -17,7 +17,7 @@ from qlora_dpo.training import schedule_free
 Optimizer = torch.optim.Optimizer
 
 
-def make_optimizer(
+def create_optimizer(
     parameters: Mapping[str, nn.Parameter], table: TrainTable, device: Device, loraplus_lr_ratio: float | None = None
 ) -> Optimizer:
     """The recipe's optimizer, with the Trainer's defaults (betas 0.9 and 0.999, epsilon 1e-8).
@@ -38,12 +38,12 @@ def make_optimizer(
         groups.append({"params": [parameters[name] for name in norms], "weight_decay": 0.0})
     rate: dict[str, Any] = {"lr": table.learning_rate, "weight_decay": table.weight_decay}
     adam: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-    insist_on_optimizer(table, device)
+    check_optimizer(table, device)
     match table.optim:
         case "adamw_torch":
             return torch.optim.AdamW(groups, **rate, **adam)
         case "schedule_free_adamw":
-            return schedule_free.make(groups, **rate, **adam)
+            return schedule_free.create_schedule_free(groups, **rate, **adam)
         case "adafactor":
             return torch.optim.Adafactor(groups, **rate)
         case "sgd":
@@ -58,7 +58,7 @@ def make_optimizer(
             assert_never(never)
 
 
-def insist_on_optimizer(table: TrainTable, device: Device) -> None:
+def check_optimizer(table: TrainTable, device: Device) -> None:
     """Raise RecipeError for an optimizer that this device does not have."""
     if table.optim not in ("adamw_torch", "schedule_free_adamw", "adafactor", "sgd") and device.type != "cuda":
         raise RecipeError(
@@ -66,7 +66,7 @@ def insist_on_optimizer(table: TrainTable, device: Device) -> None:
         )
 
 
-def make_schedule(optimizer: Optimizer, table: TrainTable, total_steps: int) -> LambdaLR:
+def create_scheduler(optimizer: Optimizer, table: TrainTable, total_steps: int) -> LambdaLR:
     """The course of the learning rate over `total_steps`, by transformers' names."""
     schedule: LambdaLR = get_scheduler(
         table.lr_scheduler_type, optimizer, num_warmup_steps=table.warmup_steps, num_training_steps=total_steps
@@ -74,15 +74,16 @@ def make_schedule(optimizer: Optimizer, table: TrainTable, total_steps: int) -> 
     return schedule
 
 
-def restore_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+def restore_scheduler(scheduler: LambdaLR, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put the schedule back to where `saved` was taken, and the optimizer's learning rate with it.
 
     The rate is that of this schedule, so a run that goes on with another `max_steps` follows its new course.
     """
-    schedule.load_state_dict(dict(saved))
+    scheduler.load_state_dict(dict(saved))
     rates = [
-        base * course(schedule.last_epoch) for base, course in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        base * course(scheduler.last_epoch)
+        for base, course in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates
+    scheduler._last_lr = rates

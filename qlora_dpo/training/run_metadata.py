@@ -12,14 +12,16 @@ from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.redact import redacted
+from qlora_dpo.redact import redact_secrets
 from qlora_dpo.training import reference_pass
-from qlora_dpo.training.run import Outcome, data_fingerprint
+from qlora_dpo.training.run import TrainingResult, data_fingerprint
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
 
 
-def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, command: str) -> dict[str, Any]:
+def build_run_metadata(
+    outcome: TrainingResult, recipe: Recipe, device: Device, folder: Path, command: str
+) -> dict[str, Any]:
     """The whole of run.json."""
     prepared = outcome.prepared
     return {
@@ -28,18 +30,18 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         **({"stopped": outcome.state.stopped} if outcome.state.stopped else {}),
         "adapter_step": outcome.state.step if outcome.state.best is None else outcome.state.best,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": redacted(command),
+        "command": redact_secrets(command),
         "versions": {
             "qlora_dpo": __version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
+            **{package: version(package) for package in VERSIONED_PACKAGES},
         },
         "git_commit": _git_commit(),
         "seed": recipe.train.seed,
         "engine": recipe.train.engine,
         "row_tokens": outcome.state.row_tokens or recipe.train.row_tokens,
-        "processes": processes.count(),
-        **({"sharing": processes.sharing()} if processes.sharing() else {}),
+        "processes": processes.world_size(),
+        **({"sharing": processes.sharding_strategy()} if processes.sharding_strategy() else {}),
         "device": {
             "type": device.type,
             "name": device.name,
@@ -59,23 +61,23 @@ def facts(outcome: Outcome, recipe: Recipe, device: Device, folder: Path, comman
         },
         "tokenizer": tokenizer_fingerprints(prepared.tokenizer),
         "data": {
-            "train": recipe.data.train_name,
-            "eval": recipe.data.eval or recipe.data.train_name,
+            "train": recipe.data.train_description,
+            "eval": recipe.data.eval or recipe.data.train_description,
             "fingerprint_train": data_fingerprint(prepared.train.encoded),
             "fingerprint_eval": data_fingerprint(prepared.heldout.encoded),
             "train_pairs": len(prepared.train.encoded),
             "eval_pairs": len(prepared.heldout.encoded),
         },
-        **reference_pass.facts(recipe, prepared.named),
-        "reference_pairs_computed": outcome.reference_computed,
+        **reference_pass.reference_metadata(recipe, prepared.reference_spec),
+        "reference_pairs_computed": outcome.reference_pairs_computed,
         "steps": outcome.state.step,
         "num_tokens": outcome.state.num_tokens,
-        "seconds": rounded(outcome.seconds),
+        "seconds": round_seconds(outcome.seconds),
         "peak_bytes": outcome.peak_bytes,
     }
 
 
-def rounded(seconds: dict[str, float]) -> dict[str, float]:
+def round_seconds(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds by part and in total, to hundredths."""
     return {name: round(value, 2) for name, value in {**seconds, "total": sum(seconds.values())}.items()}
 

@@ -16,7 +16,7 @@ COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
 """What the optimizer counts of its steps, in each group of parameters."""
 
 
-def make(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+def create_schedule_free(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
     """The optimizer, ready to step; raises RecipeError if the package schedulefree is not installed."""
     try:
         from schedulefree import AdamWScheduleFree
@@ -32,14 +32,14 @@ def make(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optim
 
 
 @contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def eval_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let the model stand at the mean; afterwards it is back where it steps, bit for bit. Others are left alone."""
     if not _is_schedule_free(optimizer):
         yield
         return
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     points = [each.detach().clone() for each in parameters]
-    settle(optimizer)
+    finalize(optimizer)
     try:
         yield
     finally:
@@ -50,20 +50,20 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["train_mode"] = True
 
 
-def settle(optimizer: Any) -> None:
+def finalize(optimizer: Any) -> None:
     """Leave the model at the mean, for good; an optimizer of another kind has it where it belongs."""
     if _is_schedule_free(optimizer):
         optimizer.eval()
 
 
-def counters(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+def get_counters(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
     """What a checkpoint keeps of the optimizer beside its moments, by group; nothing of another kind."""
     if not _is_schedule_free(optimizer):
         return []
     return [{name: group[name] for name in COUNTERS} for group in optimizer.param_groups]
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, float]]) -> None:
+def restore_counters(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, float]]) -> None:
     """Put back what `counters` gave."""
     for group, own in zip(optimizer.param_groups, saved, strict=False):
         group |= own

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qlora_dpo.errors import RecipeError, RunError
-from qlora_dpo.files import write_json, write_whole
-from qlora_dpo.lock import LOCK
-from qlora_dpo.recipe.grid import Axis, Point, changed
-from qlora_dpo.recipe.recipe import resolved_text
-from qlora_dpo.recipe.train import Metric
-from qlora_dpo.training.checkpoint.best import value
+from qlora_dpo.files import atomic_write, write_json
+from qlora_dpo.lock import LOCK_FILE
+from qlora_dpo.recipe.grid import GridPoint, SweepAxis, describe_changes
+from qlora_dpo.recipe.recipe import resolved_toml
+from qlora_dpo.recipe.train import MetricName
+from qlora_dpo.training.checkpoint.best import metric_to_minimize
 
-FILE, BEST = "sweep.json", "best.toml"
+SWEEP_FILE, BEST_RECIPE_FILE = "sweep.json", "best.toml"
 
 
 @dataclass
-class Entry:
+class SweepEntry:
     """One point: what it sets, and how far it has come."""
 
     name: str
@@ -41,53 +41,55 @@ class Sweep:
     recipe: dict[str, Any]
     """The recipe of all points, without the keys in `over`."""
     over: dict[str, list[Any]]
-    metric: Metric
-    points: list[Entry]
+    metric: MetricName
+    points: list[SweepEntry]
     fingerprints: dict[str, str] = field(default_factory=dict)
     best: str | None = None
 
     def write(self) -> None:
         """Write sweep.json, whole or not at all."""
         facts = {name: each for name, each in asdict(self).items() if name != "folder"}
-        write_json(self.folder / FILE, facts)
+        write_json(self.folder / SWEEP_FILE, facts)
 
-    def mark(self, entry: Entry, state: str, sentence: str = "") -> None:
+    def set_state(self, entry: SweepEntry, state: str, sentence: str = "") -> None:
         """Note how far a point has come."""
         entry.state, entry.sentence = state, sentence  # type: ignore[assignment]
         self.write()
 
-    def measure(self) -> None:
+    def update_results(self) -> None:
         """Take the figures of all points that have ended from their folders, and note which is the best."""
         for entry in self.points:
             if entry.state in ("finished", "stopped"):
-                self.take(entry)
+                self.read_result(entry)
         ranked = self.ranked()
         self.best = ranked[0].name if ranked and ranked[0].state == "finished" else None
         self.write()
 
-    def take(self, entry: Entry) -> float:
+    def read_result(self, entry: SweepEntry) -> float:
         """Take the figure of a point that has ended; RunError if its evaluation has none of the metric's name."""
-        found = evaluation(self.folder / entry.name)
+        found = read_evaluation(self.folder / entry.name)
         figure = found.get(f"eval_{self.metric}")
         if figure is None:
-            known = ", ".join(name for name in get_args(Metric) if f"eval_{name}" in found)
+            known = ", ".join(name for name in get_args(MetricName) if f"eval_{name}" in found)
             raise RunError(
                 f"--metric {self.metric}: is not measured with this objective; go on with --resume and one of {known}"
             )
         entry.step, entry.figure = found["step"], figure
         return float(figure)
 
-    def ranked(self) -> list[Entry]:
+    def ranked(self) -> list[SweepEntry]:
         """The points, the best first: those that finished, then the others in the order of the grid."""
 
-        def place(entry: Entry) -> tuple[bool, float]:
+        def place(entry: SweepEntry) -> tuple[bool, float]:
             done = entry.state == "finished" and entry.figure is not None
-            return not done, value({f"eval_{self.metric}": entry.figure}, self.metric) if done else 0.0
+            return not done, metric_to_minimize({f"eval_{self.metric}": entry.figure}, self.metric) if done else 0.0
 
         return sorted(self.points, key=place)
 
 
-def begin(folder: Path, axes: Sequence[Axis], points: Sequence[Point], metric: Metric, *, resume: bool) -> Sweep:
+def load_or_create_sweep(
+    folder: Path, axes: Sequence[SweepAxis], points: Sequence[GridPoint], metric: MetricName, *, resume: bool
+) -> Sweep:
     """A new sweep in `folder`, or the one that is there.
 
     Raises RunError if there is one and it does not `resume`, if there is none and it does, or if it was another one.
@@ -95,15 +97,15 @@ def begin(folder: Path, axes: Sequence[Axis], points: Sequence[Point], metric: M
     keys = {axis.key for axis in axes}
     asked = Sweep(
         folder,
-        _without(points[0].loaded.recipe.model_dump(exclude_none=True), keys),
+        _without_keys(points[0].loaded.recipe.model_dump(exclude_none=True), keys),
         {axis.key: list(axis.values) for axis in axes},
         metric,
-        [Entry(point.name, dict(point.values)) for point in points],
+        [SweepEntry(point.name, dict(point.values)) for point in points],
     )
     if not resume:
-        return _new(asked)
-    found = _read(folder)
-    differences = [*changed(found.over, asked.over), *changed(found.recipe, asked.recipe)]
+        return _create_sweep(asked)
+    found = _read_sweep(folder)
+    differences = [*describe_changes(found.over, asked.over), *describe_changes(found.recipe, asked.recipe)]
     if differences:
         raise RunError(
             f"{folder}: belongs to another sweep; changed since: {'; '.join(differences)}; put it back, or begin "
@@ -113,16 +115,16 @@ def begin(folder: Path, axes: Sequence[Axis], points: Sequence[Point], metric: M
     return found
 
 
-def insist_on_metric(name: str) -> Metric:
+def parse_metric(name: str) -> MetricName:
     """The metric of that name; raises RecipeError if nothing of that name is measured."""
-    known: tuple[Metric, ...] = get_args(Metric)
+    known: tuple[MetricName, ...] = get_args(MetricName)
     for each in known:
         if each == name.removeprefix("eval_"):
             return each
     raise RecipeError(f"--metric {name}: is not measured at an evaluation; write one of {', '.join(known)}")
 
 
-def evaluation(folder: Path) -> dict[str, Any]:
+def read_evaluation(folder: Path) -> dict[str, Any]:
     """The evaluation of the step that a finished run's adapter is of; RunError if its files are damaged."""
     try:
         step = json.loads((folder / "run.json").read_text(encoding="utf-8"))["adapter_step"]
@@ -136,38 +138,38 @@ def evaluation(folder: Path) -> dict[str, Any]:
     return record
 
 
-def write_best(sweep: Sweep, point: Point, words: str) -> Path:
+def write_best_recipe(sweep: Sweep, point: GridPoint, comment: str) -> Path:
     """Write best.toml: the recipe of `point` with every key, under a comment of `words`."""
-    path = sweep.folder / BEST
-    write_whole(path, f"# {words}\n\n{resolved_text(point.loaded.recipe)}")
+    path = sweep.folder / BEST_RECIPE_FILE
+    atomic_write(path, f"# {comment}\n\n{resolved_toml(point.loaded.recipe)}")
     return path
 
 
-def _new(asked: Sweep) -> Sweep:
-    folder = asked.folder
-    if (folder / FILE).is_file():
+def _create_sweep(sweep: Sweep) -> Sweep:
+    folder = sweep.folder
+    if (folder / SWEEP_FILE).is_file():
         raise RunError(f"{folder}: holds a sweep; go on with --resume, or name another folder with -o DIR")
     # a killed write leaves its temporary name, .sweep.json.abc
-    if any(each.name != LOCK and not each.name.startswith(f".{FILE}.") for each in folder.iterdir()):
+    if any(each.name != LOCK_FILE and not each.name.startswith(f".{SWEEP_FILE}.") for each in folder.iterdir()):
         raise RunError(f"{folder}: is not empty; name another folder with -o DIR, or remove it")
-    asked.write()
-    return asked
+    sweep.write()
+    return sweep
 
 
-def _read(folder: Path) -> Sweep:
-    if not (folder / FILE).is_file():
+def _read_sweep(folder: Path) -> Sweep:
+    if not (folder / SWEEP_FILE).is_file():
         raise RunError(f"{folder}: holds no sweep to go on with; begin it without --resume")
     try:
-        facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Sweep(folder, **{**facts, "points": [Entry(**each) for each in facts["points"]]})
+        facts = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+        return Sweep(folder, **{**facts, "points": [SweepEntry(**each) for each in facts["points"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{folder / FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another sweep "
+            f"{folder / SWEEP_FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another sweep "
             "with -o DIR"
         ) from error
 
 
-def _without(tables: Mapping[str, Mapping[str, Any]], keys: set[str]) -> dict[str, Any]:
+def _without_keys(tables: Mapping[str, Mapping[str, Any]], keys: set[str]) -> dict[str, Any]:
     return {
         table: {key: each for key, each in own.items() if f"{table}.{key}" not in keys} for table, own in tables.items()
     }

@@ -18,18 +18,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from qlora_dpo.errors import RecipeError, RunError
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.recipe.objective import Aot, Discopop, ExoPair, Objective, Plain, Robust, Sigmoid, Sum
-from qlora_dpo.tracking.run_log import Tracker
-from qlora_dpo.training.checkpoint.save import State
-from qlora_dpo.training.data_order import Plan, epoch_order
-from qlora_dpo.training.loop import Job, due, evaluate_now, peak_bytes
+from qlora_dpo.recipe.objective import Aot, Discopop, ExoPair, Objective, PlainLoss, Robust, Sigmoid, WeightedSum
+from qlora_dpo.tracking.run_log import RunLog
+from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.data_order import DataOrder, epoch_permutation
+from qlora_dpo.training.loop import TrainContext, is_due, peak_memory_bytes, run_evaluation
 
 
-def fit_with_trl(
-    model: PeftModel, job: Job, state: State, tracker: Tracker, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PeftModel, State]:
+def train_with_trl(
+    model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PeftModel, TrainState]:
     """Train `model` in place with TRL: our token ids, first LoRA weights and order of pairs, TRL's step and reference.
 
     Evaluations are this project's, so that tables compare; the training lines are TRL's own. What differs: TRL's SFT
@@ -38,29 +38,29 @@ def fit_with_trl(
     nothing is saved before the end. Raises RecipeError for an objective that TRL's trainer does not have, and RunError
     when the loss stops being finite.
     """
-    insist_on_trls(job.recipe.objective)
-    if job.recipe.train.optim not in ("adamw_torch", "sgd") or job.recipe.lora.loraplus_lr_ratio is not None:
-        asked = "lora.loraplus_lr_ratio" if job.recipe.lora.loraplus_lr_ratio is not None else "train.optim"
+    check_trl_supports(context.recipe.objective)
+    if context.recipe.train.optim not in ("adamw_torch", "sgd") or context.recipe.lora.loraplus_lr_ratio is not None:
+        asked = "lora.loraplus_lr_ratio" if context.recipe.lora.loraplus_lr_ratio is not None else "train.optim"
         raise RecipeError(f'{asked} needs train.engine = "qlora_dpo" here; leave it out, or change the engine')
-    tracker.note(
+    run_log.info(
         f"engine: trl.DPOTrainer {version('trl')}, which asks the reference in every step and saves no checkpoint"
     )
-    if getattr(job.recipe.objective, "sft_weight", 0):
-        tracker.note("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
-    with TemporaryDirectory(prefix="qlora-dpo-trl-") as work, _forwards_restored(model):
-        trainer = make_trainer(model, job, tokenizer, work)
-        trainer.add_callback(_Follow(model, job, state, tracker))
+    if getattr(context.recipe.objective, "sft_weight", 0):
+        run_log.info("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
+    with TemporaryDirectory(prefix="qlora-dpo-trl-") as work, _restored_forwards(model):
+        trainer = create_trainer(model, context, tokenizer, work)
+        trainer.add_callback(_RunLogCallback(model, context, state, run_log))
         trainer.train()
     return model, state
 
 
-def make_trainer(model: PeftModel, job: Job, tokenizer: PreTrainedTokenizerBase, folder: str) -> Any:
+def create_trainer(model: PeftModel, context: TrainContext, tokenizer: PreTrainedTokenizerBase, folder: str) -> Any:
     """A stock DPOTrainer that will train the adapter of `model` on the job's pairs in the plan's order."""
-    first: dict[str, Tensor] = {name: parameter.data for name, parameter in trainable(model).items()}
+    first: dict[str, Tensor] = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
     # the trainer insists on tokenizing something: one row of text stands in for the pairs, which have their ids
     text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer: Any = DPOTrainer(
-        model=model, args=settings(job.recipe, job, folder), train_dataset=text, processing_class=tokenizer
+        model=model, args=dpo_config(context.recipe, context, folder), train_dataset=text, processing_class=tokenizer
     )
     # its reference is a copy of the adapter, unless there is none: then it is the base with the adapter off
     model.delete_adapter("ref")
@@ -70,21 +70,21 @@ def make_trainer(model: PeftModel, job: Job, tokenizer: PreTrainedTokenizerBase,
         if name in first:
             parameter.data = first[name]
     trainer.remove_callback(PrinterCallback)
-    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(_loader(job, trainer))
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(_data_loader(context, trainer))
     return trainer
 
 
-def settings(recipe: Recipe, job: Job, folder: str) -> Any:
+def dpo_config(recipe: Recipe, context: TrainContext, folder: str) -> Any:
     """The recipe in TRL's terms; whatever it does not name stays at the value that this project's loop has."""
-    train, dtype = recipe.train, job.device.compute_dtype
-    at_once = pairs_at_once(recipe)
+    train, dtype = recipe.train, context.device.compute_dtype
+    at_once = per_device_batch_size(recipe)
     return DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=train.batch_size // at_once,
         num_train_epochs=train.num_train_epochs,
-        max_steps=job.plan.total_steps,
-        **_objective(recipe.objective),
+        max_steps=context.data_order.total_steps,
+        **_objective_args(recipe.objective),
         max_length=None,
         disable_dropout=False,
         learning_rate=train.learning_rate,
@@ -97,7 +97,7 @@ def settings(recipe: Recipe, job: Job, folder: str) -> Any:
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing is True else None,
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
-        use_cpu=job.device.type == "cpu",
+        use_cpu=context.device.type == "cpu",
         seed=train.seed,
         logging_steps=train.logging_steps,
         logging_first_step=True,
@@ -109,10 +109,13 @@ def settings(recipe: Recipe, job: Job, folder: str) -> Any:
     )
 
 
-def insist_on_trls(table: Objective) -> None:
+def check_trl_supports(table: Objective) -> None:
     """Raise RecipeError unless `trl.DPOTrainer` computes the objective as the recipe means it."""
     why = ""
-    if not isinstance(table, Sigmoid | Robust | ExoPair | Plain | Aot | Discopop | Sum) or table.loss_type == "cal_dpo":
+    if (
+        not isinstance(table, Sigmoid | Robust | ExoPair | PlainLoss | Aot | Discopop | WeightedSum)
+        or table.loss_type == "cal_dpo"
+    ):
         why = f'loss_type = "{table.loss_type}", which TRL\'s DPOTrainer does not have'
     elif isinstance(table, Sigmoid) and table.label_smoothing:
         why = "label_smoothing, which TRL's sigmoid loss ignores"
@@ -125,10 +128,12 @@ def insist_on_trls(table: Objective) -> None:
         raise RecipeError(f'[objective] has {why}; leave it out, or set train.engine = "qlora_dpo"')
 
 
-def _objective(table: Any) -> dict[str, Any]:
+def _objective_args(table: Any) -> dict[str, Any]:
     """An objective that `insist_on_trls` lets pass, in the terms of DPOConfig."""
     weights = (
-        {str(name): share for name, share in table.losses.items()} if isinstance(table, Sum) else {table.loss_type: 1.0}
+        {str(name): share for name, share in table.losses.items()}
+        if isinstance(table, WeightedSum)
+        else {table.loss_type: 1.0}
     )
     if table.sft_weight:
         weights["sft"] = table.sft_weight
@@ -143,17 +148,17 @@ def _objective(table: Any) -> dict[str, Any]:
     }
 
 
-def pairs_at_once(recipe: Recipe) -> int:
+def per_device_batch_size(recipe: Recipe) -> int:
     """Pairs per micro-batch: the largest divisor of the batch that fits the token budget at full length, at least 1."""
     fitting = max(1, recipe.train.row_tokens // (2 * recipe.data.max_length))
     return max(n for n in range(1, min(fitting, recipe.train.batch_size) + 1) if recipe.train.batch_size % n == 0)
 
 
 @dataclass
-class PlannedOrder:
+class DataOrderSampler:
     """A sampler that gives the plan's order of each epoch; the trainer says which epoch begins."""
 
-    plan: Plan
+    data_order: DataOrder
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -161,28 +166,28 @@ class PlannedOrder:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(self.plan.pairs, self.plan.seed, self.epoch))
+        return iter(epoch_permutation(self.data_order.num_pairs, self.data_order.seed, self.epoch))
 
     def __len__(self) -> int:
-        return self.plan.pairs
+        return self.data_order.num_pairs
 
 
-def _loader(job: Job, trainer: Any) -> DataLoader[Any]:
+def _data_loader(context: TrainContext, trainer: Any) -> DataLoader[Any]:
     """The job's token ids in the plan's order, laid out by TRL's own collator."""
     rows: Any = [
         {"prompt_ids": list(pair.prompt), "chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected)}
-        for pair in job.train.pairs
+        for pair in context.train.pairs
     ]
     return DataLoader(
         rows,
         batch_size=trainer.args.per_device_train_batch_size,
-        sampler=PlannedOrder(job.plan),
+        sampler=DataOrderSampler(context.data_order),
         collate_fn=trainer.data_collator,
     )
 
 
 @contextmanager
-def _forwards_restored(model: PeftModel) -> Iterator[None]:
+def _restored_forwards(model: PeftModel) -> Iterator[None]:
     """Take back the `forward` that TRL and accelerate put on the model, so that it computes as before."""
     modules = [model, model.get_base_model()]
     before = [vars(module).get("forward") for module in modules]
@@ -195,27 +200,27 @@ def _forwards_restored(model: PeftModel) -> Iterator[None]:
                 module.forward = forward
 
 
-class _Follow(TrainerCallback):  # type: ignore[misc]
+class _RunLogCallback(TrainerCallback):  # type: ignore[misc]
     """Evaluates where this project's loop would, and hands TRL's own records to the tracker."""
 
-    def __init__(self, model: PeftModel, job: Job, state: State, tracker: Tracker) -> None:
-        self.model, self.job, self.state, self.tracker = model, job, state, tracker
+    def __init__(self, model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog) -> None:
+        self.model, self.context, self.state, self.run_log = model, context, state, run_log
         self.pairs, self.since = 0, time.monotonic()
 
     def on_train_begin(self, args: Any, trl_state: Any, control: Any, **more: Any) -> None:
-        evaluate_now(self.model, self.job, self.state, self.tracker)
+        run_evaluation(self.model, self.context, self.state, self.run_log)
         self.since = time.monotonic()
 
     def on_step_end(self, args: Any, trl_state: Any, control: Any, **more: Any) -> None:
-        step, plan = trl_state.global_step, self.job.plan
-        self.pairs += len(plan.indices(step))
+        step, plan = trl_state.global_step, self.context.data_order
+        self.pairs += len(plan.batch_indices(step))
         self.state.step = step
-        self.tracker.step(step)
+        self.run_log.step(step)
         last = step == plan.total_steps
         control.should_log = control.should_log or last
-        if last or due(step, self.job.recipe.train.eval_steps, plan.ends_epoch(step)):
+        if last or is_due(step, self.context.recipe.train.eval_steps, plan.ends_epoch(step)):
             began = time.monotonic()
-            evaluate_now(self.model, self.job, self.state, self.tracker)
+            run_evaluation(self.model, self.context, self.state, self.run_log)
             self.since += time.monotonic() - began
         if self.state.stopped:
             control.should_training_stop = control.should_log = True
@@ -230,18 +235,18 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         state.seconds += seconds
         state.num_tokens += tokens
         names = {name: value for name, value in logs.items() if name != "epoch"}
-        if not getattr(self.job.recipe.objective, "sft_weight", 0):
+        if not getattr(self.context.recipe.objective, "sft_weight", 0):
             names["preference_loss"] = logs["loss"]
-        self.tracker.train(
+        self.run_log.log_train(
             {
                 "step": step,
-                "epoch": self.job.plan.epoch(step),
+                "epoch": self.context.data_order.epoch(step),
                 **names,
                 "num_tokens": state.num_tokens,
                 "pairs_per_second": self.pairs / seconds,
                 "tokens_per_second": tokens / seconds,
                 "seconds": state.seconds,
-                "memory_bytes": peak_bytes(self.job.device),
+                "memory_bytes": peak_memory_bytes(self.context.device),
             }
         )
         self.pairs, self.since = 0, time.monotonic()

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.recipe.watch import Sign, WatchTable
-from qlora_dpo.wilson import wilson
+from qlora_dpo.recipe.watch import WarningName, WatchTable
+from qlora_dpo.wilson import wilson_interval
 
-STUCK_NATS = 1e-3
+MIN_LOSS_CHANGE = 1e-3
 """A held-out loss that has moved by less, a quarter of the run or more after its start, has not moved."""
 
-Record = Mapping[str, Any]
+EvalRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Course:
+class RunHistory:
     """What is known of a run at an evaluation, which is the last of `evals`."""
 
     evals: list[dict[str, Any]]
@@ -25,15 +25,15 @@ class Course:
     skipped_steps: int = 0
 
 
-def signs(course: Course, table: WatchTable) -> dict[Sign, str]:
+def find_warnings(history: RunHistory, table: WatchTable) -> dict[WarningName, str]:
     """The signs that the newest evaluation shows, each with its sentence."""
-    return dict(_signs(course, table)) if course.evals[-1]["step"] > course.evals[0]["step"] else {}
+    return dict(_iter_warnings(history, table)) if history.evals[-1]["step"] > history.evals[0]["step"] else {}
 
 
-def _signs(course: Course, table: WatchTable) -> Iterator[tuple[Sign, str]]:
-    first, now = course.evals[0], course.evals[-1]
-    done = now["step"] / course.total_steps
-    if (best := _rises(course.evals)) is not None:
+def _iter_warnings(history: RunHistory, table: WatchTable) -> Iterator[tuple[WarningName, str]]:
+    first, now = history.evals[0], history.evals[-1]
+    done = now["step"] / history.total_steps
+    if (best := _best_before_overfitting(history.evals)) is not None:
         yield (
             "eval_loss_rises",
             f"the held-out loss rose twice, from {best['eval_loss']:.4f} at step {best['step']} to "
@@ -53,7 +53,7 @@ def _signs(course: Course, table: WatchTable) -> Iterator[tuple[Sign, str]]:
             f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, so other abilities "
             "may suffer; raise objective.beta, or lower train.learning_rate",
         )
-    if done >= 0.5 and (rival := _rival(now, course.baselines)):
+    if done >= 0.5 and (rival := _indistinguishable_baseline(now, history.baselines)):
         yield (
             "accuracy_in_noise",
             f"the held-out accuracy {now['eval_rewards/accuracies']:.3f} of {now['eval_pairs']} pairs cannot be told "
@@ -71,21 +71,21 @@ def _signs(course: Course, table: WatchTable) -> Iterator[tuple[Sign, str]]:
             f"{now['eval_vanishing']:.0%} of the pairs since the last evaluation had less than a twentieth of the "
             "first step's gradient: little is left to learn from them; stop here, or lower objective.beta",
         )
-    if done >= 0.25 and abs(now["eval_loss"] - first["eval_loss"]) < STUCK_NATS:
+    if done >= 0.25 and abs(now["eval_loss"] - first["eval_loss"]) < MIN_LOSS_CHANGE:
         yield (
             "stuck",
             f"the held-out loss {now['eval_loss']:.4f} is still that of step {first['step']}; raise "
             "train.learning_rate (5e-6 to 1e-4 are usual), or look at the labels with `qlora-dpo data lint`",
         )
-    if course.skipped_steps > table.skipped_share * now["step"]:
+    if history.skipped_steps > table.skipped_share * now["step"]:
         yield (
             "skipped_steps",
-            f"{course.skipped_steps} of {now['step']} steps were skipped, since their gradients overflowed in fp16; "
+            f"{history.skipped_steps} of {now['step']} steps were skipped, since their gradients overflowed in fp16; "
             'lower train.learning_rate, or set model.dtype = "fp32"',
         )
 
 
-def _rises(evals: list[dict[str, Any]]) -> Record | None:
+def _best_before_overfitting(evals: list[dict[str, Any]]) -> EvalRecord | None:
     """The best evaluation, if the last two each have a higher loss than the one before, beyond their own error.
 
     The training loss must have fallen meanwhile; one and the same bar for both would miss an overfitted model whose
@@ -101,9 +101,9 @@ def _rises(evals: list[dict[str, Any]]) -> Record | None:
     return best if rises and falls and now["eval_loss"] - best["eval_loss"] > error else None
 
 
-def _rival(now: Record, baselines: Mapping[str, float]) -> str:
+def _indistinguishable_baseline(now: EvalRecord, baselines: Mapping[str, float]) -> str:
     """What a 95 % interval around the accuracy does not tell apart from it; empty if nothing."""
-    low, high = wilson(now["eval_rewards/accuracies"] * now["eval_pairs"], now["eval_pairs"])
+    low, high = wilson_interval(now["eval_rewards/accuracies"] * now["eval_pairs"], now["eval_pairs"])
     by_length = {f"picking the {which} answer ({share:.3f})": share for which, share in baselines.items()}
     rivals = {"a coin (0.500)": 0.5, **{name: share for name, share in by_length.items() if share > 0.5}}
     return next((name for name, share in rivals.items() if low <= share <= high), "")

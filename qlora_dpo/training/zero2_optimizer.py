@@ -19,20 +19,20 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import deepspeed_engine, processes
 from qlora_dpo.recipe.train import TrainTable
 
-ELEMENTWISE = ("adamw_torch", "sgd")
+ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "sgd")
 """Optimizers that step a stretch of all weights in a row as they step the weights' matrices."""
 
 
-def insist_on_elementwise(table: TrainTable) -> None:
+def check_elementwise(table: TrainTable) -> None:
     """Raise RecipeError for an optimizer whose state cannot be shared out."""
-    if table.optim not in ELEMENTWISE:
+    if table.optim not in ELEMENTWISE_OPTIMIZERS:
         raise RecipeError(
             f'train.optim = "{table.optim}" cannot be shared out by ZeRO-2, which cuts matrices anywhere; take '
             '"adamw_torch", or recipes/accelerate/ddp.yaml'
         )
 
 
-class SharedOptimizer:
+class Zero2Optimizer:
     """An optimizer of `parameters`, of whose state each process keeps its part, what it has so far included.
 
     The optimizer's groups stay its own, with DeepSpeed's stretches of float32 weights in place of the parameters.
@@ -46,11 +46,13 @@ class SharedOptimizer:
         self.optimizer, self.groups = optimizer, [list(group["params"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["params"] = [self.own[each] for each in group["params"]]
-        self.engine = deepspeed_engine.start(2, device, model=_Weights(list(self.own.values())), optimizer=optimizer)
-        for each, own in self.own.items():
-            each.data = own.data  # a place in DeepSpeed's row of all weights, which its steps fill
+        self.engine = deepspeed_engine.initialize_engine(
+            2, device, model=_AdapterWeights(list(self.own.values())), optimizer=optimizer
+        )
+        for each, engine_parameters in self.own.items():
+            each.data = engine_parameters.data  # a place in DeepSpeed's row of all weights, which its steps fill
         if so_far:
-            self._put(so_far)
+            self._load_state(so_far)
 
     def step(self) -> None:
         """Take a step by the parameters' gradients, which are the same in all processes."""
@@ -67,18 +69,18 @@ class SharedOptimizer:
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """The whole state by parameter, as the optimizer alone would have it; all processes ask for it together."""
-        self._link()
-        with processes.with_the_others():
+        self._link_states()
+        with processes.collective_errors():
             return {
                 each: {
                     key: safe_get_full_optimizer_state(self.own[each], key) if value.dim() else value.clone()
                     for key, value in self.optimizer.state[stretch].items()
                 }
-                for members, stretch in zip(self.groups, self._stretches(), strict=True)
+                for members, stretch in zip(self.groups, self._flat_partitions(), strict=True)
                 for each in members
             }
 
-    def _put(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+    def _load_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Make the whole `state` this one."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
@@ -86,8 +88,8 @@ class SharedOptimizer:
         self.step()  # moves nothing, and then there is a state to be filled
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self._link()
-        for members, stretch in zip(self.groups, self._stretches(), strict=True):
+        self._link_states()
+        for members, stretch in zip(self.groups, self._flat_partitions(), strict=True):
             for each in members:
                 for key, value in state[each].items():
                     if value.dim():
@@ -95,18 +97,18 @@ class SharedOptimizer:
                     else:
                         self.optimizer.state[stretch][key] = value.clone()
 
-    def _link(self) -> None:
+    def _link_states(self) -> None:
         """Let DeepSpeed find each weight's part of the state; by itself it does so for the first group alone."""
-        for members, stretch in zip(self.groups, self._stretches(), strict=True):
+        for members, stretch in zip(self.groups, self._flat_partitions(), strict=True):
             own = [self.own[each] for each in members]
             lazy_init_hp_params_optimizer_state(own, stretch, self.optimizer.state)
 
-    def _stretches(self) -> list[Tensor]:
+    def _flat_partitions(self) -> list[Tensor]:
         """The stretch that is this process's of the float32 weights of each group."""
         return [group["params"][0] for group in self.optimizer.param_groups]
 
 
-class _Weights(nn.Module):
+class _AdapterWeights(nn.Module):
     """The adapter's weights, for DeepSpeed the whole model."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -27,8 +27,8 @@ TOKENS = 40
 
 def main() -> None:
     """Answer every prompt and write both files."""
-    table = recipe.load(str(HERE.parent / "quickstart.toml")).recipe.model
-    source, here = sources.fetch(table), device.choose("fp32")
+    table = recipe.load_recipe(str(HERE.parent / "quickstart.toml")).recipe.model
+    source, here = sources.fetch_model(table), device.select_device("fp32")
     tokenizer, model = base.load_tokenizer(source), base.load_base(source, table, here)
     asks = [json.loads(line) for line in (HERE / "asks.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [cut(text) for text in generate(model, tokenizer, [ask["prompt"] for ask in asks], seed=None)]

@@ -18,17 +18,17 @@ from transformers import set_seed
 
 from qlora_dpo.adapter import save_adapter
 from qlora_dpo.errors import QloraDpoError, RunError
-from qlora_dpo.files import whole_folder
-from qlora_dpo.manifest import MANIFEST, damage
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.run_folder import CONFIG, WEIGHTS
-from qlora_dpo.training.checkpoint.integrity import verify
-from qlora_dpo.training.checkpoint.save import State, newest_valid, save_checkpoint
+from qlora_dpo.files import atomic_folder
+from qlora_dpo.manifest import MANIFEST, find_damage
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
+from qlora_dpo.training.checkpoint.save import TrainState, newest_valid, save_checkpoint
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 
 FAULTS = pytest.mark.parametrize("fault", ["killed", "torn", "full"])
-START = State(0, {}, {"base": "base", "pairs": "pairs"})
+START = TrainState(0, {}, {"base": "base", "pairs": "pairs"})
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(step: int) -> tuple[PeftModel, torch.optim.Optimizer]:
     """A model and an optimizer whose tensors no other step has."""
     model = jobs.stirred(jobs.fresh(jobs.recipe()), seed=step)
-    optimizer = torch.optim.AdamW(trainable(model).values())
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values())
     torch.manual_seed(step)
-    for parameter in trainable(model).values():
+    for parameter in trainable_parameters(model).values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     return model, optimizer
@@ -124,18 +124,18 @@ def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, tmp_path: 
     for folder, model in zip(folders, models, strict=True):
         folder.mkdir()
         save_adapter(folder, model, jobs.tiny.tokenizer(), jobs.source())
-    known = [(folder / WEIGHTS).read_bytes() for folder in folders]
+    known = [(folder / ADAPTER_SAFE_WEIGHTS_NAME).read_bytes() for folder in folders]
     run, usable = tmp_path / "run", 0
     for point in count(1):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(folders[0], run)
         if not struck(lambda: save_adapter(run, models[1], jobs.tiny.tokenizer(), jobs.source()), point, fault, run):
             break
-        if not (run / CONFIG).is_file():
+        if not (run / ADAPTER_CONFIG_NAME).is_file():
             continue  # it counts as no adapter
-        found = known.index((run / WEIGHTS).read_bytes())
+        found = known.index((run / ADAPTER_SAFE_WEIGHTS_NAME).read_bytes())
         if (run / MANIFEST).is_file():
-            assert damage(run, needed=WEIGHTS) == "", point
+            assert find_damage(run, required=ADAPTER_SAFE_WEIGHTS_NAME) == "", point
         else:
             assert found == 1, point  # all files are new ones; only their list is missing
         usable += 1
@@ -146,7 +146,7 @@ def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, tmp_path: 
 @FAULTS
 def test_a_whole_folder_is_there_with_all_its_files_or_not_at_all(fault: Fault, tmp_path: Path) -> None:
     def fill() -> None:
-        with whole_folder(tmp_path / "merged") as temporary:
+        with atomic_folder(tmp_path / "merged") as temporary:
             for name in ("a", "b"):
                 (temporary / name).write_bytes(bytes(1000))
 
@@ -172,9 +172,9 @@ def test_every_one_of_1000_bit_flips_is_found(history: Path, tmp_path: Path) -> 
         broken = bytearray(whole)
         broken[where // 8] ^= 1 << where % 8
         file.write_bytes(broken)
-        assert verify(folder), (file.name, where)
+        assert checkpoint_damage(folder), (file.name, where)
         file.write_bytes(whole)
-    assert verify(folder) == ""
+    assert checkpoint_damage(folder) == ""
 
 
 def test_a_truncated_missing_or_swapped_file_is_named(history: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_truncated_missing_or_swapped_file_is_named(history: Path, tmp_path: P
                 (folder / name).unlink()
             else:
                 (folder / name).write_bytes(content)
-            found = verify(folder)
+            found = checkpoint_damage(folder)
             # another step's manifest is whole in itself: then what it lists does not fit
             assert name in found or (name == "manifest.json" and found), (name, what)
 
@@ -203,8 +203,8 @@ def _lengths(whole: int) -> list[int]:
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     model = jobs.stirred(jobs.fresh(jobs.recipe()))
-    optimizer = torch.optim.AdamW(trainable(model).values())
-    name, parameter = next(iter(trainable(model).items()))
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values())
+    name, parameter = next(iter(trainable_parameters(model).items()))
     parameter.data[0, 0] = float("inf")
     with pytest.raises(RunError) as error:
         save_checkpoint(tmp_path, copy.deepcopy(START), model, optimizer.state)
@@ -230,4 +230,4 @@ def test_a_manifest_that_names_files_elsewhere_is_damaged(history: Path, tmp_pat
     shutil.copytree(history / "3" / "checkpoints" / "step-000003", folder)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"state.json"', '"../state.json"'))
-    assert verify(folder) == "manifest.json names a file outside of the folder"
+    assert checkpoint_damage(folder) == "manifest.json names a file outside of the folder"

@@ -9,7 +9,7 @@ import pytest
 from crash import forked
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.lock import LOCK, held
+from qlora_dpo.lock import LOCK_FILE, lock_folder
 
 
 def child(act: Callable[[], int]) -> int:
@@ -41,7 +41,7 @@ def test_of_four_runs_that_start_at_once_exactly_one_gets_the_folder(tmp_path: P
                 os.close(each)
             os.read(start, 1)  # returns for all at once, when the parent closes its end
             try:
-                with held(folder, lambda words: None):
+                with lock_folder(folder, lambda words: None):
                     os.read(end, 1)
                     return 0
             except RunError:
@@ -60,11 +60,11 @@ def test_of_four_runs_that_start_at_once_exactly_one_gets_the_folder(tmp_path: P
 
 
 def test_the_owner_is_named_to_who_comes_later(tmp_path: Path) -> None:
-    with held(tmp_path, pytest.fail):
+    with lock_folder(tmp_path, pytest.fail):
 
         def second() -> int:
             try:
-                with held(tmp_path, lambda words: None):
+                with lock_folder(tmp_path, lambda words: None):
                     return 0
             except RunError as error:
                 (tmp_path / "said").write_text(str(error))
@@ -79,14 +79,14 @@ def test_the_owner_is_named_to_who_comes_later(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_dead_run_is_taken_over_and_said(tmp_path: Path) -> None:
     def dies() -> int:
-        with held(tmp_path, lambda words: None):
+        with lock_folder(tmp_path, lambda words: None):
             os._exit(9)
 
     pid = child(dies)
     assert code_of(pid) == 9
-    assert (tmp_path / LOCK).is_file()
+    assert (tmp_path / LOCK_FILE).is_file()
     said: list[str] = []
-    with held(tmp_path, said.append):
+    with lock_folder(tmp_path, said.append):
         assert said[0].startswith(f"{tmp_path}: taken over from process {pid} on {socket.gethostname()[:64]} (since 20")
         assert said[0].endswith("), which ended without leaving")
     assert list(tmp_path.iterdir()) == []
@@ -94,6 +94,6 @@ def test_the_lock_of_a_dead_run_is_taken_over_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 50])
 def test_a_lock_file_with_nonsense_in_it_is_no_lock(content: str, tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text(content)
-    with held(tmp_path, pytest.fail):
+    (tmp_path / LOCK_FILE).write_text(content)
+    with lock_folder(tmp_path, pytest.fail):
         pass

@@ -9,8 +9,8 @@ import jobs
 import pytest
 from crash import Fault, struck
 
-from qlora_dpo.deploy.merge import merge, open_for_merge
-from qlora_dpo.manifest import damage
+from qlora_dpo.deploy.merge import merge_adapter, open_for_merge
+from qlora_dpo.manifest import find_damage
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 
@@ -30,14 +30,14 @@ def test_a_merged_folder_is_whole_or_not_there(
         if not struck(lambda: write(opened, home / "model"), point, fault, home):
             break
         if (home / "model").exists():
-            assert damage(home / "model", needed="config.json") == "", point
-    assert damage(home / "model", needed="config.json") == ""
+            assert find_damage(home / "model", required="config.json") == "", point
+    assert find_damage(home / "model", required="config.json") == ""
     assert point > 15
     print(f"{fault}: every {every} of {point} points")
 
 
 def write(opened: object, folder: Path) -> None:
-    merge(opened, folder, "trained", "fp32", lambda written: {"kl": 0.0, **FIGURES})  # type: ignore[arg-type]
+    merge_adapter(opened, folder, "trained", "fp32", lambda written: {"kl": 0.0, **FIGURES})  # type: ignore[arg-type]
 
 
 FIGURES = {

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.errors import DataError, RunError
-from qlora_dpo.model.lora import trainable
+from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe.data import DataTable
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import train_step
-from qlora_dpo.training.loop import Job, fit
+from qlora_dpo.training.loop import TrainContext, train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -28,22 +28,22 @@ AT = 3
 """The step in which something is planted; each step before it is saved."""
 
 
-def in_loss(model: PeftModel, job: Job, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = train_step.objective
+def in_loss(model: PeftModel, job: TrainContext, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train_step.compute_losses
 
     def planted(*given: Any) -> Any:
         losses = plain(*given)
         return replace(losses, total_P=losses.total_P * value)
 
-    monkeypatch.setattr(train_step, "objective", planted)
+    monkeypatch.setattr(train_step, "compute_losses", planted)
 
 
-def in_gradient(model: PeftModel, job: Job, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    list(trainable(model).values())[3].register_hook(lambda gradient: gradient.sign() * value)
+def in_gradient(model: PeftModel, job: TrainContext, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(trainable_parameters(model).values())[3].register_hook(lambda gradient: gradient.sign() * value)
 
 
-def in_weight(model: PeftModel, job: Job, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    list(trainable(model).values())[2].data[0, 0] = value
+def in_weight(model: PeftModel, job: TrainContext, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(trainable_parameters(model).values())[2].data[0, 0] = value
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
@@ -54,8 +54,8 @@ def test_a_run_ends_by_name_and_saves_nothing_that_is_not_finite(
     what = jobs.recipe(train={"save_steps": 1, "num_train_epochs": 4})
     model = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
-    rows = ", ".join(str(job.train.pairs[i].row) for i in job.plan.indices(AT))
-    tracker = Tracker(tmp_path, job.plan.total_steps)
+    rows = ", ".join(str(job.train.pairs[i].row) for i in job.data_order.batch_indices(AT))
+    tracker = RunLog(tmp_path, job.data_order.total_steps)
     said, weights = tracker.step, dict[str, torch.Tensor]()
 
     def step(number: int) -> None:
@@ -66,7 +66,7 @@ def test_a_run_ends_by_name_and_saves_nothing_that_is_not_finite(
 
     monkeypatch.setattr(tracker, "step", step)
     with tracker, pytest.raises(RunError) as error:
-        fit(model, job, jobs.start(job), tracker)
+        train_loop(model, job, jobs.start(job), tracker)
     told = str(error.value)
     assert error.value.exit_code == 1
     if plant is in_weight:  # a weight of 3e38 is finite, and is found by what it does, at the next save or step

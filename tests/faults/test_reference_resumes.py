@@ -17,11 +17,11 @@ from two_stages import train as whole_run
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.manifest import write_manifest
-from qlora_dpo.preference.reference_adapter import Held, copied
+from qlora_dpo.preference.reference_adapter import ReferenceAdapter, clone_adapter
 from qlora_dpo.recipe.reference import EmaReference
-from qlora_dpo.tracking.run_log import METRICS, Tracker, read
-from qlora_dpo.training.checkpoint.save import REFERENCE, newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
+from qlora_dpo.training.checkpoint.save import REFERENCE_FILE, newest_valid
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -39,14 +39,14 @@ def train(folder: Path, steps: int, stop_at: int | None = None) -> tuple[dict[st
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder, heldout=2)
-    weights = copied(model)
-    job = replace(job, held=Held(weights, table))
+    weights = clone_adapter(model)
+    job = replace(job, reference_adapter=ReferenceAdapter(weights, table))
     try:
         newest = newest_valid(folder)[0]
     except RunError:
         newest = None
         torch.manual_seed(1)
-    with Tracker(folder, job.plan.total_steps) as tracker:
+    with RunLog(folder, job.data_order.total_steps) as tracker:
         said = tracker.step
 
         def step(number: int) -> None:
@@ -55,7 +55,7 @@ def train(folder: Path, steps: int, stop_at: int | None = None) -> tuple[dict[st
                 os.kill(os.getpid(), signal.SIGTERM)
 
         tracker.step = step  # type: ignore[method-assign]
-        fit(model, job, jobs.start(job), tracker, newest)
+        train_loop(model, job, jobs.start(job), tracker, newest)
     return jobs.adapter(model), weights
 
 
@@ -66,18 +66,18 @@ def same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("steps", [1, 3])
 def test_stopped_after_any_step_policy_and_reference_end_with_the_same_bytes(steps: int, tmp_path: Path) -> None:
     adapter, reference = train(tmp_path / "whole", steps)
-    evals = [_untimed(line) for line in read(tmp_path / "whole" / METRICS) if line["kind"] == "eval"]
+    evals = [_untimed(line) for line in read_metrics(tmp_path / "whole" / METRICS) if line["kind"] == "eval"]
     assert not same(reference, adapter)
     for stop_at in (1, 3, 7, 11):
         folder = tmp_path / f"stopped-{stop_at}"
         with pytest.raises(Interrupted):
             train(folder, steps, stop_at)
         (checkpoint,) = (folder / "checkpoints").iterdir()
-        assert (checkpoint / REFERENCE).is_file()
+        assert (checkpoint / REFERENCE_FILE).is_file()
         again = train(folder, steps)
         assert same(again[0], adapter)
         assert same(again[1], reference)
-        last = [_untimed(line) for line in read(folder / METRICS) if line["kind"] == "eval"][-1]
+        last = [_untimed(line) for line in read_metrics(folder / METRICS) if line["kind"] == "eval"][-1]
         assert last == evals[-1]
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(tmp_path, 1, stop_at=2)
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    (checkpoint / REFERENCE).unlink()
+    (checkpoint / REFERENCE_FILE).unlink()
     with pytest.raises(RunError, match=r"reference\.safetensors is missing"):
         newest_valid(tmp_path)
     write_manifest(checkpoint, [file for file in checkpoint.iterdir() if file.name != "manifest.json"])
@@ -99,7 +99,7 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
 def test_a_reference_that_stays_is_in_no_checkpoint(tmp_path: Path) -> None:
     whole_run(tmp_path / "run", train={"save_steps": 1})
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert not (checkpoint / REFERENCE).exists()
+    assert not (checkpoint / REFERENCE_FILE).exists()
 
 
 def test_a_run_beside_another_adapter_than_before_is_refused(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_dpo.errors import Interrupted, RunError
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.save import newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -49,7 +49,7 @@ def train(folder: Path, stop_at: int | None = None, **changes: Any) -> dict[str,
     except RunError:
         newest = None
         torch.manual_seed(1)
-    with Tracker(folder, job.plan.total_steps) as tracker:
+    with RunLog(folder, job.data_order.total_steps) as tracker:
         said = tracker.step
 
         def step(number: int) -> None:
@@ -58,7 +58,7 @@ def train(folder: Path, stop_at: int | None = None, **changes: Any) -> dict[str,
                 os.kill(os.getpid(), signal.SIGTERM)
 
         tracker.step = step  # type: ignore[method-assign]
-        fit(model, job, jobs.start(job), tracker, newest)
+        train_loop(model, job, jobs.start(job), tracker, newest)
     return jobs.adapter(model)
 
 

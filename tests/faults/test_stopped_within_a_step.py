@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.preference.pack import micro_batches
-from qlora_dpo.tracking.run_log import Tracker
+from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import train_step as steps
 from qlora_dpo.training.checkpoint.save import newest_valid
-from qlora_dpo.training.loop import fit
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -34,7 +34,7 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, **tab
     folder.mkdir(exist_ok=True)
     model = jobs.fresh(what)
     job = jobs.job(model, what, folder, heldout=2)
-    passes, whole = 0, steps.score
+    passes, whole = 0, steps.score_batch
 
     def score(*arguments: Any, **named: Any) -> Any:
         nonlocal passes
@@ -48,9 +48,9 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, **tab
     except RunError:
         newest = None
         torch.manual_seed(1)
-    with Tracker(folder, job.plan.total_steps) as tracker, monkeypatch.context() as patched:
-        patched.setattr(steps, "score", score)
-        fit(model, job, jobs.start(job), tracker, newest)
+    with RunLog(folder, job.data_order.total_steps) as tracker, monkeypatch.context() as patched:
+        patched.setattr(steps, "score_batch", score)
+        train_loop(model, job, jobs.start(job), tracker, newest)
     return jobs.adapter(model)
 
 

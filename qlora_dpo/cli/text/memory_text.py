@@ -4,48 +4,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_dpo.model.device import Device
-from qlora_dpo.planning.memory_advice import Way
-from qlora_dpo.planning.memory_estimate import Memory
+from qlora_dpo.planning.memory_advice import MemoryFix
+from qlora_dpo.planning.memory_estimate import MemoryEstimate
 
 GIB = 2**30
-SHOWN = 0.01 * GIB
+MIN_SHOWN_BYTES = 0.01 * GIB
 """Bytes of a part below which `train` counts it to the others."""
 
 
-def by_part(memory: Memory) -> list[str]:
+def memory_lines(memory: MemoryEstimate) -> list[str]:
     """The verdict, then each part, then what the process takes beside it."""
     fits = "fits" if memory.fits else "does not fit"
     return [
-        f"{fits}: {memory.needed / GIB:.2f} GiB of {memory.free / GIB:.2f} GiB that are free",
-        *(f"{size / GIB:6.2f} GiB  {part}" for part, size in memory.parts.items()),
-        *([memory.smaller] if memory.smaller else []),
-        *_process(memory),
+        f"{fits}: {memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free",
+        *(f"{size / GIB:6.2f} GiB  {part}" for part, size in memory.bytes_by_part.items()),
+        *([memory.smaller_rows_reason] if memory.smaller_rows_reason else []),
+        *_process_lines(memory),
     ]
 
 
-def _process(memory: Memory) -> list[str]:
-    if not memory.own:
+def _process_lines(memory: MemoryEstimate) -> list[str]:
+    if not memory.process_bytes:
         return []
-    loading = ", while the weights are read" if memory.loading > memory.needed else ""
+    loading = ", while the weights are read" if memory.loading_bytes > memory.needed else ""
     return [
-        f"the process: {memory.peak / GIB:.2f} GiB at most{loading}, with the {memory.own / GIB:.2f} GiB of Python, "
+        f"the process: {memory.peak_bytes / GIB:.2f} GiB at most{loading}, with the {memory.process_bytes / GIB:.2f} GiB of Python, "
         "its libraries and the data, which are taken already"
     ]
 
 
-def in_a_line(memory: Memory) -> str:
+def memory_line(memory: MemoryEstimate) -> str:
     """The plan, from its largest part down."""
-    shown = sorted(((size, part) for part, size in memory.parts.items() if size >= SHOWN), reverse=True)
+    shown = sorted(
+        ((size, part) for part, size in memory.bytes_by_part.items() if size >= MIN_SHOWN_BYTES), reverse=True
+    )
     others = memory.needed - sum(size for size, _ in shown)
     told = [f"{part} {size / GIB:.2f}" for size, part in shown] + ([f"others {others / GIB:.2f}"] if others else [])
-    return f"memory      {memory.needed / GIB:.2f} GiB of {memory.free / GIB:.2f} GiB that are free: {'; '.join(told)}"
+    return f"memory      {memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free: {'; '.join(told)}"
 
 
-def does_not_fit(path: Path, memory: Memory, ways: Sequence[Way], device: Device) -> str:
+def does_not_fit_message(path: Path, memory: MemoryEstimate, fixes: Sequence[MemoryFix], device: Device) -> str:
     """What is missing, and what to change about it, each with what the run needs then."""
-    told = [f"{' with '.join(way.lines)} ({way.needed / GIB:.1f} GiB)" for way in ways]
+    told = [f"{' with '.join(way.recipe_lines)} ({way.needed_bytes / GIB:.1f} GiB)" for way in fixes]
     change = f"set {', or '.join(told)}, or" if told else "no line of the recipe makes it fit;"
     return (
-        f"{path}: needs {memory.needed / GIB:.1f} GiB and {device.name} has {memory.free / GIB:.1f} GiB free; "
+        f"{path}: needs {memory.needed / GIB:.1f} GiB and {device.name} has {memory.free_bytes / GIB:.1f} GiB free; "
         f"{change} take a smaller model or a larger card"
     )

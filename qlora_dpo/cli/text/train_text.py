@@ -10,37 +10,37 @@ import click
 from peft import PeftModel
 from rich.console import Console
 
-from qlora_dpo.data.audit import baselines
-from qlora_dpo.files import write_json, write_whole
+from qlora_dpo.data.audit import length_baselines
+from qlora_dpo.files import atomic_write, write_json
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.lora import adapter_off
+from qlora_dpo.model.lora import adapter_disabled
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.report.answer_counts import count_answers
-from qlora_dpo.report.next_commands import next_commands
-from qlora_dpo.report.samples import side_by_side
+from qlora_dpo.report.next_commands import format_next_commands
+from qlora_dpo.report.samples import samples_view
 from qlora_dpo.report.tables import answers_table, results_table
 from qlora_dpo.report.write import write_report
-from qlora_dpo.talk.generate import answers
-from qlora_dpo.tracking.run_log import Tracker
-from qlora_dpo.training.checkpoint.best import best
-from qlora_dpo.training.loop import Ask
-from qlora_dpo.training.run import Outcome, Prepared, timed
-from qlora_dpo.training.run_metadata import facts, rounded
+from qlora_dpo.talk.generate import generate_greedy
+from qlora_dpo.tracking.run_log import RunLog
+from qlora_dpo.training.checkpoint.best import best_step
+from qlora_dpo.training.loop import SampleFn
+from qlora_dpo.training.run import PreparedData, TrainingResult, timed
+from qlora_dpo.training.run_metadata import build_run_metadata, round_seconds
 
-Samples = list[dict[str, Any]]
+SampleRecords = list[dict[str, Any]]
 
 
-def answer(outcome: Outcome, recipe: Recipe, device: Device, tracker: Tracker) -> Samples:
+def generate_samples(outcome: TrainingResult, recipe: Recipe, device: Device, run_log: RunLog) -> SampleRecords:
     """Answers of base and tuned model to the first held-out prompts, as samples.jsonl holds them."""
     pairs = outcome.prepared.heldout.pairs[: recipe.samples.prompts]
     prompts = [pair.prompt for pair in pairs]
     tokenizer, limit = outcome.prepared.tokenizer, recipe.samples.max_new_tokens
-    with timed(outcome.seconds, "samples"), tracker.phase("answers", 2 * len(pairs)) as advance, device.autocast():
-        tuned = answers(outcome.model, tokenizer, prompts, limit)
+    with timed(outcome.seconds, "samples"), run_log.phase("answers", 2 * len(pairs)) as advance, device.autocast():
+        tuned = generate_greedy(outcome.model, tokenizer, prompts, limit)
         advance(len(pairs))
-        with adapter_off(outcome.model):
-            base = answers(outcome.model, tokenizer, prompts, limit)
+        with adapter_disabled(outcome.model):
+            base = generate_greedy(outcome.model, tokenizer, prompts, limit)
         advance(len(pairs))
     return [
         {
@@ -59,7 +59,7 @@ def answer(outcome: Outcome, recipe: Recipe, device: Device, tracker: Tracker) -
     ]
 
 
-def asker(prepared: Prepared, recipe: Recipe, device: Device) -> Ask | None:
+def make_sample_fn(prepared: PreparedData, recipe: Recipe, device: Device) -> SampleFn | None:
     """Lets the model answer the first held-out prompts at an evaluation, as the recipe wants it; None if it does not.
 
     The answers are greedy: no random draw of the training is moved by them.
@@ -69,9 +69,11 @@ def asker(prepared: Prepared, recipe: Recipe, device: Device) -> Ask | None:
         return None
     pairs = prepared.heldout.pairs[:count]
 
-    def ask(model: PeftModel) -> Samples:
+    def sample(model: PeftModel) -> SampleRecords:
         with device.autocast():
-            told = answers(model, prepared.tokenizer, [pair.prompt for pair in pairs], recipe.samples.max_new_tokens)
+            told = generate_greedy(
+                model, prepared.tokenizer, [pair.prompt for pair in pairs], recipe.samples.max_new_tokens
+            )
         return [
             {
                 "row": pair.row,
@@ -83,28 +85,28 @@ def asker(prepared: Prepared, recipe: Recipe, device: Device) -> Ask | None:
             for pair, each in zip(pairs, told, strict=True)
         ]
 
-    return ask
+    return sample
 
 
-def record_run(folder: Path, outcome: Outcome, recipe: Recipe, device: Device) -> dict[str, Any]:
+def write_run_metadata(folder: Path, outcome: TrainingResult, recipe: Recipe, device: Device) -> dict[str, Any]:
     """Write run.json and return what it holds."""
-    count = processes.count()
+    count = processes.world_size()
     several = ["--processes", str(count)] if count > 1 else []
-    run = facts(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:], *several]))
+    run = build_run_metadata(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:], *several]))
     write_json(folder / "run.json", run)
     return run
 
 
-def write_results(folder: Path, outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+def write_results(folder: Path, outcome: TrainingResult, samples: SampleRecords, recipe: Recipe) -> dict[str, Any]:
     """Write results.json, samples.jsonl and the report; returns what results.json holds."""
-    results = summary(outcome, samples, recipe)
+    results = results_record(outcome, samples, recipe)
     write_json(folder / "results.json", results)
-    write_whole(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
+    atomic_write(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
     write_report(folder, outcome.prepared.source.folder)
     return results
 
 
-def show(folder: Path, results: dict[str, Any], samples: Samples, recipe: Recipe) -> None:
+def print_result(folder: Path, results: dict[str, Any], samples: SampleRecords, recipe: Recipe) -> None:
     """Show the result and what to type next on stdout."""
     console = Console()
     console.print(results_table(results))
@@ -112,21 +114,21 @@ def show(folder: Path, results: dict[str, Any], samples: Samples, recipe: Recipe
         console.print(f"step {sign['step']}: {sign['sentence']}", style="yellow", markup=False, highlight=False)
     if recipe.samples.group_by or recipe.samples.count_matching:
         console.print(answers_table(results["answers"], samples))
-    console.print(side_by_side(samples, recipe.samples.show))
-    click.echo(next_commands(folder))
+    console.print(samples_view(samples, recipe.samples.show))
+    click.echo(format_next_commands(folder))
 
 
-def summary(outcome: Outcome, samples: Samples, recipe: Recipe) -> dict[str, Any]:
+def results_record(outcome: TrainingResult, samples: SampleRecords, recipe: Recipe) -> dict[str, Any]:
     """What results.json holds; `best` is by the recipe's metric_for_best_model."""
     evals = outcome.state.evals
     return {
         "evals": evals,
         "first": evals[0]["step"],
-        "best": best(evals, recipe.train.metric_for_best_model),
+        "best": best_step(evals, recipe.train.metric_for_best_model),
         "last": evals[-1]["step"],
-        "baselines": baselines(outcome.prepared.heldout.encoded),
+        "baselines": length_baselines(outcome.prepared.heldout.encoded),
         "pairs": {"train": len(outcome.prepared.train.encoded), "eval": len(outcome.prepared.heldout.encoded)},
         "signs": outcome.state.signs,
         "answers": count_answers(samples, recipe.samples.count_matching),
-        "seconds": rounded(outcome.seconds),
+        "seconds": round_seconds(outcome.seconds),
     }

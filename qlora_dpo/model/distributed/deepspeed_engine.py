@@ -14,38 +14,38 @@ from typing import Any
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 
-OLDEST = (0, 19)
+MIN_DEEPSPEED_VERSION = (0, 19)
 
 
-def insist_on_deepspeed() -> None:
+def require_deepspeed() -> None:
     """Raise RecipeError with the command that installs DeepSpeed if it is missing, or is older than what was tried."""
     try:
         found = version("deepspeed")
     except PackageNotFoundError:
         found = "not installed"
-    if found == "not installed" or tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+    if found == "not installed" or tuple(int(part) for part in found.split(".")[:2]) < MIN_DEEPSPEED_VERSION:
         raise RecipeError(
             f"accelerate's config file asks for DeepSpeed, which is {found}; "
-            f"install {'.'.join(map(str, OLDEST))} or newer with: pip install 'qlora_dpo[deepspeed]'"
+            f"install {'.'.join(map(str, MIN_DEEPSPEED_VERSION))} or newer with: pip install 'qlora_dpo[deepspeed]'"
         )
 
 
-def insist_on_unscaled(device: Device) -> None:
+def check_no_grad_scaler(device: Device) -> None:
     """Raise RecipeError where ZeRO-2 would be handed scaled gradients.
 
     Its optimizer holds stretches of all weights in a row instead of the adapter's weights, so a GradScaler finds no
     gradient to unscale: all would be clipped and stepped by as if they were 65,536 times as large.
     """
-    if device.grad_scaler:
+    if device.needs_grad_scaler:
         raise RecipeError(
             f"ZeRO-2 cannot step by the scaled gradients of fp16, in which {device.name} computes; take "
             'recipes/accelerate/ddp.yaml, set model.dtype = "fp32", or take GPUs with bf16'
         )
 
 
-def start(stage: int, device: Device, **what: Any) -> Any:
+def initialize_engine(stage: int, device: Device, **what: Any) -> Any:
     """DeepSpeed's engine of a model, with an optimizer or without one, among the processes that there are."""
-    insist_on_deepspeed()
+    require_deepspeed()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for a GPU, and warns
     config = {

@@ -11,29 +11,29 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 
 
-def split(body: nn.Module, layers: list[nn.Module], frozen: set[nn.Parameter], device: Device) -> None:
+def fsdp2_shard(body: nn.Module, layers: list[nn.Module], frozen: set[nn.Parameter], device: Device) -> None:
     """Leave this process its part of each of the `frozen` parameters, which lie in `layers`."""
-    mesh, reshard = init_device_mesh(device.type, (processes.count(),)), _reshards()
+    mesh, reshard = init_device_mesh(device.type, (processes.world_size(),)), _reshards()
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, ignored_params=set(layer.parameters()) - frozen)
     # the root, which holds nothing itself: what calls the body must not meet sharded layers without it
     fully_shard(body, mesh=mesh, reshard_after_forward=reshard, ignored_params=set(body.parameters()) - frozen)
 
 
-def held(parameter: nn.Parameter) -> Tensor:
+def fsdp2_local_tensor(parameter: nn.Parameter) -> Tensor:
     """The part of a parameter that this process holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def gather(body: nn.Module) -> None:
+def fsdp2_unshard(body: nn.Module) -> None:
     """Make every layer whole, and let it stay so."""
     for each in _sharded(body):
         each.set_reshard_after_forward(False, recurse=False)
         each.unshard()
 
 
-def split_again(body: nn.Module) -> None:
-    """Undo `gather`."""
+def fsdp2_reshard(body: nn.Module) -> None:
+    """Undo `fsdp2_unshard`."""
     for each in _sharded(body):
         each.set_reshard_after_forward(_reshards(), recurse=False)
         each.reshard()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import DistError
 
 from qlora_dpo.errors import (
-    LESS_MEMORY,
+    REDUCE_MEMORY_ADVICE,
     DoesNotFitError,
     ProcessEndedError,
     RecipeError,
@@ -26,33 +26,33 @@ from qlora_dpo.errors import (
     is_out_of_memory,
 )
 
-PATIENCE = timedelta(hours=6)
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others: as long as the first of them may need to read the data."""
 
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 
-def launched() -> int:
+def launched_world_size() -> int:
     """How many processes the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @cache
-def sharing() -> Literal["", "fsdp2", "zero2", "zero3"]:
+def sharding_strategy() -> Literal["", "fsdp2", "zero2", "zero3"]:
     """What accelerate's config file asks the processes to share out: the base's layers by FSDP2 or ZeRO-3
     (model/distributed/sharding.py), or the optimizer's state by ZeRO-2 (training/zero2_optimizer.py); empty if each has
     all.
 
     Raises RecipeError for what the file asks for and cannot be had.
     """
-    fsdp, deepspeed = (_says_true(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    fsdp, deepspeed = (_env_flag(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if fsdp and os.environ.get("FSDP_VERSION") != "2":
         raise RecipeError(
             "accelerate's config file asks for FSDP 1, which cannot shard beside a float32 adapter; write "
             "fsdp_version: 2, as recipes/accelerate/fsdp2-qlora.yaml does"
         )
-    if fsdp and _says_true("FSDP_OFFLOAD_PARAMS"):
+    if fsdp and _env_flag("FSDP_OFFLOAD_PARAMS"):
         raise RecipeError("accelerate's config file has fsdp_offload_params: true, which is not supported; write false")
     if deepspeed and stage not in ("2", "3"):
         raise RecipeError(
@@ -68,182 +68,184 @@ def sharing() -> Literal["", "fsdp2", "zero2", "zero3"]:
     # accelerate and transformers would do it by themselves, and what is shared out here is less: an adapter stays whole
     for kind in ("FSDP", "DEEPSPEED"):
         os.environ.pop(f"ACCELERATE_USE_{kind}", None)
-    if launched() == 1 or not (fsdp or deepspeed):
+    if launched_world_size() == 1 or not (fsdp or deepspeed):
         return ""
     return "fsdp2" if fsdp else "zero2" if stage == "2" else "zero3"
 
 
-def sharded() -> bool:
+def is_sharded() -> bool:
     """True if the base's layers are shared out: then each forward and each backward pass is one that all processes make
     together.
     """
-    return sharing() in ("fsdp2", "zero3")
+    return sharding_strategy() in ("fsdp2", "zero3")
 
 
-def _says_true(variable: str) -> bool:
+def _env_flag(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
-def begin(*, cpu: bool) -> None:
+def init_process_group(*, cpu: bool) -> None:
     """Find the others; alone, nothing is done."""
-    if launched() > 1 and not _begun():
-        _state(cpu=cpu, timeout=PATIENCE)
+    if launched_world_size() > 1 and not _is_initialized():
+        _partial_state(cpu=cpu, timeout=COLLECTIVE_TIMEOUT)
 
 
-def _state(**arguments: Any) -> Any:
+def _partial_state(**arguments: Any) -> Any:
     """Accelerate's own; imported where there are several processes, since a plan is printed without it."""
     from accelerate import PartialState
 
     return PartialState(**arguments)
 
 
-def _begun() -> bool:
+def _is_initialized() -> bool:
     """True if accelerate knows what this process runs on."""
     return "accelerate.state" in sys.modules and bool(sys.modules["accelerate.state"].PartialState._shared_state)
 
 
-def end() -> None:
+def destroy_process_group() -> None:
     """Take leave of the others."""
-    if count() > 1:
-        _state().destroy_process_group()
+    if world_size() > 1:
+        _partial_state().destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
-    return int(_state().num_processes) if _begun() else 1
+    return int(_partial_state().num_processes) if _is_initialized() else 1
 
 
-def index() -> int:
+def rank() -> int:
     """Which of them this one is, from 0."""
-    return int(_state().process_index) if _begun() else 0
+    return int(_partial_state().process_index) if _is_initialized() else 0
 
 
-def on_this_machine() -> int:
+def local_world_size() -> int:
     """How many of them share this machine's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_world_size() > 1 else 1
 
 
 def is_main() -> bool:
     """True for the process that writes and speaks; also for one that is alone."""
-    return index() == 0
+    return rank() == 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
-    if count() > 1:
-        with with_the_others():
-            _state().wait_for_everyone()
+    if world_size() > 1:
+        with collective_errors():
+            _partial_state().wait_for_everyone()
 
 
 @contextmanager
-def with_the_others() -> Iterator[None]:
+def collective_errors() -> Iterator[None]:
     """Say it in a sentence if one of them has ended."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise _ended() from error
+        raise _process_ended_error() from error
 
 
-def _ended() -> ProcessEndedError:
+def _process_ended_error() -> ProcessEndedError:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the launcher says to all now, and this one knows
     return ProcessEndedError(
         "another process of this run has ended; --resume goes on from the newest checkpoint, if there is one"
     )
 
 
-def why_sharded_work_ends(error: Exception) -> Exception:
+def sharded_run_error(error: Exception) -> Exception:
     """What to raise after `error` in a model that is sharded, where the others wait in the midst of a layer, so that
     nothing can be agreed on and done again.
     """
     if is_out_of_memory(error):
         return DoesNotFitError(
-            f"out of memory, and with sharded weights nothing can be done again in smaller rows; {LESS_MEMORY}"
+            f"out of memory, and with sharded weights nothing can be done again in smaller rows; {REDUCE_MEMORY_ADVICE}"
         )
-    return _ended() if isinstance(error, DistError) or "gloo" in str(error) else error
+    return _process_ended_error() if isinstance(error, DistError) or "gloo" in str(error) else error
 
 
 @contextmanager
-def main_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Let the first process of each machine go first, so that the others find in the cache what it has made."""
-    first = count() == 1 or _state().is_local_main_process
+    first = world_size() == 1 or _partial_state().is_local_main_process
     if not first:
-        wait()
+        barrier()
     yield
     if first:
-        wait()
+        barrier()
 
 
-def total(numbers: Sequence[float]) -> list[float]:
+def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
     """The sum of each number over all processes, in float64."""
-    if count() == 1:
+    if world_size() == 1:
         return list(numbers)
-    with with_the_others():
-        summed: list[float] = _reduce(_sent(torch.tensor(numbers, dtype=torch.float64)), "sum").tolist()
+    with collective_errors():
+        summed: list[float] = _reduce(_to_comm_device(torch.tensor(numbers, dtype=torch.float64)), "sum").tolist()
     return summed
 
 
-def any_of(flag: bool) -> bool:
+def all_reduce_any(flag: bool) -> bool:
     """True if `flag` is true in one of the processes."""
-    return total([float(flag)])[0] > 0
+    return all_reduce_sum([float(flag)])[0] > 0
 
 
-def all_or_none(work: Callable[[], Result]) -> Result:
+def run_or_raise_everywhere(work: Callable[[], ResultT]) -> ResultT:
     """Do `work`, which brings nothing together; raises MemoryError in every process if memory runs out in one."""
     failed, result = False, None
     try:
         result = work()
     except (RuntimeError, MemoryError) as error:
-        if sharded():
-            raise why_sharded_work_ends(error) from error
-        if count() == 1 or not is_out_of_memory(error):
+        if is_sharded():
+            raise sharded_run_error(error) from error
+        if world_size() == 1 or not is_out_of_memory(error):
             raise
         failed = True
     # out of the handler, since the error holds the frames, and with them all tensors
-    if any_of(failed):
+    if all_reduce_any(failed):
         raise MemoryError("out of memory in one of the processes")
     return result  # type: ignore[return-value]
 
 
-def of_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def all_gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows of each tensor from all processes, one process after another, in each of them and on its device."""
-    if count() == 1:
+    if world_size() == 1:
         return dict(tensors)
-    lengths = _lengths(len(next(iter(tensors.values()))))
-    with with_the_others():
-        return {name: _of_all(each, lengths) for name, each in tensors.items()} if any(lengths) else dict(tensors)
+    lengths = _rows_per_rank(len(next(iter(tensors.values()))))
+    with collective_errors():
+        return (
+            {name: _all_gather_rows(each, lengths) for name, each in tensors.items()} if any(lengths) else dict(tensors)
+        )
 
 
-def _of_all(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+def _all_gather_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
     """The rows of all processes, of which each has as many as `lengths` says; parts of one length can be sent."""
     most, sent = max(lengths), rows.detach().to(torch.uint8 if rows.dtype == torch.bool else rows.dtype)
     filled = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
-    parts = _gather(_sent(filled)).split(most)
+    parts = _gather(_to_comm_device(filled)).split(most)
     found = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
     return found.to(rows.device, rows.dtype)
 
 
-def rows_before(rows: int) -> int:
+def rank_offset(rows: int) -> int:
     """How many rows the processes before this one have, which has `rows`."""
-    return sum(_lengths(rows)[: index()])
+    return sum(_rows_per_rank(rows)[: rank()])
 
 
-def most(rows: int) -> int:
+def all_reduce_max(rows: int) -> int:
     """How many rows the process has that has the most."""
-    return max(_lengths(rows))
+    return max(_rows_per_rank(rows))
 
 
-def least(number: int) -> int:
+def all_reduce_min(number: int) -> int:
     """The least number that one of the processes has."""
-    return min(_lengths(number))
+    return min(_rows_per_rank(number))
 
 
-def _lengths(rows: int) -> list[int]:
-    if count() == 1:
+def _rows_per_rank(rows: int) -> list[int]:
+    if world_size() == 1:
         return [rows]
-    with with_the_others():
-        lengths: list[int] = _gather(_sent(torch.tensor([rows]))).tolist()
+    with collective_errors():
+        lengths: list[int] = _gather(_to_comm_device(torch.tensor([rows]))).tolist()
     return lengths
 
 
@@ -261,33 +263,34 @@ def _reduce(tensor: Tensor, how: str) -> Tensor:
     return whole
 
 
-def _sent(tensor: Tensor) -> Tensor:
-    return tensor.to(_state().device).contiguous()
+def _to_comm_device(tensor: Tensor) -> Tensor:
+    return tensor.to(_partial_state().device).contiguous()
 
 
-def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Give every process the sum of all their gradients; one without a gradient adds nothing."""
-    if count() == 1:
+    if world_size() == 1:
         return
     flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in parameters])
-    with with_the_others():
+    with collective_errors():
         summed = _reduce(flat, "sum").split([each.numel() for each in parameters])
     for parameter, gradient in zip(parameters, summed, strict=True):
         parameter.grad = gradient.view_as(parameter)
 
 
-def share(costs: Sequence[int]) -> range:
+def partition_by_cost(costs: Sequence[int]) -> range:
     """Which stretch of things in a row this process takes, so that all have about the same cost; each thing is taken
     by exactly one.
     """
-    if count() == 1:
+    if world_size() == 1:
         return range(len(costs))
     whole, ends = max(1, sum(costs)), list(accumulate(costs))
     # a thing belongs to the process in whose part of the whole its middle lies
     owners = [
-        min(count() - 1, (2 * end - cost) * count() // (2 * whole)) for end, cost in zip(ends, costs, strict=True)
+        min(world_size() - 1, (2 * end - cost) * world_size() // (2 * whole))
+        for end, cost in zip(ends, costs, strict=True)
     ]
-    mine = [i for i, owner in enumerate(owners) if owner == index()]
+    mine = [i for i, owner in enumerate(owners) if owner == rank()]
     return range(mine[0], mine[-1] + 1) if mine else range(0)
 
 
@@ -296,16 +299,16 @@ def seed(value: int, step: int) -> None:
 
     So a step draws the same in a run that is resumed.
     """
-    if count() > 1:
-        torch.manual_seed((value * 1_000_003 + step) * 1_003 + index())
+    if world_size() > 1:
+        torch.manual_seed((value * 1_000_003 + step) * 1_003 + rank())
 
 
-def insist_on_same(what: Mapping[str, str]) -> None:
+def check_same_on_all_ranks(fingerprints: Mapping[str, str]) -> None:
     """Raise RunError, in every process, if one of these hexadecimal fingerprints is not the same in all of them."""
-    if count() == 1:
+    if world_size() == 1:
         return
-    bytes_of = {name: torch.tensor([list(bytes.fromhex(value))]) for name, value in what.items()}
-    differ = [name for name, rows in of_all(bytes_of).items() if len(rows.unique(dim=0)) > 1]
+    bytes_of = {name: torch.tensor([list(bytes.fromhex(value))]) for name, value in fingerprints.items()}
+    differ = [name for name, rows in all_gather(bytes_of).items() if len(rows.unique(dim=0)) > 1]
     if differ:
         raise RunError(
             f"the processes of this run do not have the same {' and '.join(differ)}; give all machines the same files"

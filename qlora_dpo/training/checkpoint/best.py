@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.files import insist_on_space, whole_folder, write_json
+from qlora_dpo.files import atomic_folder, check_disk_space, write_json
 from qlora_dpo.manifest import write_manifest
-from qlora_dpo.model.lora import trainable
-from qlora_dpo.recipe.train import LOWER_IS_BETTER, Metric, TrainTable
-from qlora_dpo.training.checkpoint.integrity import FACTS, folder_of_best, verify_best
+from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.recipe.train import LOWER_IS_BETTER, MetricName, TrainTable
+from qlora_dpo.training.checkpoint.integrity import STATE_FILE, best_adapter_damage, best_adapter_dir
 
-ADAPTER = "adapter.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
 
 
-def value(record: dict[str, Any], metric: Metric) -> float:
+def metric_to_minimize(record: dict[str, Any], metric: MetricName) -> float:
     """The metric of one evaluation, turned so that less is better; RunError if it has none of that name."""
     found = record.get(f"eval_{metric}")
     if found is None:
@@ -29,9 +29,9 @@ def value(record: dict[str, Any], metric: Metric) -> float:
     return float(found) if metric in LOWER_IS_BETTER else -float(found)
 
 
-def best(evals: Sequence[dict[str, Any]], metric: Metric) -> int:
+def best_step(evals: Sequence[dict[str, Any]], metric: MetricName) -> int:
     """The step of the best evaluation, the first of equals."""
-    step: int = min(evals, key=lambda record: value(record, metric))["step"]
+    step: int = min(evals, key=lambda record: metric_to_minimize(record, metric))["step"]
     return step
 
 
@@ -44,7 +44,7 @@ def out_of_patience(evals: Sequence[dict[str, Any]], table: TrainTable) -> bool:
         return False
     lowest, waited = float("inf"), 0
     for record in evals:
-        now = value(record, table.metric_for_best_model)
+        now = metric_to_minimize(record, table.metric_for_best_model)
         better = lowest - now > table.early_stopping_threshold
         lowest, waited = min(lowest, now), 0 if better else waited + 1
     return waited >= table.early_stopping_patience
@@ -52,30 +52,30 @@ def out_of_patience(evals: Sequence[dict[str, Any]], table: TrainTable) -> bool:
 
 def save_best(run_dir: Path, step: int, model: nn.Module) -> None:
     """Keep the adapter as it is after `step`. Raises SourceError if the disk has no room for it."""
-    folder = folder_of_best(run_dir, step)
-    tensors = {name: each.detach().cpu().contiguous() for name, each in trainable(model).items()}
-    insist_on_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
+    folder = best_adapter_dir(run_dir, step)
+    tensors = {name: each.detach().cpu().contiguous() for name, each in trainable_parameters(model).items()}
+    check_disk_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
     if folder.exists():  # a resumed run comes by here again
         shutil.rmtree(folder)
-    with whole_folder(folder) as temporary:
-        save_file(tensors, temporary / ADAPTER)
-        write_json(temporary / FACTS, {"step": step})
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / ADAPTER_FILE)
+        write_json(temporary / STATE_FILE, {"step": step})
         write_manifest(temporary, temporary.iterdir())
 
 
 def load_best(run_dir: Path, step: int, model: nn.Module) -> None:
     """Put the adapter of the best evaluation into `model`; RunError if it is damaged."""
-    folder, parameters = folder_of_best(run_dir, step), trainable(model)
-    if damaged := verify_best(run_dir, step):
+    folder, parameters = best_adapter_dir(run_dir, step), trainable_parameters(model)
+    if damaged := best_adapter_damage(run_dir, step):
         raise RunError(f"{folder}: is damaged: {damaged}; go on from the newest checkpoint with --resume")
     with torch.no_grad():
-        for name, tensor in load_file(folder / ADAPTER).items():
+        for name, tensor in load_file(folder / ADAPTER_FILE).items():
             parameters[name].copy_(tensor)
 
 
-def prune_best(home: Path, kept: Sequence[Path], current: int | None) -> None:
+def prune_best(home: Path, checkpoints: Sequence[Path], current: int | None) -> None:
     """Remove the best adapters that neither the kept checkpoints nor the run itself would come back to."""
-    steps = {json.loads((folder / "state.json").read_text()).get("best") for folder in kept} | {current}
+    steps = {json.loads((folder / "state.json").read_text()).get("best") for folder in checkpoints} | {current}
     needed = {f"best-{step:06d}" for step in steps if step is not None}
     for folder in {*home.glob("best-*"), *home.glob(".best-*")}:
         if folder.name not in needed:

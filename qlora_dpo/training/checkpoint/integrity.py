@@ -3,26 +3,26 @@
 import json
 from pathlib import Path
 
-from qlora_dpo.manifest import damage
+from qlora_dpo.manifest import find_damage
 
-FACTS = "state.json"
+STATE_FILE = "state.json"
 
 
-def verify(folder: Path) -> str:
+def checkpoint_damage(folder: Path) -> str:
     """What is wrong with a checkpoint folder, in a few words; empty if every file is as its manifest says."""
-    if damaged := damage(folder, needed="state.json"):
+    if damaged := find_damage(folder, required="state.json"):
         return damaged
     best = json.loads((folder / "state.json").read_text()).get("best")
-    if best is not None and (damaged := verify_best(folder.parents[1], best)):
+    if best is not None and (damaged := best_adapter_damage(folder.parents[1], best)):
         return f"the best adapter so far, best-{best:06d}, is damaged: {damaged}"
     return ""
 
 
-def folder_of_best(run_dir: Path, step: int) -> Path:
+def best_adapter_dir(run_dir: Path, step: int) -> Path:
     """Where the adapter of the best evaluation lies, which was after `step`."""
     return run_dir / "checkpoints" / f"best-{step:06d}"
 
 
-def verify_best(run_dir: Path, step: int) -> str:
+def best_adapter_damage(run_dir: Path, step: int) -> str:
     """What is wrong with the best adapter, in a few words; empty if nothing."""
-    return damage(folder_of_best(run_dir, step), needed=FACTS)
+    return find_damage(best_adapter_dir(run_dir, step), required=STATE_FILE)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def random_states() -> dict[str, Tensor]:
+def get_rng_states() -> dict[str, Tensor]:
     """Where all generators stand; whole numbers and one float each, no pickle."""
     _, words, gauss = random.getstate()
     numpy: Any = np.random.get_state()
@@ -25,7 +25,7 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def restore(states: dict[str, Tensor]) -> None:
+def set_rng_states(states: dict[str, Tensor]) -> None:
     """Put all generators back to where `random_states` found them; those of GPUs that are not here are left out."""
     torch.set_rng_state(states["torch"])
     gauss: Any = states["python_gauss"].tolist()

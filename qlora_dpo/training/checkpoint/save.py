@@ -13,25 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_dpo.errors import RunError
-from qlora_dpo.files import insist_on_space, whole_folder, write_json
+from qlora_dpo.files import atomic_folder, check_disk_space, write_json
 from qlora_dpo.manifest import write_manifest
-from qlora_dpo.model.lora import names_not_finite, trainable
-from qlora_dpo.recipe.tables import is_local
+from qlora_dpo.model.lora import nonfinite_names, trainable_parameters
+from qlora_dpo.recipe.tables import is_local_path
 from qlora_dpo.training.checkpoint.best import prune_best
-from qlora_dpo.training.checkpoint.integrity import verify
-from qlora_dpo.training.checkpoint.rng_state import random_states, restore
+from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
+from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
 
-KEPT = 2
-SMALL_FILES = 2**20
+SAVE_TOTAL_LIMIT = 2
+MAX_SMALL_FILE_BYTES = 2**20
 """Bytes of everything in a checkpoint that is not a tensor, at most."""
 # keys that may differ between the two parts of a run without changing what a step does
-FREE_KEYS = (
+MUTABLE_KEYS = (
     *("train.max_steps", "train.logging_steps", "train.eval_steps", "train.save_steps"),
     *("train.early_stopping_patience", "train.early_stopping_threshold", "watch."),
     *("data.max_bad_share", "samples.", "track."),
 )
 
-FINGERPRINTS = {
+FINGERPRINT_LABELS = {
     "base": "the base model's weights",
     "tokenizer": "the tokenizer",
     "template": "the chat template",
@@ -40,13 +40,13 @@ FINGERPRINTS = {
     "init_from": "the adapter that training starts from",
     "reference": "the reference's weights",
 }
-PLACES = (
+PATH_KEYS = (
     *("model.name", "data.train", "data.eval", "data.mix"),
     *("lora.init_from", "reference.path", "reference.name"),
 )
 """Keys that may name a file or folder: what lies there has a fingerprint, so it may lie elsewhere the next time."""
-ROWS = "train.micro_batch_tokens"
-REFERENCE = "reference.safetensors"
+ROW_TOKENS_KEY = "train.micro_batch_tokens"
+REFERENCE_FILE = "reference.safetensors"
 """Where a checkpoint keeps the weights of a reference that moves."""
 
 
@@ -65,7 +65,7 @@ class SinceEval:
 
 
 @dataclass
-class State:
+class TrainState:
     """Where a run stands: its step, what it was asked to do, and the evaluations so far."""
 
     step: int
@@ -109,7 +109,7 @@ class State:
         self.num_tokens, self.since_eval = int(tokens), SinceEval(int(pairs), loss, int(vanished))
 
     @property
-    def moved(self) -> bool:
+    def has_stepped(self) -> bool:
         """True once a step has changed the adapter: not all steps so far were skipped."""
         return self.step > self.skipped_steps
 
@@ -119,51 +119,53 @@ class State:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 def save_checkpoint(
     run_dir: Path,
-    state: State,
+    state: TrainState,
     model: nn.Module,
-    optimized: Mapping[nn.Parameter, Mapping[str, Any]],
-    moving: Mapping[str, Tensor] | None = None,
+    optimizer_state: Mapping[nn.Parameter, Mapping[str, Any]],
+    ema_reference: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN` with adapter, optimizer moments (`optimized`: its state by parameter) and random
     states, and with the weights of a `moving` reference; keep the newest two.
 
     Raises SourceError if the disk has no room for it, RunError if a tensor is not finite; then nothing has changed.
     """
-    folder = folder_of(run_dir, state.step)
-    parameters = trainable(model)
-    adapter, moments = _on_cpu(parameters), _on_cpu(_moments(parameters, optimized))
-    reference = _on_cpu(moving or {})
-    if bad := names_not_finite(adapter | moments):
+    folder = checkpoint_dir(run_dir, state.step)
+    parameters = trainable_parameters(model)
+    adapter, moments = _to_cpu(parameters), _to_cpu(_optimizer_tensors(parameters, optimizer_state))
+    reference = _to_cpu(ema_reference or {})
+    if bad := nonfinite_names(adapter | moments):
         raise RunError(f"{folder}: not written, since {bad[0]} is not finite; lower train.learning_rate")
     tensors = [*adapter.values(), *moments.values(), *reference.values()]
-    insist_on_space(folder, SMALL_FILES + sum(tensor.nbytes for tensor in tensors))
-    with whole_folder(folder) as temporary:
+    check_disk_space(folder, MAX_SMALL_FILE_BYTES + sum(tensor.nbytes for tensor in tensors))
+    with atomic_folder(folder) as temporary:
         save_file(adapter, temporary / "adapter.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
-        save_file(random_states(), temporary / "random.safetensors")
+        save_file(get_rng_states(), temporary / "random.safetensors")
         if reference:
-            save_file(reference, temporary / REFERENCE)
+            save_file(reference, temporary / REFERENCE_FILE)
         write_json(temporary / "state.json", asdict(state))
         write_manifest(temporary, temporary.iterdir())
         if folder.exists():  # a resume has skipped it, since it is damaged
             shutil.rmtree(folder)
-    damaged = verify(folder)
+    damaged = checkpoint_damage(folder)
     if damaged:
         raise RunError(f"{folder}: was not written as it should be: {damaged}; check the disk")
-    prune_best(folder.parent, _prune(folder.parent), state.best)
+    prune_best(folder.parent, _prune_checkpoints(folder.parent), state.best)
     return folder
 
 
-def _prune(home: Path) -> list[Path]:
+def _prune_checkpoints(home: Path) -> list[Path]:
     """Keep the newest two checkpoints that verify, and nothing that a kill left half-written; returns those kept."""
-    kept = [folder for folder in sorted(home.glob("step-*"), reverse=True) if not verify(folder)][:KEPT]
+    kept = [folder for folder in sorted(home.glob("step-*"), reverse=True) if not checkpoint_damage(folder)][
+        :SAVE_TOTAL_LIMIT
+    ]
     for old in {*home.glob("step-*"), *home.glob(".step-*")} - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return kept
@@ -173,7 +175,7 @@ def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that does not; RunError if none does."""
     skipped: list[str] = []
     for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
-        damaged = verify(folder)
+        damaged = checkpoint_damage(folder)
         if not damaged:
             return folder, skipped
         skipped.append(f"{folder}: skipped, since {damaged}")
@@ -182,7 +184,7 @@ def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     )
 
 
-def rows_before(folder: Path) -> int | None:
+def saved_row_tokens(folder: Path) -> int | None:
     """Tokens of a row in which the run of a verified checkpoint goes on to the same bytes; None if it does not say."""
     values = json.loads((folder / "state.json").read_text())
     rows = values.get("row_tokens") or values.get("recipe", {}).get("train", {}).get("micro_batch_tokens")
@@ -190,8 +192,12 @@ def rows_before(folder: Path) -> int | None:
 
 
 def load_checkpoint(
-    folder: Path, asked: State, model: nn.Module, optimizer: torch.optim.Optimizer, allowed: Collection[str] = ()
-) -> State:
+    folder: Path,
+    current: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    allowed_changes: Collection[str] = (),
+) -> TrainState:
     """Put the checkpoint into model and optimizer and return its state, with what is `asked` from here on.
 
     Raises RunError with the keys that differ if the checkpoint belongs to another recipe, base or data than `asked`,
@@ -199,17 +205,17 @@ def load_checkpoint(
     """
     try:
         values = json.loads((folder / "state.json").read_text())
-        state = State(**values | {"since_eval": SinceEval(**values.get("since_eval", {}))})
+        state = TrainState(**values | {"since_eval": SinceEval(**values.get("since_eval", {}))})
     except TypeError as error:
         raise RunError(f"{folder}: was saved by another version of qlora_dpo; go on with that one") from error
-    changed = {key: how for key, how in _differences(state, asked).items() if key not in allowed}
+    changed = {key: how for key, how in _resume_differences(state, current).items() if key not in allowed_changes}
     if changed:
         options = " ".join(f"--allow {key}" for key in changed)
         raise RunError(
             f"{folder}: belongs to another run; changed since: {'; '.join(changed.values())}; put it back, or go on "
             f"with {options}"
         )
-    parameters, saved = trainable(model), load_file(folder / "adapter.safetensors")
+    parameters, saved = trainable_parameters(model), load_file(folder / "adapter.safetensors")
     if {name: value.shape for name, value in saved.items()} != {name: each.shape for name, each in parameters.items()}:
         raise RunError(f"{folder}: its adapter has other layers or ranks than [lora] asks for; put [lora] back")
     moments = load_file(folder / "optimizer.safetensors")
@@ -219,17 +225,19 @@ def load_checkpoint(
     for name, parameter in parameters.items():
         own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
         if own:
-            optimizer.state[parameter] = {key: _held(optimizer, parameter, key, value) for key, value in own.items()}
-    restore(load_file(folder / "random.safetensors"))
-    if asked.row_tokens is not None:
-        state.row_tokens = asked.row_tokens
-    elif _flat(state.recipe).get(ROWS) == "auto" != _flat(asked.recipe).get(ROWS):
+            optimizer.state[parameter] = {
+                key: _to_optimizer_storage(optimizer, parameter, key, value) for key, value in own.items()
+            }
+    set_rng_states(load_file(folder / "random.safetensors"))
+    if current.row_tokens is not None:
+        state.row_tokens = current.row_tokens
+    elif _flatten(state.recipe).get(ROW_TOKENS_KEY) == "auto" != _flatten(current.recipe).get(ROW_TOKENS_KEY):
         state.row_tokens = None  # a number that is allowed to take the place of "auto"
-    state.recipe, state.fingerprints = asked.recipe, asked.fingerprints
+    state.recipe, state.fingerprints = current.recipe, current.fingerprints
     return state
 
 
-def _held(optimizer: Any, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+def _to_optimizer_storage(optimizer: Any, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
     """A part of a saved optimizer state, where this optimizer keeps it."""
     match key:
         case "step":
@@ -241,54 +249,57 @@ def _held(optimizer: Any, parameter: nn.Parameter, key: str, value: Tensor) -> T
             return value.to(parameter.device)
 
 
-def load_moving(folder: Path, moving: Mapping[str, Tensor]) -> None:
+def load_ema_reference(folder: Path, ema_reference: Mapping[str, Tensor]) -> None:
     """Put the weights that a moving reference had in the checkpoint into `moving`; RunError if it has none that fit."""
-    saved = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
-    if {name: value.shape for name, value in saved.items()} != {name: each.shape for name, each in moving.items()}:
+    saved = load_file(folder / REFERENCE_FILE) if (folder / REFERENCE_FILE).is_file() else {}
+    if {name: value.shape for name, value in saved.items()} != {
+        name: each.shape for name, each in ema_reference.items()
+    }:
         raise RunError(f"{folder}: holds no reference of this adapter's shape; put [reference] and [lora] back")
     for name, value in saved.items():
-        moving[name].copy_(value)
+        ema_reference[name].copy_(value)
 
 
-def _differences(state: State, asked: State) -> dict[str, str]:
+def _resume_differences(state: TrainState, current: TrainState) -> dict[str, str]:
     """How what is asked differs from what the checkpoint was made by, by the name under which --allow knows it."""
-    was, now = _flat(state.recipe), _flat(asked.recipe)
-    if now.get(ROWS) == "auto":
-        was[ROWS] = "auto"  # it goes on in the rows that there were
+    was, now = _flatten(state.recipe), _flatten(current.recipe)
+    if now.get(ROW_TOKENS_KEY) == "auto":
+        was[ROW_TOKENS_KEY] = "auto"  # it goes on in the rows that there were
     changed = {
         key: f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in sorted(was.keys() | now.keys())
-        if _placeless(key, was.get(key)) != _placeless(key, now.get(key)) and not key.startswith(FREE_KEYS)
+        if _without_local_path(key, was.get(key)) != _without_local_path(key, now.get(key))
+        and not key.startswith(MUTABLE_KEYS)
     }
     return changed | {
         name: what
-        for name, what in FINGERPRINTS.items()
-        if state.fingerprints.get(name) != asked.fingerprints.get(name)
+        for name, what in FINGERPRINT_LABELS.items()
+        if state.fingerprints.get(name) != current.fingerprints.get(name)
     }
 
 
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{table}.{key}": value for table, keys in recipe.items() for key, value in keys.items()}
 
 
-def _placeless(key: str, value: Any) -> Any:
+def _without_local_path(key: str, value: Any) -> Any:
     """The value of a key, without where on this machine it lies."""
-    if key not in PLACES:
+    if key not in PATH_KEYS:
         return value
     if isinstance(value, list):
-        return [{**each, "source": _placeless(key, each.get("source"))} for each in value]
-    return "a local path" if isinstance(value, str) and (is_local(value) or Path(value).is_absolute()) else value
+        return [{**each, "source": _without_local_path(key, each.get("source"))} for each in value]
+    return "a local path" if isinstance(value, str) and (is_local_path(value) or Path(value).is_absolute()) else value
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _moments(
-    parameters: Mapping[str, nn.Parameter], optimized: Mapping[nn.Parameter, Mapping[str, Any]]
+def _optimizer_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer_state: Mapping[nn.Parameter, Mapping[str, Any]]
 ) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in optimized.get(parameter, {}).items():
+        for key, value in optimizer_state.get(parameter, {}).items():
             moments[f"{key}|{name}"] = torch.as_tensor(value)
     return moments
