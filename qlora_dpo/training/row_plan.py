@@ -69,9 +69,10 @@ def _largest_fitting_rows(footprint: ModelFootprint, table: TrainTable, longest:
     tokens = next((size for size in sizes if _step_fits(footprint, size, count, free)), smallest)
     if tokens >= DEFAULT_ROW_TOKENS:
         return tokens, ""
+    full_row = total_step_bytes(footprint, DEFAULT_ROW_TOKENS, count)
     return tokens, (
-        f"rows of {tokens:,} tokens, since {DEFAULT_ROW_TOKENS:,} would need {total_step_bytes(footprint, DEFAULT_ROW_TOKENS, count) / 2**30:.1f} "
-        f"GiB, and of {free / 2**30:.1f} GiB left for a step {free * USABLE_FRACTION / 2**30:.1f} are planned with"
+        f"rows of {tokens:,} tokens, since {DEFAULT_ROW_TOKENS:,} would need {full_row / 2**30:.1f} GiB, and of "
+        f"{free / 2**30:.1f} GiB left for a step {free * USABLE_FRACTION / 2**30:.1f} are planned with"
     )
 
 

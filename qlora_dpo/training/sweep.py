@@ -164,8 +164,8 @@ def _read_sweep(folder: Path) -> Sweep:
         return Sweep(folder, **{**facts, "points": [SweepEntry(**each) for each in facts["points"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{folder / SWEEP_FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another sweep "
-            "with -o DIR"
+            f"{folder / SWEEP_FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another "
+            "sweep with -o DIR"
         ) from error
 
 

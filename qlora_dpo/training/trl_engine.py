@@ -1,5 +1,6 @@
 """Runs a recipe through stock `trl.DPOTrainer`, so that anyone can check this project's loop against it."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -22,14 +23,19 @@ from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.objective import Aot, Discopop, ExoPair, Objective, PlainLoss, Robust, Sigmoid, WeightedSum
 from qlora_dpo.tracking.run_log import RunLog
-from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.checkpoint.state import TrainState
+from qlora_dpo.training.context import TrainContext
 from qlora_dpo.training.data_order import DataOrder, epoch_permutation
-from qlora_dpo.training.loop import TrainContext, is_due, peak_memory_bytes, run_evaluation
+from qlora_dpo.training.evaluate import run_evaluation
+from qlora_dpo.training.loop import is_due
+from qlora_dpo.training.throughput import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def train_with_trl(
     model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PeftModel, TrainState]:
+) -> TrainState:
     """Train `model` in place with TRL: our token ids, first LoRA weights and order of pairs, TRL's step and reference.
 
     Evaluations are this project's, so that tables compare; the training lines are TRL's own. What differs: TRL's SFT
@@ -42,16 +48,16 @@ def train_with_trl(
     if context.recipe.train.optim not in ("adamw_torch", "sgd") or context.recipe.lora.loraplus_lr_ratio is not None:
         asked = "lora.loraplus_lr_ratio" if context.recipe.lora.loraplus_lr_ratio is not None else "train.optim"
         raise RecipeError(f'{asked} needs train.engine = "qlora_dpo" here; leave it out, or change the engine')
-    run_log.info(
-        f"engine: trl.DPOTrainer {version('trl')}, which asks the reference in every step and saves no checkpoint"
+    logger.info(
+        f"engine: trl.DPOTrainer {version('trl')}, which computes the reference in every step and saves no checkpoint"
     )
     if getattr(context.recipe.objective, "sft_weight", 0):
-        run_log.info("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
+        logger.info("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
     with TemporaryDirectory(prefix="qlora-dpo-trl-") as work, _restored_forwards(model):
         trainer = create_trainer(model, context, tokenizer, work)
         trainer.add_callback(_RunLogCallback(model, context, state, run_log))
         trainer.train()
-    return model, state
+    return state
 
 
 def create_trainer(model: PeftModel, context: TrainContext, tokenizer: PreTrainedTokenizerBase, folder: str) -> Any:
