@@ -24,7 +24,8 @@ from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint import save
 from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
-from qlora_dpo.training.checkpoint.save import TrainState, newest_valid
+from qlora_dpo.training.checkpoint.save import newest_valid
+from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN

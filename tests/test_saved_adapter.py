@@ -24,7 +24,7 @@ from qlora_dpo.model.saved_adapter import (
     opened_by_peft,
 )
 from qlora_dpo.preference.reference import check_matches_peft, probe_logits
-from qlora_dpo.training.run import prepare_data
+from qlora_dpo.training.prepare import prepare_data
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -160,7 +160,6 @@ def _take_step(loop: _Loop) -> tuple[float, float]:
     check_skipped_steps(step, state.skipped_in_a_row, parameters, nonfinite_rows, rows)
     if not skipped:
         tools.schedule.step()
-    tools.accelerated.zero_grad()
     sync_reference(loop.model, context.reference_adapter, state.step)
     return learning_rate, grad_norm
 

@@ -95,9 +95,8 @@ def save_checkpoint(
 
 def _prune_checkpoints(home: Path) -> list[Path]:
     """Keep the newest two checkpoints that verify, and nothing that a kill left half-written; returns those kept."""
-    kept = [folder for folder in sorted(home.glob("step-*"), reverse=True) if not checkpoint_damage(folder)][
-        :SAVE_TOTAL_LIMIT
-    ]
+    folders = sorted(home.glob("step-*"), reverse=True)
+    kept = [folder for folder in folders if not checkpoint_damage(folder)][:SAVE_TOTAL_LIMIT]
     for old in {*home.glob("step-*"), *home.glob(".step-*")} - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return kept
