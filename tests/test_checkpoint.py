@@ -289,6 +289,20 @@ def test_a_checkpoint_of_another_version_is_named(stopped: Path, tmp_path: Path)
     )
 
 
+def test_a_checkpoint_with_the_field_names_of_version_0_1_opens(stopped: Path, tmp_path: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    shutil.copytree(newest, tmp_path / newest.name)
+    values = save.json.loads((newest / "state.json").read_text())
+    since = values["since_eval"]
+    former = {**values, "first_slope": 0.25, "since_eval": {**since, "vanished": 2}}
+    del former["first_step_grad"], former["since_eval"]["small_grad_pairs"]
+    (tmp_path / newest.name / "state.json").write_text(save.json.dumps(former))
+    model = jobs.fresh(jobs.recipe("nf4"))
+    optimizer = torch.optim.AdamW(jobs.trainable_parameters(model).values())
+    state = save.load_checkpoint(tmp_path / newest.name, TrainState.from_json(values), model, optimizer)
+    assert (state.first_step_grad, state.since_eval.small_grad_pairs) == (0.25, 2)
+
+
 def test_every_generator_goes_on_where_it_stood() -> None:
     def draws() -> tuple[float, ...]:
         return (torch.rand(()).item(), random.random(), random.gauss(), np.random.rand(), np.random.randn())
