@@ -245,7 +245,7 @@ def logit_tile_bytes(vocabulary: int, device: Device) -> int:
 
 
 def _longest_pair(workload: Workload) -> list[EncodedPair]:
-    """One pair as long as the longest: a tile of attention saves all keys it sees, so long pairs keep more per token."""
+    """One pair as long as the longest: a tile of attention saves all keys it sees, so long pairs keep more."""
     answer = min(
         max(workload.max_pair_tokens - workload.max_sequence_tokens, workload.max_sequence_tokens // 8, 1),
         workload.max_sequence_tokens - 1,

@@ -1,4 +1,4 @@
-"""What run.json says of a run: enough to repeat it and to judge its figures."""
+"""run.json: enough to repeat a run and to judge its figures."""
 
 import platform
 import subprocess

@@ -104,7 +104,7 @@ class Zero2Optimizer:
             lazy_init_hp_params_optimizer_state(own, stretch, self.optimizer.state)
 
     def _flat_partitions(self) -> list[Tensor]:
-        """This rank's slice of the float32 weights of each group."""
+        """The slice of each group's float32 weights that belongs to this rank."""
         return [group["params"][0] for group in self.optimizer.param_groups]
 
 
