@@ -139,7 +139,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def write_best_recipe(sweep: Sweep, point: GridPoint, comment: str) -> Path:
-    """Write best.toml: the resolved recipe of `point`, with `words` as a comment above it."""
+    """Write best.toml: the resolved recipe of `point`, with a comment above it."""
     path = sweep.folder / BEST_RECIPE_FILE
     atomic_write(path, f"# {comment}\n\n{resolved_toml(point.loaded.recipe)}")
     return path

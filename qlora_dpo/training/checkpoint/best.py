@@ -21,7 +21,7 @@ ADAPTER_FILE = "adapter.safetensors"
 
 
 def metric_to_minimize(record: dict[str, Any], metric: MetricName) -> float:
-    """The metric of one evaluation, negated if higher is better; raises RunError if the record has none of that name."""
+    """The metric of one evaluation, negated if higher is better; raises RunError if the record lacks it."""
     found = record.get(f"eval_{metric}")
     if found is None:
         known = ", ".join(name.removeprefix("eval_") for name in record if name.startswith("eval_"))
