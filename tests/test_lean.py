@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qlora_dpo.model import memory
+from qlora_dpo.model.activation_memory import measure_activation_bytes
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.quantized import cache_dequantized, dense_weight, dequantized, linear4bit_layers
@@ -168,7 +168,7 @@ def test_in_16_bits_a_lean_layer_keeps_less_than_pefts() -> None:
     place = jobs.device.select_device("bf16")
     batch = collate(jobs.pairs(8), jobs.PACKED)
     peft, lean = (
-        memory.measure_activation_bytes(
+        measure_activation_bytes(
             model.get_base_model(), partial(logps_of, model.train(), batch, place), batch.input_ids_BL.numel()
         ).layer
         for model in both("nf4", place)

@@ -22,7 +22,7 @@ from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, So
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.model.lora import trainable_parameters
-from qlora_dpo.model.memory import malloc_trim
+from qlora_dpo.model.malloc import malloc_trim
 from qlora_dpo.preference.kl import kl_to_base
 from qlora_dpo.preference.metrics import make_metric_sums
 from qlora_dpo.preference.pack import Packing

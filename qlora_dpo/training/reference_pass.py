@@ -16,7 +16,8 @@ from qlora_dpo.data.lazy_sequence import concatenate_sequences, select_items
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import load_base, load_tokenizer, tokenizer_fingerprints, vocabulary_fingerprint
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.memory import USABLE_FRACTION, cache_dequantized_if_fits, free_bytes, malloc_retain
+from qlora_dpo.model.malloc import malloc_retain
+from qlora_dpo.model.memory import USABLE_FRACTION, cache_dequantized_if_fits, free_bytes
 from qlora_dpo.model.saved_adapter import SavedAdapter, check_base_matches, find_saved_adapter
 from qlora_dpo.model.sources import ModelSource, fetch_model
 from qlora_dpo.preference.objective import needs_reference
