@@ -188,11 +188,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("parameter.detach().clone()", "parameter.detach()", KINDS),
     ],
     "model/saved_adapter.py": [
-        ("if asked != found:", "if False:", SAVED),
+        ("if recipe_value != saved_value:", "if False:", SAVED),
         ('if base.get("fingerprint") != source.fingerprint:', "if False:", SAVED),
-        ('f"{scaled} {file_sha256(folder / ADAPTER_WEIGHTS)}"', 'f"{scaled}"', KINDS),
-        ('f"{scaled} {file_sha256(folder / ADAPTER_WEIGHTS)}"', 'f"{file_sha256(folder / ADAPTER_WEIGHTS)}"', SAVED),
-        ("if odd := sorted(own.keys() ^ tensors.keys()):", "if odd := []:", SAVED),
+        ('f"{effect_json} {file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME)}"', "effect_json", KINDS),
+        ('f"{effect_json} {file_sha256', 'f"{file_sha256', SAVED),
+        ("if unmatched := sorted(expected.keys() ^ tensors.keys()):", "if unmatched := []:", SAVED),
         ("        modules_to_save.unload(opened)", "        pass", SAVED),
         ("        modules_to_save.unload(opened)", "        opened.unload()", KINDS),
     ],
@@ -226,7 +226,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
     "model/span.py": [
-        ("own = ((self.start, start),) if start > self.start else ()", "own = ()", PACK),
+        ("earlier = ((self.start, start),) if start > self.start else ()", "earlier = ()", PACK),
     ],
     "model/buckets.py": [
         ("place_T[tile.start : tile.stop] = queries", "place_T[tile.start : tile.stop] = 0", PACK),
@@ -257,7 +257,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("added_TO.to(whole_TO.dtype)", "added_TO", "test_dora.py"),
     ],
     "model/modules_to_save.py": [
-        ('each == name or each.endswith(f".{name}")', "each.endswith(name)", "test_copies.py"),
+        ('path == name or path.endswith(f".{name}")', "path.endswith(name)", "test_copies.py"),
     ],
     "model/cast_output.py": [
         ("return output.to(self.dtype)", "return output", "test_copies.py"),
@@ -418,7 +418,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "deploy/merge.py": [
         ('onto == "trained" and kl > MOST_KL', "False", MERGE),
-        ("if reason := _beyond_weights(config):", 'if reason := "":', "test_foreign_adapters.py"),
+        ("if reason := beyond_delta_weights(vars(config)):", 'if reason := "":', "test_foreign_adapters.py"),
     ],
     "manifest.py": [
         ('if file_sha256(folder / name) != expected["sha256"]:', "if False:", CHECKPOINT),

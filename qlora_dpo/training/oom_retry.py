@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from qlora_dpo.errors import REDUCE_MEMORY_ADVICE, DoesNotFitError, is_out_of_memory
-from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
+from qlora_dpo.model.distributed import processes
 from qlora_dpo.recipe.train import TrainTable
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
 from qlora_dpo.training.checkpoint.save import TrainState

@@ -21,7 +21,7 @@ def fsdp2_shard(body: nn.Module, layers: list[nn.Module], frozen: set[nn.Paramet
 
 
 def fsdp2_local_tensor(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter."""
+    """The shard of a parameter that is on this rank."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -63,7 +63,7 @@ def local_bytes(model: nn.Module) -> int:
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter."""
+    """The shard of a parameter that is on this rank."""
     return _backend().local_tensor(parameter)
 
 

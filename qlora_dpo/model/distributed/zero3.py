@@ -34,7 +34,7 @@ def zero3_shard(body: nn.Module, layers: list[nn.Module], frozen: set[nn.Paramet
 
 
 def zero3_local_tensor(parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter."""
+    """The shard of a parameter that is on this rank."""
     return parameter if parameter.numel() or not hasattr(parameter, "ds_tensor") else parameter.ds_tensor
 
 
