@@ -48,7 +48,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "model/distributed/processes.py": [
         ('_reduce(flat, "sum")', '_reduce(flat, "mean")', PROCESSES),
-        ("if all_reduce_any(failed):", "if failed:", PROCESSES),
+        ("if all_reduce_any(out_of_memory):", "if out_of_memory:", PROCESSES),
         ("(2 * end - cost) * world_size()", "2 * end * world_size()", PROCESSES),
     ],
     "preference/objective.py": [
@@ -220,7 +220,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("unwrap_peft(model).set_attn_implementation(before)", "pass", PACK),
     ],
     "model/attention.py": [
-        ("triu(sees - tokens + 1)", "triu(sees - tokens + 2)", PACK),
+        ("triu(keys - queries + 1)", "triu(keys - queries + 2)", PACK),
         ("> earlier_S11 + query_q1", "> earlier_S11 + query_q1 + 1", PACK),
         ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
@@ -229,8 +229,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("earlier = ((self.start, start),) if start > self.start else ()", "earlier = ()", PACK),
     ],
     "model/buckets.py": [
-        ("place_T[tile.start : tile.stop] = queries", "place_T[tile.start : tile.stop] = 0", PACK),
-        ("places.append(keys + s * k", "places.append(s * k", PACK),
+        ("place_T[tile.start : tile.stop] = query_offset", "place_T[tile.start : tile.stop] = 0", PACK),
+        ("key_slots.append(key_offset + s * k", "key_slots.append(s * k", PACK),
         ('kind="stable")], np.bincount(token_N)', 'kind="stable")][::-1], np.bincount(token_N)', PACK),
     ],
     "model/gather.py": [
@@ -249,12 +249,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "test_quantizations.py",
         ),
         ("        layer.forward = partial(_forward, layer)", "        pass", "test_quantizations.py"),
-        ("    wanted.dtype = dtype\n", "", "test_base.py"),
+        ("    state.dtype = dtype\n", "", "test_base.py"),
     ],
     "model/dora.py": [
         ("alpha=scaling)", "alpha=1.0)", "test_dora.py"),
         ("(scale_O - 1) * base_TO", "scale_O * base_TO", "test_dora.py"),
-        ("added_TO.to(whole_TO.dtype)", "added_TO", "test_dora.py"),
+        ("delta_TO.to(base_output_TO.dtype)", "delta_TO", "test_dora.py"),
     ],
     "model/modules_to_save.py": [
         ('path == name or path.endswith(f".{name}")', "path.endswith(name)", "test_copies.py"),
@@ -265,12 +265,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "model/fused_lora_ops.py": [
         ('alpha=layer.scaling["default"]))', "alpha=1.0))", LEAN),
         (
-            'slopes_Tr.append((slope_TO @ own_Or).mul_(layer.scaling["default"]))',
-            "slopes_Tr.append(slope_TO @ own_Or)",
+            'grads_Tr.append((grad_TO @ b_Or).mul_(layer.scaling["default"]))',
+            "grads_Tr.append(grad_TO @ b_Or)",
             LEAN,
         ),
-        ("slope_TI = slope_TR @ joined[0]", "slope_TI = torch.zeros_like(slope_TR @ joined[0])", LEAN),
-        ("return acted_TO * up_TO, slope_gate_TO", "return acted_TO, slope_gate_TO", LEAN),
+        ("grad_TI = grad_TR @ weights[0]", "grad_TI = torch.zeros_like(grad_TR @ weights[0])", LEAN),
+        ("return activated_TO * up_TO, grad_gate_TO", "return activated_TO, grad_gate_TO", LEAN),
         ("* inverse_T1**3", "* inverse_T1**2", LEAN),
     ],
     "training/loop.py": [

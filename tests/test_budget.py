@@ -58,7 +58,7 @@ def test_free_memory_is_what_the_machine_and_the_group_leave(monkeypatch: pytest
     assert memory.free_bytes(jobs.CPU) == 5
 
 
-@pytest.mark.parametrize(("spare", "how"), [(-1, "in every layer visit"), (0, "once")])
+@pytest.mark.parametrize(("spare", "how"), [(-1, "at each use"), (0, "once")])
 def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> None:
     base = architectures.made(architectures.CONFIGS["llama"]).to(torch.float64)
     need = memory.dense_bytes(base, torch.float32)

@@ -119,12 +119,12 @@ def test_gradients_of_the_adapter_are_float32_in_bf16() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({}, "lora: 14 of 14 layers in one function"),
-        ({"lora_dropout": 0.1}, "lora: 0 of 14 layers in one function, the others by PEFT: dropout"),
-        ({"use_dora": True}, "lora: 0 of 14 layers in one function, the others by PEFT: DoraLinearVariant"),
+        ({}, "lora: 14 of 14 layers are fused"),
+        ({"lora_dropout": 0.1}, "lora: 0 of 14 layers are fused, the others are left to PEFT: dropout"),
+        ({"use_dora": True}, "lora: 0 of 14 layers are fused, the others are left to PEFT: DoraLinearVariant"),
         (
             {"lora_bias": True, "target_modules": ["q_proj"]},
-            "lora: 0 of 2 layers in one function, the others by PEFT: lora_bias",
+            "lora: 0 of 2 layers are fused, the others are left to PEFT: lora_bias",
         ),
     ],
 )

@@ -82,7 +82,7 @@ NOT_SHAPED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no folder": (
         shutil.rmtree,
         {},
-        "lora.init_from: {} is no folder; name the folder of a finished run or of a PEFT adapter",
+        "lora.init_from: {} is not a folder; name the folder of a finished run or of a PEFT adapter",
     ),
     "no adapter": (
         lambda folder: (folder / ADAPTER_SAFE_WEIGHTS_NAME).unlink(),
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_loaded(case: str, sft: 
 
 
 def test_an_adapter_is_refused_under_the_key_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"^reference\.path: .* is no folder; "):
+    with pytest.raises(RecipeError, match=r"^reference\.path: .* is not a folder; "):
         prepare_data(recipe(tmp_path, reference={"kind": "adapter", "path": str(tmp_path / "none")}))
 
 

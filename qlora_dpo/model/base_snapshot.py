@@ -7,10 +7,10 @@ from torch import nn
 
 
 def snapshot_base(base: nn.Module) -> Callable[[], None]:
-    """Record the modules of `base`, their attributes and hooks, and what requires gradients; returns a restore function.
+    """Record the modules of `base`, their attributes and hooks, and which parameters require gradients.
 
-    Restoring removes anything attached since, by PEFT, `fuse_lora` or gradient checkpointing, even partially. Tensor
-    values are not copied: nothing here changes the base's weights.
+    Returns a function that restores them. Restoring removes anything attached since, by PEFT, `fuse_lora` or gradient
+    checkpointing, even partially. Tensor values are not copied: nothing here changes the base's weights.
     """
     modules = [(module, _copy_attributes(vars(module))) for module in base.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in base.parameters()]

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class CastOutput:
-    """Forward hook that converts a module's output to `dtype`; an object, which `casts_output` recognizes on a copied module."""
+    """Forward hook that converts a module's output to `dtype`.
+
+    It is an object, since `casts_output` has to recognize it, on a copied module too.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

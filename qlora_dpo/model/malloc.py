@@ -1,4 +1,4 @@
-"""Settings of glibc's malloc that decide when freed memory goes back to the system; other C libraries are left alone."""
+"""Settings of glibc's malloc that decide when freed memory goes back to the system; no effect elsewhere."""
 
 import ctypes
 from collections.abc import Iterator

@@ -75,5 +75,5 @@ def cache_dequantized_if_fits(model: nn.Module, device: Device, headroom: int) -
         cache_dequantized(model, device.torch_dtype)
     return fits, (
         f"weights: the linear layers take {needed / 2**30:.1f} GiB in {device.compute_dtype}, and "
-        f"{headroom / 2**30:.1f} GiB are free for that: converted {'once' if fits else 'in every layer visit'}"
+        f"{headroom / 2**30:.1f} GiB are free for that: converted {'once' if fits else 'at each use'}"
     )

@@ -75,7 +75,9 @@ def find_saved_adapter(folder: Path, key: str, lora: LoraTable) -> SavedAdapter:
     Raises RecipeError if there is no adapter or it does not match the table, ModelError if it is damaged.
     """
     if not (folder / ADAPTER_CONFIG_NAME).is_file() or not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
-        missing = f"has no {ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME}" if folder.is_dir() else "is no folder"
+        missing = (
+            f"has no {ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME}" if folder.is_dir() else "is not a folder"
+        )
         raise RecipeError(f"{key}: {folder} {missing}; name the folder of a finished run or of a PEFT adapter")
     if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train it again")
@@ -136,8 +138,8 @@ def _check_base_by_name(saved: SavedAdapter, source: ModelSource) -> SavedAdapte
         note = f"{saved.folder}: does not say by fingerprint what base it was made for; taken as made for {source.name}"
         return SavedAdapter(saved.folder, saved.fingerprint, note)
     raise ModelError(
-        f'{saved.folder}: was made for {sanitize_text(str(name))}, and model.name is "{source.name}"; name its base there, '
-        f"or correct base_model_name_or_path in its {ADAPTER_CONFIG_NAME}"
+        f'{saved.folder}: was made for {sanitize_text(str(name))}, and model.name is "{source.name}"; name its base '
+        f"there, or correct base_model_name_or_path in its {ADAPTER_CONFIG_NAME}"
     )
 
 
@@ -161,8 +163,8 @@ def load_adapter_weights(model: PeftModel, saved: SavedAdapter) -> None:
     if unmatched := sorted(expected.keys() ^ tensors.keys()):
         which = "the adapter does not have" if unmatched[0] in expected else "the recipe does not adapt"
         raise RecipeError(
-            f"[lora] names other modules than {saved.folder} has: {sanitize_text(unmatched[0])} is one that {which}; write its "
-            "target_modules, layers and modules_to_save there"
+            f"[lora] names other modules than {saved.folder} has: {sanitize_text(unmatched[0])} is one that {which}; "
+            "write its target_modules, layers and modules_to_save there"
         )
     for name, tensor in expected.items():
         if tensor.shape != tensors[name].shape:
@@ -228,7 +230,7 @@ def _peft_type(config: Mapping[str, Any]) -> str:
 
 def _is_used(config: Mapping[str, Any], name: str) -> bool:
     """True if the config switches this feature on."""
-    return (config.get(name) or UNSUPPORTED_DEFAULTS[name]) != UNSUPPORTED_DEFAULTS[name]
+    return bool((config.get(name) or UNSUPPORTED_DEFAULTS[name]) != UNSUPPORTED_DEFAULTS[name])
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def shard_layers(model: Any, device: Device) -> str:
     if device.type == "cuda":  # pragma: cuda
         free_cached_memory()
     return (
-        f"weights: {len(layers)} layers are shared out among {processes.world_size()} processes ({strategy}): "
-        f"{local_bytes(body) / 2**20:,.1f} MiB of {bytes_before / 2**20:,.1f} are kept here"
+        f"weights: {len(layers)} layers are sharded across {processes.world_size()} processes ({strategy}); "
+        f"this one keeps {local_bytes(body) / 2**20:,.1f} of {bytes_before / 2**20:,.1f} MiB"
     )
 
 
