@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -19,7 +20,6 @@ from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, chat_ids, render_chats
 from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.talk.sampling import SamplingParams
 
 
@@ -232,7 +232,8 @@ def _last_logits(model: Any, ids_RT: Tensor, past: DynamicCache | None, **paddin
 
 def _cache_name(model: Any) -> str:
     """What the model calls its key-value cache: `cache` since transformers 5.24, which warns of the name before."""
-    return "cache" if "cache" in signature(type(unwrap_peft(model)).forward).parameters else "past_key_values"
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "cache" if "cache" in signature(type(whole).forward).parameters else "past_key_values"
 
 
 def _draw(logits_V: Tensor, settings: SamplingParams, generator: torch.Generator) -> int:
