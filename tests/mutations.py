@@ -48,7 +48,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "model/distributed/processes.py": [
         ('_reduce(flat, "sum")', '_reduce(flat, "mean")', PROCESSES),
-        ("if all_reduce_any(failed):", "if failed:", PROCESSES),
+        ("if all_reduce_any(out_of_memory):", "if out_of_memory:", PROCESSES),
         ("(2 * end - cost) * world_size()", "2 * end * world_size()", PROCESSES),
     ],
     "preference/objective.py": [
@@ -188,11 +188,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("parameter.detach().clone()", "parameter.detach()", KINDS),
     ],
     "model/saved_adapter.py": [
-        ("if asked != found:", "if False:", SAVED),
+        ("if recipe_value != saved_value:", "if False:", SAVED),
         ('if base.get("fingerprint") != source.fingerprint:', "if False:", SAVED),
-        ('f"{scaled} {file_sha256(folder / ADAPTER_WEIGHTS)}"', 'f"{scaled}"', KINDS),
-        ('f"{scaled} {file_sha256(folder / ADAPTER_WEIGHTS)}"', 'f"{file_sha256(folder / ADAPTER_WEIGHTS)}"', SAVED),
-        ("if odd := sorted(own.keys() ^ tensors.keys()):", "if odd := []:", SAVED),
+        ('f"{effect_json} {file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME)}"', "effect_json", KINDS),
+        ('f"{effect_json} {file_sha256', 'f"{file_sha256', SAVED),
+        ("if unmatched := sorted(expected.keys() ^ tensors.keys()):", "if unmatched := []:", SAVED),
         ("        modules_to_save.unload(opened)", "        pass", SAVED),
         ("        modules_to_save.unload(opened)", "        opened.unload()", KINDS),
     ],
@@ -225,17 +225,17 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("unwrap_peft(model).set_attn_implementation(before)", "pass", PACK),
     ],
     "model/attention.py": [
-        ("triu(sees - tokens + 1)", "triu(sees - tokens + 2)", PACK),
+        ("triu(keys - queries + 1)", "triu(keys - queries + 2)", PACK),
         ("> earlier_S11 + query_q1", "> earlier_S11 + query_q1 + 1", PACK),
         ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
     "model/span.py": [
-        ("own = ((self.start, start),) if start > self.start else ()", "own = ()", PACK),
+        ("earlier = ((self.start, start),) if start > self.start else ()", "earlier = ()", PACK),
     ],
     "model/buckets.py": [
-        ("place_T[tile.start : tile.stop] = queries", "place_T[tile.start : tile.stop] = 0", PACK),
-        ("places.append(keys + s * k", "places.append(s * k", PACK),
+        ("place_T[tile.start : tile.stop] = query_offset", "place_T[tile.start : tile.stop] = 0", PACK),
+        ("key_slots.append(key_offset + s * k", "key_slots.append(s * k", PACK),
         ('kind="stable")], np.bincount(token_N)', 'kind="stable")][::-1], np.bincount(token_N)', PACK),
     ],
     "model/gather.py": [
@@ -254,15 +254,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "test_quantizations.py",
         ),
         ("        layer.forward = partial(_forward, layer)", "        pass", "test_quantizations.py"),
-        ("    wanted.dtype = dtype\n", "", "test_base.py"),
+        ("    state.dtype = dtype\n", "", "test_base.py"),
     ],
     "model/dora.py": [
         ("alpha=scaling)", "alpha=1.0)", "test_dora.py"),
         ("(scale_O - 1) * base_TO", "scale_O * base_TO", "test_dora.py"),
-        ("added_TO.to(whole_TO.dtype)", "added_TO", "test_dora.py"),
+        ("delta_TO.to(base_output_TO.dtype)", "delta_TO", "test_dora.py"),
     ],
     "model/modules_to_save.py": [
-        ('each == name or each.endswith(f".{name}")', "each.endswith(name)", "test_copies.py"),
+        ('path == name or path.endswith(f".{name}")', "path.endswith(name)", "test_copies.py"),
     ],
     "model/cast_output.py": [
         ("return output.to(self.dtype)", "return output", "test_copies.py"),
@@ -270,12 +270,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "model/fused_lora_ops.py": [
         ('alpha=layer.scaling["default"]))', "alpha=1.0))", LEAN),
         (
-            'slopes_Tr.append((slope_TO @ own_Or).mul_(layer.scaling["default"]))',
-            "slopes_Tr.append(slope_TO @ own_Or)",
+            'grads_Tr.append((grad_TO @ b_Or).mul_(layer.scaling["default"]))',
+            "grads_Tr.append(grad_TO @ b_Or)",
             LEAN,
         ),
-        ("slope_TI = slope_TR @ joined[0]", "slope_TI = torch.zeros_like(slope_TR @ joined[0])", LEAN),
-        ("return acted_TO * up_TO, slope_gate_TO", "return acted_TO, slope_gate_TO", LEAN),
+        ("grad_TI = grad_TR @ weights[0]", "grad_TI = torch.zeros_like(grad_TR @ weights[0])", LEAN),
+        ("return activated_TO * up_TO, grad_gate_TO", "return activated_TO, grad_gate_TO", LEAN),
         ("* inverse_T1**3", "* inverse_T1**2", LEAN),
     ],
     "training/loop.py": [
@@ -422,7 +422,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "deploy/merge.py": [
         ('onto == "trained" and kl > MOST_KL', "False", MERGE),
-        ("if reason := _beyond_weights(config):", 'if reason := "":', "test_foreign_adapters.py"),
+        ("if reason := beyond_delta_weights(vars(config)):", 'if reason := "":', "test_foreign_adapters.py"),
     ],
     "manifest.py": [
         ('if file_sha256(folder / name) != expected["sha256"]:', "if False:", CHECKPOINT),

@@ -15,10 +15,11 @@ import torch
 from accelerate.state import AcceleratorState
 from workplace import rows
 
+from qlora_dpo.model.activation_memory import ActivationBytes
+from qlora_dpo.model.decoder_layers import checkpointable_layers
 from qlora_dpo.model.device import device_for_gpu
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.gpu_specs import GPU_SPECS
-from qlora_dpo.model.memory import ActivationBytes, checkpointable_layers
 from qlora_dpo.planning.memory_estimate import RESERVED_BYTES, estimate_memory
 from qlora_dpo.preference import packing_choice
 from qlora_dpo.recipe import Recipe

@@ -12,18 +12,13 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
 from qlora_dpo.model.attention import Backend
 from qlora_dpo.model.base import load_base
+from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
-from qlora_dpo.model.memory import (
-    cache_dequantized_if_fits,
-    free_bytes,
-    malloc_release_eagerly,
-    malloc_retain,
-    malloc_trim,
-    set_gradient_checkpointing,
-)
+from qlora_dpo.model.malloc import malloc_release_eagerly, malloc_retain, malloc_trim
+from qlora_dpo.model.memory import cache_dequantized_if_fits, free_bytes
 from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing, shortest_pairs

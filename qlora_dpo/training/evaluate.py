@@ -14,7 +14,7 @@ from qlora_dpo.data.audit import length_baselines
 from qlora_dpo.errors import SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
-from qlora_dpo.model.memory import malloc_trim
+from qlora_dpo.model.malloc import malloc_trim
 from qlora_dpo.preference import rank_split
 from qlora_dpo.preference.kl import kl_to_base
 from qlora_dpo.preference.logps import score_batch

@@ -19,15 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_dpo.data.encode import PairSet
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths, sequence_lengths
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model import attention, memory
+from qlora_dpo.model import attention
+from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
 from qlora_dpo.model.base import store_embeddings
+from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack, unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.live_tensors import LiveTensorBytes
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
-from qlora_dpo.model.memory import ActivationBytes
 from qlora_dpo.model.sources import ModelSource
-from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states, unwrap_peft
+from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states
 from qlora_dpo.preference.pack import STATES_PER_CHUNK, MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
@@ -146,7 +147,7 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
         optimizer_state_bytes=optimizer_bytes(trained, recipe.train),
         dense_bytes=sum(elements) * itemsize,
         largest_layer_bytes=max(elements, default=0) * itemsize,
-        num_layers=len(memory.checkpointable_layers(base)),
+        num_layers=len(checkpointable_layers(base)),
         activations=activation_bytes_per_token(model, device, packed=not padded, pairs=_longest_pair(workload)),
         vocab_size=len(head),
         head_copy_bytes=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
@@ -281,7 +282,7 @@ def activation_bytes_per_token(
     if device.attention != "spans" and batch.layout is not None:
         batch.layout.index  # noqa: B018 - values decide which tokens these are, so they are computed before only shapes are left
     mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
-    where, many = replace(device, type="cpu"), len(memory.checkpointable_layers(model))
+    where, many = replace(device, type="cpu"), len(checkpointable_layers(model))
     measure = partial(_measure_activations, model.train(), batch, where, mode)
     try:
         if not _has_uniform_layers(model) or many <= 2 * PROBE_LAYERS:
@@ -300,15 +301,9 @@ def _has_uniform_layers(model: PeftModel) -> bool:
     """True if all layers have the same class, shapes and adapter."""
     kinds = {
         (type(layer), *((name, each.shape, each.requires_grad) for name, each in layer.named_parameters()))
-        for layer in memory.checkpointable_layers(model)
+        for layer in checkpointable_layers(model)
     }
     return len(kinds) == 1 and layer_stack(model) is not None
-
-
-def layer_stack(model: PeftModel) -> Any:
-    """The module whose `layers` are all that the model has, one after another; None if there is none."""
-    layers = memory.checkpointable_layers(model)
-    return next((each for each in model.modules() if list(getattr(each, "layers", ())) == layers), None)
 
 
 def _measure_activations(
@@ -324,9 +319,7 @@ def _measure_activations(
             _fake_parameters(module, mode, cpu)
         with mode:
             tokens = batch.input_ids_BL.numel()
-            kept = memory.measure_activation_bytes(
-                unwrap_peft(model), lambda: hidden_states(model, batch, device), tokens
-            )
+            kept = measure_activation_bytes(unwrap_peft(model), lambda: hidden_states(model, batch, device), tokens)
             with LiveTensorBytes() as live:
                 end_TD = hidden_states(model, batch, device)
                 before, live.peak = live.now, live.now

@@ -1,17 +1,16 @@
 """Retries what ran out of memory with half the tokens per row; the result is the same."""
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from qlora_dpo.errors import REDUCE_MEMORY_ADVICE, DoesNotFitError, is_out_of_memory
+from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.memory import checkpointable_layers, set_gradient_checkpointing
+from qlora_dpo.model.memory import free_cached_memory
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.recipe.train import TrainTable
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
@@ -87,13 +86,6 @@ def enable_gradient_checkpointing(model: nn.Module, table: TrainTable) -> str:
         return ""
     set_gradient_checkpointing(model, len(layers))
     return ", and all layers recomputed"
-
-
-def free_cached_memory() -> None:
-    """Free what cycles of objects still hold, and the blocks that CUDA's allocator caches."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _with_context(what: str, error: Exception) -> Exception:

@@ -11,7 +11,8 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazy_sequence import concatenate_sequences, select_items
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.memory import USABLE_FRACTION, cache_dequantized_if_fits, free_bytes, malloc_retain
+from qlora_dpo.model.malloc import malloc_retain
+from qlora_dpo.model.memory import USABLE_FRACTION, cache_dequantized_if_fits, free_bytes, free_cached_memory
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import batched_logps, choose_packing
@@ -30,7 +31,7 @@ from qlora_dpo.training.build_model import PreparedModel
 from qlora_dpo.training.context import PreferenceDataset
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.loss_columns import read_loss_columns
-from qlora_dpo.training.oom_retry import free_cached_memory, retry_with_smaller_rows
+from qlora_dpo.training.oom_retry import retry_with_smaller_rows
 from qlora_dpo.training.prepare import PreparedData
 
 logger = logging.getLogger(__name__)
