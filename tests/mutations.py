@@ -151,8 +151,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("with as_reference(model, reference), torch.no_grad():", "with torch.no_grad():", REFERENCE),
         ("with as_reference(model, reference), torch.no_grad():", "with as_reference(model), torch.no_grad():", KINDS),
         (
-            "                with as_reference(model, reference):\n                    answers_P2",
-            "                if True:\n                    answers_P2",
+            "                with as_reference(model, reference):\n                    logps_P2",
+            "                if True:\n                    logps_P2",
             REFERENCE,
         ),
         (
@@ -160,17 +160,21 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "                with as_reference(model):\n",
             KINDS,
         ),
-        ('**({"adapter": adapter} if adapter else {}),', "", KINDS),
+    ],
+    "preference/start_checks.py": [
         ("if not torch.equal(probe_logits(model, pair, device), peft_logits_LV):", "if False:", SAVED),
-        ("if not bool((fresh_P2 - cached_P2).norm()", "if not bool((now_P2 - now_P2).norm()", KINDS),
+        ("if not bool((fresh_P2 - cached_P2).norm()", "if not bool((fresh_P2 - fresh_P2).norm()", KINDS),
+        ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+    ],
+    "preference/reference_cache.py": [
+        ('**({"adapter": adapter} if adapter else {}),', "", KINDS),
         ('"base": source.fingerprint,', "", REFERENCE),
         ('"quantization": table.quantization,', "", REFERENCE),
         ("if hashlib.sha256(content).hexdigest() != file.stem:", "if False:", REFERENCE),
-        ("self.unsaved |= new", "pass", REFERENCE),
-        ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+        ("self.unsaved |= added", "pass", REFERENCE),
     ],
     "preference/logp_journal.py": [
-        ("_check(body) == content[(n + 1) * size - 8 : (n + 1) * size]", "True", JOURNAL),
+        ("_checksum(body) == content[(n + 1) * size - 8 : (n + 1) * size]", "True", JOURNAL),
         ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", JOURNAL),
         ("os.lseek(self._handle, 0, os.SEEK_SET)", "pass", JOURNAL),
     ],
@@ -182,7 +186,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
     ],
     "preference/reference_adapter.py": [
-        ("        _set_adapter_weights(model, own)", "        pass", KINDS),
+        ("        _set_adapter_weights(model, policy_weights)", "        pass", KINDS),
         ("mul_(1 - alpha).add_(parameter, alpha=alpha)", "mul_(alpha).add_(parameter, alpha=1 - alpha)", KINDS),
         ("or step % reference.ema.ref_model_sync_steps", "", KINDS),
         ("parameter.detach().clone()", "parameter.detach()", KINDS),
@@ -214,9 +218,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("    if what.recipe.starts_as_reference:", "    if False:", REFERENCE + " " + KINDS),
     ],
     "preference/packing_choice.py": [
-        ("if not _allclose(found_P2, expected_P2, device):", "if False:", PACK),
+        ("if not _allclose(packed_P2, expected_P2, device):", "if False:", PACK),
         ("    _check_finite(expected_P2, device)\n", "", PACK),
-        ("elif _leaks_across_spans(model, few, packed, device):", "elif False:", PACK),
+        ("if _leaks_across_spans(model, pairs, packed, device):", "if False:", PACK),
         ("unwrap_peft(model).set_attn_implementation(before)", "pass", PACK),
     ],
     "model/attention.py": [
@@ -317,8 +321,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "preference/kl.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
-        ("batch.tokens_S[: len(some)].sum()", "batch.tokens_S.sum()", WATCH),
-        ("return total / tokens", "return total / len(few)", WATCH),
+        ("batch.tokens_S[: batch.pairs].sum()", "batch.tokens_S.sum()", WATCH),
+        ("return total / tokens", "return total / len(measured_pairs)", WATCH),
     ],
     "training/train_step.py": [
         ("slope < VANISHING_GRAD_RATIO * state.first_slope", "slope < VANISHING_GRAD_RATIO", WATCH),

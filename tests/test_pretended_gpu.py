@@ -44,7 +44,8 @@ from qlora_dpo.planning.room import assess_fit
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import LossColumns, dpo
 from qlora_dpo.preference.pack import Packing, collate
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.reference import compute_reference_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.data import DataTable

@@ -23,7 +23,7 @@ from qlora_dpo.model.saved_adapter import (
     load_adapter_weights,
     opened_by_peft,
 )
-from qlora_dpo.preference.reference import check_matches_peft, probe_logits
+from qlora_dpo.preference.start_checks import check_matches_peft, probe_logits
 from qlora_dpo.training.run import prepare_data
 
 pytestmark = jobs.LIBRARIES_WARN

@@ -3,6 +3,7 @@
 They are added up on the device and read when a line is logged, since reading a number makes the host wait for a GPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference.logps import HEAD_METRICS, Scores
 from qlora_dpo.preference.objective import Losses
-from qlora_dpo.recipe.objective import Objective, PairwiseLoss
+from qlora_dpo.recipe.objective import Objective, PairwiseLoss, reward_beta
 
 TIE_MARGIN = 1e-4
 """Nats. Margins below this are what float32 rounds differently in another batch, so the pair counts as a tie."""
@@ -45,10 +46,10 @@ class MetricSums:
         """Add what one micro-batch, which took `tokens` tokens through the model, says about its pairs."""
         self.tokens += tokens
         self.completion_tokens = _added(self.completion_tokens, scores.completion_tokens)
-        self._add(LOGP_METRICS, [scores.chosen_logp_P.double().sum(), scores.rejected_logp_P.double().sum()])
+        self._add_part(LOGP_METRICS, _stacked_sums([scores.chosen_logp_P, scores.rejected_logp_P]))
         if scores.head_metrics_4 is not None:
             self.head_tokens = _added(self.head_tokens, scores.completion_tokens)
-            self._add(HEAD_METRICS, list(scores.head_metrics_4.double()))
+            self._add_part(HEAD_METRICS, scores.head_metrics_4.detach().double())
 
     def add_losses(self, losses: Losses) -> None:
         """Add the losses and rewards of some pairs."""
@@ -61,10 +62,18 @@ class MetricSums:
             *(losses.total_P, losses.preference_P, losses.sft_P),
             *(chosen_P, rejected_P, right_P, chosen_P - rejected_P),
         )
-        self._add((*LOSS_METRICS, "ties"), [each_P.double().sum() for each_P in (*amounts_P, tie_P)])
+        self._add_part((*LOSS_METRICS, "ties"), _stacked_sums([*amounts_P, tie_P]))
 
-    def _add(self, names: tuple[str, ...], amounts: list[Tensor]) -> None:
-        vector = torch.stack(amounts).detach()
+    def add(self, other: "MetricSums") -> None:
+        """Add the sums of `other`, which stay on the device."""
+        self.pairs += other.pairs
+        self.tokens += other.tokens
+        self.completion_tokens = _added(self.completion_tokens, other.completion_tokens)
+        self.head_tokens = _added(self.head_tokens, other.head_tokens)
+        for names, vector in other.parts.items():
+            self._add_part(names, vector)
+
+    def _add_part(self, names: tuple[str, ...], vector: Tensor) -> None:
         self.parts[names] = self.parts[names] + vector if names in self.parts else vector
 
     @property
@@ -116,8 +125,13 @@ class MetricSums:
 
 def make_metric_sums(table: Objective) -> MetricSums:
     """Empty sums for the figures of one objective."""
-    return MetricSums(getattr(table, "beta", 1.0), sft=isinstance(table, PairwiseLoss) and table.sft_weight > 0)
+    return MetricSums(reward_beta(table), sft=isinstance(table, PairwiseLoss) and table.sft_weight > 0)
 
 
 def _added(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     return one[0] + other[0], one[1] + other[1]
+
+
+def _stacked_sums(values: Sequence[Tensor]) -> Tensor:
+    """The sum of each tensor over its pairs, in float64, without gradients."""
+    return torch.stack([value_P.detach().double().sum() for value_P in values])

@@ -36,6 +36,7 @@ from qlora_dpo.recipe.objective import (
     Sigmoid,
     Simpo,
     WeightedSum,
+    reward_beta,
 )
 
 MIN_BETA = 1e-3
@@ -266,7 +267,7 @@ def f_score(ratio_P: Tensor, table: FDivergenceLoss) -> Tensor:
 
 def beta_at(table: Objective, step: int, total_steps: int) -> float:
     """The beta of optimizer step `step`, counted from 1."""
-    start: float = getattr(table, "beta", 1.0)
+    start = reward_beta(table)
     end = getattr(table, "beta_end", None)
     return start if end is None or total_steps < 2 else start + (end - start) * (step - 1) / (total_steps - 1)
 
@@ -288,19 +289,19 @@ def needs_whole_step(table: Objective) -> bool:
 
 def compute_losses(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
     """The recipe's loss per pair; `beta` is that of the step, the table's if absent."""
-    strength: float = getattr(table, "beta", 1.0) if beta is None else beta
+    beta = reward_beta(table) if beta is None else beta
     ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
     if needs_reference(table):
         ratio_P2 = ratio_P2 - logps.reference_P2
     # an answer that is not there has no tokens, and a log-probability of 0
     tokens_P2 = torch.stack([logps.chosen_tokens_P, logps.rejected_tokens_P], 1).clamp(min=1)
     sft_P = sft(logps.chosen_logp_all_P, logps.chosen_tokens_P)
-    rewards_P2 = strength * _reward(ratio_P2, tokens_P2, table)
+    rewards_P2 = beta * _reward(ratio_P2, tokens_P2, table)
     if logps.columns is not None and logps.columns.label_P is not None:
         # a good answer is right above the mean, a bad one below it
-        both_P2 = torch.stack([rewards_P2[:, 0], strength * kto_kl(ratio_P2[:, 1])], 1)
+        both_P2 = torch.stack([rewards_P2[:, 0], beta * kto_kl(ratio_P2[:, 1])], 1)
         rewards_P2 = torch.where(logps.columns.label_P[:, None], both_P2, both_P2.flip(1))
-    preference_P = _preference_loss(logps, ratio_P2, tokens_P2, table, strength)
+    preference_P = _preference_loss(logps, ratio_P2, tokens_P2, table, beta)
     if logps.wpo_weight_P is not None:
         preference_P = preference_P * logps.wpo_weight_P
     total_P = preference_P + (table.sft_weight * sft_P if isinstance(table, PairwiseLoss) else 0)

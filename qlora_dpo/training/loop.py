@@ -26,8 +26,9 @@ from qlora_dpo.model.memory import malloc_trim
 from qlora_dpo.preference.kl import kl_to_base
 from qlora_dpo.preference.metrics import make_metric_sums
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.reference import ReferenceLogpCache, fresh_reference_logps
+from qlora_dpo.preference.reference import fresh_reference_logps
 from qlora_dpo.preference.reference_adapter import ADAPTER_OFF, ReferenceAdapter, sync_reference
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import schedule_free

@@ -21,16 +21,11 @@ from qlora_dpo.model.saved_adapter import SavedAdapter, check_base_matches, find
 from qlora_dpo.model.sources import ModelSource, fetch_model
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.packing_choice import batched_logps, choose_packing
-from qlora_dpo.preference.reference import (
-    ReferenceLogpCache,
-    check_cached_logps,
-    check_first_loss,
-    compute_reference_logps,
-    fresh_reference_logps,
-    reference_cache_dir,
-)
+from qlora_dpo.preference.packing_choice import choose_packing
+from qlora_dpo.preference.reference import compute_reference_logps, fresh_reference_logps, model_logps
 from qlora_dpo.preference.reference_adapter import ADAPTER_OFF, ReferenceAdapter
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache, reference_cache_dir
+from qlora_dpo.preference.start_checks import check_cached_logps, check_first_loss
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.reference import AdapterReference, EmaReference, ModelReference
@@ -243,7 +238,7 @@ def _check_reference_logps(what: Question, prepared_model: PreparedModel, refere
     """Prove what the reference says of a few pairs: against the policy if both are the same, else against itself."""
     few = [what.train[i] for i in what.few]
     if what.recipe.starts_as_reference:
-        live_P2 = batched_logps(prepared_model.model, few, prepared_model.packing, what.device)
+        live_P2 = model_logps(prepared_model.model, few, prepared_model.packing, what.device)
         check_first_loss(live_P2, reference_P2, getattr(what.recipe.objective, "beta", 0.1), what.device)
     else:
         check_cached_logps(
@@ -280,15 +275,14 @@ def precompute_with_reference_model(
     )  # the other half is for the pass
     if device.type == "cpu":
         malloc_retain()
-    packing, _ = choose_packing(
-        model, concatenate_sequences([now, what.heldout]), what.recipe.train.row_tokens, pad_token_id, device
-    )
-    packing = replace(packing, token_weighting=make_token_weighting(what.recipe.objective))
+    row_tokens, weighting = what.recipe.train.row_tokens, make_token_weighting(what.recipe.objective)
+    padded = Packing(row_tokens, pad_token_id, backend=None, token_weighting=weighting)
+    packing, _ = choose_packing(model, concatenate_sequences([now, what.heldout]), padded, device)
     fill_reference_cache(what, PreparedModel(model, packing, packing), now, run_log)
     run_log.info(f"{_cache_summary(what, now)}; {reference_spec.reference_model.name} is freed")
     asked = ReferenceLogps(what.store.get(what.train), what.store.get(what.heldout))
     few = [what.train[i] for i in what.few]
-    check_cached_logps(batched_logps(model, few, packing, device), asked.train_P2[what.few], device)
+    check_cached_logps(model_logps(model, few, packing, device), asked.train_P2[what.few], device)
     verified_caches.add(what.store.folder)
     del model
     gc.collect()

@@ -36,8 +36,8 @@ from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.model.sources import ModelSource, fetch_model
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing, shortest_pairs
-from qlora_dpo.preference.reference import check_adapter_off_is_base, check_matches_peft, probe_logits
 from qlora_dpo.preference.reference_adapter import ReferenceAdapter, clone_adapter
+from qlora_dpo.preference.start_checks import check_adapter_off_is_base, check_matches_peft, probe_logits
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
@@ -278,7 +278,7 @@ def load_base_for_run(prepared: PreparedData, recipe: Recipe, device: Device, lo
         log(words)
     if own and device.type == "cpu":
         malloc_retain()
-    packing, why = choose_packing(base, pairs, table.row_tokens, pad, device)
+    packing, why = choose_packing(base, pairs, Packing(table.row_tokens, pad, backend=None), device)
     log(f"layout: {why}")
     (probed,) = shortest_pairs(pairs, 1)
     # its logits exist whole: 0.15 GiB for 256 tokens and 152k words; until the proof they lie on the CPU
