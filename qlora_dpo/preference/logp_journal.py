@@ -49,7 +49,7 @@ def _checksum(body: bytes) -> bytes:
 
 
 class LogpJournal:
-    """This process's journal in `folder`; the first `add` creates its file, `close` removes it."""
+    """The journal of this process in `folder`; the first `add` creates its file, `close` removes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -35,7 +35,7 @@ def rank_indices(pairs: Sequence[EncodedPair]) -> list[int]:
 
 
 def distinct_rank_indices(pairs: Sequence[EncodedPair]) -> NDArray[np.int64]:
-    """This rank's part of the distinct pairs (the first of equal ones), as ascending indices.
+    """The distinct pairs of this rank (the first of equal ones), as ascending indices.
 
     Reads digests and lengths only, so millions of pairs stay on disk.
     """
