@@ -23,7 +23,8 @@ from qlora_dpo.model.lora import attach_lora, trainable_parameters
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.reference import compute_reference_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.training.checkpoint.state import TrainState

@@ -82,7 +82,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("ratio_P2 = ratio_P2 - logps.reference_P2", "ratio_P2 = ratio_P2 - logps.reference_P2.flip(1)", LOSS),
         ("ratio_P2 = ratio_P2 - logps.reference_P2", "pass", LOSS),
         ("preference_P + (table.sft_weight * sft_P", "preference_P + (sft_P", LOSS),
-        ("return dpo(score_P - asked_P, beta, table.label_smoothing)", "return dpo(score_P - asked_P, beta)", LOSS),
+        ("return dpo(score_P - target_P, beta, table.label_smoothing)", "return dpo(score_P - asked_P, beta)", LOSS),
         ("preference_P = preference_P * logps.wpo_weight_P", "pass", LOSS),
         ("total_P = total_P * logps.columns.weight_P", "pass", LOSS),
         ("(end - start) * (step - 1)", "(end - start) * step", LOSS),
@@ -96,7 +96,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/metrics.py": [
         ("self.pairs += len(chosen_P)", "self.pairs += 1", LOOP),
         ("torch.where(tie_P, 0.5,", "torch.where(tie_P, 1.0,", LOOP),
-        ("right_P, chosen_P - rejected_P)", "right_P, rejected_P - chosen_P)", LOOP + " test_trl_oracle.py"),
+        ("correct_P, chosen_P - rejected_P)", "correct_P, rejected_P - chosen_P)", LOOP + " test_trl_oracle.py"),
         (
             "totals[name] / weights.get(name, self.pairs)",
             "totals[name] / self.pairs",
@@ -105,10 +105,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('"entropy": chosen + rejected', '"entropy": chosen', "test_trl_oracle.py"),
     ],
     "preference/logps.py": [
-        ("logp_S[:chosen]", "logp_S[chosen:]", LOGPS),
+        ("logp_S[:pairs]", "logp_S[pairs:]", LOGPS),
         (
-            "rejected_tokens_P=batch.tokens_S[chosen:]",
-            "rejected_tokens_P=batch.tokens_S[:chosen]",
+            "rejected_tokens_P=batch.tokens_S[pairs:]",
+            "rejected_tokens_P=batch.tokens_S[:pairs]",
             LOGPS + " test_trl_oracle.py",
         ),
         ("batch.row_N[tokens] - states.start", "batch.row_N[tokens]", LOGPS),
@@ -120,12 +120,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("logits_cv[place], target_logit_n)", "logits_cv[place], logits_cv[place])", LOGPS),
         ("others_cD.mul_(shrink_c[:, None]).add_", "others_cD.add_", LOGPS),
         ("column_n = target_n - start", "column_n = target_n", LOGPS),
-        ("logits_c / vocabulary", "logits_c / words", LOGPS),
-        ("logits_cv += bias_V[start : start + words].to(exact)", "pass", LOGPS),
+        ("logits_c / vocabulary", "logits_c / tile_size", LOGPS),
+        ("logits_cv += bias_V[start : start + tile_size].to(exact)", "pass", LOGPS),
     ],
     "preference/pack.py": [
-        ("position_l[-len(answer) - 1 : -1]", "position_l[-len(answer) :]", PACK),
-        ("position_l[-len(answer) - 1 : -1], answer", "position_l[-len(answer) - 1 : -2], answer[:-1]", PACK),
+        ("position_l[-len(completion) - 1 : -1]", "position_l[-len(completion) :]", PACK),
+        (
+            "position_l[-len(completion) - 1 : -1], completion",
+            "position_l[-len(completion) - 1 : -2], completion[:-1]",
+            PACK,
+        ),
         ("positions.extend(range(shared, len(sequence)))", "positions.extend(range(len(sequence) - shared))", PACK),
         (
             "positions.extend(range(shared, len(sequence)))",
@@ -135,15 +139,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("_contiguous_ranges(where[:shared])", "((0, len(ids)),)", PACK),
         ("_contiguous_ranges(where[:shared])", "()", PACK),
         ("mask[row, :length] = 1", "mask[row] = 1", PACK),
-        ("if groups and own - shared <= room:", "if True and groups:", PACK),
+        ("if groups and pair_tokens - shared <= remaining:", "if True and groups:", PACK),
         (
             "tokens=sum(map(len, places.position_SL))",
             "tokens=places.input_ids_BL.numel()",
             PACK + " test_trl_oracle.py",
         ),
         (
-            "answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
-            "answers = [pair.rejected for pair in pairs] + [pair.chosen for pair in pairs]",
+            "completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
+            "completions = [pair.rejected for pair in pairs] + [pair.chosen for pair in pairs]",
             PACK,
         ),
     ],
@@ -151,8 +155,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("with as_reference(model, reference), torch.no_grad():", "with torch.no_grad():", REFERENCE),
         ("with as_reference(model, reference), torch.no_grad():", "with as_reference(model), torch.no_grad():", KINDS),
         (
-            "                with as_reference(model, reference):\n                    answers_P2",
-            "                if True:\n                    answers_P2",
+            "                with as_reference(model, reference):\n                    logps_P2",
+            "                if True:\n                    logps_P2",
             REFERENCE,
         ),
         (
@@ -160,17 +164,21 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "                with as_reference(model):\n",
             KINDS,
         ),
-        ('**({"adapter": adapter} if adapter else {}),', "", KINDS),
+    ],
+    "preference/start_checks.py": [
         ("if not torch.equal(probe_logits(model, pair, device), peft_logits_LV):", "if False:", SAVED),
-        ("if not bool((fresh_P2 - cached_P2).norm()", "if not bool((now_P2 - now_P2).norm()", KINDS),
+        ("if not bool((fresh_P2 - cached_P2).norm()", "if not bool((fresh_P2 - fresh_P2).norm()", KINDS),
+        ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+    ],
+    "preference/reference_cache.py": [
+        ('**({"adapter": adapter} if adapter else {}),', "", KINDS),
         ('"base": source.fingerprint,', "", REFERENCE),
         ('"quantization": table.quantization,', "", REFERENCE),
         ("if hashlib.sha256(content).hexdigest() != file.stem:", "if False:", REFERENCE),
-        ("self.unsaved |= new", "pass", REFERENCE),
-        ("dpo(drift_P2[:, 0] - drift_P2[:, 1], beta)", "dpo(drift_P2[:, 0] - drift_P2[:, 0], beta)", REFERENCE),
+        ("self.unsaved |= added", "pass", REFERENCE),
     ],
     "preference/logp_journal.py": [
-        ("_check(body) == content[(n + 1) * size - 8 : (n + 1) * size]", "True", JOURNAL),
+        ("_checksum(body) == content[(n + 1) * size - 8 : (n + 1) * size]", "True", JOURNAL),
         ("fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", JOURNAL),
         ("os.lseek(self._handle, 0, os.SEEK_SET)", "pass", JOURNAL),
     ],
@@ -182,7 +190,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
     ],
     "preference/reference_adapter.py": [
-        ("        _set_adapter_weights(model, own)", "        pass", KINDS),
+        ("        _set_adapter_weights(model, policy_weights)", "        pass", KINDS),
         ("mul_(1 - alpha).add_(parameter, alpha=alpha)", "mul_(alpha).add_(parameter, alpha=1 - alpha)", KINDS),
         ("or step % reference.ema.ref_model_sync_steps", "", KINDS),
         ("parameter.detach().clone()", "parameter.detach()", KINDS),
@@ -219,9 +227,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('{"first_slope": "first_step_grad", "vanished": "small_grad_pairs"}', "{}", CHECKPOINT),
     ],
     "preference/packing_choice.py": [
-        ("if not _allclose(found_P2, expected_P2, device):", "if False:", PACK),
+        ("if not _allclose(packed_P2, expected_P2, device):", "if False:", PACK),
         ("    _check_finite(expected_P2, device)\n", "", PACK),
-        ("elif _leaks_across_spans(model, few, packed, device):", "elif False:", PACK),
+        ("if _leaks_across_spans(model, pairs, packed, device):", "if False:", PACK),
         ("unwrap_peft(model).set_attn_implementation(before)", "pass", PACK),
     ],
     "model/attention.py": [
@@ -322,8 +330,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "preference/kl.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
-        ("batch.tokens_S[: len(some)].sum()", "batch.tokens_S.sum()", WATCH),
-        ("return total / tokens", "return total / len(few)", WATCH),
+        ("batch.tokens_S[: batch.pairs].sum()", "batch.tokens_S.sum()", WATCH),
+        ("return total / tokens", "return total / len(measured_pairs)", WATCH),
     ],
     "training/train_step.py": [
         ("grad < SMALL_GRAD * state.first_step_grad", "grad < SMALL_GRAD", WATCH),

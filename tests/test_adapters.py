@@ -20,7 +20,7 @@ from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
-from qlora_dpo.preference.reference import check_adapter_off_is_base, probe_logits
+from qlora_dpo.preference.start_checks import check_adapter_off_is_base, probe_logits
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.save import newest_valid

@@ -25,7 +25,7 @@ from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parame
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import check_adapter_off_is_base, probe_logits
+from qlora_dpo.preference.start_checks import check_adapter_off_is_base, probe_logits
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.training.checkpoint.save import newest_valid

@@ -19,7 +19,8 @@ from peft import PeftModel
 from workplace import rows
 
 from qlora_dpo.preference.objective import LossColumns
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.reference import compute_reference_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
 from qlora_dpo.recipe.reference import REFERENCE_TABLES

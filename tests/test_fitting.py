@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from qlora_dpo.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
 from qlora_dpo.manifest import find_damage
-from qlora_dpo.model.memory import checkpointable_layers
+from qlora_dpo.model.decoder_layers import checkpointable_layers
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import evaluate, train_step
 from qlora_dpo.training.checkpoint import save

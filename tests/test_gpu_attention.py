@@ -96,6 +96,6 @@ def test_outputs_and_gradients_are_those_of_a_loop_in_float64(
 def test_the_backend_that_a_gpu_offers_is_proved_on_a_model_and_taken(where: Where, dtype: str) -> None:
     place = places.chosen(where, dtype)
     model = architectures.made(architectures.CONFIGS["qwen2"]).to(place.torch_device, place.weight_dtype)
-    packing, why = choose_packing(model, dialogues(12, 64), 300, 0, place)
+    packing, why = choose_packing(model, dialogues(12, 64), Packing(300, 0, backend=None), place)
     assert why == f"packed rows of up to 300 tokens, attention by {place.attention}"
     assert packing.backend == place.attention

@@ -15,7 +15,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantized_layers
-from qlora_dpo.preference.reference import probe_logits
+from qlora_dpo.preference.start_checks import probe_logits
 from qlora_dpo.recipe.model import ModelTable
 
 pytestmark = jobs.LIBRARIES_WARN

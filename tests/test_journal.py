@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from qlora_dpo.data.encoded import pair_digests
-from qlora_dpo.preference import logp_journal, reference
+from qlora_dpo.errors import SourceError
+from qlora_dpo.preference import logp_journal, reference, reference_cache
 from qlora_dpo.preference.logp_journal import (
     RECORD_DTYPE,
     LogpJournal,
@@ -23,7 +24,8 @@ from qlora_dpo.preference.logp_journal import (
     orphaned_journals,
 )
 from qlora_dpo.preference.logp_table import EMPTY_LOGP_TABLE, make_logp_table
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps, read_logp_table
+from qlora_dpo.preference.reference import compute_reference_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache, read_logp_table
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -37,14 +39,16 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import jobs
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.reference import compute_reference_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 done = []
 def advance(pairs):
     done.append(pairs)
     if len(done) == 3:  # the first tells how many are known
         os.kill(os.getpid(), signal.SIGKILL)
 rows = replace(jobs.PACKED, token_budget=64)
-compute_reference_logps(jobs.base_model(), jobs.pairs(9), ReferenceLogpCache(Path(sys.argv[1])), rows, jobs.CPU, advance)
+cache = ReferenceLogpCache(Path(sys.argv[1]))
+compute_reference_logps(jobs.base_model(), jobs.pairs(9), cache, rows, jobs.CPU, advance)
 """
 
 
@@ -141,10 +145,10 @@ def test_without_room_for_what_was_left_it_stays_for_the_next_run(
     (tmp_path / f"left{logp_journal.JOURNAL_SUFFIX}").write_bytes(CONTENT)
 
     def full(*some: Any) -> None:
-        raise reference.SourceError("the disk is full")
+        raise SourceError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "atomic_write", full)
+        patched.setattr(reference_cache, "atomic_write", full)
         assert len(ReferenceLogpCache(tmp_path).known) == 0
     assert (tmp_path / f"left{logp_journal.JOURNAL_SUFFIX}").is_file()
     assert len(ReferenceLogpCache(tmp_path).known) == len(PAIRS)

@@ -28,6 +28,7 @@ pytestmark = jobs.LIBRARIES_WARN
 
 EXACT = 1e-5
 """Relative, in float32."""
+ROWS_OF_300 = replace(jobs.PADDED, token_budget=300)
 KINDS = pytest.mark.parametrize("kind", list(architectures.CONFIGS))
 BACKENDS = pytest.mark.parametrize("backend", ["spans", "batched"])
 
@@ -262,7 +263,7 @@ def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_that_rows_can_serve_is_given_rows(kind: str, dtype: Any) -> None:
     base, pairs = architectures.made(architectures.CONFIGS[kind]), drawn(9, 12)
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.device.select_device(dtype))
+    packing, why = choose_packing(base, pairs, ROWS_OF_300, jobs.device.select_device(dtype))
     assert packing.backend == "spans"
     assert why == "packed rows of up to 300 tokens, attention by spans"
 
@@ -277,7 +278,7 @@ def test_a_model_that_rows_can_serve_is_given_rows(kind: str, dtype: Any) -> Non
 )
 def test_a_model_that_rows_cannot_serve_gets_padded_batches_and_is_told_why(kind: str, reason: str) -> None:
     base, pairs = architectures.made(architectures.NOT_SERVED[kind]), jobs.pairs(9)
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, jobs.CPU)
+    packing, why = choose_packing(base, pairs, ROWS_OF_300, jobs.CPU)
     assert packing.backend is None
     assert why == f"padded batches, since {reason}"
     assert score_batch(base, collate(pairs, packing), jobs.CPU).chosen_logp_P.isfinite().all()
@@ -297,7 +298,7 @@ def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: A
     place = jobs.device.select_device(dtype)
     # a layer that looks at the token to the left, as convolutions and recurrences do, whichever sequence it is of
     base.model.layers[0].register_forward_hook(lambda layer, inputs, out: out + share * out.roll(1, 1))
-    packing, why = choose_packing(base, pairs, 300, jobs.PAD, place)
+    packing, why = choose_packing(base, pairs, ROWS_OF_300, place)
     assert packing.backend is None
     assert why.startswith("padded batches, since in packed rows ")
     assert says in why
@@ -323,15 +324,15 @@ def test_a_model_that_looks_fit_but_mixes_tokens_otherwise_is_found_out(dtype: A
 def test_a_model_that_gives_nan_is_told_why_before_anything_is_compared(kind: str, dtype: Any, sentence: str) -> None:
     base = architectures.made({**architectures.CONFIGS, **architectures.NOT_SERVED}[kind])
     place = replace(jobs.CPU, compute_dtype=dtype)
-    choose_packing(base, jobs.pairs(9), 300, jobs.PAD, place)
+    choose_packing(base, jobs.pairs(9), ROWS_OF_300, place)
     with torch.no_grad():
         # in fp16 a product beyond 65,504, which the other dtypes hold
         base.get_output_embeddings().weight.mul_(1e7 if dtype == "fp16" else torch.nan)
     with pytest.raises(ModelError) as error:
-        choose_packing(base, jobs.pairs(9), 300, jobs.PAD, place)
+        choose_packing(base, jobs.pairs(9), ROWS_OF_300, place)
     assert str(error.value) == sentence
     if dtype == "fp16":
-        choose_packing(base, jobs.pairs(9), 300, jobs.PAD, jobs.CPU)
+        choose_packing(base, jobs.pairs(9), ROWS_OF_300, jobs.CPU)
 
 
 def test_without_a_layout_a_model_for_rows_computes_as_before() -> None:

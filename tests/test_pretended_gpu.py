@@ -44,7 +44,8 @@ from qlora_dpo.planning.room import assess_fit
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import LossColumns, dpo
 from qlora_dpo.preference.pack import Packing, collate
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
+from qlora_dpo.preference.reference import compute_reference_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.data import DataTable
@@ -53,7 +54,7 @@ from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
 from qlora_dpo.report import write
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import evaluate as evaluation
-from qlora_dpo.training import loop, reference_pass
+from qlora_dpo.training import loop, reference_pass, run
 from qlora_dpo.training.context import PreferenceDataset, TrainContext
 from qlora_dpo.training.data_order import make_data_order
 from qlora_dpo.training.loop import train_loop

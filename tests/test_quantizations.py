@@ -26,7 +26,8 @@ from qlora_dpo.model.memory import dense_bytes
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantization_of, quantized_layers
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import check_adapter_off_is_base, probe_logits, reference_cache_dir
+from qlora_dpo.preference.reference_cache import reference_cache_dir
+from qlora_dpo.preference.start_checks import check_adapter_off_is_base, probe_logits
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.report import card

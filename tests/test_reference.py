@@ -1,4 +1,4 @@
-"""The reference is asked once, kept on disk, and proven to be the base and to fit the policy."""
+"""The reference is computed once, cached on disk, and checked to be the base and to match the policy."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,19 +15,11 @@ from peft import LoraConfig, get_peft_model
 
 from qlora_dpo.errors import EXIT_DOES_NOT_FIT, REDUCE_MEMORY_ADVICE, DoesNotFitError, ModelError
 from qlora_dpo.files import cache_home
-from qlora_dpo.preference import reference
+from qlora_dpo.preference import reference, reference_cache
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import (
-    ReferenceLogpCache,
-    batch_reference_logps,
-    check_adapter_off_is_base,
-    check_first_loss,
-    compute_reference_logps,
-    model_logps,
-    probe_logits,
-    read_logp_table,
-    reference_cache_dir,
-)
+from qlora_dpo.preference.reference import batch_reference_logps, compute_reference_logps, model_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache, read_logp_table, reference_cache_dir
+from qlora_dpo.preference.start_checks import check_adapter_off_is_base, check_first_loss, probe_logits
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import oom_retry
@@ -78,7 +70,7 @@ def test_only_new_pairs_are_computed_and_equal_ones_only_once(tmp_path: Path) ->
 
 
 def test_all_that_was_computed_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(reference_cache, "SECONDS_BETWEEN_SAVES", 0.0)
     done: list[int] = []
 
     def stop_at_the_third(pairs: int) -> None:
@@ -92,7 +84,9 @@ def test_all_that_was_computed_before_a_stop_is_kept(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut in half", "emptied", "of another name"])
-def test_a_damaged_cache_file_is_never_used(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_file_is_named_and_never_used(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first, _ = ask(jobs.base_model(), tmp_path)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
@@ -104,8 +98,9 @@ def test_a_damaged_cache_file_is_never_used(damage: str, tmp_path: Path) -> None
         case "emptied":
             file.write_bytes(b"")
         case "of another name":
-            file.rename(tmp_path / f"{'0' * 64}.safetensors")
+            file = file.rename(tmp_path / f"{'0' * 64}.safetensors")
     assert len(read_logp_table(tmp_path)) == 0
+    assert caplog.messages == [f"{file}: is damaged and not used; the log-probabilities it held are computed again"]
     again, computed = ask(jobs.base_model(), tmp_path)
     assert computed == len(PAIRS)
     assert torch.equal(again, first)
@@ -251,13 +246,13 @@ def test_a_reference_pass_that_did_not_fit_goes_on_in_smaller_rows(
     whole = whole_run(tmp_path / "whole", SEVERAL_ROWS)
     assert "out of memory" not in capsys.readouterr().err
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "another"))
-    done = fails_above(monkeypatch, 120, after=2)  # the proof of the adapter is one
+    done = fails_above(monkeypatch, 120, after=1)
     again = whole_run(tmp_path / "again", SEVERAL_ROWS)
     told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert told == ["reference pass: out of memory with rows of 160 tokens; rows of 80 from here on"]
     # what was computed before it ran out is not computed again, and the held-out pairs are in the smaller rows at once
-    assert again.reference_pairs_computed == sum(done) - 1 == 8 + 4 == whole.reference_pairs_computed
-    assert done == [1, 4, *[1] * 8]
+    assert again.reference_pairs_computed == sum(done) == 8 + 4 == whole.reference_pairs_computed
+    assert done == [4, *[1] * 8]
     assert jobs.all_apart(jobs.adapter(again.model), jobs.adapter(whole.model)) < 1e-5
 
 
@@ -271,7 +266,7 @@ def test_progress_counts_a_pair_once_although_the_pass_began_anew(
         yield told.append if name == "reference" else (lambda count: None)
 
     monkeypatch.setattr(RunLog, "phase", phase)
-    fails_above(monkeypatch, 120, after=2)
+    fails_above(monkeypatch, 120, after=1)
     whole_run(tmp_path / "run", SEVERAL_ROWS)
     assert sum(told) == 8 + 4 and min(told) > 0
 
@@ -279,7 +274,7 @@ def test_progress_counts_a_pair_once_although_the_pass_began_anew(
 def test_a_reference_pass_that_fits_in_no_rows_ends_the_run(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails_above(monkeypatch, 0, after=1)
+    fails_above(monkeypatch, 0)
     with pytest.raises(DoesNotFitError) as error:
         whole_run(tmp_path / "run", SEVERAL_ROWS)
     assert (

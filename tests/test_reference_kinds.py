@@ -18,7 +18,8 @@ from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import cache_home
 from qlora_dpo.model import sources
 from qlora_dpo.preference import reference
-from qlora_dpo.preference.reference import ReferenceLogpCache, model_logps, reference_cache_dir
+from qlora_dpo.preference.reference import model_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache, reference_cache_dir
 from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.training.prepare import prepare_data

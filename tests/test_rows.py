@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from qlora_dpo.model.device import device_for_gpu
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.gpu_specs import GPU_SPECS
 from qlora_dpo.planning.memory_estimate import RESERVED_BYTES, estimate_memory
-from qlora_dpo.preference import packing_choice
+from qlora_dpo.preference import packing_choice, reference
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
@@ -216,8 +216,11 @@ def test_a_layout_is_proved_in_rows_within_the_budget(monkeypatch: pytest.Monkey
         most.append(batch.input_ids_BL.numel() if len(some) > 1 else 0)  # a pair alone goes through whole
         return batch
 
-    monkeypatch.setattr(packing_choice, "collate", collate)
-    packing, _ = packing_choice.choose_packing(jobs.base_model(), pairs, 200, jobs.PAD, jobs.CPU)
+    for module in (packing_choice, reference):  # the leak check, and the log-probabilities
+        monkeypatch.setattr(module, "collate", collate)
+    packing, _ = packing_choice.choose_packing(
+        jobs.base_model(), pairs, replace(jobs.PADDED, token_budget=200), jobs.CPU
+    )
     assert packing.backend == "spans" and 100 < max(most) <= 200
     assert len(most) > 3 * 2  # padded, packed, and to see whether tokens mix
 

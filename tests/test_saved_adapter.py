@@ -21,7 +21,7 @@ from qlora_dpo.model.saved_adapter import (
     load_adapter_weights,
     opened_by_peft,
 )
-from qlora_dpo.preference.reference import check_matches_peft, probe_logits
+from qlora_dpo.preference.start_checks import check_matches_peft, probe_logits
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 from qlora_dpo.training.prepare import prepare_data
 

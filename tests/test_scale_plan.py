@@ -11,7 +11,7 @@ from test_docs import ROOT
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.preference.logp_journal import RECORD_DTYPE
 from qlora_dpo.preference.logp_table import make_logp_table
-from qlora_dpo.preference.reference import write_logp_table
+from qlora_dpo.preference.reference_cache import write_logp_table
 
 sys.path.insert(0, str(ROOT / "docs"))
 

@@ -24,7 +24,7 @@ from qlora_dpo.model.base_snapshot import snapshot_base
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
-from qlora_dpo.preference.reference import probe_logits
+from qlora_dpo.preference.start_checks import probe_logits
 from qlora_dpo.recipe.grid import name_points, parse_axes
 from qlora_dpo.recipe.model import LoraTable
 from qlora_dpo.report import write

@@ -18,7 +18,8 @@ from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import Logps, Losses, compute_losses, uses_wpo_weighting
 from qlora_dpo.preference.pack import collate
-from qlora_dpo.preference.reference import model_logps, probe_logits
+from qlora_dpo.preference.reference import model_logps
+from qlora_dpo.preference.start_checks import probe_logits
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training.context import TrainContext

@@ -261,7 +261,7 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
     from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
     from qlora_dpo.preference.pack import Packing
     from qlora_dpo.preference.packing_choice import choose_packing
-    from qlora_dpo.preference.reference import ReferenceLogpCache, reference_cache_dir
+    from qlora_dpo.preference.reference_cache import ReferenceLogpCache, reference_cache_dir
     from qlora_dpo.recipe.train import TrainTable
     from qlora_dpo.run_folder import read_run_metadata
     from qlora_dpo.talk.generate import context_tokens
@@ -279,9 +279,8 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         if not windows[name]:
             raise RecipeError(f"{name}: makes {len(ids)} tokens; --text needs two at least")
     everything = [*pair_set.encoded, *(each for some in windows.values() for each in some)]
-    packing, why = choose_packing(
-        model, everything, Packing(budget, int(opened.tokenizer.pad_token_id or 0), backend=None), device
-    )
+    padded = Packing(budget, int(opened.tokenizer.pad_token_id or 0), backend=None)
+    packing, why = choose_packing(model, everything, padded, device)
     click.echo(f"layout: {why}", err=True)
     steps = 3 * len(pair_set.encoded)
     with click.progressbar(

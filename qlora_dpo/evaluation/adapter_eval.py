@@ -17,9 +17,10 @@ from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.metrics import TIE_MARGIN
 from qlora_dpo.preference.objective import Logps, LossColumns, compute_losses, concat_logps, uses_wpo_weighting
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
-from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps, model_logps
+from qlora_dpo.preference.reference import compute_reference_logps, model_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.preference.token_weights import TokenWeighting, make_token_weighting
-from qlora_dpo.recipe.objective import Objective
+from qlora_dpo.recipe.objective import Objective, reward_beta
 
 MAX_TEXT_WINDOW = 1024
 """Tokens of plain text that a model reads at once, if its positions reach so far."""
@@ -95,7 +96,7 @@ def score_adapter(
     rewards_P2 = losses.rewards_P2.cpu()[back]
     # as training's own figures judge them: in float32
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    tie_P = margin_P.abs() <= getattr(table, "beta", 1.0) * TIE_MARGIN
+    tie_P = margin_P.abs() <= reward_beta(table) * TIE_MARGIN
     kl = kl_to_base(model, pairs, packing, device, max_pairs=None)
     advance(len(pairs))
     return AdapterScores(

@@ -1,8 +1,10 @@
-"""Sums over pairs that become the logged means, under TRL's names: independent of how the pairs were batched.
+"""Sums over pairs from which the logged means are computed, under TRL's names, however the pairs were batched.
 
-They are added up on the device and read when a line is logged, since reading a number makes the host wait for a GPU.
+They accumulate on the device and are read when a line is logged, since reading a number makes the host wait for a GPU.
+P pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference.logps import HEAD_METRICS, Scores
 from qlora_dpo.preference.objective import Losses
-from qlora_dpo.recipe.objective import Objective, PairwiseLoss
+from qlora_dpo.recipe.objective import Objective, PairwiseLoss, reward_beta
 
 TIE_MARGIN = 1e-4
-"""Nats. Margins below this are what float32 rounds differently in another batch, so the pair counts as a tie."""
+"""Nats. A smaller margin may be rounding, which differs between batches in float32, so the pair counts as a tie."""
 
 LOGP_METRICS = ("logps/chosen", "logps/rejected")
 LOSS_METRICS = (
@@ -23,57 +25,56 @@ LOSS_METRICS = (
 )
 REJECTED_METRICS = {"rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/rejected"}
 METRIC_ORDER = (*LOSS_METRICS, *LOGP_METRICS, *HEAD_METRICS)
-"""The order in which records name them."""
+"""The order of the metrics in a record."""
 
 
 @dataclass
 class MetricSums:
-    """Running totals over pairs and answer tokens. Rewards are beta times log(pi/pi_ref), in nats."""
+    """Running totals over pairs and completion tokens. Rewards are beta times log(pi/pi_ref), in nats."""
 
     beta: float
     sft: bool
     pairs: int = 0
     tokens: int = 0
     completion_tokens: tuple[int, int] = (0, 0)
-    """Of chosen and of rejected answers."""
+    """Of chosen and of rejected completions."""
     head_tokens: tuple[int, int] = (0, 0)
-    """Those of them whose HEAD_METRICS were computed."""
+    """Those of `completion_tokens` whose HEAD_METRICS were computed."""
     parts: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    """Sums in float64 on the device, a vector for each group of names; with the losses' group stand the ties."""
+    """Sums in float64 on the device, one vector per group of names; the losses' group ends with the ties."""
 
     def add_scores(self, scores: Scores, tokens: int = 0) -> None:
-        """Add what one micro-batch, which took `tokens` tokens through the model, says about its pairs."""
+        """Add the scores of one micro-batch, which took `tokens` tokens through the model."""
         self.tokens += tokens
         self.completion_tokens = _added(self.completion_tokens, scores.completion_tokens)
-        self._add(LOGP_METRICS, [scores.chosen_logp_P.double().sum(), scores.rejected_logp_P.double().sum()])
+        self._add_part(LOGP_METRICS, _stacked_sums([scores.chosen_logp_P, scores.rejected_logp_P]))
         if scores.head_metrics_4 is not None:
             self.head_tokens = _added(self.head_tokens, scores.completion_tokens)
-            self._add(HEAD_METRICS, list(scores.head_metrics_4.double()))
+            self._add_part(HEAD_METRICS, scores.head_metrics_4.detach().double())
 
     def add_losses(self, losses: Losses) -> None:
-        """Add the losses and rewards of some pairs."""
+        """Add the losses and rewards of P pairs."""
         chosen_P, rejected_P = losses.rewards_P2.unbind(1)
         tie_P = (chosen_P - rejected_P).abs() <= self.beta * TIE_MARGIN
         self.pairs += len(chosen_P)
-        # a tie is half right: neither answer is preferred
-        right_P = torch.where(tie_P, 0.5, (chosen_P > rejected_P).double())
+        # a tie is half correct: neither completion is preferred
+        correct_P = torch.where(tie_P, 0.5, (chosen_P > rejected_P).double())
         amounts_P = (
             *(losses.total_P, losses.preference_P, losses.sft_P),
-            *(chosen_P, rejected_P, right_P, chosen_P - rejected_P),
+            *(chosen_P, rejected_P, correct_P, chosen_P - rejected_P),
         )
-        self._add((*LOSS_METRICS, "ties"), [each_P.double().sum() for each_P in (*amounts_P, tie_P)])
+        self._add_part((*LOSS_METRICS, "ties"), _stacked_sums([*amounts_P, tie_P]))
 
     def add(self, other: "MetricSums") -> None:
-        """Add another one's sums in place, on the device."""
+        """Add the sums of `other`, which stay on the device."""
         self.pairs += other.pairs
         self.tokens += other.tokens
         self.completion_tokens = _added(self.completion_tokens, other.completion_tokens)
         self.head_tokens = _added(self.head_tokens, other.head_tokens)
         for names, vector in other.parts.items():
-            self.parts[names] = self.parts[names] + vector if names in self.parts else vector
+            self._add_part(names, vector)
 
-    def _add(self, names: tuple[str, ...], amounts: list[Tensor]) -> None:
-        vector = torch.stack(amounts).detach()
+    def _add_part(self, names: tuple[str, ...], vector: Tensor) -> None:
         self.parts[names] = self.parts[names] + vector if names in self.parts else vector
 
     @property
@@ -85,7 +86,7 @@ class MetricSums:
         return dict(zip(names, torch.cat(list(self.parts.values())).tolist(), strict=True))
 
     def all_reduce(self) -> "MetricSums":
-        """The sums of all processes that train together."""
+        """The sums over all ranks, on the CPU if there are several."""
         if processes.world_size() == 1:
             return self
         totals, groups = self.totals, (LOGP_METRICS, HEAD_METRICS, (*LOSS_METRICS, "ties"))
@@ -104,9 +105,9 @@ class MetricSums:
         return MetricSums(self.beta, self.sft, pairs, tokens, (chosen, rejected), (head_chosen, head_rejected), parts)
 
     def means(self) -> dict[str, float]:
-        """Means over pairs, or over answer tokens where TRL's are (logits, entropy, token accuracy).
+        """Means over pairs, or over completion tokens where TRL takes those (logits, entropy, token accuracy).
 
-        Where no rejected answer went through the model, nothing is said of one.
+        Metrics of rejected completions are absent if none went through the model.
         """
         totals, (chosen, rejected) = self.totals, self.head_tokens
         weights = {
@@ -124,9 +125,14 @@ class MetricSums:
 
 
 def make_metric_sums(table: Objective) -> MetricSums:
-    """Empty sums for the figures of one objective."""
-    return MetricSums(getattr(table, "beta", 1.0), sft=isinstance(table, PairwiseLoss) and table.sft_weight > 0)
+    """Empty sums for the metrics of one objective."""
+    return MetricSums(reward_beta(table), sft=isinstance(table, PairwiseLoss) and table.sft_weight > 0)
 
 
 def _added(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     return one[0] + other[0], one[1] + other[1]
+
+
+def _stacked_sums(values: Sequence[Tensor]) -> Tensor:
+    """The sum of each tensor over its pairs, in float64, without gradients."""
+    return torch.stack([value_P.detach().double().sum() for value_P in values])

@@ -1,7 +1,7 @@
 """The losses: log-probabilities in, one loss per pair out, in nats.
 
-P pairs. `chosen_P` and `rejected_P` are log(pi/pi_ref) of the two answers, `margin_P` their difference. `_logp_P` are
-log-probabilities of the policy alone. 2 columns: chosen, rejected.
+P pairs. `chosen_P` and `rejected_P` are log(pi/pi_ref) of the two completions, `margin_P` their difference. `_logp_P`
+are log-probabilities of the policy alone. 2 columns: chosen, rejected.
 """
 
 import math
@@ -36,6 +36,7 @@ from qlora_dpo.recipe.objective import (
     Sigmoid,
     Simpo,
     WeightedSum,
+    reward_beta,
 )
 
 MIN_BETA = 1e-3
@@ -44,57 +45,57 @@ MIN_BETA = 1e-3
 
 @dataclass(frozen=True)
 class Logps:
-    """What is known of P pairs. Log-probabilities are sums over an answer's tokens, in nats."""
+    """The inputs of a loss for P pairs. Log-probabilities are sums over a completion's tokens, in nats."""
 
     chosen_logp_P: Tensor
-    """Of the tokens that the loss counts (LD-DPO and SamPO weigh them); the reference's likewise."""
+    """With the token weights of LD-DPO and SamPO, as in `reference_P2`."""
     rejected_logp_P: Tensor
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
     reference_P2: Tensor
-    """The reference's log-probabilities; not read where a loss knows none."""
+    """The reference's log-probabilities; losses without a reference ignore them."""
     chosen_logp_all_P: Tensor
-    """Of all tokens of the chosen answer, each counted once."""
+    """Of the chosen completion, every token counted once."""
     wpo_weight_P: Tensor | None = None
-    """How likely the model is to write both answers itself (WPO), without a gradient."""
+    """The model's own likelihood of both completions (WPO), without a gradient."""
     columns: "LossColumns | None" = None
 
     def items(self) -> dict[str, Tensor]:
-        """The tensors among its fields, by name."""
+        """The fields that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def empty(self) -> "Logps":
-        """The same fields of no pair."""
-        beside = None if self.columns is None else self.columns.select([])
-        return Logps(**{name: value[:0] for name, value in self.items().items()}, columns=beside)
+        """The same fields with no pairs."""
+        columns = None if self.columns is None else self.columns.select([])
+        return Logps(**{name: value[:0] for name, value in self.items().items()}, columns=columns)
 
 
 @dataclass(frozen=True)
 class LossColumns:
-    """Numbers that stand beside the pairs in the data."""
+    """Columns of the data that a loss reads, one value per pair."""
 
     weight_P: Tensor | None = None
     margin_P: Tensor | None = None
     scores_P2: Tensor | None = None
     label_P: Tensor | None = None
-    """True for unpaired answers that are good; they stand in the chosen column, another answer in the rejected one."""
+    """For unpaired data: True if the chosen completion is desirable; the rejected one belongs to another prompt."""
 
     def select(self, indices: list[int]) -> "LossColumns":
-        """The numbers of some pairs."""
+        """The columns of the pairs at `indices`."""
         return LossColumns(**{name: None if value is None else value[indices] for name, value in vars(self).items()})
 
     def to(self, device: torch.device) -> "LossColumns":
-        """The same numbers on another device."""
+        """The same columns on another device."""
         return LossColumns(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 def concat_logps(parts: Sequence[Logps]) -> Logps:
-    """What is known of the pairs of several micro-batches, one after another."""
+    """Concatenate the log-probabilities of several micro-batches."""
     tensors = {name: torch.cat([part.items()[name] for part in parts]) for name in parts[0].items()}
-    beside = [vars(part.columns) for part in parts if part.columns is not None]
-    present = [name for name, value in (beside[0] if beside else {}).items() if value is not None]
-    columns = {name: torch.cat([each[name] for each in beside]) for name in present}
-    return Logps(**tensors, columns=LossColumns(**columns) if beside else None)
+    column_parts = [vars(part.columns) for part in parts if part.columns is not None]
+    names = [name for name, value in (column_parts[0] if column_parts else {}).items() if value is not None]
+    columns = {name: torch.cat([column_part[name] for column_part in column_parts]) for name in names}
+    return Logps(**tensors, columns=LossColumns(**columns) if column_parts else None)
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,13 @@ class Losses:
 
 
 def loss_gradients(losses: Losses, logps: Logps) -> Tensor:
-    """How much each pair's log-probabilities still move its loss, (P,): the sum of the derivatives' sizes.
+    """The absolute derivatives of each pair's loss with respect to its log-probabilities, summed, (P,).
 
-    Needs log-probabilities with gradients, whose graph is kept.
+    The log-probabilities must require gradients; their graph is kept.
     """
     inputs = [logps.chosen_logp_P, logps.rejected_logp_P, logps.chosen_logp_all_P]
-    found = torch.autograd.grad(losses.total_P.sum(), inputs, retain_graph=True, allow_unused=True)
-    return torch.stack([slope_P.abs() for slope_P in found if slope_P is not None]).sum(0)
+    grads = torch.autograd.grad(losses.total_P.sum(), inputs, retain_graph=True, allow_unused=True)
+    return torch.stack([grad_P.abs() for grad_P in grads if grad_P is not None]).sum(0)
 
 
 def dpo(margin_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -125,7 +126,7 @@ def dpo(margin_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
 
 
 def robust(margin_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Chowdhury et al. 2024, eq. 11: unbiased if that share of the labels is flipped."""
+    """Chowdhury et al. 2024, eq. 11: unbiased if the share `label_smoothing` of the labels is flipped."""
     agree_P = -F.logsigmoid(beta * margin_P)
     flipped_P = -F.logsigmoid(-beta * margin_P)
     return ((1 - label_smoothing) * agree_P - label_smoothing * flipped_P) / (1 - 2 * label_smoothing)
@@ -142,7 +143,7 @@ def ipo(margin_P: Tensor, beta: float) -> Tensor:
 
 
 def exo_pair(margin_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Ji et al. 2024, eq. 16, for two answers: KL from the policy's preference to the smoothed label."""
+    """Ji et al. 2024, eq. 16, for two completions: KL from the policy's preference to the smoothed label."""
     agree_P, flipped_P = F.logsigmoid(beta * margin_P), F.logsigmoid(-beta * margin_P)
     return agree_P.exp() * (agree_P - math.log1p(-label_smoothing)) + flipped_P.exp() * (
         flipped_P - math.log(label_smoothing)
@@ -167,7 +168,7 @@ def sppo_hard(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
 
 
 def apo_zero(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
-    """D'Oosterlinck et al. 2024, eq. 7: the chosen answer up, the rejected one down."""
+    """D'Oosterlinck et al. 2024, eq. 7: the chosen completion up, the rejected one down."""
     return torch.sigmoid(-beta * chosen_P) + torch.sigmoid(beta * rejected_P)
 
 
@@ -177,7 +178,7 @@ def apo_down(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
 
 
 def discopop(margin_P: Tensor, beta: float, tau: float) -> Tensor:
-    """Lu et al. 2024, eq. 5: logistic for pairs that are wrong, exponential for pairs that are right."""
+    """Lu et al. 2024, eq. 5: logistic for misranked pairs, exponential for correctly ranked pairs."""
     logits_P = beta * margin_P
     blend_P = torch.sigmoid(logits_P / tau)
     return (1 - blend_P) * -F.logsigmoid(logits_P) + blend_P * torch.exp(-logits_P)
@@ -195,20 +196,20 @@ def aot(one_P: Tensor, other_P: Tensor, beta: float, label_smoothing: float) -> 
 
 
 def dpop(margin_P: Tensor, chosen_P: Tensor, beta: float, dpop_lambda: float) -> Tensor:
-    """Pal et al. 2024, eq. 3: what the chosen answer loses against the reference counts `dpop_lambda` times."""
+    """Pal et al. 2024, eq. 3: a chosen log-ratio below 0 is penalized with weight `dpop_lambda`."""
     return dpo(margin_P - dpop_lambda * torch.relu(-chosen_P), beta)
 
 
 def rdpo(margin_P: Tensor, longer_P: Tensor, beta: float, length_alpha: float) -> Tensor:
     """Park et al. 2024, eq. 9: the preference for r - length_alpha * tokens, solved for the policy.
 
-    `longer_P` is by how many tokens the chosen answer is longer: what its length explains, the margin need not.
+    `longer_P` is the number of tokens by which the chosen completion is longer.
     """
     return -F.logsigmoid(beta * margin_P + length_alpha * longer_P)
 
 
 def odpo(margin_P: Tensor, scores_P2: Tensor, beta: float, odpo_alpha: float) -> Tensor:
-    """Amini et al. 2024, eq. 7, with a logarithmic offset; a difference of at least 1e-6 is taken."""
+    """Amini et al. 2024, eq. 7, with a logarithmic offset; score differences are clamped to at least 1e-6."""
     ahead_P = (scores_P2[:, 0] - scores_P2[:, 1]).to(margin_P.dtype)
     offset_P = ahead_P.clamp(min=1e-6).log()
     return -F.logsigmoid(beta * margin_P - odpo_alpha * offset_P)
@@ -225,14 +226,14 @@ def alpha_reward(mean_logp_P: Tensor, alpha: float) -> Tensor:
 
 
 def kto(ratio_P: Tensor, label_P: Tensor, mean_P: Tensor, table: Kto, beta: float) -> Tensor:
-    """Ethayarajh et al. 2024, eq. 8; `mean_P` is how far the policy is from the reference, in nats."""
+    """Ethayarajh et al. 2024, eq. 8; `mean_P` is the estimate of KL(policy || reference), in nats."""
     good_P = table.desirable_weight * torch.sigmoid(-beta * (ratio_P - mean_P))
     bad_P = table.undesirable_weight * torch.sigmoid(beta * (ratio_P - mean_P))
     return torch.where(label_P, good_P, bad_P)
 
 
 def kto_kl(other_P: Tensor) -> Tensor:
-    """How far the policy is from the reference (eq. 7): the mean log-ratio of answers to other prompts, at least 0."""
+    """KTO's estimate of KL(policy || reference) (eq. 7): the mean log-ratio of mismatched completions, at least 0."""
     return other_P.detach().mean().clamp(min=0).expand_as(other_P)
 
 
@@ -243,7 +244,7 @@ def orpo(chosen_mean_P: Tensor, rejected_mean_P: Tensor, beta: float) -> Tensor:
 
 
 def sft(chosen_logp_P: Tensor, chosen_tokens_P: Tensor) -> Tensor:
-    """Negative log-likelihood of the chosen answer per token (Pang et al. 2024, eq. 1, second term). Nats per token."""
+    """Negative log-likelihood per token of the chosen completion, in nats (Pang et al. 2024, eq. 1, second term)."""
     return -chosen_logp_P / chosen_tokens_P
 
 
@@ -266,18 +267,18 @@ def f_score(ratio_P: Tensor, table: FDivergenceLoss) -> Tensor:
 
 def beta_at(table: Objective, step: int, total_steps: int) -> float:
     """The beta of optimizer step `step`, counted from 1."""
-    start: float = getattr(table, "beta", 1.0)
+    start = reward_beta(table)
     end = getattr(table, "beta_end", None)
     return start if end is None or total_steps < 2 else start + (end - start) * (step - 1) / (total_steps - 1)
 
 
 def needs_reference(table: Objective) -> bool:
-    """False for losses that know the policy alone."""
+    """False for losses that read only the policy's log-probabilities."""
     return not isinstance(table, ReferenceFree)
 
 
 def uses_wpo_weighting(table: Objective) -> bool:
-    """True if a pair's loss counts by how likely the model is to write its answers itself."""
+    """True if pairs are weighted by the model's own likelihood of their completions (WPO)."""
     return isinstance(table, PairwiseLoss) and table.use_weighting
 
 
@@ -287,20 +288,20 @@ def needs_whole_step(table: Objective) -> bool:
 
 
 def compute_losses(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
-    """The recipe's loss per pair; `beta` is that of the step, the table's if absent."""
-    strength: float = getattr(table, "beta", 1.0) if beta is None else beta
+    """The recipe's loss per pair; `beta` is the step's, by default the table's."""
+    beta = reward_beta(table) if beta is None else beta
     ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
     if needs_reference(table):
         ratio_P2 = ratio_P2 - logps.reference_P2
-    # an answer that is not there has no tokens, and a log-probability of 0
+    # a missing completion has no tokens and a log-probability of 0
     tokens_P2 = torch.stack([logps.chosen_tokens_P, logps.rejected_tokens_P], 1).clamp(min=1)
     sft_P = sft(logps.chosen_logp_all_P, logps.chosen_tokens_P)
-    rewards_P2 = strength * _reward(ratio_P2, tokens_P2, table)
+    rewards_P2 = beta * _reward(ratio_P2, tokens_P2, table)
     if logps.columns is not None and logps.columns.label_P is not None:
-        # a good answer is right above the mean, a bad one below it
-        both_P2 = torch.stack([rewards_P2[:, 0], strength * kto_kl(ratio_P2[:, 1])], 1)
+        # a desirable completion should be above the KL estimate, an undesirable one below it
+        both_P2 = torch.stack([rewards_P2[:, 0], beta * kto_kl(ratio_P2[:, 1])], 1)
         rewards_P2 = torch.where(logps.columns.label_P[:, None], both_P2, both_P2.flip(1))
-    preference_P = _preference_loss(logps, ratio_P2, tokens_P2, table, strength)
+    preference_P = _preference_loss(logps, ratio_P2, tokens_P2, table, beta)
     if logps.wpo_weight_P is not None:
         preference_P = preference_P * logps.wpo_weight_P
     total_P = preference_P + (table.sft_weight * sft_P if isinstance(table, PairwiseLoss) else 0)
@@ -310,7 +311,7 @@ def compute_losses(logps: Logps, table: Objective, beta: float | None = None) ->
 
 
 def _reward(ratio_P2: Tensor, tokens_P2: Tensor, table: Objective) -> Tensor:
-    """The implicit reward before beta: log-ratios, or mean log-probabilities where the loss compares those."""
+    """The implicit reward before beta: log-ratios, or mean log-probabilities for losses that compare those."""
     match table:
         case AlphaPo():
             return alpha_reward(ratio_P2 / tokens_P2, table.alpha)
@@ -328,8 +329,8 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
     columns = logps.columns or LossColumns()
     match table:
         case Sigmoid():
-            asked_P = 0 if columns.margin_P is None else columns.margin_P / beta
-            return dpo(score_P - asked_P, beta, table.label_smoothing)
+            target_P = 0 if columns.margin_P is None else columns.margin_P / beta
+            return dpo(score_P - target_P, beta, table.label_smoothing)
         case Robust():
             return robust(score_P, beta, table.label_smoothing)
         case ExoPair():
@@ -345,9 +346,9 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
             ]
             return torch.stack(parts).sum(0)
         case Aot() if table.loss_type == "aot":
-            own_P = logps.chosen_logp_P - logps.rejected_logp_P
+            policy_P = logps.chosen_logp_P - logps.rejected_logp_P
             reference_P = logps.reference_P2[:, 0] - logps.reference_P2[:, 1]
-            return aot(own_P, reference_P, beta, table.label_smoothing)
+            return aot(policy_P, reference_P, beta, table.label_smoothing)
         case Aot():
             return aot(chosen_P, rejected_P, beta, table.label_smoothing)
         case Dpop():
@@ -380,7 +381,7 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
 
 
 def _beta_only_loss(name: str, scores_P2: Tensor, ratio_P2: Tensor, tokens_P2: Tensor, beta: float) -> Tensor:
-    """The losses that know nothing but `beta`; `scores_P2` are the log-ratios as another divergence sees them."""
+    """The losses whose only parameter is `beta`; `scores_P2` are the log-ratios, or `f_score` of them."""
     (chosen_P, rejected_P), score_P = ratio_P2.unbind(1), scores_P2[:, 0] - scores_P2[:, 1]
     per_token_P2 = scores_P2 / tokens_P2
     per_token_P = per_token_P2[:, 0] - per_token_P2[:, 1]
@@ -412,7 +413,7 @@ def _beta_only_loss(name: str, scores_P2: Tensor, ratio_P2: Tensor, tokens_P2: T
 def dynamic_beta(margin_P: Tensor, mean: float, table: BetaDpo, beta: float) -> tuple[float, float]:
     """The beta of a step and the new running mean of margins, in nats (Wu et al. 2024, eqs. 7 and 8).
 
-    As in the authors' code the mean takes this step's margins in first, and starts at 0.
+    As in the authors' code, the mean starts at 0 and includes this step's margins.
     """
     now = float(margin_P.mean())
     mean = table.beta_momentum * mean + (1 - table.beta_momentum) * now
@@ -420,7 +421,7 @@ def dynamic_beta(margin_P: Tensor, mean: float, table: BetaDpo, beta: float) -> 
 
 
 def _log1mexp(logp_P: Tensor) -> Tensor:
-    """log(1 - p) from log p, whatever p is (Maechler 2012)."""
+    """log(1 - p) from log p, accurate for every p (Maechler 2012)."""
     return torch.where(
         logp_P > -math.log(2), torch.log(-torch.expm1(logp_P)), torch.log1p(-torch.exp(logp_P.clamp(max=-1e-30)))
     )

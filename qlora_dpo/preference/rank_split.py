@@ -1,4 +1,4 @@
-"""Which pairs of a step, an evaluation or a reference pass this process takes, and what all of them have found."""
+"""Splits the pairs of a step, an evaluation or a reference pass over the ranks, and gathers their results."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -14,8 +14,8 @@ GroupT = TypeVar("GroupT")
 
 
 def pad_group_count(groups: Sequence[GroupT]) -> list[GroupT | None]:
-    """`groups`, and None for each one that another process has more, if all must go through the model together: then
-    something is computed that does not count.
+    """Pads `groups` with None to the largest count over all ranks if the model is sharded, so that forward passes stay
+    in lockstep. For a None group the caller runs a dummy batch and discards its result.
     """
     if not processes.is_sharded():
         return list(groups)
@@ -23,9 +23,9 @@ def pad_group_count(groups: Sequence[GroupT]) -> list[GroupT | None]:
 
 
 def rank_indices(pairs: Sequence[EncodedPair]) -> list[int]:
-    """The pairs that this process takes, as indices: about as many tokens as any other takes, and each pair once.
+    """The indices of this rank's pairs: every pair is on one rank, and all ranks have about the same number of tokens.
 
-    Prompts with a common beginning stay together, since a row computes it once.
+    Prompts with a common prefix stay together, since a row computes the prefix once.
     """
     if processes.world_size() == 1:
         return list(range(len(pairs)))
@@ -35,18 +35,21 @@ def rank_indices(pairs: Sequence[EncodedPair]) -> list[int]:
 
 
 def distinct_rank_indices(pairs: Sequence[EncodedPair]) -> NDArray[np.int64]:
-    """The same of pairs that may be too many to look at, of equal ones the first, as ascending indices."""
+    """The distinct pairs of this rank (the first of equal ones), as ascending indices.
+
+    Reads digests and lengths only, so millions of pairs stay on disk.
+    """
     _, first = np.unique(pair_digests(pairs), return_index=True)
     distinct = np.sort(first)
-    stretch = processes.partition_by_cost(pair_lengths(pairs)[distinct].sum(axis=1).tolist())
-    return distinct[stretch.start : stretch.stop]
+    places = processes.partition_by_cost(pair_lengths(pairs)[distinct].sum(axis=1).tolist())
+    return distinct[places.start : places.stop]
 
 
 def all_gather_logps(logps: Logps) -> Logps:
-    """What is known of the pairs of all processes, one process after another, without gradients."""
+    """The log-probabilities of all ranks' pairs, in the order of the ranks, without gradients."""
     if processes.world_size() == 1:
         return logps
     columns = {name: value for name, value in vars(logps.columns or LossColumns()).items() if value is not None}
-    found = processes.all_gather(logps.items() | {f"columns.{name}": value for name, value in columns.items()})
-    beside = LossColumns(**{name: found.pop(f"columns.{name}") for name in columns})
-    return Logps(**found, columns=None if logps.columns is None else beside)
+    gathered = processes.all_gather(logps.items() | {f"columns.{name}": value for name, value in columns.items()})
+    all_columns = LossColumns(**{name: gathered.pop(f"columns.{name}") for name in columns})
+    return Logps(**gathered, columns=None if logps.columns is None else all_columns)

@@ -1,4 +1,4 @@
-"""What the adapter is while the reference answers: off, a frozen copy, or a copy that follows the policy."""
+"""The adapter weights used as reference policy: none (disabled), a frozen copy, or an EMA copy (TR-DPO)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from qlora_dpo.recipe.reference import EmaReference
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
-    """The weights that the adapter has while the reference answers, by the names of its parameters; None: it is off.
+    """The reference policy's adapter weights by parameter name; None: the adapter is disabled.
 
-    With `ema` they move along with the policy, so no answer can be kept for later.
+    With `ema` they follow the policy, so log-probabilities cannot be cached.
     """
 
     weights: Mapping[str, Tensor] | None = None
@@ -27,23 +27,23 @@ ADAPTER_OFF = ReferenceAdapter()
 
 
 def clone_adapter(model: PeftModel) -> dict[str, Tensor]:
-    """A copy of the adapter's weights as they are now, a few MB, beside them on the device."""
+    """A copy of the adapter's current weights on the same device, a few MB."""
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
 @contextmanager
 def as_reference(model: nn.Module, reference: ReferenceAdapter = ADAPTER_OFF) -> Iterator[None]:
-    """Run `model` as the reference. Nothing is copied: the adapter's parameters point at the held weights meanwhile."""
+    """Run `model` as the reference. Nothing is copied: the adapter's parameters point to the reference's weights."""
     if reference.weights is None:
         with adapter_disabled(model):
             yield
         return
-    own = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
+    policy_weights = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
     _set_adapter_weights(model, reference.weights)
     try:
         yield
     finally:
-        _set_adapter_weights(model, own)
+        _set_adapter_weights(model, policy_weights)
 
 
 def _set_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -53,10 +53,10 @@ def _set_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def sync_reference(model: nn.Module, reference: ReferenceAdapter, step: int) -> None:
-    """Move the reference after optimizer step `step`, if it follows and its time has come.
+    """Update an EMA reference after optimizer step `step`, every `ref_model_sync_steps` steps.
 
-    Gorbatovski et al. 2024: every tau steps reference = alpha * policy + (1 - alpha) * reference. Of an adapter it is A
-    and B that are averaged, as TRL averages all weights; their product is close to the average of the products.
+    Gorbatovski et al. 2024: every tau steps reference = alpha * policy + (1 - alpha) * reference. The matrices A and B
+    of an adapter are averaged, as TRL averages all weights; their product is close to the average of the products.
     """
     if reference.ema is None or reference.weights is None or step % reference.ema.ref_model_sync_steps:
         return

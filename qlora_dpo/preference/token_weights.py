@@ -1,4 +1,4 @@
-"""How much each token of an answer counts in its log-probability: all alike, or as LD-DPO and SamPO weigh them."""
+"""Weights of the tokens in a completion's log-probability: all 1, or those of LD-DPO and SamPO."""
 
 import random
 from dataclasses import dataclass
@@ -7,32 +7,32 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.recipe.objective import Objective, ReferenceLoss, SamPo
 
 TokenWeights = tuple[list[float], list[float]]
-"""Of the chosen and of the rejected answer, one per token."""
+"""One weight per token of the chosen and of the rejected completion."""
 
 
 @dataclass(frozen=True)
 class TokenWeighting:
-    """Which tokens count, and the name under which the reference's answers about them are kept."""
+    """An objective's token weights, and the name that the reference cache knows them by."""
 
     name: str
     ld_alpha: float | None = None
 
     def weights(self, pair: EncodedPair) -> TokenWeights:
-        """One weight per token. Reference and policy are asked about the same tokens."""
+        """One weight per token, the same for reference and policy."""
         lengths = len(pair.chosen), len(pair.rejected)
         shorter = min(lengths)
         if self.ld_alpha is not None:
-            # Liu et al. 2024, eq. 8: what both answers have room for counts whole, the rest ld_alpha times
+            # Liu et al. 2024, eq. 8: tokens up to the shorter length count 1, the rest ld_alpha
             alpha = self.ld_alpha
             chosen, rejected = ([1.0] * shorter + [alpha] * (length - shorter) for length in lengths)
             return chosen, rejected
-        draw = random.Random(pair.digest)  # noqa: S311 - which tokens count, no secret
+        draw = random.Random(pair.digest)  # noqa: S311 - a sample of tokens, no secret
         chosen, rejected = (_random_mask(length, shorter, draw) for length in lengths)
         return chosen, rejected
 
 
 def make_token_weighting(table: Objective) -> TokenWeighting | None:
-    """How the objective weighs tokens; None if all count alike."""
+    """The token weighting of an objective; None if all tokens count 1."""
     match table:
         case SamPo():
             return TokenWeighting("sampo")

@@ -288,6 +288,14 @@ OBJECTIVE_TABLES: tuple[type[RecipeTable], ...] = (
 ReferenceFree = Simpo | AlphaPo | Cpo | Orpo | Sft
 
 
+def reward_beta(table: Objective) -> float:
+    """The factor of the implicit rewards: the objective's beta, and 1 for SFT, which has none.
+
+    `compare`, `merge` and the check of the first loss take DPO's default beta where there is none.
+    """
+    return 1.0 if isinstance(table, Sft) else table.beta
+
+
 def loss_types(table: type[RecipeTable]) -> tuple[str, ...]:
     """The values of `loss_type` that choose `table`."""
     return tuple(table.model_fields["loss_type"].annotation.__args__)  # type: ignore[union-attr]
@@ -296,9 +304,3 @@ def loss_types(table: type[RecipeTable]) -> tuple[str, ...]:
 def objective_table(loss_type: object) -> type[RecipeTable] | None:
     """The table that `loss_type` chooses; None if it is none."""
     return next((table for table in OBJECTIVE_TABLES if loss_type in loss_types(table)), None)
-
-
-def reward_beta(table: Objective) -> float:
-    """The beta that scales rewards; 0.1, DPO's own default, for an objective that has none."""
-    beta: float = getattr(table, "beta", 0.1)
-    return beta

@@ -22,8 +22,8 @@ from qlora_dpo.model.memory import cache_dequantized_if_fits, free_bytes
 from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing, shortest_pairs
-from qlora_dpo.preference.reference import check_adapter_off_is_base, check_matches_peft, probe_logits
 from qlora_dpo.preference.reference_adapter import ADAPTER_OFF, ReferenceAdapter, clone_adapter
+from qlora_dpo.preference.start_checks import check_adapter_off_is_base, check_matches_peft, probe_logits
 from qlora_dpo.recipe.reference import EmaReference
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.meta_model import ModelFootprint, Workload, measure_footprint, workload_of

@@ -15,8 +15,8 @@ from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference import rank_split
 from qlora_dpo.preference.objective import LossColumns
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.reference import ReferenceLogpCache
 from qlora_dpo.preference.reference_adapter import ADAPTER_OFF, ReferenceAdapter
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.data_order import DataOrder
 

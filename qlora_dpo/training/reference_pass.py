@@ -15,15 +15,10 @@ from qlora_dpo.model.malloc import malloc_retain
 from qlora_dpo.model.memory import USABLE_FRACTION, cache_dequantized_if_fits, free_bytes, free_cached_memory
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing
-from qlora_dpo.preference.packing_choice import batched_logps, choose_packing
-from qlora_dpo.preference.reference import (
-    ReferenceLogpCache,
-    check_cached_logps,
-    check_first_loss,
-    compute_reference_logps,
-    fresh_reference_logps,
-    reference_cache_dir,
-)
+from qlora_dpo.preference.packing_choice import choose_packing
+from qlora_dpo.preference.reference import compute_reference_logps, fresh_reference_logps, model_logps
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache, reference_cache_dir
+from qlora_dpo.preference.start_checks import check_cached_logps, check_first_loss
 from qlora_dpo.recipe.objective import reward_beta
 from qlora_dpo.recipe.reference import ModelReference
 from qlora_dpo.tracking.run_log import RunLog
@@ -115,7 +110,7 @@ def precompute_with_reference_model(
     logger.info(f"{_counts(cache, total)}; {source.name} is freed")
     datasets = _datasets(prepared, cache.get(pairs), cache.get(heldout))
     indices = prepared.order.batch_indices(1)[:CHECKED_PAIRS]
-    live_P2 = batched_logps(model, [pairs[i] for i in indices], packing, device)
+    live_P2 = model_logps(model, [pairs[i] for i in indices], packing, device)
     check_cached_logps(live_P2, datasets[0].reference_P2[indices], device)
     verified.add(cache.folder)
     del model
@@ -178,7 +173,7 @@ def _check(prepared: PreparedData, loaded: PreparedModel, device: Device, refere
     indices = prepared.order.batch_indices(1)[:CHECKED_PAIRS]
     pairs, recipe = [prepared.train.encoded[i] for i in indices], prepared.recipe
     if recipe.starts_as_reference:
-        live_P2 = batched_logps(loaded.model, pairs, loaded.packing, device)
+        live_P2 = model_logps(loaded.model, pairs, loaded.packing, device)
         check_first_loss(live_P2, reference_P2, reward_beta(recipe.objective), device)
     else:
         live_P2 = fresh_reference_logps(loaded.model, pairs, loaded.packing, device, loaded.reference_adapter)
