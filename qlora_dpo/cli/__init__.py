@@ -15,7 +15,7 @@ from qlora_dpo.cli.compare import compare_command
 from qlora_dpo.cli.data import data_group
 from qlora_dpo.cli.eval import eval_command
 from qlora_dpo.cli.export import export_command
-from qlora_dpo.cli.failure import report_error as tell
+from qlora_dpo.cli.failure import report_error
 from qlora_dpo.cli.init import init_command
 from qlora_dpo.cli.merge import merge_command
 from qlora_dpo.cli.push import push_command
@@ -27,6 +27,7 @@ from qlora_dpo.cli.sweep import sweep_command
 from qlora_dpo.cli.train import train_command
 from qlora_dpo.cli.verify import verify_command
 from qlora_dpo.errors import EXIT_OK
+from qlora_dpo.tracking.console import console_logging
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_expandable_segments()
     # like Ctrl+C, so that half-written folders are removed on the way out
     signal.signal(signal.SIGTERM, _interrupted)
+    with console_logging():
+        return _run_command(arguments)
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         code = commands.main(
             args=None if arguments is None else list(arguments), prog_name="qlora-dpo", standalone_mode=False
@@ -82,5 +88,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and has its sentence
-        return tell(error)
+        return report_error(error)
     return code if isinstance(code, int) else EXIT_OK

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_dpo.errors import EXIT_FAILURE, EXIT_INTERRUPTED
+from qlora_dpo.tracking.console import silence
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -80,6 +81,7 @@ def silence_other_ranks() -> None:
     """Of several processes let the first alone be heard; what libraries write goes the same way."""
     if not _is_nonzero_rank():
         return
+    silence()
     nothing = os.open(os.devnull, os.O_WRONLY)
     if os.environ.get("QLORA_DPO_TRACEBACK") != "1":
         os.dup2(nothing, sys.stderr.fileno())

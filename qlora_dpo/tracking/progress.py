@@ -15,8 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dpo.data.dialogue import sanitize_text
-from qlora_dpo.redact import redact_secrets
+from qlora_dpo.tracking import console
 
 UNITS = {"read": "rows", "tokenize": "pairs", "reference": "pairs", "evaluate": "pairs"}
 TRANSIENT_PHASES = ("read", "tokenize", "evaluate")
@@ -161,8 +160,7 @@ class ProgressLines:
 
     def print_line(self, text: str) -> None:
         """Write one line."""
-        sys.stderr.write(f"{sanitize_text(redact_secrets(text))}\n")
-        sys.stderr.flush()
+        console.print_line(text)
 
     def set_step(self, step: int) -> None:
         """Count an optimizer step; only logged steps write a line."""
@@ -242,14 +240,16 @@ class ProgressBars:
         """Start drawing."""
         self.pace.resume()
         self.live.start()
+        console.open_display(self)
 
     def close(self) -> None:
         """Take the bars away and give the cursor back."""
+        console.close_display(self)
         self.live.stop()
 
     def print_line(self, text: str) -> None:
         """Write one line above the bars, whatever brackets it holds."""
-        self.console.print(Text(sanitize_text(redact_secrets(text))), soft_wrap=True)
+        self.console.print(Text(console.printable(text)), soft_wrap=True)
 
     def set_step(self, step: int) -> None:
         """Move the training bar."""

@@ -1,10 +1,11 @@
 """All that is told while a run goes on: metrics.jsonl, the terminal and the trackers that the recipe names."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
@@ -13,7 +14,10 @@ from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import atomic_write
 from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.tracking.console import console_logging
 from qlora_dpo.tracking.progress import Advance, NullDisplay, ProgressBars, ProgressLines, evaluation_line, is_terminal
+
+logger = logging.getLogger(__name__)
 
 METRICS, EVALUATION_SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
 MAX_SHOWN_CHARACTERS = 100
@@ -21,11 +25,11 @@ MAX_SHOWN_CHARACTERS = 100
 
 
 class RunLog:
-    """Follows one run from its first phase to its last: `with Tracker(...) as tracker`.
+    """Records one run from its first phase to its last: `with RunLog(...) as run_log`.
 
-    `total_steps` are the optimizer steps of the whole run, `start_step` those that an earlier, interrupted part has
-    done. `config` is what trackers show as the run's configuration, and `name` its name there. One that is `silent`
-    writes and shows nothing, as another process does so for it.
+    `total_steps` counts the optimizer steps of the whole run, `start_step` those done before an interruption. `config`
+    is what trackers show as the run's configuration, and `name` what they call the run. While the log is open, what the
+    package logs (logger "qlora_dpo") is written to stderr. With `silent`, for ranks above 0, nothing is written at all.
     """
 
     def __init__(
@@ -47,26 +51,27 @@ class RunLog:
         )
 
     def __enter__(self) -> Self:
-        path = os.devnull if self.silent else self.run_dir / METRICS
-        self.metrics: TextIO = Path(path).open("a", encoding="utf-8", newline="\n")
-        self.trackers = None
-        if self.track is not None:
-            from qlora_dpo.tracking.trackers import Trackers
+        with ExitStack() as resources:
+            resources.enter_context(console_logging(silent=self.silent))
+            path = Path(os.devnull) if self.silent else self.run_dir / METRICS
+            self.metrics: TextIO = resources.enter_context(path.open("a", encoding="utf-8", newline="\n"))
+            self.trackers = None
+            if self.track is not None:
+                from qlora_dpo.tracking.trackers import Trackers
 
-            self.trackers = Trackers(self.info)
-            self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
-        self.display.open()
+                self.trackers = Trackers(self.info)
+                self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
+            resources.callback(self.display.close)
+            self.display.open()
+            self._resources = resources.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._resources:
             if self.trackers is not None:
                 self.trackers.finish(exit_code=0 if kind is None else 1)
-        finally:
-            self.display.close()
-            self.metrics.close()
 
     def step(self, step: int) -> None:
         """Say that optimizer step `step` is done; called for every step, logged or not, it keeps the ETA right."""
@@ -81,12 +86,12 @@ class RunLog:
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Write the record of an evaluation: the same names with the prefix `eval_`, `step` and `epoch`."""
         self._write("eval", record)
-        self.info(evaluation_line(record, self.total_steps))
+        logger.info(evaluation_line(record, self.total_steps))
 
     def log_warning(self, record: Mapping[str, Any]) -> None:
         """Write a sign of trouble: `step`, its `name` and a `sentence` with advice."""
         self._write("sign", record)
-        self.info(f"step {record['step']}: {record['sentence']}")
+        logger.info(f"step {record['step']}: {record['sentence']}")
 
     def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Write what the model answers after `step`, one line for each prompt, and show the beginnings."""
@@ -95,7 +100,7 @@ class RunLog:
             file.write("".join(lines))
         for record in records:
             asked, answer = (_shorten(text) for text in (record["prompt"][-1]["content"], record["answer"]))
-            self.info(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
+            logger.info(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
         if self.trackers is not None:
             self.trackers.log_samples(step, records)
 
@@ -104,15 +109,15 @@ class RunLog:
         return self.display.phase(name, total)
 
     def info(self, text: str) -> None:
-        """Write one line on stderr, above the bars where there are any."""
-        self.display.print_line(text)
+        """Log a sentence, which is written to stderr, above the bars while they are drawn."""
+        logger.info(text)
 
     def _write(self, kind: Literal["train", "eval", "sign"], record: Mapping[str, Any]) -> None:
         line, lost = to_json_line({**record, "kind": kind})
         self.metrics.write(line)
         self.metrics.flush()
         if lost:
-            self.info(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
+            logger.info(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
         if self.trackers is not None and kind != "sign":
             self.trackers.log({**record, "kind": kind})
 
