@@ -15,7 +15,7 @@ from tracked import CONFIG, OFFLINE, SECRETS, TRACKED, TRAIN, tracked
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.tracking import progress, run_log
-from qlora_dpo.tracking.progress import Progress, ProgressBars
+from qlora_dpo.tracking.progress import ProgressBars, ProgressLines
 from qlora_dpo.tracking.run_log import RunLog
 
 EVAL = {
@@ -37,6 +37,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that progress is measured by."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "monotonic", clock)
+    return clock
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -86,6 +94,15 @@ def test_cut_does_nothing_where_there_is_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_on_step_is_called_after_every_optimizer_step(tmp_path: Path) -> None:
+    steps: list[int] = []
+    with RunLog(tmp_path, 48, on_step=steps.append) as run:
+        for step in (1, 2):
+            run.step(step)
+        run.log_train({**TRAIN, "step": 2})
+    assert steps == [1, 2]
+
+
 @pytest.mark.parametrize("damaged", ["{broken\n", "[1]\n", '{"kind": "train"}\n', '{"step": "10"}\n', "\xff\n"])
 def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -96,11 +113,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
 
 
 def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     with RunLog(tmp_path, 48) as run:
-        run.display.pace.clock = clock = Clock()
-        run.display.pace.resume()
         with run.phase("reference", 220) as advance:
             advance(220)
         clock.now += 20
@@ -138,30 +153,35 @@ def test_a_phase_that_fails_says_nothing_of_an_end(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_pauses_do_not_count() -> None:
-    clock = Clock()
-    pace = Progress(total=48, done=24, clock=clock)
-    assert pace.eta() is None
-    clock.now = 6.0
-    pace.set_done(26)
-    pace.pause()
-    clock.now = 500.0
-    pace.resume()
-    clock.now = 506.0
-    pace.set_done(28)
-    assert pace.eta() == pytest.approx(12.0 / 4 * 20)
-    pace.set_done(48)
-    assert pace.eta() == 0.0
+def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_phases_do_not_count(clock: Clock) -> None:
+    display = ProgressLines(total_steps=48, start_step=24)
+    clock.now = 100.0
+    display.open()
+    assert progress.eta(display.train_task) is None
+    clock.now += 6.0
+    display.set_step(26)
+    assert progress.eta(display.train_task) == pytest.approx(6.0 / 2 * 22)
+    with display.phase("evaluate", 10), display.phase("read", 10):
+        clock.now += 500.0
+    clock.now += 6.0
+    display.set_step(28)
+    assert progress.eta(display.train_task) == pytest.approx(12.0 / 4 * 20)
+    clock.now += 2000.0  # a step slower than the 30 seconds that rich looks back by default
+    display.set_step(29)
+    assert progress.eta(display.train_task) == pytest.approx(2012.0 / 5 * 19)
+    display.set_step(48)
+    assert progress.eta(display.train_task) == 0.0
 
 
-def test_what_was_known_before_says_nothing_of_the_pace() -> None:
-    clock = Clock()
-    pace = Progress(total=1000, clock=clock)
-    pace.advance(900)
-    assert pace.eta() is None
+def test_what_a_cache_knew_does_not_count_towards_the_pace(clock: Clock) -> None:
+    bars = progress.make_progress()
+    task = progress.start_task(bars, "reference", 1000)
+    advance = progress.advance_task(bars, task)
+    advance(900)
+    assert progress.eta(task) is None
     clock.now = 5.0
-    pace.advance(20)
-    assert pace.eta() == pytest.approx(5.0 / 20 * 80)
+    advance(20)
+    assert progress.eta(task) == pytest.approx(5.0 / 20 * 80)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
@@ -194,6 +214,12 @@ def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, 
     return seen.decode(), out.decode()
 
 
+def lines_shown(seen: str) -> list[str]:
+    """Every line that was ever drawn, without colours and cursor movements."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
+
+
 ON_A_TERMINAL = """
 import pathlib, sys, time
 from qlora_dpo.tracking.run_log import RunLog
@@ -218,8 +244,7 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
     env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
     env.pop("COLUMNS", None)
     seen, out = screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], columns, env)
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
+    lines = lines_shown(seen)
     assert out == ""
     assert any(re.fullmatch(r"reference  ━+╸?━* +110/220 pairs +eta 0:00", line) for line in lines)
     assert any(re.fullmatch(r"train      ━+[╸╺]?━* +10/48 +eta 0:\d\d", line) for line in lines)
@@ -232,10 +257,20 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
     assert seen.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in seen[seen.rindex("\x1b[?25l") :]
 
 
+def test_bars_fit_a_narrow_terminal(tmp_path: Path) -> None:
+    env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    env.pop("COLUMNS", None)
+    lines = lines_shown(screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], 40, env)[0])
+    drawn = [line for line in lines if "held-out" not in line]  # the terminal wraps what stays
+    assert any(re.fullmatch(r"train      ━+[╸╺]?━* +10/48 +eta 0:\d\d", line) for line in drawn)
+    assert "           margin +0.000" in drawn
+    assert max(len(line) for line in drawn) <= 40
+
+
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(RunLog(tmp_path, 1).display, progress.ProgressLines)
+    assert isinstance(RunLog(tmp_path, 1).display, ProgressLines)
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(RunLog(tmp_path, 1).display, ProgressBars)
 
