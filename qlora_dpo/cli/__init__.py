@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, and turns every failure into one sentence and an exit code."""
+"""The command line: runs a command, and turns every failure into one sentence and an exit code."""
 
 import signal
 import sys
@@ -48,7 +48,7 @@ def commands() -> None:
     """
 
 
-# A command's module imports click and nothing heavy at its top, so that `--help` stays under 0.3 seconds.
+# Modules of commands import click and nothing heavy at the top, so that `--help` stays under 0.3 seconds.
 commands.add_command(init_command)
 commands.add_command(check_command)
 commands.add_command(train_command)
@@ -66,7 +66,7 @@ commands.add_command(report_command)
 commands.add_command(runs_command)
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
+def _raise_interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 usage, 3 gate, 4 does not fit, 130 interrupted."""
     quiet_libraries()
     use_expandable_segments()
-    # like Ctrl+C, so that half-written folders are removed on the way out
-    signal.signal(signal.SIGTERM, _interrupted)
+    # SIGTERM acts like Ctrl+C, so that half-written folders are removed
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     with console_logging():
         return _run_command(arguments)
 
@@ -87,6 +87,6 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         )
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and has its sentence
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may interrupt the report
         return report_error(error)
     return code if isinstance(code, int) else EXIT_OK

@@ -30,7 +30,7 @@ MIN_ROWS_SHOWN = 1000
 CACHED_RATE = 1e5  # items per second: a count that grows faster than this was in a cache
 LABEL_COLUMNS = 11
 
-Record = Mapping[str, Any]
+MetricsRecord = Mapping[str, Any]
 Advance = Callable[[int], None]
 
 
@@ -139,7 +139,7 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def quality_parts(record: Record, prefix: str = "") -> list[str]:
+def quality_parts(record: MetricsRecord, prefix: str = "") -> list[str]:
     """Loss, accuracy and margin of a record, those of them that it has."""
     return _format_parts(
         record,
@@ -149,7 +149,7 @@ def quality_parts(record: Record, prefix: str = "") -> list[str]:
     )
 
 
-def speed_parts(record: Record) -> list[str]:
+def speed_parts(record: MetricsRecord) -> list[str]:
     """Pairs and tokens per second of a record, those of them that it has."""
     return _format_parts(
         record,
@@ -158,19 +158,19 @@ def speed_parts(record: Record) -> list[str]:
     )
 
 
-def memory_parts(record: Record) -> list[str]:
+def memory_parts(record: MetricsRecord) -> list[str]:
     """Peak memory of a record in GiB, if it has it."""
     size = record.get("memory_bytes")
     return [] if size is None else [f"memory {size / 2**30:.1f} GiB"]
 
 
-def train_line(record: Record, task: Task) -> str:
+def train_line(record: MetricsRecord, task: Task) -> str:
     """One logged step as a line; `task` counts the steps of the run."""
     parts = [f"step {record['step']}/{task.total}", *quality_parts(record), *speed_parts(record), eta_text(task)]
     return "  ".join(part for part in (*parts, *memory_parts(record)) if part)
 
 
-def evaluation_line(record: Record, total_steps: int) -> str:
+def evaluation_line(record: MetricsRecord, total_steps: int) -> str:
     """One evaluation as a line."""
     values = quality_parts(record, "eval_")
     pairs = _format_parts(record, ("eval_pairs", "{:.0f}", "{} pairs"))
@@ -227,7 +227,7 @@ class ProgressLines:
         """Count an optimizer step; only logged steps write a line."""
         self.steps.update(self.train_task.id, completed=step)
 
-    def show_train_record(self, record: Record) -> None:
+    def show_train_record(self, record: MetricsRecord) -> None:
         """Write a logged step."""
         self.print_line(train_line(record, self.train_task))
 
@@ -268,7 +268,7 @@ class NullDisplay:
     def set_step(self, step: int) -> None:
         """Do nothing."""
 
-    def show_train_record(self, record: Record) -> None:
+    def show_train_record(self, record: MetricsRecord) -> None:
         """Do nothing."""
 
     @contextmanager
@@ -286,7 +286,7 @@ class ProgressBars:
         self.train_task = start_task(self.steps, "train", total_steps, start_step)
         self.steps.update(self.train_task.id, visible=False)  # until the first step is done
         self.phases = make_progress()
-        self.record: Record = {}
+        self.record: MetricsRecord = {}
         self.console = Console(stderr=True, highlight=False)
         self.live = Live(
             console=self.console,
@@ -315,7 +315,7 @@ class ProgressBars:
         """Move the training bar."""
         self.steps.update(self.train_task.id, completed=step, visible=True)
 
-    def show_train_record(self, record: Record) -> None:
+    def show_train_record(self, record: MetricsRecord) -> None:
         """Show the figures of a logged step under the training bar."""
         self.record = record
 
@@ -339,7 +339,7 @@ class ProgressBars:
         return Group(self.steps.get_renderable(), *lines, self.phases.get_renderable())
 
 
-def _format_parts(record: Record, *formats: tuple[str, str, str]) -> list[str]:
+def _format_parts(record: MetricsRecord, *formats: tuple[str, str, str]) -> list[str]:
     """The figures of `record` by key, number format and text; a null stands for one that is not finite."""
     return [
         text.format(number.format(math.nan if record[key] is None else record[key]))

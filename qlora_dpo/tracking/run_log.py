@@ -14,12 +14,13 @@ from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import atomic_write
 from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.run_folder import EVALUATION_SAMPLES as EVALUATION_SAMPLES
+from qlora_dpo.run_folder import METRICS as METRICS
 from qlora_dpo.tracking.console import console_logging
 from qlora_dpo.tracking.progress import Advance, NullDisplay, ProgressBars, ProgressLines, evaluation_line, is_terminal
 
 logger = logging.getLogger(__name__)
 
-METRICS, EVALUATION_SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
 MAX_SHOWN_CHARACTERS = 100
 """Characters of a prompt, and of the answer to it, that are shown during a run."""
 
@@ -61,7 +62,7 @@ class RunLog:
             if self.track is not None:
                 from qlora_dpo.tracking.trackers import Trackers
 
-                self.trackers = Trackers(self.info)
+                self.trackers = Trackers()
                 self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
             resources.callback(self.display.close)
             self.display.open()
