@@ -93,15 +93,15 @@ def test_sanitized_text_is_text_to_a_terminal(count: int) -> None:
 def test_text_that_is_streamed_is_as_safe(count: int) -> None:
     draw = random.Random(1)
     for _ in range(count):
-        raw, stream, safe = random_text(draw), EscapeFilter(), ""
+        raw, stream, told = random_text(draw), EscapeFilter(), ""
         start = 0
         while start < len(raw):
             stop = start + draw.randint(1, 5)
-            safe += stream.feed(raw[start:stop])
+            told += stream.feed(raw[start:stop])
             start = stop
-        safe += stream.rest()
-        lines, changed = shown(safe)
-        assert (lines, changed) == (expected(safe), {}), ascii(raw)
+        told += stream.rest()
+        lines, changed = shown(told)
+        assert (lines, changed) == (expected(told), {}), ascii(raw)
 
 
 def test_the_emulator_notices_what_controls_a_terminal() -> None:

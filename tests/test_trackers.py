@@ -32,8 +32,8 @@ connect = socket.socket.connect
 def refused(*arguments, **options):
     print("asked for a network", file=sys.stderr)
     raise OSError("there is no network here")
-def local_only(own, address):  # wandb connects to a process of its own
-    return connect(own, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
+def local_only(sock, address):  # wandb connects to a process of its own
+    return connect(sock, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
 socket.socket.connect, socket.getaddrinfo = local_only, refused
 from qlora_dpo.recipe.train import TrackTable
 from qlora_dpo.tracking.run_log import RunLog

@@ -78,7 +78,7 @@ def _failure_priority(failure: Any) -> int:
 
 
 def silence_other_ranks() -> None:
-    """On ranks above 0, discard what is written to stdout and stderr, by libraries too."""
+    """On ranks above 0, discard all output, that of libraries too; with QLORA_DPO_TRACEBACK=1 stderr is kept."""
     if not _is_nonzero_rank():
         return
     silence()
