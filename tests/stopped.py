@@ -1,4 +1,4 @@
-"""A tracker that stops its run after a step, as a signal does, and figures for merges that nobody measures."""
+"""A run log that stops its run after a step, as a signal does, and figures for merges that nobody measures."""
 
 import os
 import signal
@@ -20,14 +20,10 @@ FIGURES: dict[str, Any] = {
 
 
 def tracker_that_stops(folder: Path, total_steps: int, stop_at: int) -> RunLog:
-    """A tracker whose process gets SIGTERM when step `stop_at` is done; 0 for none."""
-    tracker = RunLog(folder, total_steps)
-    said = tracker.step
+    """A run log whose process gets SIGTERM when step `stop_at` is done; 0 for none."""
 
-    def step(number: int) -> None:
-        said(number)
-        if number == stop_at:
+    def stop(step: int) -> None:
+        if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    tracker.step = step  # type: ignore[method-assign]
-    return tracker
+    return RunLog(folder, total_steps, on_step=stop)

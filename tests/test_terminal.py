@@ -1,4 +1,4 @@
-"""Whatever a model, a file or a hub says, a terminal shows it as text: proved on an emulator with drawn strings."""
+"""A terminal shows any output of a model, a file or a hub as text: tested on an emulator with random strings."""
 
 import random
 
@@ -8,7 +8,7 @@ import pytest
 from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.talk.terminal import EscapeFilter
 
-# what escape sequences are made of, words, and what reorders or hides them
+# parts of escape sequences, words, and characters that reorder or hide text
 PARTS = (
     *(
         "\x1b",
@@ -47,12 +47,12 @@ PARTS = (
 COLUMNS, LINES = 300, 40
 
 
-def drawn(draw: random.Random) -> str:
+def random_text(draw: random.Random) -> str:
     return "".join(draw.choice(PARTS) for _ in range(draw.randint(1, 24)))
 
 
 def shown(text: str) -> tuple[list[str], dict[str, object]]:
-    """The lines that a terminal shows after `text`, and the state that text alone never changes."""
+    """The lines that a terminal shows after `text`, and the parts of its state that changed: none by plain text."""
     screen = pyte.Screen(COLUMNS, LINES)
     before = _state(screen)
     pyte.Stream(screen).feed(text.replace("\n", "\r\n"))
@@ -80,20 +80,20 @@ def expected(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_what_is_printed_is_text_to_a_terminal(count: int) -> None:
+def test_sanitized_text_is_text_to_a_terminal(count: int) -> None:
     draw = random.Random(0)
     for _ in range(count):
-        raw = drawn(draw)
+        raw = random_text(draw)
         safe = sanitize_text(raw)
         lines, changed = shown(safe)
         assert (lines, changed) == (expected(safe), {}), ascii(raw)
 
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_text_that_comes_in_pieces_is_as_safe_as_the_whole(count: int) -> None:
+def test_text_that_is_streamed_is_as_safe(count: int) -> None:
     draw = random.Random(1)
     for _ in range(count):
-        raw, stream, told = drawn(draw), EscapeFilter(), ""
+        raw, stream, told = random_text(draw), EscapeFilter(), ""
         start = 0
         while start < len(raw):
             stop = start + draw.randint(1, 5)
@@ -104,7 +104,7 @@ def test_text_that_comes_in_pieces_is_as_safe_as_the_whole(count: int) -> None:
         assert (lines, changed) == (expected(told), {}), ascii(raw)
 
 
-def test_the_emulator_sees_what_would_steer_a_terminal() -> None:
+def test_the_emulator_notices_what_controls_a_terminal() -> None:
     assert shown("a\x1b[2Jb")[0] != expected("ab")
     assert "title" in shown("\x1b]0;title\x07")[1]
     assert "attributes" in shown("\x1b[31m")[1]

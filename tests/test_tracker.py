@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, stderr with and without a terminal, and wandb for real."""
+"""What a run log writes: metrics.jsonl, progress on stderr with and without a terminal, and a real wandb run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tracked import CONFIG, OFFLINE, SECRETS, TRACKED, TRAIN, tracked
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.tracking import progress, run_log
-from qlora_dpo.tracking.progress import Progress, ProgressBars
+from qlora_dpo.tracking.progress import ProgressBars, ProgressLines
 from qlora_dpo.tracking.run_log import RunLog
 
 EVAL = {
@@ -39,6 +39,14 @@ class Clock:
         return self.now
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that progress is measured by."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "monotonic", clock)
+    return clock
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -52,14 +60,14 @@ def test_metrics_are_one_json_object_per_line_and_complete_at_once(tmp_path: Pat
     assert run_log.read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
 
 
-def test_a_second_tracker_appends(tmp_path: Path) -> None:
+def test_a_second_run_log_appends(tmp_path: Path) -> None:
     for step in (10, 20):
         with RunLog(tmp_path, 48, start_step=step - 10) as run:
             run.log_train({**TRAIN, "step": step})
     assert [record["step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [10, 20]
 
 
-def test_a_value_that_is_not_finite_is_written_as_null_and_said(
+def test_a_value_that_is_not_finite_is_written_as_null_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog(tmp_path, 48) as run:
@@ -72,18 +80,27 @@ def test_a_value_that_is_not_finite_is_written_as_null_and_said(
     ]
 
 
-def test_cut_keeps_the_steps_up_to_the_one_resumed_from(tmp_path: Path) -> None:
+def test_truncating_keeps_the_steps_up_to_the_one_resumed_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    whole = [f'{{"kind": "train", "step": {step}, "epoch": 0.5}}\n' for step in (10, 20, 20, 30)]
-    path.write_text("".join(whole) + '{"kind": "train", "st', encoding="utf-8")
+    records = [f'{{"kind": "train", "step": {step}, "epoch": 0.5}}\n' for step in (10, 20, 20, 30)]
+    path.write_text("".join(records) + '{"kind": "train", "st', encoding="utf-8")
     run_log.truncate_metrics(path, 20)
-    assert path.read_text(encoding="utf-8") == "".join(whole[:3])
+    assert path.read_text(encoding="utf-8") == "".join(records[:3])
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_cut_does_nothing_where_there_is_no_file(tmp_path: Path) -> None:
+def test_truncating_does_nothing_where_there_is_no_file(tmp_path: Path) -> None:
     run_log.truncate_metrics(tmp_path / "metrics.jsonl", 20)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_step_is_called_after_every_optimizer_step(tmp_path: Path) -> None:
+    steps: list[int] = []
+    with RunLog(tmp_path, 48, on_step=steps.append) as run:
+        for step in (1, 2):
+            run.step(step)
+        run.log_train({**TRAIN, "step": 2})
+    assert steps == [1, 2]
 
 
 @pytest.mark.parametrize("damaged", ["{broken\n", "[1]\n", '{"kind": "train"}\n', '{"step": "10"}\n', "\xff\n"])
@@ -96,11 +113,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
 
 
 def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     with RunLog(tmp_path, 48) as run:
-        run.display.pace.clock = clock = Clock()
-        run.display.pace.resume()
         with run.phase("reference", 220) as advance:
             advance(220)
         clock.now += 20
@@ -110,9 +125,9 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
             clock.now += 1000
         run.log_evaluation(EVAL)
         run.info("[bold]plain\x1b[31m text")
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.splitlines() == [
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines() == [
         "reference  220/220 pairs  0:00",
         "step 10/48  loss 0.6931  accuracy 0.500  margin +0.000  1.9 pairs/s  410 tokens/s  eta 1:16  memory 1.2 GiB",
         "step 10/48  held-out loss 0.2500  accuracy 0.975  margin +1.500  60 pairs",
@@ -120,7 +135,7 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line_on_stderr(
     ]
 
 
-def test_a_long_phase_speaks_now_and_then_without_a_terminal(
+def test_a_long_phase_writes_a_line_now_and_then_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "PHASE_LINE_SECONDS", 0.0)
@@ -132,36 +147,41 @@ def test_a_long_phase_speaks_now_and_then_without_a_terminal(
     assert last == "answers  4/4  0:00"
 
 
-def test_a_phase_that_fails_says_nothing_of_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_phase_that_fails_writes_no_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError), RunLog(tmp_path, 48) as run, run.phase("answers", 4):
         raise RuntimeError
     assert capsys.readouterr().err == ""
 
 
-def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_pauses_do_not_count() -> None:
-    clock = Clock()
-    pace = Progress(total=48, done=24, clock=clock)
-    assert pace.eta() is None
-    clock.now = 6.0
-    pace.set_done(26)
-    pace.pause()
-    clock.now = 500.0
-    pace.resume()
-    clock.now = 506.0
-    pace.set_done(28)
-    assert pace.eta() == pytest.approx(12.0 / 4 * 20)
-    pace.set_done(48)
-    assert pace.eta() == 0.0
+def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_phases_do_not_count(clock: Clock) -> None:
+    display = ProgressLines(total_steps=48, start_step=24)
+    clock.now = 100.0
+    display.open()
+    assert progress.eta(display.train_task) is None
+    clock.now += 6.0
+    display.set_step(26)
+    assert progress.eta(display.train_task) == pytest.approx(6.0 / 2 * 22)
+    with display.phase("evaluate", 10), display.phase("read", 10):
+        clock.now += 500.0
+    clock.now += 6.0
+    display.set_step(28)
+    assert progress.eta(display.train_task) == pytest.approx(12.0 / 4 * 20)
+    clock.now += 2000.0  # a step slower than the 30 seconds that rich looks back by default
+    display.set_step(29)
+    assert progress.eta(display.train_task) == pytest.approx(2012.0 / 5 * 19)
+    display.set_step(48)
+    assert progress.eta(display.train_task) == 0.0
 
 
-def test_what_was_known_before_says_nothing_of_the_pace() -> None:
-    clock = Clock()
-    pace = Progress(total=1000, clock=clock)
-    pace.advance(900)
-    assert pace.eta() is None
+def test_what_a_cache_knew_does_not_count_towards_the_pace(clock: Clock) -> None:
+    bars = progress.make_progress()
+    task = progress.start_task(bars, "reference", 1000)
+    advance = progress.advance_task(bars, task)
+    advance(900)
+    assert progress.eta(task) is None
     clock.now = 5.0
-    pace.advance(20)
-    assert pace.eta() == pytest.approx(5.0 / 20 * 80)
+    advance(20)
+    assert progress.eta(task) == pytest.approx(5.0 / 20 * 80)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
@@ -170,28 +190,34 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 
 
 def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, str]:
-    """Run a command whose stderr is a real terminal; return what it wrote there and on stdout."""
+    """Run a command whose stderr is a real terminal; return its output there and on stdout."""
     import fcntl
     import termios
 
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=env) as process:
-        os.close(theirs)
-        seen = b""
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=env) as process:
+        os.close(stderr)
+        output = b""
         while True:
             try:
-                part = os.read(ours, 65536)
-            except OSError:  # Linux says so when the other end is closed
+                part = os.read(terminal, 65536)
+            except OSError:  # on Linux, the other end is closed
                 break
             if not part:
                 break
-            seen += part
+            output += part
         assert process.stdout is not None
         out = process.stdout.read()
-    os.close(ours)
-    assert process.returncode == 0, seen.decode()
-    return seen.decode(), out.decode()
+    os.close(terminal)
+    assert process.returncode == 0, output.decode()
+    return output.decode(), out.decode()
+
+
+def lines_shown(seen: str) -> list[str]:
+    """Every line that was ever drawn, without colours and cursor movements."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
 
 
 ON_A_TERMINAL = """
@@ -218,8 +244,7 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
     env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
     env.pop("COLUMNS", None)
     seen, out = screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], columns, env)
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain)]
+    lines = lines_shown(seen)
     assert out == ""
     assert any(re.fullmatch(r"reference  ━+╸?━* +110/220 pairs +eta 0:00", line) for line in lines)
     assert any(re.fullmatch(r"train      ━+[╸╺]?━* +10/48 +eta 0:\d\d", line) for line in lines)
@@ -232,10 +257,20 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
     assert seen.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in seen[seen.rindex("\x1b[?25l") :]
 
 
+def test_bars_fit_a_narrow_terminal(tmp_path: Path) -> None:
+    env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    env.pop("COLUMNS", None)
+    lines = lines_shown(screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], 40, env)[0])
+    drawn = [line for line in lines if "held-out" not in line]  # the terminal wraps what stays
+    assert any(re.fullmatch(r"train      ━+[╸╺]?━* +10/48 +eta 0:\d\d", line) for line in drawn)
+    assert "           margin +0.000" in drawn
+    assert max(len(line) for line in drawn) <= 40
+
+
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(RunLog(tmp_path, 1).display, progress.ProgressLines)
+    assert isinstance(RunLog(tmp_path, 1).display, ProgressLines)
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(RunLog(tmp_path, 1).display, ProgressBars)
 
@@ -244,17 +279,17 @@ def wandb_records(file: Path) -> list[Any]:
     """The protobuf records of a .wandb file: a LevelDB log of 32 KiB blocks behind a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
-    data, records, parts, place = file.read_bytes(), [], b"", 7
+    data, records, parts, offset = file.read_bytes(), [], b"", 7
     assert data[:4] == b":W&B"
-    while place + 7 <= len(data):
-        room = 32768 - place % 32768
-        if room < 7:
-            place += room
+    while offset + 7 <= len(data):
+        left_in_block = 32768 - offset % 32768
+        if left_in_block < 7:
+            offset += left_in_block
             continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
             records.append(wandb_internal_pb2.Record.FromString(parts))
             parts = b""
     return records
@@ -270,7 +305,7 @@ def history(records: list[Any]) -> dict[int, dict[str, Any]]:
     return rows
 
 
-def test_wandb_holds_what_metrics_jsonl_and_the_recipe_say_and_no_secret(tmp_path: Path) -> None:
+def test_wandb_holds_the_metrics_and_the_recipe_and_no_secret(tmp_path: Path) -> None:
     later = {**TRAIN, "step": 20, "epoch": 1.0, "loss": 0.5}
     done = tracked(tmp_path, TRAIN, EVAL, later, env={**OFFLINE, **SECRETS})
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
@@ -300,7 +335,7 @@ def test_wandb_holds_what_metrics_jsonl_and_the_recipe_say_and_no_secret(tmp_pat
     assert endings == {".wandb", ".log", ".txt"}  # no code, no packages, no metadata, no patch; run_id.txt is ours
 
 
-def test_wandb_is_offline_and_says_so_once_when_nobody_is_logged_in(tmp_path: Path) -> None:
+def test_wandb_is_offline_and_reports_it_once_when_nobody_is_logged_in(tmp_path: Path) -> None:
     done = tracked(tmp_path, TRAIN, env={})
     assert done.stderr.splitlines() == [
         f'wandb: offline; after "wandb login", upload with: wandb sync {tmp_path}/wandb/offline-run-*',

@@ -1,4 +1,4 @@
-"""TensorBoard and Trackio beside wandb: what metrics.jsonl holds, once, offline; a run goes on without them."""
+"""TensorBoard and Trackio record what metrics.jsonl holds, each step once and offline; a run goes on without them."""
 
 import json
 import os
@@ -22,19 +22,19 @@ from qlora_dpo.tracking.run_log import RunLog
 
 NEEDS_TENSORBOARD = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 NEEDS_TRACKIO = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
-# what they import warns of its own age
+# their dependencies warn of deprecated features
 OLD_LIBRARIES = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 EVAL = {"step": 20, "epoch": 1.0, "eval_loss": 0.25, "eval_pairs": 60, "seconds": 4.0}
 RUN = """
 import json, pathlib, socket, sys
 connect = socket.socket.connect
-def refused(*address, **more):
+def refused(*arguments, **options):
     print("asked for a network", file=sys.stderr)
     raise OSError("there is no network here")
-def here_only(own, address):  # wandb talks to a process of its own
-    return connect(own, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
-socket.socket.connect, socket.getaddrinfo = here_only, refused
+def local_only(sock, address):  # wandb connects to a process of its own
+    return connect(sock, address) if isinstance(address, str) or address[0] == "127.0.0.1" else refused()
+socket.socket.connect, socket.getaddrinfo = local_only, refused
 from qlora_dpo.recipe.train import TrackTable
 from qlora_dpo.tracking.run_log import RunLog
 folder, track, start, config, *records = sys.argv[1:]
@@ -50,7 +50,7 @@ def train(step: int, loss: float = 0.5) -> dict[str, Any]:
 
 
 def tracked(folder: Path, track: dict[str, Any], start: int, *records: dict[str, Any]) -> list[str]:
-    """Follow a run in a process of its own that may use no network; the lines on its stderr."""
+    """Log a run in a process of its own that may use no network; returns the lines of its stderr."""
     folder.mkdir(exist_ok=True)
     arguments = [str(folder), json.dumps(track), str(start), json.dumps(CONFIG), *map(json.dumps, records)]
     done = subprocess.run(
@@ -66,19 +66,19 @@ def tracked(folder: Path, track: dict[str, Any], start: int, *records: dict[str,
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a folder: steps and values by name."""
+    """The curves that TensorBoard shows for a folder: steps and values by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(folder)).Reload()
-    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @NEEDS_TENSORBOARD
 @OLD_LIBRARIES
-def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:
     run = tmp_path / "hh"
-    said = tracked(run, {"tensorboard": True}, 0, {**EVAL, "step": 0}, train(10), train(20, 0.25), EVAL)
-    assert said[0] == f"tensorboard: look at it with: tensorboard --logdir {run}/tensorboard"
+    lines = tracked(run, {"tensorboard": True}, 0, {**EVAL, "step": 0}, train(10), train(20, 0.25), EVAL)
+    assert lines[0] == f"tensorboard: look at it with: tensorboard --logdir {run}/tensorboard"
     shown = curves(run / "tensorboard")
     assert shown["loss"] == [(10, 0.5), (20, 0.25)]
     assert shown["eval_loss"] == [(0, 0.25), (20, 0.25)]
@@ -96,10 +96,9 @@ def test_its_file_has_the_recipe_no_secret_and_no_machine_in_its_name(tmp_path: 
     (file,) = (tmp_path / "hh" / "tensorboard").iterdir()
     assert not any(secret.encode() in file.read_bytes() for secret in SECRETS.values())
     assert socket.gethostname() not in file.name
-    found = EventAccumulator(str(file.parent)).Reload()
-    (text,) = found.Tensors("recipe")
-    told = text.tensor_proto.string_val[0].decode()
-    assert json.loads(told) == CONFIG
+    events = EventAccumulator(str(file.parent)).Reload()
+    (text,) = events.Tensors("recipe")
+    assert json.loads(text.tensor_proto.string_val[0].decode()) == CONFIG
 
 
 @NEEDS_TENSORBOARD
@@ -107,11 +106,11 @@ def test_its_file_has_the_recipe_no_secret_and_no_machine_in_its_name(tmp_path: 
 def test_answers_of_evaluations_are_its_texts(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    asked = {"role": "user", "content": "Where is the <b>library</b>?"}
+    prompt = {"role": "user", "content": "Where is the <b>library</b>?"}
     with RunLog(tmp_path, 48, track=TrackTable(tensorboard=True)) as run:
-        run.log_samples(10, [{"row": 7, "prompt": [asked], "answer": "On the\nleft."}])
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    (text,) = found.Tensors("samples/row 7")
+        run.log_samples(10, [{"row": 7, "prompt": [prompt], "answer": "On the\nleft."}])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (text,) = events.Tensors("samples/row 7")
     assert text.step == 10
     assert text.tensor_proto.string_val[0].decode() == (
         "    user: Where is the <b>library</b>?\n\n    assistant: On the\n    left."
@@ -132,7 +131,7 @@ def test_a_resumed_run_goes_on_with_its_curves_and_no_step_is_there_twice(tmp_pa
 
 @NEEDS_TENSORBOARD
 @OLD_LIBRARIES
-def test_a_run_that_starts_anew_shows_nothing_of_the_attempt_before(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_hides_the_earlier_attempt(tmp_path: Path) -> None:
     run = tmp_path / "hh"
     tracked(run, {"tensorboard": True}, 0, train(10), train(20))
     tracked(run, {"tensorboard": True}, 0, train(10, 0.25))
@@ -141,10 +140,10 @@ def test_a_run_that_starts_anew_shows_nothing_of_the_attempt_before(tmp_path: Pa
 
 @NEEDS_TENSORBOARD
 @OLD_LIBRARIES
-def test_a_folder_of_ones_own_holds_a_folder_for_each_run(tmp_path: Path) -> None:
+def test_a_folder_for_several_runs_holds_a_folder_for_each_run(tmp_path: Path) -> None:
     (tmp_path / "hh").mkdir()
-    said = tracked(tmp_path / "hh", {"tensorboard": "../logs"}, 0, train(10))
-    assert said[0] == "tensorboard: look at it with: tensorboard --logdir ../logs"
+    lines = tracked(tmp_path / "hh", {"tensorboard": "../logs"}, 0, train(10))
+    assert lines[0] == "tensorboard: look at it with: tensorboard --logdir ../logs"
     assert curves(tmp_path / "logs" / "quickstart")["loss"] == [(10, 0.5)]
     assert not (tmp_path / "hh" / "tensorboard").exists()
 
@@ -153,28 +152,28 @@ def test_a_folder_of_ones_own_holds_a_folder_for_each_run(tmp_path: Path) -> Non
 @OLD_LIBRARIES
 def test_a_tracker_that_cannot_write_costs_the_run_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = tracked(tmp_path / "hh", {"tensorboard": str(tmp_path / "file")}, 0, train(10), train(20))
-    assert said[0] == (
+    lines = tracked(tmp_path / "hh", {"tensorboard": str(tmp_path / "file")}, 0, train(10), train(20))
+    assert lines[0] == (
         f"tensorboard: [Errno 20] Not a directory: '{tmp_path}/file/quickstart'; the run goes on without it"
     )
-    assert [line.partition("  ")[0] for line in said[1:]] == ["step 10/48", "step 20/48"]
+    assert [line.partition("  ")[0] for line in lines[1:]] == ["step 10/48", "step 20/48"]
     assert len((tmp_path / "hh" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def rows(home: Path) -> list[dict[str, Any]]:
-    """The runs and rows in Trackio's database, read as anybody can."""
+    """The rows of Trackio's database, read with sqlite3."""
     import sqlite3
 
     with sqlite3.connect(home / "house-rules.db") as database:
-        found = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
-    return [{"run": name, "step": step, **json.loads(values)} for name, step, values in found]
+        records = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    return [{"run": name, "step": step, **json.loads(values)} for name, step, values in records]
 
 
 @NEEDS_TRACKIO
-def test_trackio_has_what_metrics_jsonl_holds_without_a_network(tmp_path: Path) -> None:
-    said = tracked(tmp_path / "hh", {"trackio": "house-rules"}, 0, train(10), EVAL)
-    assert said[0] == 'trackio: look at it with: trackio show --project "house-rules"'
-    assert "asked for a network" not in said
+def test_trackio_has_the_metrics_without_a_network(tmp_path: Path) -> None:
+    lines = tracked(tmp_path / "hh", {"trackio": "house-rules"}, 0, train(10), EVAL)
+    assert lines[0] == 'trackio: look at it with: trackio show --project "house-rules"'
+    assert "asked for a network" not in lines
     values = {key: value for key, value in TRAIN.items() if key != "step"} | {"loss": 0.5}
     assert rows(tmp_path / "trackio") == [
         {"run": "quickstart", "step": 10, **values},
@@ -190,14 +189,14 @@ def test_a_resumed_run_is_one_run_in_trackio_and_another_of_its_name_is_left_alo
     tracked(tmp_path / "other", project, 0, train(10, 9.0))
     tracked(tmp_path / "hh", project, 0, train(10), train(20), train(30))
     tracked(tmp_path / "hh", project, 20, train(30, 0.1))
-    assert [(each["step"], each["loss"]) for each in rows(tmp_path / "trackio")] == [
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path / "trackio")] == [
         (10, 9.0),
         (10, 0.5),
         (20, 0.5),
         (30, 0.1),
     ]
     tracked(tmp_path / "hh", project, 0, train(10, 0.7))
-    assert [each["loss"] for each in rows(tmp_path / "trackio")] == [9.0, 0.7]
+    assert [row["loss"] for row in rows(tmp_path / "trackio")] == [9.0, 0.7]
 
 
 @NEEDS_TRACKIO
@@ -233,7 +232,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     )
 
 
-def test_it_is_missed_before_anything_is_loaded(
+def test_a_missing_package_is_named_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("qlora_dpo.recipe.extras.find_spec", lambda name: None)
@@ -243,7 +242,7 @@ def test_it_is_missed_before_anything_is_loaded(
     assert "pip install 'qlora_dpo[tensorboard]'" in capsys.readouterr().err
 
 
-def test_a_library_that_is_there_no_more_costs_the_run_nothing(
+def test_a_package_that_was_removed_costs_the_run_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)

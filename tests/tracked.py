@@ -1,4 +1,4 @@
-"""A tracker with real wandb in a process of its own, and a record for it to follow."""
+"""A run log with real wandb in a process of its own, and a record for it."""
 
 import json
 import os
@@ -39,14 +39,14 @@ CONFIG = {"model": {"name": "Qwen/Qwen2-0.5B-Instruct"}, "train": {"learning_rat
 def tracked(
     folder: Path, *records: dict[str, Any], project: str = "house-rules", start: int = 0, env: dict[str, str] = OFFLINE
 ) -> subprocess.CompletedProcess[str]:
-    """Run the tracker with real wandb in a process of its own, at home in `folder`."""
+    """Log the records with real wandb in a process of its own, whose home is in `folder`."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
     arguments = [str(folder), project, str(start), json.dumps(CONFIG), *map(json.dumps, records)]
     return subprocess.run(
         [sys.executable, "-c", TRACKED, *arguments],
-        env={**own, "HOME": str(home), **env},
+        env={**environment, "HOME": str(home), **env},
         capture_output=True,
         text=True,
         check=False,

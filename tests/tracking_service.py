@@ -1,4 +1,4 @@
-"""A Weights & Biases service on 127.0.0.1, as far as one run needs it, which can break off after the start."""
+"""A Weights & Biases service on 127.0.0.1, with what one run needs of it, that can fail after the start."""
 
 import json
 import threading
@@ -20,12 +20,12 @@ VIEWER = {"id": "VXNl", "username": "someone", "entity": "someone", "flags": "{}
 
 
 class Service(ThreadingHTTPServer):
-    """Takes a run at `url`: `with Service() as service`. With `breaks`, everything after the start fails."""
+    """Receives a run at `url`: `with Service() as service`. With `breaks`, every request after the start fails."""
 
     daemon_threads = True
 
     def __init__(self, breaks: str = "") -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
+        super().__init__(("127.0.0.1", 0), _RequestHandler)
         self.breaks, self.started, self.log = breaks, False, list[str]()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -38,7 +38,7 @@ class Service(ThreadingHTTPServer):
         self.server_close()
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _RequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Service
 
@@ -58,9 +58,9 @@ class _Answer(BaseHTTPRequestHandler):
             return self._break()
         if "upsertBucket" in body:
             self.server.started = True
-        told: dict[str, Any] = {"upsertBucket": {"bucket": BUCKET, "inserted": True}, "viewer": VIEWER}
-        told["createRunFiles"] = {"runID": "run1", "uploadHeaders": [], "files": []}
-        return self._send(200, {"data": told, "exitcode": None, "limits": {}})
+        data: dict[str, Any] = {"upsertBucket": {"bucket": BUCKET, "inserted": True}, "viewer": VIEWER}
+        data["createRunFiles"] = {"runID": "run1", "uploadHeaders": [], "files": []}
+        return self._send(200, {"data": data, "exitcode": None, "limits": {}})
 
     def _break(self) -> None:
         match self.server.breaks:

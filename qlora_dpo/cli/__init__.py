@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, and turns every failure into one sentence and an exit code."""
+"""The command line: runs a command, and turns every failure into one sentence and an exit code."""
 
 import signal
 import sys
@@ -15,7 +15,7 @@ from qlora_dpo.cli.compare import compare_command
 from qlora_dpo.cli.data import data_group
 from qlora_dpo.cli.eval import eval_command
 from qlora_dpo.cli.export import export_command
-from qlora_dpo.cli.failure import report_error as tell
+from qlora_dpo.cli.failure import report_error
 from qlora_dpo.cli.init import init_command
 from qlora_dpo.cli.merge import merge_command
 from qlora_dpo.cli.push import push_command
@@ -27,6 +27,7 @@ from qlora_dpo.cli.sweep import sweep_command
 from qlora_dpo.cli.train import train_command
 from qlora_dpo.cli.verify import verify_command
 from qlora_dpo.errors import EXIT_OK
+from qlora_dpo.tracking.console import console_logging
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +48,7 @@ def commands() -> None:
     """
 
 
-# A command's module imports click and nothing heavy at its top, so that `--help` stays under 0.3 seconds.
+# Modules of commands import click and nothing heavy at the top, so that `--help` stays under 0.3 seconds.
 commands.add_command(init_command)
 commands.add_command(check_command)
 commands.add_command(train_command)
@@ -65,7 +66,7 @@ commands.add_command(report_command)
 commands.add_command(runs_command)
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
+def _raise_interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
@@ -73,14 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 usage, 3 gate, 4 does not fit, 130 interrupted."""
     quiet_libraries()
     use_expandable_segments()
-    # like Ctrl+C, so that half-written folders are removed on the way out
-    signal.signal(signal.SIGTERM, _interrupted)
+    # SIGTERM acts like Ctrl+C, so that half-written folders are removed
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    with console_logging():
+        return _run_command(arguments)
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         code = commands.main(
             args=None if arguments is None else list(arguments), prog_name="qlora-dpo", standalone_mode=False
         )
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and has its sentence
-        return tell(error)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may interrupt the report
+        return report_error(error)
     return code if isinstance(code, int) else EXIT_OK

@@ -1,4 +1,4 @@
-"""What a user reads when a command fails: one sentence a problem on stderr, and the exit code."""
+"""Reports why a command failed: one sentence per problem on stderr, and the exit code."""
 
 import errno
 import os
@@ -16,25 +16,26 @@ from qlora_dpo.errors import (
     QloraDpoError,
     is_out_of_memory,
 )
+from qlora_dpo.tracking.console import printable
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def report_error(error: BaseException) -> int:
-    """Write what went wrong to stderr and return the exit code; the traceback only if QLORA_DPO_TRACEBACK=1."""
+    """Write the reason to stderr and return the exit code; with QLORA_DPO_TRACEBACK=1 write the traceback too."""
     if os.environ.get("QLORA_DPO_TRACEBACK") == "1":
-        click.echo(_printable("".join(traceback.format_exception(error))), err=True, nl=False)
+        click.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
     text, code = _sentence_and_exit_code(error)
     if not isinstance(error, ProcessEndedError):
-        report_to_launcher(_printable(text))
-    for line in _printable(text).splitlines():
+        report_to_launcher(printable(text))
+    for line in printable(text).splitlines():
         click.echo(f"qlora-dpo: {line}", err=True)
     return code
 
 
 def error_sentence(error: BaseException) -> str:
-    """What `report_error` would write of it, on one line."""
-    return _printable("; ".join(_sentence_and_exit_code(error)[0].splitlines()))
+    """The sentences that `report_error` would write, on one line."""
+    return printable("; ".join(_sentence_and_exit_code(error)[0].splitlines()))
 
 
 def _sentence_and_exit_code(error: BaseException) -> tuple[str, int]:
@@ -54,8 +55,8 @@ def _sentence_and_exit_code(error: BaseException) -> tuple[str, int]:
         case _ if is_out_of_memory(error):
             return f"out of memory ({_one_line(error) or 'no details'}); {REDUCE_MEMORY_ADVICE}", EXIT_DOES_NOT_FIT
         case OSError() if error.errno in DISK_FULL_ERRNOS:
-            where = f"{error.filename}: " if error.filename else ""
-            return f"{where}the disk is full; free some space, or set QLORA_DPO_CACHE to another disk", EXIT_FAILURE
+            prefix = f"{error.filename}: " if error.filename else ""
+            return f"{prefix}the disk is full; free some space, or set QLORA_DPO_CACHE to another disk", EXIT_FAILURE
         case _:
             return f"{_unexpected_error_text(error)}; set QLORA_DPO_TRACEBACK=1 to see where it came from", EXIT_FAILURE
 
@@ -72,11 +73,3 @@ def _one_line(message: object, max_characters: int = 300) -> str:
     """`message` as one line of at most `max_characters` characters."""
     line = " ".join(str(message).split())
     return line if len(line) <= max_characters else f"{line[:max_characters]}..."
-
-
-def _printable(text: str) -> str:
-    """`text` without secrets and what could steer the terminal: it may quote a file, an address or a hub's answer."""
-    from qlora_dpo.data.dialogue import sanitize_text
-    from qlora_dpo.redact import redact_secrets
-
-    return sanitize_text(redact_secrets(text))

@@ -1,4 +1,4 @@
-"""Keeps other libraries' notices, bars and telemetry out of what a command prints; runs before they are imported."""
+"""Keeps notices, progress bars and telemetry of libraries out of the output; runs before they are imported."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ QUIET_ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "true",  # unset, a tokenizer that was used before a fork warns
+    "TOKENIZERS_PARALLELISM": "true",  # if it is unset, tokenizers warns after a fork
     "WANDB_SILENT": "true",
     "BITSANDBYTES_NOWELCOME": "1",
 }
@@ -22,12 +22,12 @@ QUIET_LOGGERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "accelerate", 
 
 
 def quiet_libraries() -> None:
-    """Set what the libraries read at import; a variable that the user has set stays as it is."""
+    """Set logger levels, and the variables that libraries read at import, except those that the user has set."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for logger in QUIET_LOGGERS:
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    # DeepSpeed sets its logger's level when it is imported, which other libraries do where it is installed
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # a filter, since DeepSpeed sets the level of its logger at import, and other libraries import it if it is installed
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     if not sys.warnoptions and os.environ.get("QLORA_DPO_TRACEBACK") != "1":
         warnings.simplefilter("ignore")

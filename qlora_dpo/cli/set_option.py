@@ -1,4 +1,4 @@
-"""The option `--set`, in the words of the recipe: what other tools call the table `dpo` is `objective` here."""
+"""The option `--set`. Its keys are those of the recipe; `dpo.`, as other tools call the table, means `objective.`."""
 
 import click
 
@@ -6,12 +6,13 @@ ALIAS_PREFIX, OBJECTIVE_PREFIX = "dpo.", "objective."
 
 
 def translate_aliases(context: click.Context, option: click.Parameter, assignments: tuple[str, ...]) -> tuple[str, ...]:
-    """Each `KEY=VALUE` with the table's name here; a key that had the other one is told on stderr, once."""
-    for key in dict.fromkeys(each.partition("=")[0].strip() for each in assignments if each.startswith(ALIAS_PREFIX)):
+    """The assignments with `objective.` for `dpo.`; each key that was translated is reported once on stderr."""
+    aliased = [assignment for assignment in assignments if assignment.startswith(ALIAS_PREFIX)]
+    for key in dict.fromkeys(assignment.partition("=")[0].strip() for assignment in aliased):
         click.echo(f"{key}: read as {OBJECTIVE_PREFIX}{key.removeprefix(ALIAS_PREFIX)}", err=True)
     return tuple(
-        OBJECTIVE_PREFIX + each.removeprefix(ALIAS_PREFIX) if each.startswith(ALIAS_PREFIX) else each
-        for each in assignments
+        OBJECTIVE_PREFIX + assignment.removeprefix(ALIAS_PREFIX) if assignment in aliased else assignment
+        for assignment in assignments
     )
 
 

@@ -1,1 +1,1 @@
-"""The record of a run while it goes on: metrics.jsonl, progress, and experiment trackers."""
+"""Records a run while it lasts: metrics.jsonl, log messages, progress bars and experiment trackers."""

@@ -1,75 +1,135 @@
-"""Shows on stderr how a run gets on: bars on a terminal, one plain line per logged step anywhere else."""
+"""Shows on stderr how far a run is: rich's progress bars on a terminal, one plain line per logged step anywhere else.
+
+The plain lines are ours: a log file or pipe gets one complete line per logged step, and one every half minute of a long
+phase, where rich would write its bars once at the end.
+"""
 
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
-from qlora_dpo.data.dialogue import sanitize_text
-from qlora_dpo.redact import redact_secrets
+from qlora_dpo.tracking import console
 
 UNITS = {"read": "rows", "tokenize": "pairs", "reference": "pairs", "evaluate": "pairs"}
 TRANSIENT_PHASES = ("read", "tokenize", "evaluate")
-"""Phases whose end is told by what they found."""
-PHASE_LINE_SECONDS = 30.0  # without a terminal a long phase says where it is this often
-FIRST_PHASE_LINE_SECONDS = 10.0  # and the first time so soon
+"""Phases that leave no line of their own: what they produced is reported in another one."""
+PHASE_LINE_SECONDS = 30.0  # between two plain lines of a long phase
+FIRST_PHASE_LINE_SECONDS = 10.0  # until its first one
 MIN_ROWS_SHOWN = 1000
-CACHED_RATE = 1e5  # a count that grows by so many a second is no work: it was known before
+CACHED_RATE = 1e5  # items per second: a count that grows faster than this was in a cache
 LABEL_COLUMNS = 11
 
-Record = Mapping[str, Any]
+MetricsRecord = Mapping[str, Any]
 Advance = Callable[[int], None]
 
 
-@dataclass
-class Progress:
-    """How far a count has come, and how many seconds the rest takes at the mean pace so far; pauses do not count."""
+class StepClock:
+    """Seconds spent on training steps: the clock stands still during phases, so that they do not slow the ETA."""
 
-    total: int
-    done: int = 0
-    clock: Callable[[], float] = time.monotonic
-    seconds: float = 0.0
-    _start: int = field(init=False)
-    _since: float = field(init=False)
+    def __init__(self) -> None:
+        self._phase_seconds = 0.0
+        self._phase_start: float | None = None
 
-    def __post_init__(self) -> None:
-        self._start, self._since = self.done, self.clock()
+    def __call__(self) -> float:
+        """The seconds, from an arbitrary start."""
+        start = self._phase_start
+        return (monotonic() if start is None else start) - self._phase_seconds
 
-    def set_done(self, done: int) -> None:
-        """Move the count to `done`."""
-        self.pause()
-        self.resume()
-        self.done = done
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock; a phase inside another one changes nothing."""
+        if self._phase_start is not None:
+            yield
+            return
+        self._phase_start = monotonic()
+        try:
+            yield
+        finally:
+            self._phase_seconds += monotonic() - self._phase_start
+            self._phase_start = None
 
-    def advance(self, count: int) -> None:
-        """Move the count on by `count`; what comes at once was known before, and says nothing of the pace."""
-        worked = self.seconds
-        self.set_done(self.done + count)
-        if count > CACHED_RATE * (self.seconds - worked):
-            self._start += count
 
-    def pause(self) -> None:
-        """Stop the clock."""
-        self.seconds += self.clock() - self._since
+class EtaColumn(ProgressColumn):
+    """The time until a task is done; rich's TimeRemainingColumn rounds up to whole seconds and pads minutes."""
 
-    def resume(self) -> None:
-        """Start the clock again."""
-        self._since = self.clock()
+    def render(self, task: Task) -> Text:
+        """`eta 1:20`, or nothing until something is done."""
+        return Text(eta_text(task), style="dim")
 
-    def eta(self) -> float | None:
-        """Seconds until `total`; None until something is done."""
-        gained = self.done - self._start
-        return self.seconds / gained * max(self.total - self.done, 0) if gained > 0 else None
+
+def make_progress(clock: Callable[[], float] | None = None, style: str = "cyan") -> Progress:
+    """Rows of name, bar, count and ETA.
+
+    The speed is a mean since the start (over the last 1000 updates, which is all that rich keeps). Its default is the
+    last 30 seconds, and then a run with slower steps would never have an ETA.
+    """
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(width=LABEL_COLUMNS - 1)),
+        BarColumn(None, complete_style=style, finished_style=style, table_column=Column(ratio=1)),
+        TextColumn(
+            "{task.completed}/{task.total} {task.fields[unit]}",
+            style="none",
+            markup=False,
+            table_column=Column(justify="right", no_wrap=True),
+        ),
+        EtaColumn(Column(justify="right", min_width=12, no_wrap=True)),
+        get_time=clock or monotonic,
+        speed_estimate_period=math.inf,
+        auto_refresh=False,
+        expand=True,
+    )
+
+
+def start_task(progress: Progress, name: str, total: int, done: int = 0) -> Task:
+    """Add a task of which `done` was done earlier, which does not count towards its speed."""
+    task_id = progress.add_task(name, total=total, completed=done, unit=UNITS.get(name, ""))
+    task = next(task for task in progress.tasks if task.id == task_id)
+    restart_pace(progress, task, done)
+    return task
+
+
+def restart_pace(progress: Progress, task: Task, done: int) -> None:
+    """Set the count to `done` and measure the speed from now on."""
+    progress.reset(task.id, completed=done)
+    progress.advance(task.id, 0)  # rich measures from the first update, and leaves out what that one counts
+
+
+def advance_task(progress: Progress, task: Task) -> Advance:
+    """The function that counts for `task`. What a cache knows comes at once, and says nothing about the speed."""
+    last = progress.get_time()
+
+    def advance(count: int) -> None:
+        nonlocal last
+        seconds, last = progress.get_time() - last, progress.get_time()
+        if count > CACHED_RATE * seconds:
+            restart_pace(progress, task, int(task.completed) + count)
+        else:
+            progress.advance(task.id, count)
+
+    return advance
+
+
+def eta(task: Task) -> float | None:
+    """Seconds until the task is done, at its mean speed since the start; None until something is done."""
+    speed, remaining = task.speed, task.remaining
+    return max(remaining, 0) / speed if speed and remaining is not None else None
+
+
+def eta_text(task: Task) -> str:
+    """`eta 1:20`, or nothing until something is done."""
+    seconds = eta(task)
+    return "" if seconds is None else f"eta {format_clock(seconds)}"
 
 
 def format_clock(seconds: float) -> str:
@@ -79,8 +139,8 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def quality_parts(record: Record, prefix: str = "") -> list[str]:
-    """Loss, accuracy and margin of a record, as far as it has them."""
+def quality_parts(record: MetricsRecord, prefix: str = "") -> list[str]:
+    """Loss, accuracy and margin of a record, those of them that it has."""
     return _format_parts(
         record,
         (f"{prefix}loss", "{:.4f}", "loss {}"),
@@ -89,8 +149,8 @@ def quality_parts(record: Record, prefix: str = "") -> list[str]:
     )
 
 
-def speed_parts(record: Record) -> list[str]:
-    """Pairs and tokens per second of a record, as far as it has them."""
+def speed_parts(record: MetricsRecord) -> list[str]:
+    """Pairs and tokens per second of a record, those of them that it has."""
     return _format_parts(
         record,
         ("pairs_per_second", "{:.1f}", "{} pairs/s"),
@@ -98,37 +158,35 @@ def speed_parts(record: Record) -> list[str]:
     )
 
 
-def memory_parts(record: Record) -> list[str]:
+def memory_parts(record: MetricsRecord) -> list[str]:
     """Peak memory of a record in GiB, if it has it."""
     size = record.get("memory_bytes")
     return [] if size is None else [f"memory {size / 2**30:.1f} GiB"]
 
 
-def train_line(record: Record, pace: Progress) -> str:
-    """One logged step as a line."""
-    left = pace.eta()
-    eta = [] if left is None else [f"eta {format_clock(left)}"]
-    head = f"step {record['step']}/{pace.total}"
-    return "  ".join([head, *quality_parts(record), *speed_parts(record), *eta, *memory_parts(record)])
+def train_line(record: MetricsRecord, task: Task) -> str:
+    """One logged step as a line; `task` counts the steps of the run."""
+    parts = [f"step {record['step']}/{task.total}", *quality_parts(record), *speed_parts(record), eta_text(task)]
+    return "  ".join(part for part in (*parts, *memory_parts(record)) if part)
 
 
-def evaluation_line(record: Record, total: int) -> str:
+def evaluation_line(record: MetricsRecord, total_steps: int) -> str:
     """One evaluation as a line."""
     values = quality_parts(record, "eval_")
     pairs = _format_parts(record, ("eval_pairs", "{:.0f}", "{} pairs"))
-    return "  ".join([f"step {record['step']}/{total}", " ".join(["held-out", *values[:1]]), *values[1:], *pairs])
+    return "  ".join([f"step {record['step']}/{total_steps}", " ".join(["held-out", *values[:1]]), *values[1:], *pairs])
 
 
-def phase_line(name: str, pace: Progress) -> str:
-    """How far a phase has come, as a line."""
-    left = pace.eta()
-    clock = format_clock(pace.seconds) if pace.done >= pace.total else f"eta {format_clock(left)}" if left else ""
-    return "  ".join(part for part in (name, _count_text(pace, name), clock) if part)
+def phase_line(task: Task, seconds: float) -> str:
+    """How far a phase is as a line: with its ETA, or with the `seconds` it took once it is complete."""
+    count = f"{task.completed}/{task.total} {task.fields['unit']}".rstrip()
+    time = format_clock(seconds) if task.total is None or task.completed >= task.total else eta_text(task)
+    return "  ".join(part for part in (task.description, count, time) if part)
 
 
 @contextmanager
 def show_reading_progress(name: str, total: int) -> Iterator[Advance]:
-    """A phase before the run has a tracker; few rows are read too soon to be shown."""
+    """A phase before the run log is open; fewer than MIN_ROWS_SHOWN rows are read before anybody could see it."""
     if total < MIN_ROWS_SHOWN:
         yield lambda count: None
         return
@@ -150,85 +208,85 @@ class ProgressLines:
     """Plain lines on stderr, for log files and pipes."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
-        self.pace = Progress(total_steps, start_step)
+        self.step_clock = StepClock()
+        self.steps = make_progress(self.step_clock)
+        self.train_task = start_task(self.steps, "train", total_steps, start_step)
 
     def open(self) -> None:
         """Start the clock of the training steps."""
-        self.pace.resume()
+        restart_pace(self.steps, self.train_task, int(self.train_task.completed))
 
     def close(self) -> None:
-        """Nothing to tidy up: every line is complete."""
+        """Do nothing: every line is complete."""
 
     def print_line(self, text: str) -> None:
         """Write one line."""
-        sys.stderr.write(f"{sanitize_text(redact_secrets(text))}\n")
-        sys.stderr.flush()
+        console.print_line(text)
 
     def set_step(self, step: int) -> None:
         """Count an optimizer step; only logged steps write a line."""
-        self.pace.set_done(step)
+        self.steps.update(self.train_task.id, completed=step)
 
-    def show_train_record(self, record: Record) -> None:
+    def show_train_record(self, record: MetricsRecord) -> None:
         """Write a logged step."""
-        self.print_line(train_line(record, self.pace))
+        self.print_line(train_line(record, self.train_task))
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Advance]:
-        """Say now and then how far the phase is, and once when it ends; an evaluation ends with its own line."""
-        self.pace.pause()
-        pace, said = Progress(total), time.monotonic() - max(0.0, PHASE_LINE_SECONDS - FIRST_PHASE_LINE_SECONDS)
+        """Write a line every PHASE_LINE_SECONDS, and one at the end unless the phase is transient."""
+        progress = make_progress()
+        task = start_task(progress, name, total)
+        count_items = advance_task(progress, task)
+        start = monotonic()
+        next_line = start + min(FIRST_PHASE_LINE_SECONDS, PHASE_LINE_SECONDS)
 
         def advance(count: int) -> None:
-            nonlocal said
-            pace.advance(count)
-            if pace.done < total and time.monotonic() - said >= PHASE_LINE_SECONDS:
-                said = time.monotonic()
-                self.print_line(phase_line(name, pace))
+            nonlocal next_line
+            count_items(count)
+            if task.completed < total and monotonic() >= next_line:
+                next_line = monotonic() + PHASE_LINE_SECONDS
+                self.print_line(phase_line(task, monotonic() - start))
 
-        try:
+        with self.step_clock.paused():
             yield advance
             if name not in TRANSIENT_PHASES:
-                self.print_line(phase_line(name, pace))
-        finally:
-            self.pace.resume()
+                self.print_line(phase_line(task, monotonic() - start))
 
 
 class NullDisplay:
-    """Shows nothing: of several processes one shows what all do."""
+    """Shows nothing: for ranks above 0."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
-        self.pace = Progress(total_steps, start_step)
+        """Take the arguments of the other displays."""
 
     def open(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to tidy up."""
-
-    def print_line(self, text: str) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
     def set_step(self, step: int) -> None:
-        """Count an optimizer step."""
-        self.pace.set_done(step)
+        """Do nothing."""
 
-    def show_train_record(self, record: Record) -> None:
-        """Write nothing."""
+    def show_train_record(self, record: MetricsRecord) -> None:
+        """Do nothing."""
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Advance]:
-        """Say nothing of the phase."""
+        """Count nothing."""
         yield lambda count: None
 
 
 class ProgressBars:
-    """Bars at the foot of a terminal; what stays above them are notes, evaluations and finished phases."""
+    """Bars at the bottom of a terminal; log messages, evaluations and finished phases stay above them."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
-        self.pace = Progress(total_steps, start_step)
-        self.phases: list[tuple[str, Progress]] = []
-        self.record: Record | None = None
-        self.training = False
+        self.step_clock = StepClock()
+        self.steps = make_progress(self.step_clock, style="green")
+        self.train_task = start_task(self.steps, "train", total_steps, start_step)
+        self.steps.update(self.train_task.id, visible=False)  # until the first step is done
+        self.phases = make_progress()
+        self.record: MetricsRecord = {}
         self.console = Console(stderr=True, highlight=False)
         self.live = Live(
             console=self.console,
@@ -239,71 +297,52 @@ class ProgressBars:
         )
 
     def open(self) -> None:
-        """Start drawing."""
-        self.pace.resume()
+        """Start the clock of the training steps, and draw."""
+        restart_pace(self.steps, self.train_task, int(self.train_task.completed))
         self.live.start()
+        console.open_display(self)
 
     def close(self) -> None:
-        """Take the bars away and give the cursor back."""
+        """Remove the bars and show the cursor again."""
+        console.close_display(self)
         self.live.stop()
 
     def print_line(self, text: str) -> None:
-        """Write one line above the bars, whatever brackets it holds."""
-        self.console.print(Text(sanitize_text(redact_secrets(text))), soft_wrap=True)
+        """Write one line above the bars; brackets in it are text, not markup."""
+        self.console.print(Text(console.printable(text)), soft_wrap=True)
 
     def set_step(self, step: int) -> None:
         """Move the training bar."""
-        self.training = True
-        self.pace.set_done(step)
+        self.steps.update(self.train_task.id, completed=step, visible=True)
 
-    def show_train_record(self, record: Record) -> None:
+    def show_train_record(self, record: MetricsRecord) -> None:
         """Show the figures of a logged step under the training bar."""
         self.record = record
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Advance]:
-        """Draw a bar while the phase runs; leave a line behind it, but for an evaluation, which ends with its own."""
-        self.pace.pause()
-        pace = Progress(total)
-        self.phases.append((name, pace))
+        """Draw a bar while the phase runs, and leave a line behind it unless the phase is transient."""
+        task = start_task(self.phases, name, total)
+        start = monotonic()
         try:
-            yield pace.advance
+            with self.step_clock.paused():
+                yield advance_task(self.phases, task)
             if name not in TRANSIENT_PHASES:
-                self.print_line(phase_line(name, pace))
+                self.print_line(phase_line(task, monotonic() - start))
         finally:
-            self.phases.pop()
-            self.pace.resume()
+            self.phases.remove_task(task.id)
 
-    def render(self) -> Group:
-        """Everything at the foot of the terminal as it stands now."""
-        parts: list[Table | Text] = []
-        if self.training:
-            parts.append(_progress_row("train", self.pace, style="green"))
-        if self.record is not None:
-            figures = [quality_parts(self.record), speed_parts(self.record) + memory_parts(self.record)]
-            parts += [Text(" " * LABEL_COLUMNS + "  ".join(line), style="dim") for line in figures if line]
-        parts += [_progress_row(name, pace, style="cyan") for name, pace in self.phases]
-        return Group(*parts)
+    def render(self) -> RenderableType:
+        """Everything at the bottom of the terminal: the training bar, its figures, and the bars of phases."""
+        figures = [quality_parts(self.record), speed_parts(self.record) + memory_parts(self.record)]
+        lines = [Padding(Text("  ".join(parts), "dim"), (0, 0, 0, LABEL_COLUMNS)) for parts in figures if parts]
+        return Group(self.steps.get_renderable(), *lines, self.phases.get_renderable())
 
 
-def _progress_row(name: str, pace: Progress, style: str) -> Table:
-    left = pace.eta()
-    grid = Table.grid(expand=True)
-    grid.add_column(width=LABEL_COLUMNS)
-    grid.add_column(ratio=1)
-    grid.add_column(justify="right", min_width=18)
-    grid.add_column(justify="right", min_width=13)
-    bar = ProgressBar(total=max(pace.total, 1), completed=pace.done, complete_style=style, finished_style=style)
-    eta = "" if left is None else f"eta {format_clock(left)}"
-    grid.add_row(Text(name), bar, Text(_count_text(pace, name)), Text(eta, style="dim"))
-    return grid
-
-
-def _count_text(pace: Progress, name: str) -> str:
-    return f"{pace.done}/{pace.total} {UNITS.get(name, '')}".rstrip()
-
-
-def _format_parts(record: Record, *wanted: tuple[str, str, str]) -> list[str]:
-    """The wanted figures that the record has; a null stands for a figure that is not finite."""
-    found = [(record[key], number, words) for key, number, words in wanted if key in record]
-    return [words.format(number.format(math.nan if value is None else value)) for value, number, words in found]
+def _format_parts(record: MetricsRecord, *formats: tuple[str, str, str]) -> list[str]:
+    """The figures of `record` by key, number format and text; a null stands for one that is not finite."""
+    return [
+        text.format(number.format(math.nan if record[key] is None else record[key]))
+        for key, number, text in formats
+        if key in record
+    ]

@@ -1,10 +1,11 @@
-"""All that is told while a run goes on: metrics.jsonl, the terminal and the trackers that the recipe names."""
+"""Records a run while it lasts: in metrics.jsonl, on the terminal and in the trackers that the recipe names."""
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
@@ -13,19 +14,24 @@ from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import atomic_write
 from qlora_dpo.recipe.train import TrackTable
+from qlora_dpo.run_folder import EVALUATION_SAMPLES as EVALUATION_SAMPLES
+from qlora_dpo.run_folder import METRICS as METRICS
+from qlora_dpo.tracking.console import console_logging
 from qlora_dpo.tracking.progress import Advance, NullDisplay, ProgressBars, ProgressLines, evaluation_line, is_terminal
 
-METRICS, EVALUATION_SAMPLES = "metrics.jsonl", "evaluation_samples.jsonl"
+logger = logging.getLogger(__name__)
+
 MAX_SHOWN_CHARACTERS = 100
-"""Characters of a prompt, and of an answer to it, that are shown while a run goes on."""
+"""Characters of a prompt, and of the answer to it, that are shown during a run."""
 
 
 class RunLog:
-    """Follows one run from its first phase to its last: `with Tracker(...) as tracker`.
+    """Records one run from its first phase to its last: `with RunLog(...) as run_log`.
 
-    `total_steps` are the optimizer steps of the whole run, `start_step` those that an earlier, interrupted part has
-    done. `config` is what trackers show as the run's configuration, and `name` its name there. One that is `silent`
-    writes and shows nothing, as another process does so for it.
+    `total_steps` counts the optimizer steps of the whole run, `start_step` those done before an interruption. `config`
+    is what trackers show as the run's configuration, and `name` what they call the run. While the log is open, what the
+    package logs (logger "qlora_dpo") is written to stderr. With `silent`, for ranks above 0, nothing is written at all.
+    `on_step` is called with the number of every optimizer step that is done.
     """
 
     def __init__(
@@ -38,39 +44,43 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
         name: str | None = None,
         silent: bool = False,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         self.run_dir, self.total_steps, self.name = run_dir, total_steps, name or run_dir.name
         self.track, self.config, self.start_step = None if silent else track, config or {}, start_step
-        self.silent = silent
+        self.silent, self.on_step = silent, on_step
         self.display = (NullDisplay if silent else ProgressBars if is_terminal() else ProgressLines)(
             total_steps, start_step
         )
 
     def __enter__(self) -> Self:
-        path = os.devnull if self.silent else self.run_dir / METRICS
-        self.metrics: TextIO = Path(path).open("a", encoding="utf-8", newline="\n")
-        self.trackers = None
-        if self.track is not None:
-            from qlora_dpo.tracking.trackers import Trackers
+        with ExitStack() as resources:
+            resources.enter_context(console_logging(silent=self.silent))
+            path = Path(os.devnull) if self.silent else self.run_dir / METRICS
+            self.metrics: TextIO = resources.enter_context(path.open("a", encoding="utf-8", newline="\n"))
+            self.trackers = None
+            if self.track is not None:
+                from qlora_dpo.tracking.trackers import Trackers
 
-            self.trackers = Trackers(self.info)
-            self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
-        self.display.open()
+                self.trackers = Trackers()
+                self.trackers.start(self.track, self.run_dir, self.name, start_step=self.start_step, config=self.config)
+            resources.callback(self.display.close)
+            self.display.open()
+            self._resources = resources.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._resources:
             if self.trackers is not None:
                 self.trackers.finish(exit_code=0 if kind is None else 1)
-        finally:
-            self.display.close()
-            self.metrics.close()
 
     def step(self, step: int) -> None:
-        """Say that optimizer step `step` is done; called for every step, logged or not, it keeps the ETA right."""
+        """Count optimizer step `step` as done: called after every step, logged or not, so that the ETA is right."""
         self.display.set_step(step)
+        if self.on_step is not None:
+            self.on_step(step)
 
     def log_train(self, record: Mapping[str, Any]) -> None:
         """Write the record of a logged step: TRL's metric names, `step` and `epoch`."""
@@ -81,57 +91,62 @@ class RunLog:
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Write the record of an evaluation: the same names with the prefix `eval_`, `step` and `epoch`."""
         self._write("eval", record)
-        self.info(evaluation_line(record, self.total_steps))
+        logger.info(evaluation_line(record, self.total_steps))
 
     def log_warning(self, record: Mapping[str, Any]) -> None:
-        """Write a sign of trouble: `step`, its `name` and a `sentence` with advice."""
+        """Write a warning of [watch]: `step`, its `name` and a `sentence` with advice."""
         self._write("sign", record)
-        self.info(f"step {record['step']}: {record['sentence']}")
+        logger.info(f"step {record['step']}: {record['sentence']}")
 
     def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the model answers after `step`, one line for each prompt, and show the beginnings."""
+        """Write the model's answers after `step` to evaluation_samples.jsonl, and log the beginning of each."""
         lines = [json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records]
         with (self.run_dir / EVALUATION_SAMPLES).open("a", encoding="utf-8", newline="\n") as file:
             file.write("".join(lines))
         for record in records:
-            asked, answer = (_shorten(text) for text in (record["prompt"][-1]["content"], record["answer"]))
-            self.info(f"step {step}/{self.total_steps}  {asked} -> {answer or '(nothing)'}")
+            prompt, answer = (_shorten(text) for text in (record["prompt"][-1]["content"], record["answer"]))
+            logger.info(f"step {step}/{self.total_steps}  {prompt} -> {answer or '(nothing)'}")
         if self.trackers is not None:
             self.trackers.log_samples(step, records)
 
     def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """Show work beside the steps ("reference", "evaluate", "answers"); it yields `advance(count)`."""
+        """Show how far work beside the steps is: `with run_log.phase("reference", 220) as advance: ... advance(8)`.
+
+        `total` counts the items of the phase (pairs, rows, answers), and `advance(count)` those that were just done.
+        This is the one protocol for progress: code that takes long and knows no run log takes `advance`, or a function
+        with this signature (`qlora_dpo.data.progress.ProgressCallback`).
+        """
         return self.display.phase(name, total)
 
     def info(self, text: str) -> None:
-        """Write one line on stderr, above the bars where there are any."""
-        self.display.print_line(text)
+        """Log a sentence at level INFO; new code calls its module's logger."""
+        logger.info(text)
 
     def _write(self, kind: Literal["train", "eval", "sign"], record: Mapping[str, Any]) -> None:
-        line, lost = to_json_line({**record, "kind": kind})
+        line, nonfinite = to_json_line({**record, "kind": kind})
         self.metrics.write(line)
         self.metrics.flush()
-        if lost:
-            self.info(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(lost)}")
+        if nonfinite:
+            logger.info(f"step {record['step']}: not finite, written as null to {METRICS}: {', '.join(nonfinite)}")
         if self.trackers is not None and kind != "sign":
             self.trackers.log({**record, "kind": kind})
 
 
 def _shorten(text: str) -> str:
-    """The first words of `text`, on one line."""
+    """The beginning of `text`, on one line."""
     line = " ".join(sanitize_text(text).split())
     return line if len(line) <= MAX_SHOWN_CHARACTERS else f"{line[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def to_json_line(record: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The record as one JSON line with `kind` first, and the names whose values JSON cannot hold (NaN, infinity)."""
-    lost = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-    values = {key: None if key in lost else value for key, value in record.items() if key != "kind"}
-    return json.dumps({"kind": record["kind"], **values}, allow_nan=False) + "\n", lost
+    """The record as one JSON line with `kind` first, and the keys whose values are NaN or infinite, written as null."""
+    nonfinite = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    values = {key: None if key in nonfinite else value for key, value in record.items() if key != "kind"}
+    return json.dumps({"kind": record["kind"], **values}, allow_nan=False) + "\n", nonfinite
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off in the middle is left out.
+    """The records of a metrics file, without an incomplete last line.
 
     Raises RunError naming any other line that is not a record.
     """
@@ -148,7 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the records up to and including `step`, for a run that resumes there; the file is replaced in one move."""
+    """Keep the records up to and including `step`, for a run that resumes there; the file is replaced atomically."""
     if not path.is_file():
         return
     read_metrics(path)

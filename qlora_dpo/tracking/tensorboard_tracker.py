@@ -1,7 +1,7 @@
-"""Writes for TensorBoard what metrics.jsonl says: an event file in the run's folder, complete after every record.
+"""Writes the values of metrics.jsonl to a TensorBoard event file, which is complete after every record.
 
-The file is written record by record rather than by a SummaryWriter, which has a thread of its own to wait for at the
-end and puts the machine's name into the file's.
+Records are written one by one: torch's SummaryWriter, which accelerate's TensorBoardTracker uses, has a thread to wait
+for at the end and puts the host name into the file name, and that tracker refuses the nested tables of a recipe.
 """
 
 import json
@@ -20,12 +20,12 @@ class TensorBoardTracker:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        parts = len(list(folder.glob("events.out.tfevents.*")))
-        # files of one folder are read in the order of their names
-        name = f"events.out.tfevents.{int(time.time()):010d}.{parts:04d}.qlora_dpo"
+        num_parts = len(list(folder.glob("events.out.tfevents.*")))
+        # TensorBoard reads the files of a folder in the order of their names
+        name = f"events.out.tfevents.{int(time.time()):010d}.{num_parts:04d}.qlora_dpo"
         self.writer: Any = RecordWriter((folder / name).open("xb"))
         self._write(Event(file_version="brain.Event:2"))
-        # what an interrupted part, or an earlier attempt, has written from here on is not shown
+        # TensorBoard hides what an interrupted part or an earlier attempt wrote from this step on
         first = start_step + 1 if start_step else 0
         self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         if not start_step:
@@ -34,7 +34,7 @@ class TensorBoardTracker:
             )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write what metrics.jsonl says of a step: a scalar for each number."""
+        """Write the numbers of an optimizer step as scalars."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -46,16 +46,16 @@ class TensorBoardTracker:
         self._write(Event(step=step, summary=Summary(value=scalars)))
 
     def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write answers to held-out prompts as texts, one under each row's name."""
+        """Write the answers to held-out prompts as texts, one tag per row."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         for record in records:
             turns = [*record["prompt"], {"role": "assistant", "content": record["answer"]}]
-            shown = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-            self._write(Event(step=step, summary=_text_summary(f"samples/row {record['row']}", shown)))
+            text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            self._write(Event(step=step, summary=_text_summary(f"samples/row {record['row']}", text)))
 
-    def finish(self) -> None:
-        """Close the file."""
+    def finish(self, exit_code: int) -> None:
+        """Close the file; TensorBoard does not show whether a run failed."""
         self.writer.close()
 
     def _write(self, event: Any) -> None:
@@ -65,7 +65,7 @@ class TensorBoardTracker:
 
 
 def _text_summary(tag: str, text: str) -> Any:
-    """A summary that TensorBoard's text page shows, indented, so that nothing in it is markdown."""
+    """A summary for TensorBoard's text page, indented so that it is not rendered as Markdown."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.types_pb2 import DT_STRING

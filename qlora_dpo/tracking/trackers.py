@@ -1,80 +1,95 @@
-"""The trackers that a recipe names beside metrics.jsonl; training never waits for their health."""
+"""The experiment trackers that a recipe names beside metrics.jsonl. One that fails never stops or delays a run."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qlora_dpo.recipe.train import TrackTable
 from qlora_dpo.tracking.tensorboard_tracker import TensorBoardTracker
 from qlora_dpo.tracking.trackio_tracker import TrackioTracker
-from qlora_dpo.tracking.wandb_tracker import WandbTracker, error_reason, tracker_values
+from qlora_dpo.tracking.wandb_tracker import WandbTracker, error_reason
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """One tracker of one run. Its constructor starts it; every method may raise whatever its library raises."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record the values of an optimizer step."""
+
+    def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Record the answers to held-out prompts after `step`."""
+
+    def finish(self, exit_code: int) -> None:
+        """End the run; with an exit code other than 0 it counts as failed where the tracker shows that."""
 
 
 class Trackers:
-    """All of them, for as long as a run lasts. One that fails says so once, and is told no more."""
+    """All trackers of a run. One that raises is reported in a sentence and dropped, and the run goes on without it."""
 
-    def __init__(self, log_info: Callable[[str], None]) -> None:
-        self.log_info = log_info
-        self.active: dict[str, WandbTracker | TensorBoardTracker | TrackioTracker] = {}
+    def __init__(self) -> None:
+        self.active: dict[str, Tracker] = {}
 
     def start(self, track: TrackTable, run_dir: Path, name: str, *, start_step: int, config: Mapping[str, Any]) -> None:
-        """Start each, or let it go on from `start_step` with what it has of this run."""
+        """Start the trackers of `track`; a run that was tracked before is continued from `start_step`."""
         if track.wandb is not None:
-            wandb = WandbTracker(run_dir, track.wandb, name, self.log_info)
-            wandb.start(config)
-            self.active["wandb"] = wandb
+            self._start("wandb", partial(WandbTracker, run_dir, track.wandb, name, config))
         if track.tensorboard:
-            inside = track.tensorboard is True
-            home = run_dir / "tensorboard" if inside else Path(str(track.tensorboard)).expanduser() / name
-            self._catch_errors(
+            in_run = track.tensorboard is True
+            folder = run_dir / "tensorboard" if in_run else Path(str(track.tensorboard)).expanduser() / name
+            self._start(
                 "tensorboard",
-                lambda: self._start_tensorboard(home, home if inside else home.parent, start_step, config),
+                partial(TensorBoardTracker, folder, start_step, config),
+                f"tensorboard --logdir {folder if in_run else folder.parent}",
             )
         if track.trackio is not None:
-            project = track.trackio
-            self._catch_errors("trackio", lambda: self._start_trackio(run_dir, project, name, start_step, config))
+            self._start(
+                "trackio",
+                partial(TrackioTracker, run_dir, track.trackio, name, start_step, config),
+                f'trackio show --project "{track.trackio}"',
+            )
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Tell each one record of metrics.jsonl, `kind` included."""
-        for name, each in list(self.active.items()):
-            match each:
-                case WandbTracker():
-                    each.log(record)  # which guards itself, since it can fall back to offline
-                case TensorBoardTracker() | TrackioTracker():
-                    self._catch_errors(name, partial(each.log, record["step"], tracker_values(record)))
+        """Send one record of metrics.jsonl, including its `kind`, to every tracker."""
+        for name, tracker in list(self.active.items()):
+            self._catch_errors(name, partial(tracker.log, record["step"], tracker_values(record)))
 
     def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Tell each what the model answers after `step`; Trackio, whose rows are numbers, is told nothing."""
-        for name, each in list(self.active.items()):
-            match each:
-                case WandbTracker() | TensorBoardTracker():
-                    self._catch_errors(name, partial(each.log_samples, step, records))
-                case TrackioTracker():
-                    pass
+        """Send the answers after `step` to every tracker."""
+        for name, tracker in list(self.active.items()):
+            self._catch_errors(name, partial(tracker.log_samples, step, records))
 
     def finish(self, exit_code: int) -> None:
-        """End each; with an exit code other than 0 the run counts as failed where that is shown."""
-        for name, each in list(self.active.items()):
-            match each:
-                case WandbTracker():
-                    each.finish(exit_code)
-                case TensorBoardTracker() | TrackioTracker():
-                    self._catch_errors(name, each.finish)
+        """End every tracker; with an exit code other than 0 the run counts as failed."""
+        for name, tracker in list(self.active.items()):
+            self._catch_errors(name, partial(tracker.finish, exit_code))
 
-    def _start_tensorboard(self, home: Path, shown: Path, start_step: int, config: Mapping[str, Any]) -> None:
-        self.active["tensorboard"] = TensorBoardTracker(home, start_step, config)
-        self.log_info(f"tensorboard: look at it with: tensorboard --logdir {shown}")
+    def _start(self, name: str, make_tracker: Callable[[], Tracker], view_command: str = "") -> None:
+        def start() -> None:
+            self.active[name] = make_tracker()
+            if view_command:
+                logger.info(f"{name}: look at it with: {view_command}")
 
-    def _start_trackio(
-        self, run_dir: Path, project: str, name: str, start_step: int, config: Mapping[str, Any]
-    ) -> None:
-        self.active["trackio"] = TrackioTracker(run_dir, project, name, start_step, config)
-        self.log_info(f'trackio: look at it with: trackio show --project "{project}"')
+        self._catch_errors(name, start)
 
     def _catch_errors(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # tracking is never worth a training run
             self.active.pop(name, None)
-            self.log_info(f"{name}: {error_reason(error)}; the run goes on without it")
+            logger.warning(f"{name}: {error_reason(error)}; the run goes on without it")
+
+
+def tracker_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record for trackers, without its step: an evaluation's all have the prefix `eval_`, but `epoch`.
+
+    A training record and an evaluation may have the same step, for which a tracker keeps one value per name: without
+    the prefix, names that both have would overwrite each other.
+    """
+    values = {key: value for key, value in record.items() if key not in ("kind", "step")}
+    if record["kind"] == "train":
+        return values
+    return {key if key.startswith("eval_") or key == "epoch" else f"eval_{key}": values[key] for key in values}

@@ -1,124 +1,101 @@
-"""Tells Weights & Biases what metrics.jsonl says: the same names and steps, and nothing about the machine."""
+"""Sends the values of metrics.jsonl to Weights & Biases, with the same names and steps and nothing about the machine.
+
+accelerate's WandBTracker is no substitute: it calls `wandb.init` and no more, which fails without a login, waits 90
+seconds for a service that is down instead of recording offline, and cannot mark a run as failed.
+"""
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 INIT_TIMEOUT, FINISH_TIMEOUT = 15, 30
-"""A service that does not answer may hold up a run's start and end so long; wandb's own would be 90 and without end."""
+"""Seconds that a service which does not respond may delay the start and the end of a run; wandb's defaults are 90
+seconds and no limit."""
 
 
 class WandbTracker:
-    """One Weights & Biases run. Training never waits for its health.
+    """One Weights & Biases run: a new one, or the one that this run directory began earlier.
 
-    A service that cannot be reached at the start has the run recorded offline; any other failure is said once and ends
-    the tracking.
+    Without a login, or if the service cannot be reached at the start, the run is recorded offline.
     """
 
-    def __init__(self, run_dir: Path, project: str, name: str, say: Callable[[str], None]) -> None:
-        self.run_dir, self.project, self.name, self.log_info = run_dir, project, name, say
-        self.run: Any = None
-
-    def start(self, config: Mapping[str, Any]) -> None:
-        """Start the run, or go on with the one this directory began; offline if nobody is logged in."""
-        self._catch_errors(lambda: self._start(config))
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Send one record of metrics.jsonl at its optimizer step."""
-        if self.run is not None:
-            self._catch_errors(lambda: self.run.log(tracker_values(record), step=record["step"]))
-
-    def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Send answers to held-out prompts as a table, a row for each."""
-        if self.run is not None:
-            import wandb
-
-            rows = [[record["row"], record["prompt"][-1]["content"], record["answer"]] for record in records]
-            table = wandb.Table(columns=["row", "prompt", "answer"], data=rows)
-            self._catch_errors(lambda: self.run.log({"samples": table}, step=step))
-
-    def finish(self, exit_code: int) -> None:
-        """End the run; with an exit code other than 0 it counts as failed."""
-        if self.run is not None:
-            self._catch_errors(lambda: self.run.finish(exit_code=exit_code))
-        self.run = None
-
-    def _start(self, config: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reports its own errors home by default
+    def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # by default wandb sends its own errors to its makers
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # wandb's own thread would print tracebacks
         import wandb
 
+        self.run_dir, self.project, self.name, self.config = run_dir, project, name, dict(config)
         mode = _wandb_mode()
         try:
-            self._init(mode, config)
+            self.run: Any = self._init(mode)
         except Exception as error:
             if mode != "online":
                 raise
-            self.log_info(f"wandb: the service cannot be used ({error_reason(error)})")
+            logger.warning(f"wandb: the service cannot be used ({error_reason(error)})")
             wandb.teardown()
             mode = "offline"
-            self._init(mode, config)
+            self.run = self._init(mode)
         if mode == "offline":
-            self.log_info(
+            logger.info(
                 f'wandb: offline; after "wandb login", upload with: wandb sync {self._run_files_glob("offline-run")}'
             )
 
-    def _run_files_glob(self, kind: str) -> str:
-        return f"{self.run_dir / 'wandb'}/{kind}-*"
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send the values of an optimizer step."""
+        self.run.log(dict(values), step=step)
 
-    def _init(self, mode: Any, config: Mapping[str, Any]) -> None:
+    def log_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Send the answers to held-out prompts as a table with one row per prompt."""
         import wandb
 
-        earlier = self.run_dir / "wandb" / "run_id.txt"
-        run_id = earlier.read_text(encoding="utf-8").strip() if earlier.is_file() else None
-        (self.run_dir / "wandb").mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
+        rows = [[record["row"], record["prompt"][-1]["content"], record["answer"]] for record in records]
+        self.run.log({"samples": wandb.Table(columns=["row", "prompt", "answer"], data=rows)}, step=step)
+
+    def finish(self, exit_code: int) -> None:
+        """Upload the rest and end the run; with an exit code other than 0 it counts as failed."""
+        try:
+            self.run.finish(exit_code=exit_code)
+        except TimeoutError:
+            logger.warning(
+                f"wandb: not all was uploaded within {FINISH_TIMEOUT} seconds; upload the rest with: "
+                f"wandb sync {self._run_files_glob('run')}"
+            )
+
+    def _run_files_glob(self, prefix: str) -> str:
+        return f"{self.run_dir / 'wandb'}/{prefix}-*"
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        id_file = self.run_dir / "wandb" / "run_id.txt"
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
             project=self.project,
             name=self.name,
             dir=str(self.run_dir),
-            config=dict(config),
+            config=self.config,
             mode=mode,
             id=run_id,
             resume="allow" if run_id else None,
             settings=_wandb_settings(),
         )
-        earlier.write_text(f"{self.run.id}\n", encoding="utf-8")
-
-    def _catch_errors(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except TimeoutError:
-            self.log_info(
-                f"wandb: not all was uploaded within {FINISH_TIMEOUT} seconds; upload the rest with: "
-                f"wandb sync {self._run_files_glob('run')}"
-            )
-        except Exception as error:  # tracking is never worth a training run
-            self.run = None
-            self.log_info(f"wandb: {error_reason(error)}; the run goes on without it")
+        id_file.write_text(f"{run.id}\n", encoding="utf-8")
+        return run
 
 
 def error_reason(error: Exception) -> str:
-    """The first line of an error that says something: a service in trouble answers with pages and placeholders."""
+    """The first informative line of an error: a failing service may respond with an HTML page."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.startswith("<")), "it did not answer as it should")[:200]
 
 
-def tracker_values(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What trackers are told of a record, without its step: training as it is, an evaluation under `eval_` names only.
-
-    Both may stand at one step, where a tracker keeps one value of a name: those that they share would overwrite each
-    other.
-    """
-    values = {key: value for key, value in record.items() if key not in ("kind", "step")}
-    if record["kind"] == "train":
-        return values
-    return {key if key.startswith("eval_") or key == "epoch" else f"eval_{key}": values[key] for key in values}
-
-
 def _wandb_mode() -> Any:
-    """The mode that the user's wandb settings ask for, but offline where online would ask for a login."""
+    """The mode of the user's wandb settings, but offline where wandb would prompt for a login."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -130,7 +107,7 @@ def _wandb_mode() -> Any:
 
 
 def _wandb_settings() -> Any:
-    """Silent, and without code, git state, host, packages, console output or system metrics."""
+    """Settings that print nothing and record no code, git state, host, packages, console output or system metrics."""
     import wandb
 
     return wandb.Settings(
