@@ -178,7 +178,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("self.digest_P[place_Q] == digest_Q", "place_Q >= 0", JOURNAL),
         ("kept = np.isnan(newer.lookup(self.digest_P)[:, 0])", "kept = np.ones(len(self), dtype=bool)", JOURNAL),
     ],
-    "data/scan_cache.py": [
+    "data/arrow_cache.py": [
         ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
     ],
     "preference/reference_adapter.py": [

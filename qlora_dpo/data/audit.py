@@ -77,7 +77,7 @@ class Audit:
         return lines
 
     def lines(self, with_row_numbers: bool = False) -> list[str]:
-        """The table as lines of text; with `with_row_numbers`, each dropped or cut row is named in a line of its own reason."""
+        """The table as lines of text; `with_row_numbers` adds a line per reason with the rows it applies to."""
         table = self.table()
         width = max(len(name) for name, _ in table)
         text = [f"{self.source}: {self.format}", *(f"  {name:<{width}}  {value}" for name, value in table)]
@@ -137,8 +137,8 @@ def check_bad_share(audit: Audit, max_share: float) -> None:
     if share > max_share:
         raise DataError(
             f"{audit.source}: {count:,} of {encoded if later else read:,} rows ({share:.1%}) are no usable pairs: "
-            f"{audit.reason_summary(exclude=OVERLONG)}; data.max_bad_share = {max_share:g} allows {max_share:.1%}; list them with "
-            "--dropped-rows and mend them, or raise it"
+            f"{audit.reason_summary(exclude=OVERLONG)}; data.max_bad_share = {max_share:g} allows {max_share:.1%}; "
+            "list them with --dropped-rows and mend them, or raise it"
         )
 
 

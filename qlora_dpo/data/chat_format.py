@@ -18,15 +18,17 @@ _PROBE_CHAT: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role":
 class ChatFormat:
     """The end of an assistant turn, found by looking at what the template writes after an answer.
 
-    The token `end_token_id` is the first special token after the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`): a model stops
-    there, so it is scored. What the template writes behind it (a line break in ChatML, `num_trailing` tokens long) is
-    never generated, because generation has stopped; it is cut off and not scored. TRL scores it.
+    The token `end_token_id` is the first special token after the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`): a model
+    stops there, so it is scored. The `num_trailing` tokens that the template writes behind it (a line break in ChatML)
+    are never generated, because generation has stopped; they are cut off and not scored. TRL scores them.
     """
 
     end_token_id: int
     num_trailing: int
     eos_appended: bool
-    """True if the template writes no special token after an answer, and `end_token_id` is the tokenizer's eos, added here."""
+    """True if the template writes no special token after an answer; `end_token_id` is then the tokenizer's eos token,
+    which is appended.
+    """
 
     @property
     def note(self) -> str:

@@ -55,9 +55,9 @@ class TemplateTraits:
 def chat_ids(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[TokenIds]:
     """Token ids of each chat as the template writes it; without an answer, up to where the assistant starts to write.
 
-    They are the ids that `apply_chat_template` gives, but that a control token in somebody's text (`<|im_end|>`) is
-    read as the characters it is written with. Raises InvalidRow where the tokenizer cannot do that, one of TEMPLATE_ERRORS
-    where the template does not take a chat, and LimitExceeded where it runs or writes without end.
+    They equal those of `apply_chat_template`, except that a control token in a message (`<|im_end|>`) is tokenized as
+    plain text. Raises InvalidRow if the tokenizer cannot do that, one of TEMPLATE_ERRORS if the template refuses a
+    chat, and LimitExceeded if it takes too long, too much memory, or writes too much.
     """
     return tokenize_chats(tokenizer, *(((), chats) if answered else (chats, ())))
 

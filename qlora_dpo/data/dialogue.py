@@ -7,7 +7,6 @@ Message = dict[str, str]
 """One turn: `role` is system, user or assistant; `content` is its text."""
 
 HH_HUMAN = "\n\nHuman:"
-HH_ASSISTANT = "\n\nAssistant:"
 
 _HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -72,7 +71,7 @@ def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple
 
 
 def check_roles(prompt: Sequence[Message]) -> None:
-    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant in turn, ending with user."""
+    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant turns, a user turn last."""
     roles = [turn["role"] for turn in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:

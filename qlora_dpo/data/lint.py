@@ -38,7 +38,8 @@ class LengthStats:
         """What the figures say."""
         side = "longer" if self.effect_size > 0 else "shorter"
         marked = f"; the loss may teach {side} answers" if abs(self.effect_size) >= MEDIUM_EFFECT_SIZE else ""
-        return f"the chosen answer is the longer one in {self.chosen_longer:.1%}, effect size {self.effect_size:+.2f}{marked}"
+        share = f"the chosen answer is the longer one in {self.chosen_longer:.1%}"
+        return f"{share}, effect size {self.effect_size:+.2f}{marked}"
 
 
 def find_problems(parsed: ParsedRows) -> list[LintFinding]:

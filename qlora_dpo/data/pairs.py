@@ -8,9 +8,10 @@ from hashlib import sha256
 from types import MappingProxyType
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from qlora_dpo.data import scan_cache
+from qlora_dpo.data import arrow_cache
 from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles
 from qlora_dpo.data.files import Row
 from qlora_dpo.data.formats import (
@@ -101,16 +102,13 @@ def parse_pairs(
     if options.columns:
         read, columns = rows.rows, options.columns
         rows = replace(rows, rows=LazySequence(len(read), lambda index: rename_columns(read[index], columns)))
-    large = rows.fingerprint and len(rows.rows) >= scan_cache.MIN_CACHED_ROWS
-    name = (
-        scan_cache.scan_key(PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
-        if large
-        else None
-    )
-    scan = _load_cached_parse(name)
+    is_cached = rows.fingerprint and len(rows.rows) >= arrow_cache.MIN_CACHED_ROWS
+    key_parts = (PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
+    key = f"parsed-{arrow_cache.cache_key(*key_parts)}" if is_cached else None
+    scan = _load_cached_parse(key)
     if scan is None:
         scan = _scan_rows(rows, extra_columns, options, eval_share, progress)
-        _store_parse(name, scan)
+        _store_parse(key, scan)
     shape, row_P, which_P = scan.format, scan.row_P, scan.pair_index_P
 
     def make(index: int) -> Pair:
@@ -139,25 +137,28 @@ class _Scan:
     dropped: dict[str, list[int]]
 
 
-def _load_cached_parse(name: str | None) -> _Scan | None:
-    """What an earlier run has found in these rows, if it is kept."""
-    known = scan_cache.load_scan(name)
-    if known is None:
+def _load_cached_parse(key: str | None) -> _Scan | None:
+    """The scan of an earlier run, if it is cached."""
+    table = arrow_cache.load_table(key)
+    if table is None:
         return None
-    row_P, which_P = (array("q", known.columns[each].tobytes()) for each in ("row", "which"))
-    answers = [bytes(each) for each in known.columns["answer"].reshape(-1, 16)]
-    held_P = array("b", known.columns["held"].tobytes())
-    return _Scan(PreferenceFormat(known.metadata["shape"]), row_P, which_P, held_P, answers, known.metadata["dropped"])
+    row_P, which_P = (array("q", table[name].to_numpy().tobytes()) for name in ("row", "pair_index"))
+    held_P = array("b", table["is_eval"].drop_null().to_numpy().tobytes())
+    answers = table["answer"].drop_null().to_pylist()
+    metadata = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
+    return _Scan(PreferenceFormat(metadata["format"]), row_P, which_P, held_P, answers, json.loads(metadata["dropped"]))
 
 
-def _store_parse(name: str | None, scan: _Scan) -> None:
-    columns: scan_cache.ColumnArrays = {
-        "row": np.array(scan.row_P, dtype=np.int64),
-        "which": np.array(scan.pair_index_P, dtype=np.int64),
-        "held": np.array(scan.is_eval_P, dtype=np.uint8),
-        "answer": np.frombuffer(b"".join(scan.answer_digests), dtype=np.uint8),
+def _store_parse(key: str | None, scan: _Scan) -> None:
+    nothing = [None] * len(scan.row_P)
+    columns = {
+        "row": pa.array(np.array(scan.row_P, dtype=np.int64)),
+        "pair_index": pa.array(np.array(scan.pair_index_P, dtype=np.int64)),
+        "is_eval": pa.array(np.array(scan.is_eval_P, dtype=np.int8) if scan.is_eval_P else nothing, pa.int8()),
+        "answer": pa.array(scan.answer_digests or nothing, pa.binary(16)),
     }
-    scan_cache.store_scan(name, columns, {"shape": scan.format.value, "dropped": scan.dropped})
+    table = pa.table(columns, metadata={"format": scan.format.value, "dropped": json.dumps(scan.dropped)})
+    arrow_cache.store_table(key, table)
 
 
 def _scan_rows(

@@ -121,8 +121,8 @@ def check_sources(table: DataTable, part: DataPart) -> None:
         file = is_local_path(each.name) and (is_glob(each.name) or not _is_folder(Path(each.name).expanduser()))
         if file and each.split != each.default_split:
             raise RecipeError(
-                f'{each.split_key} is "{each.split}", but {display_path(Path(each.name))} is one file and has no splits; '
-                "remove the key, or name a folder with one file per split"
+                f'{each.split_key} is "{each.split}", but {display_path(Path(each.name))} is one file and has no '
+                "splits; remove the key, or name a folder with one file per split"
             )
     if part == "eval" and table.effective_eval_share is None:
         (held,) = list_sources(table, "eval")
@@ -137,8 +137,8 @@ def _check_disjoint(train: DataSource, held: DataSource) -> None:
         both = [each for each in _data_files(held) if each.resolve() in files]
         if both:
             raise RecipeError(
-                f"{display_path(both[0])}: would give both the training and the held-out pairs; name two files that share "
-                "no rows, in data.train and data.eval or by data.train_split and data.eval_split"
+                f"{display_path(both[0])}: would give both the training and the held-out pairs; name two files that "
+                "share no rows, in data.train and data.eval or by data.train_split and data.eval_split"
             )
     elif _dataset_key(train) == _dataset_key(held) and _splits_overlap(train.split, held.split):
         raise RecipeError(

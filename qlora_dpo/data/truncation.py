@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.pairs import Pair
 
+PROMPT_TRUNCATED = "prompt cut at the front"
+"""The repair, in the words of the audit table."""
+
 
 def truncate_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Callable[[Pair], int]) -> Pair:
     """Return `pair` with as little as possible cut off the front of its prompt until `excess` is 0 or less.
