@@ -181,6 +181,14 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "data/arrow_cache.py": [
         ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
     ],
+    "data/encoded_cache.py": [
+        (
+            "if digest_ids(found.prompt, found.chosen, found.rejected) != found.digest:",
+            "if False:",
+            "test_encoded_cache.py",
+        ),
+        ("return reason if _reason_digest(reason) == found.digest else None", "return reason", "test_encoded_cache.py"),
+    ],
     "preference/reference_adapter.py": [
         ("        _set_adapter_weights(model, own)", "        pass", KINDS),
         ("mul_(1 - alpha).add_(parameter, alpha=alpha)", "mul_(alpha).add_(parameter, alpha=1 - alpha)", KINDS),

@@ -54,7 +54,7 @@ ENCODE_CHUNK = 1024
 
 @dataclass(frozen=True)
 class PairSet:
-    """The usable pairs of one part of the data in the order of their rows, as ids and as text, and their account."""
+    """The usable pairs of one part of the data in the order of their rows, as ids and as text, and their audit."""
 
     encoded: Sequence[EncodedPair]
     pairs: Sequence[Pair]
@@ -236,27 +236,27 @@ def _until_source_limits(order: IntArray, source_P: IntArray, remaining: Sequenc
 
 
 def _pairs_per_source(mixture: Mixture, source_U: IntArray) -> tuple[tuple[str, int, int], ...]:
-    """Name, first row number and used pairs of each source of a mixture; nothing where there is one source only."""
+    """Name, first row number and used pairs of each source of a mixture; empty for a single source."""
     counts = np.bincount(source_U, minlength=len(mixture.names)).tolist()
     return tuple(zip(mixture.names, mixture.first_rows, counts, strict=True)) if len(counts) > 1 else ()
 
 
 def _split_part(parsed: ParsedRows, part: DataPart) -> tuple[ParsedRows, BoolArray, int]:
-    """The pairs of one part, which ones they are, and how many rows are the other part's, where a share is held out."""
+    """The pairs of one part, their mask, and the number of rows of the other part, if a share is held out."""
     if parsed.is_eval_P is None:
         return parsed, np.ones(len(parsed.pairs), dtype=bool), 0
-    mine_P = parsed.is_eval_P == (part == "eval")
-    mine = parsed.select(mine_P)
-    apart = len(np.setdiff1d(parsed.row_P, mine.row_P))
+    in_part_P = parsed.is_eval_P == (part == "eval")
+    selected = parsed.select(in_part_P)
+    other_split = len(np.setdiff1d(parsed.row_P, selected.row_P))
     if part == "train":
-        return mine, mine_P, apart
-    # a row that is no pair belongs to no side; the training part accounts for it
-    return replace(mine, dropped={}), mine_P, apart + sum(map(len, parsed.dropped.values()))
+        return selected, in_part_P, other_split
+    # a row without a pair belongs to neither part; the training part counts it
+    return replace(selected, dropped={}), in_part_P, other_split + sum(map(len, parsed.dropped.values()))
 
 
 def _sampling_order(row_P: IntArray, rows: int, seed: int) -> IntArray:
-    """The pairs in the order of the draw. `random.random()` is the one method Python keeps the same in all versions."""
-    generator = random.Random(seed)  # noqa: S311 - a draw of samples, no secret
+    """The pairs in sampling order. `random.random()` is the one method that Python keeps the same in all versions."""
+    generator = random.Random(seed)  # noqa: S311 - sampling, not a secret
     draws = np.array([generator.random() for _ in range(rows)])
     return np.argsort(draws[row_P - 1], kind="stable")
 
@@ -264,7 +264,7 @@ def _sampling_order(row_P: IntArray, rows: int, seed: int) -> IntArray:
 def encode_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat
 ) -> list[EncodedPair | str]:
-    """Encode pairs of any length together; for each, its ids or the reason why it has none."""
+    """Encode pairs of any length in one batch; the ids of each, or the reason why it has none."""
     chosen, rejected = ([_with_answer(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
     tools = [pair.tools for pair in pairs]
     if any(tools) and not supports_tools(tokenizer):
@@ -273,10 +273,10 @@ def encode_pairs(
             "does in model.name, or leave the column out"
         )
     try:
-        found = tokenize_chats(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected], 3 * tools)
+        chat_ids = tokenize_chats(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected], 3 * tools)
     except (*TEMPLATE_ERRORS, InvalidRow, LimitExceeded) as error:
         if len(pairs) > 1:
-            return [each for pair in pairs for each in encode_pairs([pair], tokenizer, form)]
+            return [result for pair in pairs for result in encode_pairs([pair], tokenizer, form)]
         match error:
             case InvalidRow():
                 return [str(error)]
@@ -287,7 +287,7 @@ def encode_pairs(
             case _:
                 return [f"chat template refuses it: {sanitize_text(str(error))}"]
     count = len(pairs)
-    parts = zip(pairs, found[:count], found[count : 2 * count], found[2 * count :], strict=True)
+    parts = zip(pairs, chat_ids[:count], chat_ids[count : 2 * count], chat_ids[2 * count :], strict=True)
     return [_encode_answers(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
 
 
@@ -308,5 +308,5 @@ def _encode_answers(
 
 
 def pair_num_tokens(pair: EncodedPair) -> int:
-    """Length of the prompt with the longer answer, in tokens; `data.max_length` limits it."""
+    """Tokens of the prompt with the longer answer; at most `data.max_length`."""
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))

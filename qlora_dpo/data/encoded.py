@@ -5,12 +5,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from qlora_dpo.data.arrow_columns import read_binary, read_numbers, token_id_chunks
 from qlora_dpo.data.lazy_sequence import LazySequence
 
 TokenIds = tuple[int, ...]
@@ -91,8 +93,8 @@ class EncodedPairs:
 
     def __init__(self, table: pa.Table, index_U: NDArray[np.int64] | None = None) -> None:
         self._columns = [_ListColumn(table[name]) for name in ("prompt", "chosen", "rejected")]
-        self._row_N = table["row"].to_numpy()
-        self._digest_N = fixed_binary(table, "digest")
+        self._row_N = read_numbers(table, "row")
+        self._digest_N = read_binary(table, "digest")
         self._index_U = np.arange(table.num_rows) if index_U is None else index_U
 
     def __len__(self) -> int:
@@ -127,12 +129,11 @@ class _ListColumn:
     """Token id lists of a chunked Arrow column, read without a copy of the whole."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._starts, self._chunks = [0], list[tuple[NDArray[np.int32], NDArray[np.int32]]]()
-        for chunk in column.chunks:
-            self._starts.append(self._starts[-1] + len(chunk))
-            self._chunks.append((chunk.offsets.to_numpy(), chunk.values.to_numpy()))
-        lengths = [np.diff(offsets) for offsets, _ in self._chunks]
-        self.length_N: NDArray[np.int32] = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+        self._chunks = token_id_chunks(column)
+        self._starts = [0, *accumulate(len(offsets) - 1 for offsets, _ in self._chunks)]
+        self.length_N: NDArray[np.int32] = np.concatenate(
+            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets, _ in self._chunks)]
+        )
 
     def ids(self, place: int) -> TokenIds:
         """The list at `place`."""
@@ -140,14 +141,3 @@ class _ListColumn:
         offsets, values = self._chunks[number]
         first = place - self._starts[number]
         return tuple(values[offsets[first] : offsets[first + 1]].tolist())
-
-
-def fixed_binary(table: pa.Table, name: str) -> NDArray[np.bytes_]:
-    """A column of byte strings of one width as a numpy array (N); numpy leaves out zeros at the end of an item."""
-    width = table.schema.field(name).type.byte_width
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], dtype=f"S{width}", count=len(chunk), offset=width * chunk.offset)
-        for chunk in table[name].chunks
-        if len(chunk)
-    ]
-    return np.concatenate(chunks) if chunks else np.zeros(0, dtype=f"S{width}")

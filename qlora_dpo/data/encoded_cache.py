@@ -12,26 +12,33 @@ import pyarrow as pa
 import transformers
 
 from qlora_dpo.data.arrow_cache import TableWriter, arrow_cache_dir, read_batches
+from qlora_dpo.data.arrow_columns import (
+    TOKEN_IDS,
+    binary_array,
+    number_array,
+    read_binary,
+    string_array,
+    token_ids_array,
+)
 from qlora_dpo.data.chat_format import ChatFormat
-from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids, fixed_binary
+from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids
 from qlora_dpo.data.pairs import Pair
 
 TOKEN_CACHE_VERSION = 3
 """Goes up when the same pair would be encoded otherwise, so that no entry of an older version is used."""
 
-IDS = pa.list_(pa.int32())
 ENCODED_SCHEMA = pa.schema(
     [
         ("text", pa.binary(16)),  # SHA-256 of the pair's text, first half; zeros where the prompt was cut
         ("position", pa.int64()),  # among the parsed pairs
         ("row", pa.int64()),
-        ("prompt", IDS),
-        ("chosen", IDS),
-        ("rejected", IDS),
+        ("prompt", TOKEN_IDS),
+        ("chosen", TOKEN_IDS),
+        ("rejected", TOKEN_IDS),
         ("digest", pa.binary(32)),  # of the ids; where there are none, of the reason
         ("reason", pa.string()),  # why there are no ids; null if there are
         ("truncated", pa.string()),  # the pair as JSON, if its prompt was cut
-        ("repairs", pa.list_(pa.string())),
+        ("repairs", pa.string()),  # what was done to the pair, as a JSON list; null if nothing
     ]
 )
 
@@ -111,22 +118,16 @@ def encode_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
         pair.digest if pair else _reason_digest(str(reason)) for pair, reason in zip(encoded, reasons, strict=True)
     ]
     columns = [
-        pa.array([bytes(16) if row.is_truncated else row.text for row in rows], pa.binary(16)),
-        pa.array([row.position for row in rows], pa.int64()),
-        pa.array([row.pair.row for row in rows], pa.int64()),
-        *(_ids_array(column) for column in zip(*ids, strict=True)),
-        pa.array(digests, pa.binary(32)),
-        pa.array(reasons, pa.string()),
-        pa.array([json.dumps(asdict(row.pair)) if row.is_truncated else None for row in rows], pa.string()),
-        pa.array([row.repairs for row in rows], pa.list_(pa.string())),
+        binary_array([bytes(16) if row.is_truncated else row.text for row in rows], 16),
+        number_array([row.position for row in rows]),
+        number_array([row.pair.row for row in rows]),
+        *(token_ids_array(column) for column in zip(*ids, strict=True)),
+        binary_array(digests, 32),
+        string_array(reasons),
+        string_array([json.dumps(asdict(row.pair)) if row.is_truncated else None for row in rows]),
+        string_array([json.dumps(row.repairs) if row.repairs else None for row in rows]),
     ]
-    return pa.record_batch(columns, schema=ENCODED_SCHEMA)
-
-
-def _ids_array(ids: Sequence[Sequence[int]]) -> pa.ListArray:
-    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    values = np.fromiter((token for tokens in ids for token in tokens), np.int32, count=int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    return pa.RecordBatch.from_arrays(columns, schema=ENCODED_SCHEMA)
 
 
 def _reason_digest(reason: str) -> bytes:
@@ -144,7 +145,7 @@ class EncodedIndex:
         batches = [batch.select(_INDEXED) for path in paths for batch in read_batches(path) if _has_columns(batch)]
         self._table = pa.Table.from_batches(batches, pa.schema([ENCODED_SCHEMA.field(name) for name in _INDEXED]))
         self._pairs = EncodedPairs(self._table)
-        text_N = fixed_binary(self._table, "text")
+        text_N = read_binary(self._table, "text")
         self._order_N = np.argsort(text_N, kind="stable")
         self._text_N = text_N[self._order_N]
 

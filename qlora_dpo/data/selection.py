@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from qlora_dpo.data.arrow_columns import read_numbers, valid_rows
 from qlora_dpo.data.audit import OVERLONG, Audit
 from qlora_dpo.data.chat_template import CONTROL_AS_TEXT, SYSTEM_FOLDED
 from qlora_dpo.data.encoded import EncodedPairs
@@ -22,11 +23,12 @@ class Selection:
 
     def __init__(self, encoded: pa.Table, max_length: int) -> None:
         self._table = encoded
-        self.position_N: IntArray = encoded["position"].to_numpy()
+        self.position_N: IntArray = read_numbers(encoded, "position")
         every = EncodedPairs(encoded)
         length_N3 = every.lengths()
         is_long_N = length_N3[:, 0] + length_N3[:, 1:].max(axis=1, initial=0) > max_length
-        refused_N = encoded["reason"].is_valid().to_numpy()
+        refused_N = np.zeros(len(is_long_N), dtype=bool)
+        refused_N[valid_rows(encoded, "reason")] = True
         self._unusable_X = np.flatnonzero(refused_N | is_long_N)
         self._usable_U = np.flatnonzero(~refused_N & ~is_long_N)
         self.encoded = EncodedPairs(encoded, self._usable_U)
@@ -38,17 +40,19 @@ class Selection:
     def dropped_rows(self, at_parse: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """Row numbers by reason, those dropped `at_parse` first."""
         dropped = {reason: list(numbers) for reason, numbers in at_parse.items()}
-        unusable = self._table.select(["row", "reason"]).take(pa.array(self._unusable_X))
-        for row, reason in zip(unusable["row"].to_pylist(), unusable["reason"].to_pylist(), strict=True):
+        rows, reasons = read_numbers(self._table, "row")[self._unusable_X].tolist(), self._table["reason"]
+        for row, index in zip(rows, self._unusable_X.tolist(), strict=True):
+            reason = reasons[index].as_py()
             dropped.setdefault(OVERLONG if reason is None else reason, []).append(row)
         return dropped
 
     def repaired_rows(self, used: set[int]) -> dict[str, tuple[int, ...]]:
         """Numbers of the `used` rows by repair, the repair with the first row first."""
         repaired: dict[str, list[int]] = {PROMPT_TRUNCATED: [], SYSTEM_FOLDED: [], CONTROL_AS_TEXT: []}
-        row_U, repairs_N = self.encoded.row_numbers().tolist(), self._table["repairs"].to_pylist()
-        for row, index in zip(row_U, self._usable_U.tolist(), strict=True):
-            for repair in repairs_N[index] if row in used else ():
+        row_N = read_numbers(self._table, "row")
+        for index in np.intersect1d(valid_rows(self._table, "repairs"), self._usable_U).tolist():
+            row = int(row_N[index])
+            for repair in json.loads(self._table["repairs"][index].as_py()) if row in used else ():
                 repaired[repair].append(row)
         by_first_row = sorted(repaired.items(), key=lambda item: sorted(item[1])[:1])
         return {repair: tuple(sorted(rows)) for repair, rows in by_first_row if rows}
@@ -58,20 +62,20 @@ class Selection:
         position_U = self.positions()
         truncated = dict[int, Pair]()
         texts_N = self._table["truncated"]
-        for index in np.flatnonzero(texts_N.is_valid().to_numpy()[self._usable_U]).tolist():
+        for index in np.flatnonzero(np.isin(self._usable_U, valid_rows(self._table, "truncated"))).tolist():
             fields = json.loads(texts_N[int(self._usable_U[index])].as_py())
             truncated[index] = Pair(**{**fields, "prompt": tuple(fields["prompt"])})
         return LazySequence(len(position_U), lambda index: truncated.get(index) or pairs[int(position_U[index])])
 
 
 def one_reason_per_row(dropped: Mapping[str, Sequence[int]], used: set[int]) -> dict[str, tuple[int, ...]]:
-    """Each row under one reason at most, and under none if a pair of it is used."""
-    counted, left_out = set(used), dict[str, tuple[int, ...]]()
+    """Dropped rows with at most one reason each, without rows of which a pair is used."""
+    seen, dropped_rows = set(used), dict[str, tuple[int, ...]]()
     for reason, numbers in dropped.items():
-        if new := sorted(set(numbers) - counted):
-            left_out[reason] = tuple(new)
-            counted |= set(new)
-    return left_out
+        if new := sorted(set(numbers) - seen):
+            dropped_rows[reason] = tuple(new)
+            seen |= set(new)
+    return dropped_rows
 
 
 def overlong_message(rows: SourceRows, over: Sequence[int], max_length: int) -> str:
