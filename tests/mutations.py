@@ -183,11 +183,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "data/encoded_cache.py": [
         (
-            "if digest_ids(found.prompt, found.chosen, found.rejected) != found.digest:",
+            "if digest_ids(entry.prompt, entry.chosen, entry.rejected) != entry.digest:",
             "if False:",
             "test_encoded_cache.py",
         ),
-        ("return reason if _reason_digest(reason) == found.digest else None", "return reason", "test_encoded_cache.py"),
+        ("return reason if _reason_digest(reason) == entry.digest else None", "return reason", "test_encoded_cache.py"),
     ],
     "preference/reference_adapter.py": [
         ("        _set_adapter_weights(model, own)", "        pass", KINDS),

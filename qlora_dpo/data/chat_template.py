@@ -310,7 +310,7 @@ def _mask_control_tokens(
     letters = dict(zip(words, free, strict=False))
     if len(letters) < len(words):
         raise InvalidRow("text holds control tokens and every character that could stand for them")
-    *masked, tools = [traits.special_pattern.sub(lambda found: letters[found[0]], text) for text in contents]
+    *masked, tools = [traits.special_pattern.sub(lambda match: letters[match[0]], text) for text in contents]
     chat = [{"role": turn["role"], "content": text} for turn, text in zip(chat, masked, strict=True)]
     return chat, tools, {letter: word for word, letter in letters.items()}
 
@@ -327,7 +327,7 @@ def _tokenize_masked(tokenizer: Any, traits: TemplateTraits, text: str, words: M
             f"text holds the control token {sanitize_text(min(words.values()))}, which cannot be read as text"
         )
     copy, names = renamed
-    text = traits.special_pattern.sub(lambda found: names[found[0]], text)
+    text = traits.special_pattern.sub(lambda match: names[match[0]], text)
     for letter, word in words.items():
         text = text.replace(letter, word)
     return tuple(copy.encode(text, add_special_tokens=False).ids)

@@ -155,20 +155,20 @@ class EncodedIndex:
             return [None] * len(pairs)
         wanted_Q = np.array(texts, dtype="S16")
         place_Q = np.minimum(np.searchsorted(self._text_N, wanted_Q), len(self._text_N) - 1)
-        found_Q = self._text_N[place_Q] == wanted_Q
+        is_known_Q = self._text_N[place_Q] == wanted_Q
         return [
-            self._entry(int(self._order_N[place]), pair) if found else None
-            for pair, place, found in zip(pairs, place_Q.tolist(), found_Q.tolist(), strict=True)
+            self._entry(int(self._order_N[place]), pair) if is_known else None
+            for pair, place, is_known in zip(pairs, place_Q.tolist(), is_known_Q.tolist(), strict=True)
         ]
 
     def _entry(self, place: int, pair: Pair) -> EncodedOrReason | None:
         reason: str | None = self._table["reason"][place].as_py()
-        found = self._pairs[place]
+        entry = self._pairs[place]
         if reason is not None:
-            return reason if _reason_digest(reason) == found.digest else None
-        if digest_ids(found.prompt, found.chosen, found.rejected) != found.digest:
+            return reason if _reason_digest(reason) == entry.digest else None
+        if digest_ids(entry.prompt, entry.chosen, entry.rejected) != entry.digest:
             return None
-        return EncodedPair(found.prompt, found.chosen, found.rejected, pair.row, found.digest)
+        return EncodedPair(entry.prompt, entry.chosen, entry.rejected, pair.row, entry.digest)
 
 
 _INDEXED = ["text", "row", "prompt", "chosen", "rejected", "digest", "reason"]

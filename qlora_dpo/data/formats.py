@@ -119,8 +119,8 @@ def parse_row(format: PreferenceFormat, row: Row, every_pair: bool) -> list[Prom
     for column, kind in required.items():
         if column not in row:
             raise InvalidRow(f"no column {column}")
-        if (found := json_type(row[column])) != kind:
-            raise InvalidRow(f"{column} is null" if found == "null" else f"{column} is {found}, not {kind}")
+        if (column_type := json_type(row[column])) != kind:
+            raise InvalidRow(f"{column} is null" if column_type == "null" else f"{column} is {column_type}, not {kind}")
     match format:
         case PreferenceFormat.HH:
             if row.get("prompt") is not None:

@@ -159,8 +159,8 @@ def explain_dataset_error(error: Exception, name: str, split: str) -> QloraDpoEr
             "or set HF_HOME to a folder on a larger disk"
         )
     if text.startswith("Unknown split"):
-        found = ", ".join(re.findall(r"'([^']+)'", text.partition("Should be one of")[2]))
-        return RecipeError(f'{name}: has no split "{split}"; it has {found}; set data.train_split or data.eval_split')
+        splits = ", ".join(re.findall(r"'([^']+)'", text.partition("Should be one of")[2]))
+        return RecipeError(f'{name}: has no split "{split}"; it has {splits}; set data.train_split or data.eval_split')
     if text.startswith("BuilderConfig") and "not found" in text:
         return RecipeError(f"{name}: has no such configuration; it has {_configurations(text)}; correct data.config")
     if text.startswith("Config name is missing"):
@@ -180,8 +180,8 @@ def explain_dataset_error(error: Exception, name: str, split: str) -> QloraDpoEr
 
 def _configurations(text: str) -> str:
     """The configurations that an error of `datasets` lists."""
-    found = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
-    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "its hub page lists them"
+    names = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "its hub page lists them"
 
 
 def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
