@@ -186,8 +186,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("self.digest_P[place_Q] == digest_Q", "place_Q >= 0", JOURNAL),
         ("kept = np.isnan(newer.lookup(self.digest_P)[:, 0])", "kept = np.ones(len(self), dtype=bool)", JOURNAL),
     ],
-    "data/scan_cache.py": [
+    "data/arrow_cache.py": [
         ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
+    ],
+    "data/encoded_cache.py": [
+        (
+            "if digest_ids(entry.prompt, entry.chosen, entry.rejected) != entry.digest:",
+            "if False:",
+            "test_encoded_cache.py",
+        ),
+        ("return reason if _reason_digest(reason) == entry.digest else None", "return reason", "test_encoded_cache.py"),
     ],
     "preference/reference_adapter.py": [
         ("        _set_adapter_weights(model, policy_weights)", "        pass", KINDS),

@@ -16,7 +16,7 @@ from test_sources import HubCaller
 
 from qlora_dpo.data.audit import Audit
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.sources import read_rows
+from qlora_dpo.data.sources import concatenate_rows, read_sources
 from qlora_dpo.errors import DataError, RecipeError
 from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.data import DataTable
@@ -161,13 +161,13 @@ def test_a_pattern_stands_for_the_files_that_match(empty_folder: Path) -> None:
     for name, count in (("part-2", 2), ("part-1", 1), ("other", 3)):
         write(name, count)
     Path("part-3.txt").write_text("no data")
-    rows = read_rows(DataTable(train="./part-*.jsonl"), "train")
+    rows = concatenate_rows(read_sources(DataTable(train="./part-*.jsonl"), "train"))
     assert [row["prompt"] for row in rows.rows] == ["part-1 0?", "part-2 0?", "part-2 1?"]
     assert (rows.name, rows.location(3)) == ("part-*.jsonl", "part-2.jsonl:2")
     assert DataTable(train="./part-*").effective_eval_share == 0.1
-    assert len(read_rows(DataTable(train="./part-[13]*"), "train").rows) == 1
+    assert len(concatenate_rows(read_sources(DataTable(train="./part-[13]*"), "train")).rows) == 1
     with pytest.raises(RecipeError) as refused:
-        read_rows(DataTable(train="./dart-*.jsonl"), "train")
+        concatenate_rows(read_sources(DataTable(train="./dart-*.jsonl"), "train"))
     assert str(refused.value) == (
         "dart-*.jsonl: no data file matches that; they end in .jsonl, .jsonl.gz, .json, .json.gz, .csv, .parquet; "
         "correct data.train"

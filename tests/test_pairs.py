@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_dpo.data.pairs import Pair, PreferenceFormat, parse_pairs
-from qlora_dpo.data.sources import SourceRows, read_rows
+from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -26,7 +26,7 @@ def rows(*found: dict[str, Any]) -> SourceRows:
 
 
 def real(name: str) -> SourceRows:
-    return read_rows(DataTable(train=str(SHARED / name), eval="./other.jsonl"), "train")
+    return concatenate_rows(read_sources(DataTable(train=str(SHARED / name), eval="./other.jsonl"), "train"))
 
 
 HH = {"chosen": "\n\nHuman: Is it late?\n\nAssistant: No.", "rejected": "\n\nHuman: Is it late?\n\nAssistant: Yes."}

@@ -1,11 +1,13 @@
 """Large data: a turn is tokenized once, rows and ids stay on disk, and what was encoded before a kill is not lost."""
 
+import gc
 import gzip
 import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from tokenizer_kinds import KINDS
@@ -14,6 +16,7 @@ from qlora_dpo.data import chat_template, encode, files, spool
 from qlora_dpo.data.chat_template import fold_system, render_chats, template_traits, tokenize_chats
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids
+from qlora_dpo.data.encoded_cache import ENCODED_SCHEMA, EncodedRow, EncodedWriter
 from qlora_dpo.data.files import read_data_file
 from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
 from qlora_dpo.data.pairs import Pair, parse_pairs
@@ -128,17 +131,23 @@ def test_rows_on_disk_are_the_rows_in_memory(empty_folder: Path, monkeypatch: py
     assert [after.location(number) for number in range(1, 10)] == [before.location(number) for number in range(1, 10)]
 
 
-def test_encoded_pairs_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "SPOOL_MEMORY_BYTES", 16)
+@pytest.mark.parametrize("batch_rows", [1, 2, 3])
+def test_encoded_pairs_come_back_as_they_were(batch_rows: int) -> None:
     pairs = [
         EncodedPair(ids, (7, 151_643), (8,), number, digest_ids(ids, (7, 151_643), (8,)))
         for number, ids in enumerate([(1, 2, 3), (4,), (2**31 - 1,)], 1)
     ]
-    kept = EncodedPairs()
+    writer = EncodedWriter(None)
     for pair in pairs:
-        kept.add(pair)
+        text = Pair((), "", "", pair.row, {})
+        writer.append(EncodedRow(pair.row - 1, text, bytes(16), pair, is_truncated=False, repairs=()))
+        if pair.row % batch_rows == 0:
+            writer.flush()
+    table = writer.finish()
+    assert table.schema == ENCODED_SCHEMA
+    kept = EncodedPairs(table)
     assert kept.pairs() == pairs
-    assert kept.pairs().select([2, 0]) == [pairs[2], pairs[0]]
+    assert kept.pairs().select([2, 0]) == EncodedPairs(table, np.array([2, 0])).pairs() == [pairs[2], pairs[0]]
     assert kept.lengths().tolist() == [[3, 2, 1], [1, 2, 1], [1, 2, 1]]
     assert kept.row_numbers().tolist() == [1, 2, 3]
 
@@ -157,6 +166,7 @@ def held_bytes(table: DataTable, words: Any) -> int:
     """What the pairs hold in Python's memory after they were read."""
     tracemalloc.start()
     held = encode.load_pairs(table, "train", words, 0)
+    gc.collect()  # which reading rows puts off
     now = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(held.pairs) == 200

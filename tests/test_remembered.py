@@ -1,14 +1,16 @@
 """A long reading is kept whole: the next run finds the same without parsing or tokenizing, and damage is never used."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 
-from qlora_dpo.data import encode, pairs, scan_cache
+from qlora_dpo.data import arrow_cache, encode, pairs
 from qlora_dpo.data.encoded import pair_digests, pair_lengths, pairs_without_rejected, sequence_lengths
 from qlora_dpo.recipe.data import DataTable
 
@@ -16,9 +18,9 @@ from qlora_dpo.recipe.data import DataTable
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(scan_cache, "MIN_CACHED_ROWS", 10)
+    monkeypatch.setattr(arrow_cache, "MIN_CACHED_ROWS", 10)
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache" / "read"
+    return tmp_path / "cache" / "pairs"
 
 
 def write(**changes: Any) -> None:
@@ -35,13 +37,13 @@ def write(**changes: Any) -> None:
 
 
 def read(part: Any = "train", seed: int = 0, train: str = "./p.jsonl", **keys: Any) -> Any:
-    table = DataTable(train=train, max_length=200, **keys)
+    table = DataTable(train=train, **{"max_length": 200, **keys})
     return encode.load_pairs(table, part, tiny.tokenizer(), seed, {"note": "samples.group_by"})
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((encode, "_encode_in_chunks"), (pairs, "_scan_rows")):
-        monkeypatch.setattr(module, name, lambda *asked: pytest.fail("read again"))
+    monkeypatch.setattr(encode._Encoder, "encode_selected", lambda *arguments: pytest.fail("encoded again"))
+    monkeypatch.setattr(pairs, "_scan_rows", lambda *arguments: pytest.fail("parsed again"))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,7 @@ def test_a_damaged_reading_is_never_used(damage: str, home: Path) -> None:
     first = read()
     for file in list(home.iterdir()):
         content = file.read_bytes()
+        file.unlink()  # `first` has mapped the old content
         match damage:
             case "a flipped bit":
                 file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
@@ -121,11 +124,70 @@ def test_a_damaged_reading_is_never_used(damage: str, home: Path) -> None:
     assert again.audit == first.audit
 
 
-def test_few_rows_are_not_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_cache, "MIN_CACHED_ROWS", 41)
+def test_few_rows_are_parsed_again_but_not_tokenized(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow_cache, "MIN_CACHED_ROWS", 41)
+    write()
+    first = read()
+    assert len(list(home.iterdir())) == 1
+    monkeypatch.setattr(encode._Encoder, "encode_selected", lambda *arguments: pytest.fail("encoded again"))
+    assert read() == first
+
+
+@pytest.mark.parametrize("keys", [{"max_length": 100}, {"max_train_samples": 12, "seed": 3}, {"seed": 1}])
+def test_another_selection_of_the_same_rows_tokenizes_no_pair_again(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write()
     read()
-    assert not home.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(encode, "encode_pairs", lambda *arguments: pytest.fail("tokenized again"))
+        again = read(**keys)
+    monkeypatch.setenv("QLORA_DPO_CACHE", "elsewhere")
+    fresh = read(**keys)
+    assert (again.encoded, again.pairs, again.audit) == (fresh.encoded, fresh.pairs, fresh.audit)
+
+
+def test_two_processes_may_write_the_same_table_at_once(home: Path) -> None:
+    write()
+    first = read()
+    table, key = arrow_cache.load_table(next(home.glob("parsed-*")).name.split(".")[0]), "parsed-again"
+    assert table is not None
+    writers = [arrow_cache.TableWriter(key, table.schema) for _ in range(2)]
+    for batch in table.to_batches():
+        for writer in writers:
+            writer.write(batch)
+    assert [writer.finish() for writer in writers] == [table, table]
+    assert len(list(home.glob(f"{key}.*"))) == 1
+    assert arrow_cache.load_table(key) == table
+    assert read() == first
+
+
+def test_a_disk_that_fills_up_while_pairs_are_written_stops_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "ENCODE_CHUNK", 4)
+    write()
+    first = read()
+    for file in home.iterdir():
+        file.unlink()
+    real = pa.ipc.new_stream
+
+    class Full:
+        def __init__(self, *arguments: Any) -> None:
+            self.stream, self.left = real(*arguments), 2
+
+        def write_batch(self, batch: Any) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.stream.write_batch(batch)
+
+        def close(self) -> None:
+            self.stream.close()
+
+    monkeypatch.setattr(arrow_cache.pa.ipc, "new_stream", Full)
+    assert read() == first
+    assert not [file for file in home.iterdir() if not file.name.startswith("parsed-")]
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import tiny
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.formats import FORMATS_BY_NAME, PreferenceFormat
 from qlora_dpo.data.pairs import Pair, ParseOptions, parse_pairs
-from qlora_dpo.data.sources import SourceRows, read_rows
+from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import DataError
 from qlora_dpo.recipe.data import DataTable
 
@@ -230,7 +230,7 @@ def test_real_files_load_without_a_map_and_every_row_is_accounted_for(file: str)
 @needs_shared
 def test_on_all_of_hh_no_prompt_ends_in_the_middle_of_a_word() -> None:
     for file in ("hh/helpful-base/test.jsonl.gz", "hh/helpful-online/test.jsonl.gz"):
-        source = read_rows(DataTable(train=str(SHARED / file), eval="./other.jsonl"), "train")
+        source = concatenate_rows(read_sources(DataTable(train=str(SHARED / file), eval="./other.jsonl"), "train"))
         found = parse_pairs(source)
         assert len(found.pairs) > 0.9 * len(source.rows)
         for pair in found.pairs:

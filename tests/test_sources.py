@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from hub import Hub
 
 from qlora_dpo.data.hub import explain_dataset_error
-from qlora_dpo.data.sources import SourceRows, read_rows
+from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import RecipeError, SourceError
 from qlora_dpo.recipe.data import DataTable
 
@@ -65,7 +65,7 @@ FORMATS: dict[str, tuple[bytes, list[str]]] = {
 
 
 def read(train: str, part: Any = "train", **keys: Any) -> SourceRows:
-    return read_rows(DataTable(train=train, **keys), part)
+    return concatenate_rows(read_sources(DataTable(train=train, **keys), part))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -128,7 +128,7 @@ def test_the_name_of_a_split_leads_out_of_no_folder(empty_folder: Path, split: s
     (empty_folder / "secret.jsonl").write_bytes(json_lines())
     table = DataTable(train=str(empty_folder / "data"), train_split=split)
     with pytest.raises(RecipeError, match="no file has the split's name"):
-        read_rows(table, "train")
+        concatenate_rows(read_sources(table, "train"))
 
 
 def test_rows_of_several_files_are_numbered_through_and_keep_their_own_places(empty_folder: Path) -> None:
@@ -163,14 +163,14 @@ def test_a_slice_of_the_training_split_is_not_held_out(train: str, held: str) ->
 
 ASK = """
 import json, sys, time
-from qlora_dpo.data.hub import in_a_sentence
-from qlora_dpo.data.sources import read_rows
+from qlora_dpo.data.hub import explain_dataset_error
+from qlora_dpo.data.sources import concatenate_rows, read_sources
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe.data import DataTable
 for keys, part in json.loads(sys.argv[1]):
     start = time.perf_counter()
     try:
-        found = read_rows(DataTable(**keys), part)
+        found = concatenate_rows(read_sources(DataTable(**keys), part))
         said = [[row["prompt"] for row in found.rows], found.location(1)]
     except QloraDpoError as error:
         said = [type(error).__name__, str(error)]

@@ -1,4 +1,4 @@
-"""What is wrong with the data, and what is left of it: rows read, pairs used, rows dropped by reason, token lengths."""
+"""The audit of a data set: rows read, pairs used, rows dropped by reason, repairs and token lengths."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,61 +13,61 @@ if TYPE_CHECKING:
     from qlora_dpo.data.encoded import EncodedPair
 
 MAX_REASONS = 20
-"""Lines of a table for reasons; a hostile file could have one of its own for each row."""
+"""Reasons that a table lists; a hostile file could cause a different one in each row."""
 OVERLONG = "longer than max_length"
-"""The reason of a pair that is left out for its length alone."""
+"""The reason of a pair that is dropped for its length alone."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The account of one part of the data; `rows == used - further + not_drawn + apart + all dropped rows`.
+    """The audit of one part of the data: `rows == used - extra_pairs + not_sampled + other_split + all dropped rows`.
 
-    Every row is kept as it is, repaired, dropped or not looked at, and the last three are listed by number.
+    Every row is used as it is, repaired, dropped or not sampled; repaired and dropped rows are listed by number.
     """
 
     source: str
-    """File or data set and split, as messages name it."""
+    """File, or data set and split, as shown in messages."""
     format: str
-    """The shape that was recognised."""
+    """The detected format."""
     rows: int
     """Rows read."""
     used: int
-    """Pairs that are trained on or evaluated."""
+    """Pairs for training or evaluation."""
     dropped: Mapping[str, tuple[int, ...]]
-    """Numbers of the rows left out, counted from 1, by reason."""
+    """Numbers of the dropped rows, from 1, by reason."""
     not_sampled: int
-    """Rows not looked at further because `max_*_samples` pairs had been drawn."""
+    """Rows that were not encoded because `max_*_samples` pairs had been found."""
     repaired: Mapping[str, tuple[int, ...]]
-    """Numbers of the used rows that were changed, by what was done to them; a row can stand under several."""
+    """Numbers of the used rows that were changed, by repair; a row can have several repairs."""
     tokens: Mapping[str, tuple[int, int, int]]
-    """For prompt, chosen and rejected: the median, the 95th percentile and the longest, in tokens."""
+    """Median, 95th percentile and maximum length of prompt, chosen and rejected, in tokens."""
     first_location: Mapping[str, str] = field(default_factory=dict)
-    """Where the first row of each reason stands, as messages name it: `pairs.jsonl:17`."""
+    """The location of the first row of each reason: `pairs.jsonl:17`."""
     dropped_at_parse: int = 0
-    """Dropped rows that are no pairs whatever the tokenizer; every row was looked at for that, drawn or not."""
+    """Rows dropped before tokenizing; all rows were checked for that, sampled or not."""
     other_split: int = 0
-    """Rows of the other part, where a share of the prompts of one source is held out."""
+    """Rows of the other part, if a share of the prompts is held out."""
     extra_pairs: int = 0
     """Pairs beyond the first of a row of ranked answers."""
     per_source: tuple[tuple[str, int, int], ...] = ()
-    """Of a mixture: each source's name, the number of its first row, and how many of its pairs are used."""
+    """For a mixture: name, first row number and used pairs of each source."""
     note: str = ""
-    """What a reader should know about the encoding; empty for most chat templates."""
+    """A remark about the encoding; empty for most chat templates."""
 
     def table(self) -> list[tuple[str, str]]:
-        """Two columns of plain text, one line per count; the second is a number or three."""
+        """Rows of two columns of text: a label, and one number or three."""
         lines = [("rows read", f"{self.rows:,}"), ("pairs used", f"{self.used:,}")]
         ends = [*(first - 1 for _, first, _ in self.per_source[1:]), self.rows]
         for (name, first, used), last in zip(self.per_source, ends, strict=False):
             lines.append((f"  of {name} (rows {first:,} to {last:,})", f"{used:,}"))
         if self.extra_pairs:
             lines.append(("  of them beyond one a row", f"{self.extra_pairs:,}"))
-        lines += [(f"  repaired: {what}", f"{len(rows):,}") for what, rows in self.repaired.items()]
+        lines += [(f"  repaired: {repair}", f"{len(rows):,}") for repair, rows in self.repaired.items()]
         if self.other_split:
             lines.append(("of prompts of the other part", f"{self.other_split:,}"))
         if self.not_sampled:
             lines.append(("not drawn", f"{self.not_sampled:,}"))
-        dropped = sorted(self.dropped.items(), key=lambda each: -len(each[1]))
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         lines += [(f"dropped: {reason}", f"{len(rows):,}") for reason, rows in dropped[:MAX_REASONS]]
         if rest := [rows for _, rows in dropped[MAX_REASONS:]]:
             lines.append((f"dropped: {len(rest):,} other reasons", f"{sum(map(len, rest)):,}"))
@@ -77,7 +77,7 @@ class Audit:
         return lines
 
     def lines(self, with_row_numbers: bool = False) -> list[str]:
-        """The table as lines of text; with `with_row_numbers`, each dropped or cut row is named in a line of its own reason."""
+        """The table as lines of text; `with_row_numbers` adds a line per reason with the rows it applies to."""
         table = self.table()
         width = max(len(name) for name, _ in table)
         text = [f"{self.source}: {self.format}", *(f"  {name:<{width}}  {value}" for name, value in table)]
@@ -86,20 +86,24 @@ class Audit:
         return text + (self.row_number_lines() if with_row_numbers else [])
 
     def row_number_lines(self) -> list[str]:
-        """The row numbers behind the counts, a line per reason."""
+        """The row numbers of each count, a line per reason."""
         groups = [
             *((f"dropped: {reason}", rows) for reason, rows in self.dropped.items()),
-            *((f"repaired: {what}", rows) for what, rows in self.repaired.items()),
+            *((f"repaired: {repair}", rows) for repair, rows in self.repaired.items()),
         ]
         return [f"  rows, {reason}: {', '.join(map(str, rows))}" for reason, rows in groups if rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """What audit.json says: the whole account with every row number."""
+        """The content of audit.json: the whole audit with every row number."""
         return {
             "source": self.source,
             "shape": self.format,
             **(
-                {"sources": [dict(zip(("source", "first_row", "used"), each, strict=True)) for each in self.per_source]}
+                {
+                    "sources": [
+                        dict(zip(("source", "first_row", "used"), counts, strict=True)) for counts in self.per_source
+                    ]
+                }
                 if self.per_source
                 else {}
             ),
@@ -110,23 +114,26 @@ class Audit:
             "apart": self.other_split,
             "dropped": {reason: list(rows) for reason, rows in self.dropped.items()},
             "repaired": {what: list(rows) for what, rows in self.repaired.items()},
-            "tokens": {part: dict(zip(("p50", "p95", "max"), each, strict=True)) for part, each in self.tokens.items()},
+            "tokens": {
+                part: dict(zip(("p50", "p95", "max"), quantiles, strict=True))
+                for part, quantiles in self.tokens.items()
+            },
         }
 
     def reason_summary(self, exclude: str = "") -> str:
-        """Every reason but one, with how many rows it has and where the first of them stands."""
-        told = [
+        """Every reason except `exclude`, with its number of rows and the location of the first one."""
+        reasons = [
             f"{reason} ({len(rows):,}, first {self.first_location[reason]})"
             if reason in self.first_location
             else f"{reason} ({len(rows):,})"
             for reason, rows in self.dropped.items()
             if reason != exclude
         ]
-        return ", ".join(told[:5]) + (f" and {len(told) - 5} other reasons" if len(told) > 5 else "")
+        return ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} other reasons" if len(reasons) > 5 else "")
 
 
 def check_bad_share(audit: Audit, max_share: float) -> None:
-    """Raise DataError if more than the share `max_share` of the rows looked at are no usable pairs.
+    """Raise DataError if more than `max_share` of the checked rows are not usable pairs.
 
     A pair that is merely longer than data.max_length is not bad.
     """
@@ -137,13 +144,13 @@ def check_bad_share(audit: Audit, max_share: float) -> None:
     if share > max_share:
         raise DataError(
             f"{audit.source}: {count:,} of {encoded if later else read:,} rows ({share:.1%}) are no usable pairs: "
-            f"{audit.reason_summary(exclude=OVERLONG)}; data.max_bad_share = {max_share:g} allows {max_share:.1%}; list them with "
-            "--dropped-rows and mend them, or raise it"
+            f"{audit.reason_summary(exclude=OVERLONG)}; data.max_bad_share = {max_share:g} allows {max_share:.1%}; "
+            "list them with --dropped-rows and mend them, or raise it"
         )
 
 
 def length_quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, int, int]:
-    """Median, 95th percentile (both the lower of two neighbours) and maximum; three zeros for no lengths."""
+    """Median, 95th percentile (each the lower of two neighbours) and maximum; three zeros for no lengths."""
     if not len(lengths):
         return 0, 0, 0
     p50, p95, longest = np.quantile(lengths, [0.5, 0.95, 1.0], method="lower")
@@ -151,7 +158,7 @@ def length_quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, i
 
 
 def length_baselines(encoded: Sequence["EncodedPair"]) -> dict[str, float]:
-    """Accuracy of picking the longer and of picking the shorter answer, in tokens, as shares from 0 to 1.
+    """Accuracies (0 to 1) of always preferring the longer and the shorter answer, in tokens.
 
     A tie counts one half, so the two add up to 1. Raises ValueError without pairs.
     """

@@ -1,4 +1,4 @@
-"""Where an answer begins and ends in a chat template, found by looking at what it writes."""
+"""Finds where an answer begins and ends in a chat template, by rendering a probe."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,23 @@ _PROBE_CHAT: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role":
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The end of an assistant turn, found by looking at what the template writes after an answer.
+    """The end of an assistant turn: what the template writes after an answer.
 
-    The token `end_token_id` is the first special token after the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`): a model stops
-    there, so it is scored. What the template writes behind it (a line break in ChatML, `num_trailing` tokens long) is
-    never generated, because generation has stopped; it is cut off and not scored. TRL scores it.
+    The token `end_token_id` is the first special token after the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`): a model
+    stops there, so it is scored. The `num_trailing` tokens that the template writes behind it (a line break in ChatML)
+    are never generated, because generation has stopped; they are cut off and not scored. TRL scores them.
     """
 
     end_token_id: int
     num_trailing: int
     eos_appended: bool
-    """True if the template writes no special token after an answer, and `end_token_id` is the tokenizer's eos, added here."""
+    """True if the template writes no special token after an answer; `end_token_id` is then the tokenizer's eos token,
+    which is appended.
+    """
 
     @property
     def note(self) -> str:
-        """A sentence for the audit where answers do not end as the template says; else empty."""
+        """A sentence for the audit if the end token is appended; otherwise empty."""
         return (
             "the chat template ends no answer, so the end-of-text token is added to each" if self.eos_appended else ""
         )
@@ -39,7 +41,7 @@ class ChatFormat:
 def detect_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """Probe the chat template of `tokenizer`.
 
-    Raises ModelError if there is none, if it fails, or if an answer cannot be told from its prompt.
+    Raises ModelError if there is none, if it fails, or if it does not keep the prompt as a prefix of the answer.
     """
     if not tokenizer.chat_template:
         raise ModelError(
@@ -62,7 +64,7 @@ def detect_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         )
     specials = special_tokens(tokenizer)
     tail = tokenize_texts(tokenizer, [whole[whole.rindex(_PROBE_ANSWER) + len(_PROBE_ANSWER) :]])[0]
-    ends = [each for each in tail if each in specials]
+    ends = [token for token in tail if token in specials]
     if not ends and tokenizer.eos_token_id is None:
         raise ModelError("the model's chat template ends no answer and its tokenizer has no end-of-text token")
     end = ends[0] if ends else int(tokenizer.eos_token_id)
@@ -71,10 +73,10 @@ def detect_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
 
 
 def answer_ids(chat_format: ChatFormat, prompt: TokenIds, full: TokenIds) -> TokenIds:
-    """The scored ids of an answer: what stands in `full` behind `prompt`, up to and with the end token.
+    """The scored ids of an answer: the part of `full` after `prompt`, up to and including the end token.
 
-    Raises InvalidRow if `prompt` is no prefix of `full` (the tokenizer merges the answer's first characters with the
-    prompt's last ones) or if `full` does not end as the template's chats do.
+    Raises InvalidRow if `prompt` is not a prefix of `full` (the tokenizer merges the answer's first characters with the
+    prompt's last ones), or if the end token is not where the template puts it.
     """
     if full[: len(prompt)] != prompt:
         raise InvalidRow("answer's first token merges with the prompt")

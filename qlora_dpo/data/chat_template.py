@@ -1,6 +1,6 @@
-"""Writes conversations in a tokenizer's chat template: what somebody wrote never becomes a control token.
+"""Renders and tokenizes chats with a tokenizer's chat template; text in messages never becomes a control token.
 
-The template came with a model and is foreign code: it runs in transformers' sandbox, under limits.
+The template comes with the model and is untrusted code: it runs in transformers' sandbox, under limits.
 """
 
 import json
@@ -23,41 +23,41 @@ from qlora_dpo.data.template_limits import LimitExceeded, limit_resources
 Chat = Sequence[Message]
 
 TEMPLATE_SECONDS, TEMPLATE_SECONDS_PER_CHAT = 10.0, 0.05
-"""A template may take so long; the slowest of the usual ones takes under a millisecond for a chat."""
+"""Time limit of a template, and its addition per chat; the slowest common one takes under a millisecond per chat."""
 TEMPLATE_MEMORY_BYTES = 2**30
-"""A template may ask for so much memory."""
+"""Memory that a template may allocate."""
 MAX_EXTRA_CHARACTERS = 100_000
-"""Characters that a template may write beside twenty times what stands in the chat."""
+"""Characters that a template may write beyond twenty times the length of the chat."""
 
 MAX_CACHED_TURN_TOKENS = 2**22
-"""Tokens of turns that are remembered: with their texts, about 40 MB."""
+"""Tokens in the cache of turns: with their texts, about 40 MB."""
 
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
-"""What a template raises that does not take a conversation."""
+"""Exceptions of a template that refuses a conversation."""
 
 SYSTEM_FOLDED = "system turn written before the first question"
 CONTROL_AS_TEXT = "control tokens read as text"
 
 _PRIVATE_USE_AREA, _RENAMED_TOKENS_START = range(0xE000, 0xF900), 0xF0000
-"""Characters of Unicode's private use areas: they stand for what somebody wrote, and for the tokens themselves."""
+"""Unicode private use areas: stand-ins for control tokens in messages, and for the tokenizer's own control tokens."""
 
 
 @dataclass(frozen=True)
 class TemplateTraits:
-    """What a tokenizer and its template do with what somebody wrote."""
+    """How a tokenizer and its template treat the text of messages."""
 
     special_pattern: re.Pattern[str] | None
-    """Finds the tokenizer's control tokens in text, where they would forge or end turns."""
+    """Matches the tokenizer's control tokens in text, where they would forge or end turns."""
     folds_system: bool
-    """True if the template has no system turn: its text then stands before the first question."""
+    """True if the template has no system turn; its text is then written before the first question."""
 
 
 def chat_ids(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[TokenIds]:
-    """Token ids of each chat as the template writes it; without an answer, up to where the assistant starts to write.
+    """Token ids of each chat as the template writes it; without an answer, with the generation prompt.
 
-    They are the ids that `apply_chat_template` gives, but that a control token in somebody's text (`<|im_end|>`) is
-    read as the characters it is written with. Raises InvalidRow where the tokenizer cannot do that, one of TEMPLATE_ERRORS
-    where the template does not take a chat, and LimitExceeded where it runs or writes without end.
+    They equal those of `apply_chat_template`, except that a control token in a message (`<|im_end|>`) is tokenized as
+    plain text. Raises InvalidRow if the tokenizer cannot do that, one of TEMPLATE_ERRORS if the template refuses a
+    chat, and LimitExceeded if it takes too long, too much memory, or writes too much.
     """
     return tokenize_chats(tokenizer, *(((), chats) if answered else (chats, ())))
 
@@ -65,83 +65,86 @@ def chat_ids(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[Toke
 def tokenize_chats(
     tokenizer: Any, prompts: Sequence[Chat], answered: Sequence[Chat], tools: Sequence[str] = ()
 ) -> list[TokenIds]:
-    """The `chat_ids` of prompts without an answer and of answered chats, one after another.
+    """The `chat_ids` of prompts without an answer, followed by those of answered chats.
 
-    Together they take half the time, since the turns of a prompt stand in its answered chats as well. `tools` has the
-    JSON text of each chat's tools, if there are any.
+    Together they take half the time, since the turns of a prompt are also in its answered chats. `tools` holds the JSON
+    text of each chat's tools, if there are any.
     """
-    own, chats = template_traits(tokenizer), [*prompts, *answered]
-    told = list(tools) or [""] * len(chats)
-    masked = [_mask_control_tokens(own, fold_system(own, chat), some) for chat, some in zip(chats, told, strict=True)]
-    given, count = [TemplateInput(chat, some) for chat, some, _ in masked], len(prompts)
-    texts = _render_inputs(tokenizer, given[:count], answered=False) + _render_inputs(
-        tokenizer, given[count:], answered=True
-    )
-    found = tokenize_texts(tokenizer, texts)
+    traits, chats = template_traits(tokenizer), [*prompts, *answered]
+    masked = [
+        _mask_control_tokens(traits, fold_system(traits, chat), chat_tools)
+        for chat, chat_tools in zip(chats, list(tools) or [""] * len(chats), strict=True)
+    ]
+    inputs, count = [TemplateInput(chat, chat_tools) for chat, chat_tools, _ in masked], len(prompts)
+    texts = _render_inputs(tokenizer, inputs[:count], answered=False)
+    texts += _render_inputs(tokenizer, inputs[count:], answered=True)
     return [
-        _tokenize_masked(tokenizer, own, text, words) if words else ids
-        for text, ids, (_, _, words) in zip(texts, found, masked, strict=True)
+        _tokenize_masked(tokenizer, traits, text, words) if words else ids
+        for text, ids, (_, _, words) in zip(texts, tokenize_texts(tokenizer, texts), masked, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class TemplateInput:
-    """What a template is given: a chat, and its tools as JSON text."""
+    """The input of a template: a chat, and its tools as JSON text."""
 
     chat: list[Message]
     tools: str = ""
 
 
 def render_chats(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[str]:
-    """The template's text of each chat, as it stands; raises as `chat_ids` does."""
+    """The rendered text of each chat, without masking; raises what `chat_ids` raises."""
     return _render_inputs(tokenizer, [TemplateInput(list(chat)) for chat in chats], answered)
 
 
-def _render_inputs(tokenizer: Any, given: Sequence[TemplateInput], answered: bool) -> list[str]:
-    if not given:
+def _render_inputs(tokenizer: Any, inputs: Sequence[TemplateInput], answered: bool) -> list[str]:
+    if not inputs:
         return []
-    with limit_resources(TEMPLATE_SECONDS + TEMPLATE_SECONDS_PER_CHAT * len(given), TEMPLATE_MEMORY_BYTES):
-        texts = [_apply_template(tokenizer, given[0], answered)]
-        if len(given) > 1:
-            texts += _render_remaining(tokenizer, given, answered, texts[0])
-    for each, text in zip(given, texts, strict=True):
-        most = 20 * (sum(len(turn["content"]) for turn in each.chat) + len(each.tools)) + MAX_EXTRA_CHARACTERS
-        if len(text) > most:
-            raise LimitExceeded(f"writes {len(text):,} characters for a chat that needs no more than {most:,}")
+    with limit_resources(TEMPLATE_SECONDS + TEMPLATE_SECONDS_PER_CHAT * len(inputs), TEMPLATE_MEMORY_BYTES):
+        texts = [_apply_template(tokenizer, inputs[0], answered)]
+        if len(inputs) > 1:
+            texts += _render_remaining(tokenizer, inputs, answered, texts[0])
+    for template_input, text in zip(inputs, texts, strict=True):
+        num_characters = sum(len(turn["content"]) for turn in template_input.chat) + len(template_input.tools)
+        limit = 20 * num_characters + MAX_EXTRA_CHARACTERS
+        if len(text) > limit:
+            raise LimitExceeded(f"writes {len(text):,} characters for a chat that needs no more than {limit:,}")
     return texts
 
 
-def _apply_template(tokenizer: Any, given: TemplateInput, answered: bool) -> str:
-    tools = json.loads(given.tools) if given.tools else None
-    return str(
-        tokenizer.apply_chat_template(given.chat, tools=tools, tokenize=False, add_generation_prompt=not answered)
-    )
+def _apply_template(tokenizer: Any, template_input: TemplateInput, answered: bool) -> str:
+    chat, tools = template_input.chat, json.loads(template_input.tools) if template_input.tools else None
+    return str(tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=not answered))
 
 
-def _render_remaining(tokenizer: Any, given: Sequence[TemplateInput], answered: bool, first: str) -> list[str]:
+def _render_remaining(tokenizer: Any, inputs: Sequence[TemplateInput], answered: bool, first: str) -> list[str]:
     """The texts of all chats but the first, whose text is `first`.
 
-    Two thirds of the time of `apply_chat_template` go into copying chats of any kind of object into plain ones, which
-    ours are. So its compiled template is asked itself, in the same sandbox, if it writes `first` as well.
+    Two thirds of the time of `apply_chat_template` go into converting chats to plain objects, which these are already.
+    So the compiled template is rendered directly, in the same sandbox, provided that it also writes `first`.
     """
-    named = tokenizer.special_tokens_map
+    special_tokens_map = tokenizer.special_tokens_map
     template = _compile_jinja_template(tokenizer.get_chat_template())
 
-    def write(each: TemplateInput) -> str:
-        tools = json.loads(each.tools) if each.tools else None
+    def render(template_input: TemplateInput) -> str:
+        tools = json.loads(template_input.tools) if template_input.tools else None
         return str(
             template.render(
-                messages=each.chat, tools=tools, documents=None, add_generation_prompt=not answered, **named
+                messages=template_input.chat,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=not answered,
+                **special_tokens_map,
             )
         )
 
-    if write(given[0]) == first:
-        return [write(each) for each in given[1:]]
-    return [_apply_template(tokenizer, each, answered) for each in given[1:]]
+    if render(inputs[0]) == first:
+        return [render(template_input) for template_input in inputs[1:]]
+    return [_apply_template(tokenizer, template_input, answered) for template_input in inputs[1:]]
 
 
 def supports_tools(tokenizer: Any) -> bool:
-    """True if the template writes what the tools are that it is told of."""
+    """True if the template writes the tools that are passed to it."""
     return _supports_tools(tokenizer, str(tokenizer.chat_template))
 
 
@@ -161,23 +164,23 @@ def _supports_tools(tokenizer: Any, template: str) -> bool:
 def tokenize_texts(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
     """Token ids of rendered texts, nothing added: the ids that `apply_chat_template` gives.
 
-    Where control tokens stand between turns, each distinct turn is tokenized once, as long as it is remembered: a
-    prompt's turns stand in three texts of a pair, and often in several pairs, and are most of the work.
+    If control tokens separate turns, each distinct turn is tokenized once while it is cached: a prompt's turns are in
+    three texts of a pair, and often in several pairs, and are most of the work.
     """
     added = _added_tokens(tokenizer) if len(texts) > 1 else None
     if added is not None:
-        first = _tokenize_uncached(tokenizer, texts[:1])  # it also takes back what was set for truncation and padding
+        first = _tokenize_uncached(tokenizer, texts[:1])  # this also resets truncation and padding
         pieces = [added.pattern.split(text) for text in texts]
         turns = set(chain.from_iterable(pieces)) - added.ids.keys() - {""}
         ids = {**_turn_cache(tokenizer).token_ids(turns), **added.ids, "": ()}
-        together = [tuple(chain.from_iterable(map(ids.__getitem__, some))) for some in pieces]
-        if together[:1] == first:
-            return together
+        joined = [tuple(chain.from_iterable(map(ids.__getitem__, parts))) for parts in pieces]
+        if joined[:1] == first:
+            return joined
     return _tokenize_uncached(tokenizer, texts)
 
 
 class _TurnCache:
-    """The ids of turns that were tokenized lately, in 4 bytes each."""
+    """The ids of recently tokenized turns, in 4 bytes each."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self.backend = backend
@@ -185,15 +188,15 @@ class _TurnCache:
         self.num_tokens = 0
 
     def token_ids(self, turns: Collection[str]) -> dict[str, "Sequence[int]"]:
-        """The ids of each of `turns`; the oldest are forgotten where there are too many."""
+        """The ids of each of `turns`; the oldest entries are evicted if there are too many."""
         new = [turn for turn in turns if turn not in self.ids_by_turn]
-        for turn, found in zip(new, self.backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            self.ids_by_turn[turn] = array("I", found.ids)
-            self.num_tokens += len(found.ids)
-        asked: dict[str, Sequence[int]] = {turn: self.ids_by_turn[turn] for turn in turns}
+        for turn, encoding in zip(new, self.backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
+            self.ids_by_turn[turn] = array("I", encoding.ids)
+            self.num_tokens += len(encoding.ids)
+        ids_by_turn: dict[str, Sequence[int]] = {turn: self.ids_by_turn[turn] for turn in turns}
         while self.num_tokens > MAX_CACHED_TURN_TOKENS:
             self.num_tokens -= len(self.ids_by_turn.pop(next(iter(self.ids_by_turn))))
-        return asked
+        return ids_by_turn
 
 
 @lru_cache(maxsize=4)
@@ -202,7 +205,7 @@ def _turn_cache(tokenizer: Any) -> _TurnCache:
 
 
 def clear_turn_cache() -> None:
-    """Give back the memory of the turns that are remembered."""
+    """Free the memory of the cached turns."""
     _turn_cache.cache_clear()
 
 
@@ -213,7 +216,7 @@ def _tokenize_uncached(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
 
 @dataclass(frozen=True)
 class _AddedTokens:
-    """The tokens that were added to a vocabulary: a pattern that splits a text at them, and their ids."""
+    """The added tokens of a vocabulary: a pattern that splits a text at them, and their ids."""
 
     pattern: re.Pattern[str]
     ids: Mapping[str, list[int]]
@@ -221,16 +224,16 @@ class _AddedTokens:
 
 @lru_cache(maxsize=8)
 def _added_tokens(tokenizer: Any) -> _AddedTokens | None:
-    """The added tokens of `tokenizer`, if what stands between two of them is always tokenized by itself.
+    """The added tokens of `tokenizer`, if the text between two of them is always tokenized on its own.
 
-    None if it is not: some added token takes in the white space around it or must be a word, or words are marked at a
-    text's start only.
+    None if it is not: an added token strips the white space around it or must be a whole word, or the start of a text
+    is tokenized differently (Metaspace).
     """
     if not tokenizer.is_fast or tokenizer.split_special_tokens:
         return None
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     looks_around = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in state["added_tokens"])
-    # those that are looked for in normalized text are found in the pieces
+    # tokens that are matched in normalized text are found within the pieces
     ids = {token["content"]: [token["id"]] for token in state["added_tokens"] if not token["normalized"]}
     if not ids or looks_around or "Metaspace" in json.dumps(state["pre_tokenizer"]):
         return None
@@ -238,7 +241,7 @@ def _added_tokens(tokenizer: Any) -> _AddedTokens | None:
 
 
 def template_traits(tokenizer: Any) -> TemplateTraits:
-    """What is known of `tokenizer` and its template, found by looking at what they do."""
+    """The traits of `tokenizer` and its template, found by rendering probes."""
     return _template_traits(tokenizer, str(tokenizer.chat_template))
 
 
@@ -250,7 +253,7 @@ def _template_traits(tokenizer: Any, template: str) -> TemplateTraits:
 
 
 def _detect_system_folding(tokenizer: Any) -> bool:
-    """True if the template takes a question and its answer, but refuses a system turn before them or leaves it out."""
+    """True if the template renders a question and an answer, but refuses or omits a system turn before them."""
     chat: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}]
     system: Message = {"role": "system", "content": "Answer in one word."}
     try:
@@ -270,27 +273,29 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def fold_system(traits: TemplateTraits, chat: Chat) -> list[Message]:
-    """`chat` as this template takes it: without a system turn if it has no place for one."""
+    """`chat` for this template: a system turn that it has no place for is written before the first question."""
     if not traits.folds_system or len(chat) < 2 or chat[0]["role"] != "system" or chat[1]["role"] != "user":
         return list(chat)
     return [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
 
 
 def list_repairs(traits: TemplateTraits, chat: Chat, tools: str = "") -> list[str]:
-    """What is done to a chat before it is trained on, in the words of the audit table."""
-    done = [SYSTEM_FOLDED] if fold_system(traits, chat) != list(chat) else []
+    """The repairs of a chat, in the words of the audit table."""
+    repairs = [SYSTEM_FOLDED] if fold_system(traits, chat) != list(chat) else []
     texts = [tools, *(turn["content"] for turn in chat)]
     return (
-        [*done, CONTROL_AS_TEXT] if traits.special_pattern and any(map(traits.special_pattern.search, texts)) else done
+        [*repairs, CONTROL_AS_TEXT]
+        if traits.special_pattern and any(map(traits.special_pattern.search, texts))
+        else repairs
     )
 
 
 def _mask_control_tokens(
     traits: TemplateTraits, chat: list[Message], tools: str
 ) -> tuple[list[Message], str, Mapping[str, str]]:
-    """Chat and tools with a character of its own for each control token that somebody wrote, and what each stands for.
+    """Chat and tools with each control token in their text replaced by a character, and the token of each character.
 
-    Tools are JSON text: no control token has a quote, so a token that stands in it stands inside of a string.
+    Tools are JSON text: control tokens contain no quote, so they only occur inside its strings.
     """
     contents = [*(turn["content"] for turn in chat), tools]
     words = (
@@ -305,16 +310,16 @@ def _mask_control_tokens(
     letters = dict(zip(words, free, strict=False))
     if len(letters) < len(words):
         raise InvalidRow("text holds control tokens and every character that could stand for them")
-    *masked, tools = [traits.special_pattern.sub(lambda found: letters[found[0]], text) for text in contents]
+    *masked, tools = [traits.special_pattern.sub(lambda match: letters[match[0]], text) for text in contents]
     chat = [{"role": turn["role"], "content": text} for turn, text in zip(chat, masked, strict=True)]
     return chat, tools, {letter: word for word, letter in letters.items()}
 
 
 def _tokenize_masked(tokenizer: Any, traits: TemplateTraits, text: str, words: Mapping[str, str]) -> TokenIds:
-    """Ids of a rendered text whose masked control tokens are put back, as text.
+    """Ids of a rendered text, with its masked control tokens restored as text.
 
-    They are read by a copy of the tokenizer that knows its control tokens under other names, which the template's own
-    are given here. Raises InvalidRow if there can be no such copy.
+    A copy of the tokenizer with renamed control tokens is used, and the template's own control tokens are renamed to
+    match. Raises InvalidRow if no such copy can be made.
     """
     renamed = _renamed_tokenizer(tokenizer) if tokenizer.is_fast else None
     if renamed is None or traits.special_pattern is None or any(name in text for name in renamed[1].values()):
@@ -322,7 +327,7 @@ def _tokenize_masked(tokenizer: Any, traits: TemplateTraits, text: str, words: M
             f"text holds the control token {sanitize_text(min(words.values()))}, which cannot be read as text"
         )
     copy, names = renamed
-    text = traits.special_pattern.sub(lambda found: names[found[0]], text)
+    text = traits.special_pattern.sub(lambda match: names[match[0]], text)
     for letter, word in words.items():
         text = text.replace(letter, word)
     return tuple(copy.encode(text, add_special_tokens=False).ids)
@@ -330,9 +335,9 @@ def _tokenize_masked(tokenizer: Any, traits: TemplateTraits, text: str, words: M
 
 @lru_cache(maxsize=2)
 def _renamed_tokenizer(tokenizer: Any) -> tuple[Tokenizer, dict[str, str]] | None:
-    """A copy of a tokenizer whose control tokens are called after private characters, and the names of all of them.
+    """A copy of a tokenizer whose control tokens are renamed to private characters, and their new names.
 
-    None if a control token would get another id under another name.
+    None if a renamed control token would get another id.
     """
     special = special_tokens(tokenizer)
     names = {word: chr(_RENAMED_TOKENS_START + number) for number, word in enumerate(special.values())}

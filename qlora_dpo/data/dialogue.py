@@ -1,4 +1,4 @@
-"""Turns of a conversation: HH text read into messages, and text made safe to show on a terminal."""
+"""Conversation turns: parses HH text into messages, and makes text safe to show on a terminal."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ Message = dict[str, str]
 """One turn: `role` is system, user or assistant; `content` is its text."""
 
 HH_HUMAN = "\n\nHuman:"
-HH_ASSISTANT = "\n\nAssistant:"
 
 _HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -21,26 +20,26 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but newline and tab, DEL, C1
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that reorder text
-    r"\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"  # what has no width: it hides words in words
-    r"\u2028\u2029]"  # line ends that are no newline
+    r"\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"  # no width: they hide words in words
+    r"\u2028\u2029]"  # line ends other than newline
 )
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 class InvalidRow(Exception):
-    """A row is no preference pair; the text is the reason, in the words of the audit table."""
+    """A row that is not a preference pair; the text is the reason, in the words of the audit table."""
 
 
 def is_hh(text: str) -> bool:
-    """True if `text` begins with a Human turn in the marking of Anthropic's HH data."""
+    """True if `text` begins with a Human turn as Anthropic's HH data marks it."""
     return text.startswith((HH_HUMAN, HH_HUMAN.lstrip()))
 
 
 def parse_hh(text: str) -> list[Message]:
-    r"""Read "\n\nHuman: ...\n\nAssistant: ..." into messages.
+    r"""Parse "\n\nHuman: ...\n\nAssistant: ..." into messages.
 
-    Exactly one space after a marker belongs to the marker and is left out; all other white space is kept. The blank
-    line before the first marker may be missing. Raises InvalidRow if the text does not begin with a Human turn.
+    Exactly one space after a marker is part of the marker; all other white space is kept. The blank line before
+    the first marker may be missing. Raises InvalidRow if the text does not begin with a Human turn.
     """
     if not is_hh(text):
         raise InvalidRow("no Human turn at the start")
@@ -52,16 +51,16 @@ def parse_hh(text: str) -> list[Message]:
 
 
 def split_hh(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
-    """Split two whole HH dialogues into the common prompt and the two last replies.
+    """Split two whole HH dialogues into their common prompt and the two last replies.
 
-    The boundary is the last Assistant marker, and all turns before it must be equal; the common character prefix is
-    never used, because replies often begin alike. Raises InvalidRow with the reason where this cannot be done.
+    The prompt ends at the last Assistant marker, and all turns before it must be equal. The common character prefix is
+    not used, because replies often begin alike. Raises InvalidRow with the reason if this is impossible.
     """
     return split_chats(parse_hh(chosen), parse_hh(rejected))
 
 
 def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """Split two whole chats into the common prompt and the two last replies; raises InvalidRow with the reason."""
+    """Split two whole chats into their common prompt and the two last replies; raises InvalidRow with the reason."""
     for chat in (chosen, rejected):
         if not chat or chat[-1]["role"] != "assistant":
             raise InvalidRow("last turn is not the assistant's")
@@ -72,7 +71,7 @@ def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple
 
 
 def check_roles(prompt: Sequence[Message]) -> None:
-    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant in turn, ending with user."""
+    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant turns, a user turn last."""
     roles = [turn["role"] for turn in prompt]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:
@@ -82,8 +81,8 @@ def check_roles(prompt: Sequence[Message]) -> None:
 
 
 def sanitize_text(text: str) -> str:
-    r"""Return `text` without what could steer a terminal: escape sequences, control characters other than \n and \t
-    (C0, DEL and C1), marks that reorder text from right to left, and characters without width. Half surrogate pairs
-    become U+FFFD.
+    r"""Return `text` without anything that could control a terminal: escape sequences, control characters other than
+    \n and \t (C0, DEL and C1), marks that reorder text from right to left, and characters without width. Half surrogate
+    pairs become U+FFFD.
     """
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _ESCAPES.sub("", text)))

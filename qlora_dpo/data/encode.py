@@ -1,25 +1,21 @@
-"""Pairs become token ids: the prompt, and each answer from where the prompt ends to the template's end token."""
+"""Loads one part of the data as token ids: the prompt, and each answer up to the chat template's end token."""
 
 import random
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.data import scan_cache
+from qlora_dpo.data.arrow_cache import cache_key, load_table
 from qlora_dpo.data.audit import OVERLONG, Audit, length_quantiles
 from qlora_dpo.data.chat_format import ChatFormat, answer_ids, detect_chat_format
 from qlora_dpo.data.chat_template import (
-    CONTROL_AS_TEXT,
-    SYSTEM_FOLDED,
     TEMPLATE_ERRORS,
-    TemplateTraits,
     clear_turn_cache,
     list_repairs,
     supports_tools,
@@ -27,32 +23,38 @@ from qlora_dpo.data.chat_template import (
     tokenize_chats,
 )
 from qlora_dpo.data.dialogue import InvalidRow, Message, sanitize_text
-from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, TokenIds, digest_ids
-from qlora_dpo.data.lazy_sequence import LazySequence
+from qlora_dpo.data.encoded import EncodedPair, TokenIds, digest_ids
+from qlora_dpo.data.encoded_cache import (
+    EncodedIndex,
+    EncodedOrReason,
+    EncodedRow,
+    EncodedWriter,
+    text_digest,
+    tokenizer_key,
+)
 from qlora_dpo.data.mixture import Mixture, parse_sources
 from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows
 from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
+from qlora_dpo.data.selection import (
+    Selection,
+    no_pairs_message,
+    one_reason_per_row,
+    overlong_message,
+    small_share_message,
+)
 from qlora_dpo.data.sources import DataPart, SourceRows
 from qlora_dpo.data.template_limits import LimitExceeded, infrequent_gc
-from qlora_dpo.data.token_cache import (
-    TOKEN_CACHE_VERSION,
-    load_tokens,
-    store_tokens,
-    token_cache_key,
-    tokenizer_fingerprint,
-)
-from qlora_dpo.data.truncation import truncate_prompt
-from qlora_dpo.errors import DataError, ModelError, SourceError
+from qlora_dpo.data.truncation import PROMPT_TRUNCATED, truncate_prompt
+from qlora_dpo.errors import DataError, ModelError
 from qlora_dpo.recipe.data import DataTable
 
-PROMPT_TRUNCATED = "prompt cut at the front"
 ENCODE_CHUNK = 1024
-"""Pairs rendered and tokenized at once: enough to keep the tokenizer's threads busy, few enough to draw 50 quickly."""
+"""Pairs rendered and tokenized at once: enough for the tokenizer's threads, few enough to sample 50 pairs quickly."""
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """The usable pairs of one part of the data in the order of their rows, as ids and as text, and their account."""
+    """The usable pairs of one part of the data in the order of their rows, as ids and as text, and their audit."""
 
     encoded: Sequence[EncodedPair]
     pairs: Sequence[Pair]
@@ -68,254 +70,201 @@ def load_pairs(
     extra_columns: Mapping[str, str] = MappingProxyType({}),
     progress: ProgressCallback = no_progress,
 ) -> PairSet:
-    """Read, check, draw and encode the pairs of `part`; `extra_columns` names columns that stay with each pair as text,
-    and the keys of the recipe that ask for them; `progress` is told how far it is.
+    """Read, check, sample and encode the pairs of `part`.
+
+    `extra_columns` maps the columns whose text stays with each pair to the recipe keys that name them.
 
     With `max_train_samples` or `max_eval_samples`, every row gets a random number from `random.Random(seed)`, in
     the order of the rows; rows are then taken from the smallest number on until that many usable pairs are found, so
-    the draw is the same on every machine and a row that becomes unusable moves no other. Raises RecipeError,
+    the sample is the same on every machine, and a row that becomes unusable moves no other. Raises RecipeError,
     SourceError, DataError or ModelError, each one sentence.
     """
     form = detect_chat_format(tokenizer)
     mixture = parse_sources(table, part, extra_columns, progress)
-    rows, (found, mine_P, apart) = mixture.rows, _split_part(mixture.parsed, part)
-    mixture = replace(mixture, source_P=mixture.source_P[mine_P])
-    wanted = table.max_train_samples if part == "train" else table.max_eval_samples
-    in_order = wanted is None and not mixture.is_drawn
-    order = np.arange(len(found.pairs)) if in_order else _sampling_order(found.row_P, len(rows.rows), seed)
-    name = _scan_cache_key(mixture.rows, (table, part, seed, extra_columns), tokenizer, form)
-    known = scan_cache.load_scan(name)
-    used, looked_at, dropped = _load_cached_scan(known) or _select_pairs(
-        mixture, found, order, wanted, tokenizer, form, table, progress
-    )
+    rows, (parsed, in_part_P, other_split) = mixture.rows, _split_part(mixture.parsed, part)
+    mixture = replace(mixture, parsed=parsed, source_P=mixture.source_P[in_part_P])
+    max_pairs = table.max_train_samples if part == "train" else table.max_eval_samples
+    in_order = max_pairs is None and not mixture.is_drawn
+    order = np.arange(len(parsed.pairs)) if in_order else _sampling_order(parsed.row_P, len(rows.rows), seed)
+    encoder = _Encoder(tokenizer, form, table)
+    key = _reading_key(rows, (table, part, seed, extra_columns), encoder)
+    encoded = load_table(key)
+    if encoded is None:
+        encoded = encoder.encode_selected(key, mixture, order, max_pairs, progress)
+    selection = Selection(encoded, table.max_length)
     clear_turn_cache()
-    if known is None:
-        _store_scan_results(name, used, looked_at, dropped)
+    dropped = selection.dropped_rows(parsed.dropped)
     if table.overlong == "error" and OVERLONG in dropped:
-        raise DataError(_overlong_message(rows, dropped[OVERLONG], table.max_length))
-    places = np.array(used.positions, dtype=np.int64)
-    kept_U = mixture.select_shares(mixture.source_P[places], wanted)
-    if not kept_U.any() and len(places):
-        raise DataError(_small_share_message(mixture, mixture.source_P[places], part))
-    numbers = used.encoded.row_numbers()[kept_U]
-    left_out = _one_reason_per_row(dropped, set(numbers.tolist()))
-    seen = np.setdiff1d(looked_at, places[~kept_U])
+        raise DataError(overlong_message(rows, dropped[OVERLONG], table.max_length))
+    position_U = selection.positions()
+    kept_U = mixture.select_shares(mixture.source_P[position_U], max_pairs)
+    if not kept_U.any() and len(position_U):
+        raise DataError(small_share_message(mixture, mixture.source_P[position_U], part))
+    row_U = selection.encoded.row_numbers()[kept_U]
+    used_rows = set(row_U.tolist())
+    dropped_rows = one_reason_per_row(dropped, used_rows)
+    seen = np.setdiff1d(selection.position_N, position_U[~kept_U])
     audit = Audit(
         source=rows.name,
         format=mixture.format,
         rows=len(rows.rows),
-        used=len(numbers),
-        dropped_at_parse=sum(map(len, found.dropped.values())),
-        other_split=apart,
-        extra_pairs=len(numbers) - len(np.unique(numbers)),
-        dropped=left_out,
-        not_sampled=len(np.unique(found.row_P)) - len(np.unique(found.row_P[seen])),
-        repaired=used.repairs(set(numbers.tolist())),
+        used=len(row_U),
+        dropped_at_parse=sum(map(len, parsed.dropped.values())),
+        other_split=other_split,
+        extra_pairs=len(row_U) - len(np.unique(row_U)),
+        dropped=dropped_rows,
+        not_sampled=len(np.unique(parsed.row_P)) - len(np.unique(parsed.row_P[seen])),
+        repaired=selection.repaired_rows(used_rows),
         tokens=dict(
-            zip(("prompt", "chosen", "rejected"), map(length_quantiles, used.encoded.lengths()[kept_U].T), strict=True)
+            zip(
+                ("prompt", "chosen", "rejected"),
+                map(length_quantiles, selection.encoded.lengths()[kept_U].T),
+                strict=True,
+            )
         ),
-        first_location={reason: rows.location(numbers[0]) for reason, numbers in left_out.items()},
+        first_location={reason: rows.location(numbers[0]) for reason, numbers in dropped_rows.items()},
         note=form.note,
-        per_source=_pairs_per_source(mixture, mixture.source_P[places[kept_U]]),
+        per_source=_pairs_per_source(mixture, mixture.source_P[position_U[kept_U]]),
     )
-    if not len(numbers):
-        raise DataError(_no_pairs_message(audit, part, table))
-    by_row = np.flatnonzero(kept_U)[np.argsort(numbers, kind="stable")]
-    return PairSet(used.encoded.pairs().select(by_row), used.texts(found.pairs).select(by_row), audit)
+    if not len(row_U):
+        raise DataError(no_pairs_message(audit, part, table))
+    by_row = np.flatnonzero(kept_U)[np.argsort(row_U, kind="stable")]
+    return PairSet(selection.encoded.pairs().select(by_row), selection.texts(parsed.pairs).select(by_row), audit)
 
 
-_Selection = tuple["_SelectedPairs", IntArray, dict[str, list[int]]]
-_ScanRequest = tuple[DataTable, DataPart, int, Mapping[str, str]]
-"""Table, part, seed and kept columns."""
-
-
-def _scan_cache_key(
-    rows: SourceRows, asked: tuple[DataTable, DataPart, int, Mapping[str, str]], tokenizer: Any, form: ChatFormat
+def _reading_key(
+    rows: SourceRows, selection: tuple[DataTable, DataPart, int, Mapping[str, str]], encoder: "_Encoder"
 ) -> str | None:
-    """The name under which what became of these rows is kept; None if they are few, or not to be told apart."""
-    text = tokenizer_fingerprint(tokenizer)
-    if not rows.fingerprint or len(rows.rows) < scan_cache.MIN_CACHED_ROWS or text is None:
+    """The cache key of these rows' table; None if rows or tokenizer cannot be told from others."""
+    if not rows.fingerprint or encoder.key is None:
         return None
-    table, part, seed, keep = asked
+    table, part, seed, extra_columns = selection
     # where the rows came from is in their fingerprint
     keys = table.model_dump(mode="json", exclude={"train", "eval", "max_bad_share"}) | {
         "share": table.effective_eval_share
     }
-    return scan_cache.scan_key(TOKEN_CACHE_VERSION, rows.fingerprint, text, repr(form), keys, part, seed, sorted(keep))
+    return f"{encoder.key}-{cache_key(rows.fingerprint, keys, part, seed, sorted(extra_columns))}"
 
 
-def _load_cached_scan(known: scan_cache.CachedScan | None) -> _Selection | None:
-    """What `_select_pairs` has returned in an earlier run."""
-    if known is None:
-        return None
-    used = _SelectedPairs()
-    used.encoded = EncodedPairs.from_cache(known)
-    used.positions = array("q", known.columns["place"].tobytes())
-    used.truncated = {
-        int(place): replace(Pair(**pair), prompt=tuple(pair["prompt"])) for place, pair in known.metadata["cut"]
-    }
-    used.repaired = known.metadata["repaired"]
-    return used, known.columns["looked_at"], known.metadata["dropped"]
+@dataclass(frozen=True)
+class _Encoder:
+    """A tokenizer with its chat format, and the table of the recipe that says how long a pair may be."""
+
+    tokenizer: PreTrainedTokenizerBase
+    form: ChatFormat
+    table: DataTable
+
+    @cached_property
+    def key(self) -> str | None:
+        """What the cache keys of this tokenizer begin with."""
+        return tokenizer_key(self.tokenizer, self.form)
+
+    def encode_selected(
+        self, key: str | None, mixture: Mixture, order: IntArray, max_pairs: int | None, progress: ProgressCallback
+    ) -> pa.Table:
+        """Encode pairs in `order` until there are enough usable ones: of each source, and in all."""
+        num_usable, remaining = 0, mixture.source_limits(max_pairs)
+        positions = _until_source_limits(order, mixture.source_P, remaining) if mixture.is_drawn else order.tolist()
+        writer = EncodedWriter(key)
+        rows = self._encode(mixture.parsed.pairs, positions, writer)
+        for row in track_progress(rows, "tokenize", len(order), progress):
+            source = mixture.source_P[row.position]
+            if remaining[source] <= 0:
+                continue
+            writer.append(row)
+            if isinstance(row.result, str) or pair_num_tokens(row.result) > self.table.max_length:
+                continue
+            num_usable += 1
+            remaining[source] -= 1
+            if mixture.weights is None and num_usable == max_pairs:
+                break
+        return writer.finish()
+
+    def _encode(self, pairs: Sequence[Pair], positions: Iterable[int], writer: EncodedWriter) -> Iterator[EncodedRow]:
+        """Yield each pair at `positions` as it is encoded, and flush `writer` behind each chunk."""
+        remaining, earlier = iter(positions), EncodedIndex(self.key)
+        while chunk := list(islice(remaining, ENCODE_CHUNK)):
+            chunk_pairs = [pairs[position] for position in chunk]
+            texts = [text_digest(pair) for pair in chunk_pairs]
+            results = self._encode_unknown(chunk_pairs, earlier.find(chunk_pairs, texts))
+            for position, pair, text, result in zip(chunk, chunk_pairs, texts, results, strict=True):
+                if isinstance(result, str) or pair_num_tokens(result) <= self.table.max_length:
+                    yield self._row(position, pair, text, result)
+                elif self.table.overlong == "cut_prompt":
+                    yield self._truncated_row(position, pair, text)
+                else:
+                    yield self._row(position, pair, text, result)
+            writer.flush()
+
+    def _encode_unknown(
+        self, pairs: Sequence[Pair], known: Sequence[EncodedOrReason | None]
+    ) -> Iterator[EncodedOrReason]:
+        """The `known` results, and those of `encode_pairs` for all other pairs."""
+        unknown = [pair for pair, result in zip(pairs, known, strict=True) if result is None]
+        results = iter(encode_pairs(unknown, self.tokenizer, self.form) if unknown else ())
+        return (next(results) if result is None else result for result in known)
+
+    def _row(self, position: int, pair: Pair, text: bytes, result: EncodedOrReason) -> EncodedRow:
+        repairs = () if isinstance(result, str) else self._repairs(pair)
+        return EncodedRow(position, pair, text, result, is_truncated=False, repairs=repairs)
+
+    def _truncated_row(self, position: int, pair: Pair, text: bytes) -> EncodedRow:
+        """Cut the pair's prompt until it fits, and encode what is left."""
+
+        def excess(shorter: Pair) -> int:
+            encoded = encode_pairs([shorter], self.tokenizer, self.form)[0]
+            if isinstance(encoded, str):
+                raise InvalidRow(encoded)
+            return pair_num_tokens(encoded) - self.table.max_length
+
+        try:
+            fitting = truncate_prompt(pair, self.tokenizer, excess)
+        except InvalidRow as unusable:
+            return EncodedRow(position, pair, text, str(unusable), is_truncated=True, repairs=())
+        result = encode_pairs([fitting], self.tokenizer, self.form)[0]
+        repairs = () if isinstance(result, str) else (PROMPT_TRUNCATED, *self._repairs(fitting))
+        return EncodedRow(position, fitting, text, result, is_truncated=True, repairs=repairs)
+
+    def _repairs(self, pair: Pair) -> tuple[str, ...]:
+        answers: list[Message] = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
+        return tuple(list_repairs(template_traits(self.tokenizer), [*pair.prompt, *answers], pair.tools))
 
 
-def _store_scan_results(
-    name: str | None, used: "_SelectedPairs", looked_at: IntArray, dropped: dict[str, list[int]]
-) -> None:
-    if name is None:
-        return
-    columns = {**used.encoded.columns(), "place": np.array(used.positions, dtype=np.int64), "looked_at": looked_at}
-    cut = [(place, asdict(pair)) for place, pair in used.truncated.items()]
-    scan_cache.store_scan(name, columns, {"cut": cut, "repaired": used.repaired, "dropped": dropped}, used.encoded.ids)
-
-
-def _select_pairs(
-    mixture: Mixture,
-    parsed: ParsedRows,
-    order: IntArray,
-    max_pairs: int | None,
-    tokenizer: PreTrainedTokenizerBase,
-    form: ChatFormat,
-    table: DataTable,
-    progress: ProgressCallback,
-) -> _Selection:
-    """Take usable pairs in `order` until there are enough: of each source, and in all.
-
-    Returns the pairs, the places of all that were looked at, and the rows that gave none by reason.
-    """
-    used, looked_at = _SelectedPairs(), array("q")
-    dropped = {reason: list(numbers) for reason, numbers in parsed.dropped.items()}
-    left = mixture.source_limits(max_pairs)
-    asked = _until_source_limits(order, mixture.source_P, left) if mixture.is_drawn else order.tolist()
-    results = _encode_in_chunks(parsed.pairs, asked, tokenizer, form, table)
-    for place, pair, result in track_progress(results, "tokenize", len(order), progress):
-        source = mixture.source_P[place]
-        if left[source] <= 0:
-            continue
-        looked_at.append(place)
-        if isinstance(result, str):
-            dropped.setdefault(result, []).append(pair.row)
-            continue
-        used.add(place, pair, *result, template_traits(tokenizer))
-        left[source] -= 1
-        if mixture.weights is None and len(used.encoded) == max_pairs:
-            break
-    return used, np.array(looked_at, dtype=np.int64), dropped
-
-
-def _until_source_limits(order: IntArray, source_P: IntArray, left: Sequence[float]) -> Iterator[int]:
-    """The places in `order` whose source has not yet given what it may; `left` changes while this is read."""
-    return (place for place in order.tolist() if left[source_P[place]] > 0)
+def _until_source_limits(order: IntArray, source_P: IntArray, remaining: Sequence[float]) -> Iterator[int]:
+    """Positions in `order` whose source still has pairs to give; `remaining` changes while this is read."""
+    return (position for position in order.tolist() if remaining[source_P[position]] > 0)
 
 
 def _pairs_per_source(mixture: Mixture, source_U: IntArray) -> tuple[tuple[str, int, int], ...]:
-    """Name, first row number and used pairs of each source of a mixture; nothing where there is one source only."""
+    """Name, first row number and used pairs of each source of a mixture; empty for a single source."""
     counts = np.bincount(source_U, minlength=len(mixture.names)).tolist()
     return tuple(zip(mixture.names, mixture.first_rows, counts, strict=True)) if len(counts) > 1 else ()
 
 
 def _split_part(parsed: ParsedRows, part: DataPart) -> tuple[ParsedRows, BoolArray, int]:
-    """The pairs of one part, which ones they are, and how many rows are the other part's, where a share is held out."""
+    """The pairs of one part, their mask, and the number of rows of the other part, if a share is held out."""
     if parsed.is_eval_P is None:
         return parsed, np.ones(len(parsed.pairs), dtype=bool), 0
-    mine_P = parsed.is_eval_P == (part == "eval")
-    mine = parsed.select(mine_P)
-    apart = len(np.setdiff1d(parsed.row_P, mine.row_P))
+    in_part_P = parsed.is_eval_P == (part == "eval")
+    selected = parsed.select(in_part_P)
+    other_split = len(np.setdiff1d(parsed.row_P, selected.row_P))
     if part == "train":
-        return mine, mine_P, apart
-    # a row that is no pair belongs to no side; the training part accounts for it
-    return replace(mine, dropped={}), mine_P, apart + sum(map(len, parsed.dropped.values()))
-
-
-class _SelectedPairs:
-    """The pairs that are used, as they are found."""
-
-    def __init__(self) -> None:
-        self.encoded = EncodedPairs()
-        self.positions = array("q")
-        self.truncated = dict[int, Pair]()
-        self.repaired: dict[str, list[int]] = {PROMPT_TRUNCATED: [], SYSTEM_FOLDED: [], CONTROL_AS_TEXT: []}
-
-    def add(self, place: int, original: Pair, encoded: EncodedPair, pair: Pair, traits: TemplateTraits) -> None:
-        """Take in the pair that was found at `place`, as it is encoded."""
-        if pair is not original:
-            self.truncated[len(self.positions)] = pair
-            self.repaired[PROMPT_TRUNCATED].append(pair.row)
-        answers: list[Message] = [{"role": "assistant", "content": each} for each in (pair.chosen, pair.rejected)]
-        for what in list_repairs(traits, [*pair.prompt, *answers], pair.tools):
-            self.repaired[what].append(pair.row)
-        self.encoded.add(encoded)
-        self.positions.append(place)
-
-    def repairs(self, used: set[int]) -> dict[str, tuple[int, ...]]:
-        """Numbers of the `used` rows by what was done to them, in the order in which it was first done."""
-        done = [(what, sorted(row for row in rows if row in used)) for what, rows in self.repaired.items()]
-        return {what: tuple(rows) for what, rows in sorted(done, key=lambda each: each[1][:1]) if rows}
-
-    def texts(self, pairs: Sequence[Pair]) -> LazySequence[Pair]:
-        """The pairs as text."""
-        return LazySequence(
-            len(self.positions), lambda index: self.truncated.get(index) or pairs[self.positions[index]]
-        )
-
-
-def _one_reason_per_row(dropped: Mapping[str, Sequence[int]], used: set[int]) -> dict[str, tuple[int, ...]]:
-    """Each row under one reason at most, and under none if a pair of it is used."""
-    counted, left_out = set(used), dict[str, tuple[int, ...]]()
-    for reason, numbers in dropped.items():
-        if new := sorted(set(numbers) - counted):
-            left_out[reason] = tuple(new)
-            counted |= set(new)
-    return left_out
+        return selected, in_part_P, other_split
+    # a row without a pair belongs to neither part; the training part counts it
+    return replace(selected, dropped={}), in_part_P, other_split + sum(map(len, parsed.dropped.values()))
 
 
 def _sampling_order(row_P: IntArray, rows: int, seed: int) -> IntArray:
-    """The pairs in the order of the draw. `random.random()` is the one method Python keeps the same in all versions."""
-    generator = random.Random(seed)  # noqa: S311 - a draw of samples, no secret
+    """The pairs in sampling order. `random.random()` is the one method that Python keeps the same in all versions."""
+    generator = random.Random(seed)  # noqa: S311 - sampling, not a secret
     draws = np.array([generator.random() for _ in range(rows)])
     return np.argsort(draws[row_P - 1], kind="stable")
-
-
-_PairResult = tuple[EncodedPair, Pair] | str
-"""An encoded pair with its text (whose prompt may have been cut), or the reason why there is none."""
-
-
-def _encode_in_chunks(
-    pairs: Sequence[Pair], order: Iterable[int], tokenizer: PreTrainedTokenizerBase, form: ChatFormat, table: DataTable
-) -> Iterator[tuple[int, Pair, _PairResult]]:
-    """Yield every pair in `order`, with its place among `pairs` and what became of it."""
-    left = iter(order)
-    while places := list(islice(left, ENCODE_CHUNK)):
-        chunk = [pairs[place] for place in places]
-        for place, pair, encoded in zip(places, chunk, _encode_cached(chunk, tokenizer, form), strict=True):
-            if isinstance(encoded, str):
-                yield place, pair, encoded
-            elif pair_num_tokens(encoded) <= table.max_length:
-                yield place, pair, (encoded, pair)
-            elif table.overlong == "cut_prompt":
-                yield place, pair, _truncate_and_encode(pair, tokenizer, form, table.max_length)
-            else:
-                yield place, pair, OVERLONG
-
-
-def _encode_cached(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat
-) -> list[EncodedPair | str]:
-    """What an earlier run found for these pairs, or `encode_pairs`."""
-    key = token_cache_key(pairs, tokenizer, form)
-    known = load_tokens(key, pairs) if key else None
-    if known is not None:
-        return known
-    results = encode_pairs(pairs, tokenizer, form)
-    if key:
-        with suppress(SourceError):  # a cache that cannot be written costs the next run time, and nothing else
-            store_tokens(key, results)
-    return results
 
 
 def encode_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat
 ) -> list[EncodedPair | str]:
-    """Encode pairs of any length together; for each, its ids or the reason why it has none."""
+    """Encode pairs of any length in one batch; the ids of each, or the reason why it has none."""
     chosen, rejected = ([_with_answer(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
     tools = [pair.tools for pair in pairs]
     if any(tools) and not supports_tools(tokenizer):
@@ -324,10 +273,10 @@ def encode_pairs(
             "does in model.name, or leave the column out"
         )
     try:
-        found = tokenize_chats(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected], 3 * tools)
+        chat_ids = tokenize_chats(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected], 3 * tools)
     except (*TEMPLATE_ERRORS, InvalidRow, LimitExceeded) as error:
         if len(pairs) > 1:
-            return [each for pair in pairs for each in encode_pairs([pair], tokenizer, form)]
+            return [result for pair in pairs for result in encode_pairs([pair], tokenizer, form)]
         match error:
             case InvalidRow():
                 return [str(error)]
@@ -338,7 +287,7 @@ def encode_pairs(
             case _:
                 return [f"chat template refuses it: {sanitize_text(str(error))}"]
     count = len(pairs)
-    parts = zip(pairs, found[:count], found[count : 2 * count], found[2 * count :], strict=True)
+    parts = zip(pairs, chat_ids[:count], chat_ids[count : 2 * count], chat_ids[2 * count :], strict=True)
     return [_encode_answers(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
 
 
@@ -359,56 +308,5 @@ def _encode_answers(
 
 
 def pair_num_tokens(pair: EncodedPair) -> int:
-    """Length of the prompt with the longer answer, in tokens; `data.max_length` limits it."""
+    """Tokens of the prompt with the longer answer; at most `data.max_length`."""
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-
-
-def _truncate_and_encode(
-    pair: Pair, tokenizer: PreTrainedTokenizerBase, form: ChatFormat, max_length: int
-) -> _PairResult:
-    """Cut the pair's prompt until it fits, and encode what is left."""
-
-    def excess(shorter: Pair) -> int:
-        encoded = encode_pairs([shorter], tokenizer, form)[0]
-        if isinstance(encoded, str):
-            raise InvalidRow(encoded)
-        return pair_num_tokens(encoded) - max_length
-
-    try:
-        fitting = truncate_prompt(pair, tokenizer, excess)
-    except InvalidRow as unusable:
-        return str(unusable)
-    encoded = encode_pairs([fitting], tokenizer, form)[0]
-    return encoded if isinstance(encoded, str) else (encoded, fitting)
-
-
-def _overlong_message(rows: SourceRows, over: Sequence[int], max_length: int) -> str:
-    numbers = sorted(over)
-    first = ", ".join(str(row) for row in numbers[:5]) + (", ..." if len(numbers) > 5 else "")
-    count = f"{len(numbers):,} pairs are" if len(numbers) > 1 else "1 pair is"
-    return (
-        f"{rows.name}: {count} longer than data.max_length = {max_length} tokens (row {first}); raise it, or set "
-        'data.overlong to "drop" or "cut_prompt"'
-    )
-
-
-def _small_share_message(mixture: Mixture, source_U: IntArray, part: DataPart) -> str:
-    counts = np.bincount(source_U, minlength=len(mixture.names))
-    name = mixture.names[int(np.argmin(counts))]
-    which, advice = (
-        ("training", "leave its weight or it out")
-        if part == "train"
-        else ("held-out", "raise data.eval_share, or name the held-out pairs in data.eval")
-    )
-    return f"{name}: has {counts.min()} {which} pairs, too few for its share of the mixture; {advice}"
-
-
-def _no_pairs_message(audit: Audit, part: DataPart, table: DataTable) -> str:
-    if audit.other_split and not audit.dropped:
-        which, advice = ("training", "lower") if part == "train" else ("held-out", "raise")
-        return (
-            f"{audit.source}: data.eval_share = {table.effective_eval_share} of its prompts leaves no {which} pair of its "
-            f"{audit.other_split:,}; {advice} it, or name the held-out pairs in data.eval"
-        )
-    which = "its only row is no" if audit.rows == 1 else f"none of its {audit.rows:,} rows is a"
-    return f"{audit.source}: {which} usable pair: {audit.reason_summary()}"

@@ -1,17 +1,19 @@
-"""The token ids of a pair: what the model reads and what of it is scored."""
+"""The token ids of a pair: what the model reads and which of it is scored."""
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from qlora_dpo.data.arrow_columns import read_binary, read_numbers, token_id_chunks
 from qlora_dpo.data.lazy_sequence import LazySequence
-from qlora_dpo.data.scan_cache import CachedScan
-from qlora_dpo.data.spool import Spool
 
 TokenIds = tuple[int, ...]
 
@@ -35,7 +37,7 @@ class EncodedPair:
 
 
 def without_rejected(pair: EncodedPair) -> EncodedPair:
-    """The pair without its rejected answer; it keeps its digest, since it is the same row of the data."""
+    """The pair without its rejected answer; its digest stays, since it is the same row of the data."""
     return replace(pair, rejected=())
 
 
@@ -49,22 +51,22 @@ def pairs_without_rejected(pairs: Sequence[EncodedPair]) -> LazySequence[Encoded
 
 
 def pair_digests(pairs: Sequence[EncodedPair]) -> NDArray[np.bytes_]:
-    """The digest of each pair (P), 32 bytes each; pairs that are on disk stay there."""
-    known = _known_column(pairs, "digest")
-    return np.array([pair.digest for pair in pairs], dtype="S32") if known is None else known
+    """The digest of each pair (P), 32 bytes each; the ids of pairs on disk are not read."""
+    column = _known_column(pairs, "digest")
+    return np.array([pair.digest for pair in pairs], dtype="S32") if column is None else column
 
 
 def pair_lengths(pairs: Sequence[EncodedPair]) -> NDArray[np.int32]:
-    """Tokens of prompt, chosen and rejected of each pair (P, 3); pairs that are on disk stay there."""
-    known = _known_column(pairs, "lengths")
-    if known is not None:
-        return known
+    """Tokens of prompt, chosen and rejected of each pair (P, 3); the ids of pairs on disk are not read."""
+    column = _known_column(pairs, "lengths")
+    if column is not None:
+        return column
     counts = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
     return np.array(counts, dtype=np.int32).reshape(-1, 3)
 
 
 def sequence_lengths(pairs: Sequence[EncodedPair]) -> NDArray[np.int32]:
-    """Tokens of the prompt with the longer of the two answers, of each pair (P)."""
+    """Tokens of the prompt with the longer answer, for each pair (P)."""
     lengths_P3 = pair_lengths(pairs)
     longest_P: NDArray[np.int32] = lengths_P3[:, 0] + lengths_P3[:, 1:].max(axis=1)
     return longest_P
@@ -84,66 +86,58 @@ def digest_ids(*lists: TokenIds) -> bytes:
 
 
 class EncodedPairs:
-    """Gathers encoded pairs as 32-bit numbers, many of them on disk, where as Python numbers they would take ten times
-    the memory.
+    """The encoded pairs of a memory-mapped Arrow table, or those at `index_U` in it; their ids stay on disk.
+
+    The table has the columns row, prompt, chosen, rejected (lists of int32) and digest, in any number of chunks.
     """
 
-    def __init__(self) -> None:
-        self._ids, self._digests = Spool(), bytearray()
-        self._starts, self._rows = array("q"), array("q")
-        self._lengths = array("i")
-
-    @classmethod
-    def from_cache(cls, cached: CachedScan) -> "EncodedPairs":
-        """The pairs of an earlier run; their ids stay in the file."""
-        own, columns = cls(), cached.columns
-        own._ids, own._digests = cached.ids, bytearray(columns["digest"].tobytes())
-        own._rows = array("q", columns["row"].tobytes())
-        own._lengths = array("i", columns["lengths"].tobytes())
-        ends_P = cached.ids_offset + 4 * np.cumsum(columns["lengths"].sum(axis=1, dtype=np.int64))
-        own._starts = array("q", np.concatenate([[cached.ids_offset], ends_P[:-1]]).astype(np.int64).tobytes())
-        return own
-
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """What `from_cache` needs beside the ids."""
-        digest_P32 = np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 32)
-        return {"row": self.row_numbers(), "lengths": self.lengths(), "digest": digest_P32}
-
-    @property
-    def ids(self) -> Spool:
-        """All token ids, pair after pair, in 32 bits each."""
-        return self._ids
-
-    def add(self, pair: EncodedPair) -> None:
-        """Take in a pair."""
-        self._starts.append(self._ids.num_bytes)
-        self._ids.append(np.array(pair.prompt + pair.chosen + pair.rejected, dtype=np.int32).tobytes())
-        self._lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
-        self._rows.append(pair.row)
-        self._digests += pair.digest
+    def __init__(self, table: pa.Table, index_U: NDArray[np.int64] | None = None) -> None:
+        self._columns = [_ListColumn(table[name]) for name in ("prompt", "chosen", "rejected")]
+        self._row_N = read_numbers(table, "row")
+        self._digest_N = read_binary(table, "digest")
+        self._index_U = np.arange(table.num_rows) if index_U is None else index_U
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index_U)
+
+    def __getitem__(self, index: int) -> EncodedPair:
+        place = int(self._index_U[index])
+        prompt, chosen, rejected = (column.ids(place) for column in self._columns)
+        # numpy drops the zeros at the end of a digest
+        digest = bytes(self._digest_N[place]).ljust(32, b"\0")
+        return EncodedPair(prompt, chosen, rejected, int(self._row_N[place]), digest)
 
     def row_numbers(self) -> NDArray[np.int64]:
         """The row number of each pair (P)."""
-        return np.array(self._rows, dtype=np.int64)
+        row_P: NDArray[np.int64] = self._row_N[self._index_U]
+        return row_P
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of prompt, chosen and rejected of each pair (P, 3)."""
-        return np.array(self._lengths, dtype=np.int32).reshape(-1, 3)
+        return np.stack([column.length_N for column in self._columns], axis=1)[self._index_U]
 
     def digests(self) -> NDArray[np.bytes_]:
         """The digest of each pair (P), 32 bytes each."""
-        return np.frombuffer(bytes(self._digests), dtype="S32")
+        return self._digest_N[self._index_U]
 
     def pairs(self) -> LazySequence[EncodedPair]:
-        """The pairs in the order in which they were added."""
-        return LazySequence(len(self), self._pair, {"digest": self.digests, "lengths": self.lengths})
+        """The pairs as a sequence that can be selected from and concatenated."""
+        return LazySequence(len(self), self.__getitem__, {"digest": self.digests, "lengths": self.lengths})
 
-    def _pair(self, index: int) -> EncodedPair:
-        start, lengths = self._starts[index], self._lengths[3 * index : 3 * index + 3]
-        ids = np.frombuffer(self._ids.read(start, start + 4 * sum(lengths)), dtype=np.int32).tolist()
-        answer, other = lengths[0], lengths[0] + lengths[1]
-        parts = tuple(ids[:answer]), tuple(ids[answer:other]), tuple(ids[other:])
-        return EncodedPair(*parts, self._rows[index], bytes(self._digests[32 * index : 32 * index + 32]))
+
+class _ListColumn:
+    """Token id lists of a chunked Arrow column, read without a copy of the whole."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = token_id_chunks(column)
+        self._starts = [0, *accumulate(len(offsets) - 1 for offsets, _ in self._chunks)]
+        self.length_N: NDArray[np.int32] = np.concatenate(
+            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets, _ in self._chunks)]
+        )
+
+    def ids(self, place: int) -> TokenIds:
+        """The list at `place`."""
+        number = bisect_right(self._starts, place) - 1
+        offsets, values = self._chunks[number]
+        first = place - self._starts[number]
+        return tuple(values[offsets[first] : offsets[first + 1]].tolist())

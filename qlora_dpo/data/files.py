@@ -1,4 +1,4 @@
-"""Local data files: JSON lines, JSON, CSV and Parquet read into rows whose place in the file is known."""
+"""Reads local data files (JSON lines, JSON, CSV, Parquet) into rows that know their place in the file."""
 
 import codecs
 import csv
@@ -25,44 +25,44 @@ from qlora_dpo.recipe.tables import DATA_SUFFIXES
 Row = dict[str, Any]
 
 ARROW_BLOCK_ROWS = 512
-"""Rows of an Arrow table that become Python objects at a time, where they are read one after another."""
+"""Rows of an Arrow table that are converted to Python objects at once when they are read in order."""
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """The rows of one file in its order; `lines` holds the line, counted from 1, on which each row ends or starts.
+    """The rows of one file in order; `lines` holds the line number of each, from 1: its first, or in CSV its last.
 
-    Rows of JSON lines are parsed when they are asked for, and may then raise DataError.
+    Rows of JSON lines are parsed when they are read, and may then raise DataError.
     """
 
     name: str
     rows: Sequence[Row]
     lines: Sequence[int] | None
     fingerprint: str = ""
-    """SHA-256 of the file; empty if it is not known."""
+    """SHA-256 of the file; empty if unknown."""
 
     def location(self, row: int) -> str:
-        """Where row `row`, counted from 1, stands: `pairs.jsonl:17`, or `pairs.parquet, row 17` without lines."""
+        """The location of row `row`, from 1: `pairs.jsonl:17`, or `pairs.parquet, row 17` without lines."""
         return f"{self.name}, row {row}" if self.lines is None else f"{self.name}:{self.lines[row - 1]}"
 
 
 def display_path(path: Path) -> str:
-    """`path` as messages name it: from the current folder if it lies below it, else whole."""
+    """`path` as messages show it: relative if it is below the current folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def data_suffix(path: Path) -> str | None:
-    """The data ending of a file's name (.jsonl.gz, .csv, ...), or None if it has none that can be read."""
-    found = [each for each in DATA_SUFFIXES if path.name.lower().endswith(each)]
-    return max(found, key=len, default=None)
+    """The suffix of a data file (.jsonl.gz, .csv, ...), or None if the format is not supported."""
+    suffixes = [suffix for suffix in DATA_SUFFIXES if path.name.lower().endswith(suffix)]
+    return max(suffixes, key=len, default=None)
 
 
 def read_data_file(path: Path) -> FileRows:
     """Read every row of a data file.
 
     Blank lines of JSON lines are skipped, and a CSV file's first line names its columns. Text is UTF-8, with or
-    without a byte order mark. Raises RecipeError for a name that cannot be read, SourceError where the disk refuses,
-    and DataError with file and line for content that is damaged or of another kind.
+    without a byte order mark. Raises RecipeError for an unsupported name, SourceError if the disk fails, and DataError
+    with file and line for content that is damaged or of another format.
     """
     kind = data_suffix(path)
     if kind is None:
@@ -95,13 +95,13 @@ def _read_text(name: str, kind: str, content: Spool) -> FileRows:
 
 
 def arrow_rows(table: pa.Table) -> LazySequence[Row]:
-    """The rows of an Arrow table; those that are asked for one after another are made a block at a time."""
+    """The rows of an Arrow table; rows that are read in order are converted a block at a time."""
     start, block = 0, list[Row]()
 
     def make(index: int) -> Row:
         nonlocal start, block
         if not start <= index < start + len(block):
-            # one row if it is asked for alone, since making a row takes much longer than finding it
+            # a single row for random access, since converting a row takes much longer than finding it
             size = ARROW_BLOCK_ROWS if index in (0, start + len(block)) else 1
             start, block = index, table.slice(index, size).to_pylist()
         return block[index - start]
@@ -110,7 +110,7 @@ def arrow_rows(table: pa.Table) -> LazySequence[Row]:
 
 
 def _open_spooled(path: Path, kind: str) -> Spool:
-    """The file's bytes, unpacked; a large file stays on disk."""
+    """The file's bytes, decompressed; a large file stays on disk."""
     name = display_path(path)
     try:
         if not kind.endswith(".gz"):
@@ -118,8 +118,8 @@ def _open_spooled(path: Path, kind: str) -> Spool:
             return Spool(io.BytesIO(path.read_bytes()) if small else path.open("rb"))
         content = Spool()
         with gzip.open(path) as packed:
-            while some := packed.read(2**20):
-                content.append(some)
+            while block := packed.read(2**20):
+                content.append(block)
         content.file.seek(0)
         return content
     except FileNotFoundError as error:
@@ -136,9 +136,9 @@ def _open_spooled(path: Path, kind: str) -> Spool:
 
 
 def _index_lines(name: str, file: IO[bytes]) -> "tuple[array[int], array[int], bytes]":
-    """Where each line that is not blank starts and its number, from 1, and the first byte that is no white space.
+    """Start and number (from 1) of each line that is not blank, and the first byte that is not white space.
 
-    Raises DataError for text that is not UTF-8. A byte order mark at the start is left out.
+    The last start is the end of the text. Raises DataError for text that is not UTF-8. A byte order mark is skipped.
     """
     starts, lines, first = array("q"), array("q"), b""
     mark = 0
@@ -216,8 +216,8 @@ def _read_csv(name: str, file: IO[bytes]) -> FileRows:
         schema = pa.schema([(column, pa.string()) for column in header])
         records = _csv_records(name, reader, len(header), lines)
         batches = list[pa.RecordBatch]()
-        while some := list(islice(records, ARROW_BLOCK_ROWS)):
-            columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
+        while block := list(islice(records, ARROW_BLOCK_ROWS)):
+            columns = [pa.array(column, pa.string()) for column in zip(*block, strict=True)]
             batches.append(pa.record_batch(columns, schema=schema))
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num}: is not valid CSV: {error}") from error
@@ -227,7 +227,7 @@ def _read_csv(name: str, file: IO[bytes]) -> FileRows:
 
 
 def _csv_records(name: str, reader: Any, columns: int, lines: "array[int]") -> Iterator[list[str]]:
-    """The records below the header; `lines` gets the line on which each ends."""
+    """Yield the records below the header, and append the line on which each ends to `lines`."""
     for fields in reader:
         if not fields:
             continue
@@ -254,7 +254,7 @@ def _read_parquet(name: str, file: IO[bytes]) -> LazySequence[Row]:
 
 
 def json_type(value: object) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     match value:
         case None:
             return "null"

@@ -1,4 +1,4 @@
-"""The shapes that preference data comes in, how one is recognised, and how a row of it becomes prompts and answers."""
+"""The formats of preference data: detects the format of a source and parses its rows into prompts and answers."""
 
 import difflib
 import json
@@ -26,7 +26,7 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 
 
 class PreferenceFormat(Enum):
-    """The shapes of preference data that are understood, in the words of messages and tables."""
+    """The supported formats of preference data, in the words of messages and tables."""
 
     HH = "HH dialogues (chosen and rejected strings that hold the whole dialogue)"
     HH_PROMPT = "HH prompts (prompt, chosen and rejected strings, the prompt marked with Human and Assistant)"
@@ -39,8 +39,8 @@ class PreferenceFormat(Enum):
     UNPAIRED = "unpaired answers (messages, or prompt and completion, and a label)"
 
 
-FORMATS_BY_NAME = {shape.name.lower(): shape for shape in PreferenceFormat}
-"""What data.format calls them."""
+FORMATS_BY_NAME = {format.name.lower(): format for format in PreferenceFormat}
+"""Formats by their names in data.format."""
 
 SUPPORTED_FORMATS = (
     'understood are "chosen" and "rejected" as whole HH dialogues, as strings beside a "prompt" string, as message '
@@ -65,10 +65,10 @@ PromptAndAnswers = tuple[tuple[Message, ...], str, str]
 
 
 def detect_format(rows: SourceRows) -> PreferenceFormat:
-    """The shape of the first row that has one; raises DataError, about the first row with answers, if none has."""
+    """The format of the first row that has one; raises DataError, about the first row with answers, if none has."""
     for row in rows.rows:
-        if shape := detect_row_format(row):
-            return shape
+        if format := detect_row_format(row):
+            return format
     first = next((row for row in rows.rows if not {"chosen", "rejected"} <= row.keys() or _has_answers(row)), None)
     if first is None:
         raise DataError(f'{rows.name}: "chosen" or "rejected" is null in every row')
@@ -87,7 +87,7 @@ def detect_format(rows: SourceRows) -> PreferenceFormat:
 
 
 def detect_row_format(row: Row) -> PreferenceFormat | None:
-    """The shape of a row by the names and types of its columns; None if it has none that is understood."""
+    """The format of a row by the names and types of its columns; None if it is not supported."""
     if isinstance(row.get("label"), bool) and "chosen" not in row:
         return PreferenceFormat.UNPAIRED
     if isinstance(row.get("responses"), list):
@@ -110,17 +110,17 @@ def detect_row_format(row: Row) -> PreferenceFormat | None:
 
 
 def parse_row(format: PreferenceFormat, row: Row, every_pair: bool) -> list[PromptAndAnswers]:
-    """Prompt and two answers of a row, several times for ranked answers; raises InvalidRow if it is not of `format`.
+    """Prompt and two answers of a row, or several of them for ranked answers; raises InvalidRow for another format.
 
-    The second answer of an unpaired row is empty. With `every_pair`, each two ranked answers that differ in rank make
-    a pair, else the best and the worst.
+    The second answer of an unpaired row is empty. With `every_pair`, any two ranked answers of different rank make a
+    pair; otherwise the best and the worst do.
     """
-    wanted = REQUIRED_COLUMNS[format]
-    for column, kind in wanted.items():
+    required = REQUIRED_COLUMNS[format]
+    for column, kind in required.items():
         if column not in row:
             raise InvalidRow(f"no column {column}")
-        if (found := json_type(row[column])) != kind:
-            raise InvalidRow(f"{column} is null" if found == "null" else f"{column} is {found}, not {kind}")
+        if (column_type := json_type(row[column])) != kind:
+            raise InvalidRow(f"{column} is null" if column_type == "null" else f"{column} is {column_type}, not {kind}")
     match format:
         case PreferenceFormat.HH:
             if row.get("prompt") is not None:
@@ -133,17 +133,18 @@ def parse_row(format: PreferenceFormat, row: Row, every_pair: bool) -> list[Prom
                 raise InvalidRow("prompt is marked as HH text, unlike the first row's")
             return [(_with_system(row, ({"role": "user", "content": row["prompt"]},)), row["chosen"], row["rejected"])]
         case PreferenceFormat.MESSAGES:
-            prompt, chosen, rejected = (_parse_messages(row[each], each) for each in wanted)
+            prompt, chosen, rejected = (_parse_messages(row[column], column) for column in required)
             return [(_with_system(row, prompt), _single_answer(chosen), _single_answer(rejected))]
         case PreferenceFormat.CHATS:
-            chosen, rejected = (_parse_messages(row[each], each) for each in wanted)
+            chosen, rejected = (_parse_messages(row[column], column) for column in required)
             prompt, better, worse = split_chats(chosen, rejected)
             _check_prompt_column(row.get("prompt"), prompt)
             return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.SHAREGPT:
             prompt = _parse_messages(row["conversations"], "conversations", _parse_sharegpt)
             better, worse = (
-                _single_answer(_parse_messages([row[each]], each, _parse_sharegpt)) for each in ("chosen", "rejected")
+                _single_answer(_parse_messages([row[column]], column, _parse_sharegpt))
+                for column in ("chosen", "rejected")
             )
             return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.ALPACA:
@@ -166,19 +167,19 @@ def parse_tools(row: Row) -> str:
             raise InvalidRow("tools is a string that is no JSON") from error
     if not tools:
         return ""
-    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InvalidRow("tools is no list of JSON schemas")
     return json.dumps(tools, ensure_ascii=False)
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """`row` with the columns under the names that shapes know, as `data.columns` says."""
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}} if columns else row
+    """`row` with its columns renamed as `data.columns` says."""
+    return {**row, **{name: row[column] for name, column in columns.items() if column in row}} if columns else row
 
 
 def list_columns(row: Row) -> str:
-    """The columns of a row, fit to be shown: the first twelve, each of at most 40 characters."""
-    names = [sanitize_text(str(each))[:40] for each in row]
+    """The columns of a row for messages: the first twelve, up to 40 characters of each."""
+    names = [sanitize_text(str(column))[:40] for column in row]
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"
 
 
@@ -187,15 +188,15 @@ def _has_answers(row: Row) -> bool:
 
 
 def _has_user_turn(messages: Sequence[Any]) -> bool:
-    return any(isinstance(each, dict) and each.get("role") == "user" for each in messages)
+    return any(isinstance(message, dict) and message.get("role") == "user" for message in messages)
 
 
 def _check_answer_columns(row: Row, place: str) -> None:
-    """Raise DataError if an answer column is missing, with the column that may have been meant."""
+    """Raise DataError if an answer column is missing, and suggest a column with a similar name."""
     for column in ("chosen", "rejected"):
         if column in row:
             continue
-        others = [str(each) for each in row if each not in ("prompt", "chosen", "rejected")]
+        others = [str(other) for other in row if other not in ("prompt", "chosen", "rejected")]
         close = difflib.get_close_matches(column, others, n=1)
         meant = sanitize_text(close[0]) if close else ""
         hint = f'set data.columns = {{ {column} = "{meant}" }} if "{meant}" is meant' if close else SUPPORTED_FORMATS
@@ -203,45 +204,47 @@ def _check_answer_columns(row: Row, place: str) -> None:
 
 
 def _with_system(row: Row, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt behind the text of a `system` column, unless it begins with a system turn itself."""
+    """The prompt, with the text of a `system` column before it unless it already begins with a system turn."""
     match row.get("system"):
         case None | "":
             return prompt
         case str(text):
-            own = prompt[:1] and prompt[0]["role"] == "system"
-            return prompt if own else ({"role": "system", "content": text}, *prompt)
+            has_system = prompt[:1] and prompt[0]["role"] == "system"
+            return prompt if has_system else ({"role": "system", "content": text}, *prompt)
         case other:
             raise InvalidRow(f"system is {json_type(other)}, not a string")
 
 
 def _parse_hh_prompt(prompt: str, chosen: str, rejected: str) -> PromptAndAnswers:
-    """A prompt that ends with an open Assistant marker, and two answers, each after one space."""
+    """A prompt that ends with an open Assistant marker, and two answers that follow one space."""
     turns = parse_hh(prompt)
     if turns[-1]["role"] != "assistant" or turns[-1]["content"].strip():
         raise InvalidRow("prompt does not end with an open Assistant turn")
-    answers = [parse_hh("\n\nHuman: \n\nAssistant:" + each) for each in (chosen, rejected)]
-    if any(len(each) != 2 for each in answers):
+    answers = [parse_hh("\n\nHuman: \n\nAssistant:" + answer) for answer in (chosen, rejected)]
+    if any(len(turns) != 2 for turns in answers):
         raise InvalidRow("answer holds more than one turn")
     check_roles(turns[:-1])
     return tuple(turns[:-1]), answers[0][1]["content"], answers[1][1]["content"]
 
 
 def _parse_alpaca_prompt(row: Row) -> tuple[Message, ...]:
-    """History, and the instruction with its input on a line of its own, as LLaMA-Factory joins them."""
+    """The history, then the instruction with its input on a new line, joined as in LLaMA-Factory."""
     history = row.get("history") or []
-    if not all(isinstance(each, list) and len(each) == 2 and all(isinstance(x, str) for x in each) for each in history):
+    if not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
+    ):
         raise InvalidRow("history is no list of questions with answers")
-    asked = row.get("input")
-    if asked is not None and not isinstance(asked, str):
-        raise InvalidRow(f"input is {json_type(asked)}, not a string")
-    question = f"{row['instruction']}\n{asked}" if asked else row["instruction"]
+    input_text = row.get("input")
+    if input_text is not None and not isinstance(input_text, str):
+        raise InvalidRow(f"input is {json_type(input_text)}, not a string")
+    question = f"{row['instruction']}\n{input_text}" if input_text else row["instruction"]
     earlier = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns: list[Message] = [{"role": role, "content": text} for role, text in (*earlier, ("user", question))]
     return _with_system(row, tuple(turns))
 
 
 def _parse_ranked(row: Row, every_pair: bool) -> list[PromptAndAnswers]:
-    """The pairs of one prompt's answers: a better one beside a worse one."""
+    """The pairs of a better and a worse answer to one prompt."""
     prompt = _parse_prompt(row.get("prompt"), row)
     if "scores" in row:
         order = _parse_scores(row["scores"], "scores")
@@ -249,19 +252,19 @@ def _parse_ranked(row: Row, every_pair: bool) -> list[PromptAndAnswers]:
         order = [-rank for rank in _parse_scores(row["ranks"], "ranks")]
     else:
         raise InvalidRow("neither scores nor ranks beside the responses")
-    answers = [_answer_text(each) for each in row["responses"]]
+    answers = [_answer_text(response) for response in row["responses"]]
     if len(answers) != len(order):
         raise InvalidRow("another number of scores than of responses")
-    ranked = sorted(zip(order, answers, strict=True), key=lambda each: -each[0])
-    some = combinations(ranked, 2) if every_pair else [(ranked[0], ranked[-1])] if ranked else []
-    pairs = [(prompt, better[1], worse[1]) for better, worse in some if better[0] > worse[0]]
+    ranked = sorted(zip(order, answers, strict=True), key=lambda scored: -scored[0])
+    candidates = combinations(ranked, 2) if every_pair else [(ranked[0], ranked[-1])] if ranked else []
+    pairs = [(prompt, better[1], worse[1]) for better, worse in candidates if better[0] > worse[0]]
     if not pairs:
         raise InvalidRow("no two responses of different rank")
     return pairs
 
 
 def _parse_unpaired(row: Row) -> PromptAndAnswers:
-    """The prompt and the answer that the label is about."""
+    """The prompt and the answer that the label rates."""
     if not isinstance(row.get("label"), bool):
         raise InvalidRow(f"label is {json_type(row.get('label'))}, not true or false")
     for column, read in (("messages", _parse_message), ("conversations", _parse_sharegpt)):
@@ -302,9 +305,9 @@ def _answer_text(value: Any) -> str:
 
 
 def _parse_scores(values: Any, column: str) -> list[float]:
-    if not isinstance(values, list) or not all(isinstance(each, int | float) for each in values):
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
         raise InvalidRow(f"{column} is no list of numbers")
-    return [float(each) for each in values]
+    return [float(value) for value in values]
 
 
 MessageParser = Callable[[Any, str], Message]
@@ -324,7 +327,7 @@ def _parse_message(value: Any, name: str) -> Message:
 
 
 def _parse_sharegpt(value: Any, name: str) -> Message:
-    """A turn of `from` and `value`."""
+    """A message from a turn with the keys `from` and `value`."""
     if not isinstance(value, dict):
         raise InvalidRow(f"{name} is {json_type(value)}, not an object with from and value")
     for key in ("from", "value"):
@@ -337,8 +340,8 @@ def _parse_sharegpt(value: Any, name: str) -> Message:
 
 
 def _parse_messages(value: list[Any], column: str, read: MessageParser = _parse_message) -> tuple[Message, ...]:
-    """Check one message list; keys of a message that are not read are left out."""
-    return tuple(read(each, f"a message of {column}") for each in value)
+    """Check a message list and keep the role and the content of each message."""
+    return tuple(read(message, f"a message of {column}") for message in value)
 
 
 def _single_answer(answer: tuple[Message, ...]) -> str:
@@ -350,7 +353,7 @@ def _single_answer(answer: tuple[Message, ...]) -> str:
 
 
 def _check_prompt_column(column: Any, prompt: tuple[Message, ...]) -> None:
-    """A prompt beside whole chats must be found in them: as one of the user turns, or as all turns."""
+    """Raise InvalidRow unless a prompt beside whole chats is one of their user turns, or all of their prompt."""
     match column:
         case None:
             return

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: downloaded once, read from the cache afterwards, also when the hub is away."""
+"""Data sets of the Hugging Face hub: downloaded once, then read from the cache, with or without the hub."""
 
 import errno
 import json
@@ -31,6 +31,7 @@ from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
 from qlora_dpo.files import atomic_write, cache_home
 
 DATASET_INFO_TIMEOUT = 10.0
+"""Seconds to wait for the hub to name the commit of a revision."""
 
 
 def read_hub_dataset(
@@ -38,10 +39,10 @@ def read_hub_dataset(
 ) -> tuple[LazySequence[Row], str]:
     """Return every row of one split of a hub data set, and its commit; `split` may be a slice (`train[:5000]`).
 
-    The hub is asked once, without retries, which commit `revision` is. If that commit is in the cache, or the hub
-    does not answer and the cache knows the commit, nothing is downloaded; a full commit hash is not even asked for.
-    No code of the repository is run. Raises RecipeError for a name, revision or split that does not exist,
-    SourceError for a hub or disk that does not do its part, DataError for content that cannot be read.
+    The hub resolves `revision` to a commit in one request without retries. Nothing is downloaded if that commit is in
+    the cache, or if the hub does not answer and the cache knows the commit; a full commit hash needs no request. No
+    code of the repository is run. Raises RecipeError for a name, revision or split that does not exist, SourceError if
+    the hub or the disk fails, and DataError for content that cannot be read.
     """
     commit = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
     if commit is None or _cached_folder(name, commit, config, data_dir) is None:
@@ -53,17 +54,17 @@ def read_hub_dataset(
         else:
             if not sys.stderr.isatty():
                 datasets.disable_progress_bars()
-            where = f"hf://datasets/{name}"
-            table = datasets.load_dataset(where, config, data_dir=data_dir, split=split, revision=revision or "main")
+            path = f"hf://datasets/{name}"
+            table = datasets.load_dataset(path, config, data_dir=data_dir, split=split, revision=revision or "main")
             if table.cache_files:
-                kept = Path(table.cache_files[0]["filename"]).parent
-                with suppress(SourceError):  # a note that cannot be written costs the next run a question to the hub
-                    atomic_write(_cache_note_path(name, commit, config, data_dir), str(kept))
+                cached_folder = Path(table.cache_files[0]["filename"]).parent
+                with suppress(SourceError):  # without the note, the next run asks the hub again
+                    atomic_write(_cache_note_path(name, commit, config, data_dir), str(cached_folder))
         return arrow_rows(table.data.table), commit
 
 
 def _resolve_commit(name: str, revision: str | None, config: str | None, data_dir: str | None) -> str:
-    """The commit that `revision` (the main branch if None) is now, or was when the hub was last reached."""
+    """The commit of `revision` (default: the main branch), or the last known one if the hub cannot be reached."""
     try:
         return str(HfApi().dataset_info(name, revision=revision, timeout=DATASET_INFO_TIMEOUT).sha)
     except HFValidationError as error:
@@ -82,7 +83,7 @@ def _resolve_commit(name: str, revision: str | None, config: str | None, data_di
             f"{name}: there is no such data set on the hub, or it is private; correct the name, log in with "
             "`hf auth login`, or write ./ before a local path"
         ) from error
-    except Exception as error:  # offline mode, refused, timeout, a hub or proxy in trouble: each has its own class
+    except Exception as error:  # offline, refused, timed out, hub or proxy errors: each has its own class
         commit = _last_known_commit(name, revision)
         if commit is not None and _cached_folder(name, commit, config, data_dir) is not None:
             return commit
@@ -98,7 +99,7 @@ def _resolve_commit(name: str, revision: str | None, config: str | None, data_di
 
 
 def _last_known_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag was when it was last downloaded; a commit hash is itself."""
+    """The commit of a branch or tag at its last download; a commit hash is returned unchanged."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
@@ -107,10 +108,10 @@ def _last_known_commit(name: str, revision: str | None) -> str | None:
 
 
 def _cached_folder(name: str, commit: str, config: str | None, data_dir: str | None) -> Path | None:
-    """The folder in which `datasets` keeps that commit, if it is there.
+    """The folder in which `datasets` has cached that commit, if any.
 
-    A note of ours remembers where what was read lies, since a folder's name tells neither a `data_dir` nor which
-    configuration is read where none is named. Without a note it is the folder of `config`, or of the default one.
+    A note in our own cache names the folder, since the folder's name contains neither `data_dir` nor the configuration
+    that is read when none is named. Without a note it is the folder of `config`, or of the default configuration.
     """
     note = _cache_note_path(name, commit, config, data_dir)
     if note.is_file():
@@ -121,8 +122,8 @@ def _cached_folder(name: str, commit: str, config: str | None, data_dir: str | N
     owner, _, short = name.rpartition("/")
     home = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     stem = "___".join(filter(None, (owner, datasets.naming.camelcase_to_snakecase(short))))
-    found = [each.parent for each in home.glob(f"{stem}/{config or 'default'}/*/{commit}/dataset_info.json")]
-    return found[0] if len(found) == 1 else None
+    folders = [info.parent for info in home.glob(f"{stem}/{config or 'default'}/*/{commit}/dataset_info.json")]
+    return folders[0] if len(folders) == 1 else None
 
 
 def _cache_note_path(name: str, commit: str, config: str | None, data_dir: str | None) -> Path:
@@ -139,7 +140,7 @@ def _open_cached(name: str, folder: Path) -> Any:
 
 @contextmanager
 def _explain_errors(name: str, split: str) -> Iterator[None]:
-    """Turn what `datasets` raises while it downloads and reads into one sentence of the right class."""
+    """Turn errors of `datasets` into errors of this project, each one sentence."""
     try:
         yield
     except QloraDpoError:
@@ -149,17 +150,17 @@ def _explain_errors(name: str, split: str) -> Iterator[None]:
 
 
 def explain_dataset_error(error: Exception, name: str, split: str) -> QloraDpoError:
-    """The error of this project that says what an error of `datasets` means to the user."""
+    """The error of this project for an error of `datasets`."""
     causes = list(_exception_chain(error))
     text = " ".join(str(error).split())
-    if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in causes):
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         return SourceError(
             f"{name}: the disk is full; free space in {datasets.config.HF_DATASETS_CACHE}, "
             "or set HF_HOME to a folder on a larger disk"
         )
     if text.startswith("Unknown split"):
-        found = ", ".join(re.findall(r"'([^']+)'", text.partition("Should be one of")[2]))
-        return RecipeError(f'{name}: has no split "{split}"; it has {found}; set data.train_split or data.eval_split')
+        splits = ", ".join(re.findall(r"'([^']+)'", text.partition("Should be one of")[2]))
+        return RecipeError(f'{name}: has no split "{split}"; it has {splits}; set data.train_split or data.eval_split')
     if text.startswith("BuilderConfig") and "not found" in text:
         return RecipeError(f"{name}: has no such configuration; it has {_configurations(text)}; correct data.config")
     if text.startswith("Config name is missing"):
@@ -172,15 +173,15 @@ def explain_dataset_error(error: Exception, name: str, split: str) -> QloraDpoEr
         return DataError(f"{name}: holds no data files that can be read")
     if isinstance(error, DatasetGenerationError):
         return DataError(f"{name}: its files cannot be read: {' '.join(str(causes[-1]).split())[:200]}")
-    if isinstance(error, OSError) or any(isinstance(each, OSError) for each in causes):
+    if isinstance(error, OSError) or any(isinstance(cause, OSError) for cause in causes):
         return SourceError(f"{name}: the download failed; try again, and check the network and the disk: {text[:200]}")
     return DataError(f"{name}: cannot be read: {text[:200]}")
 
 
 def _configurations(text: str) -> str:
     """The configurations that an error of `datasets` lists."""
-    found = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
-    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "its hub page lists them"
+    names = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "its hub page lists them"
 
 
 def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:

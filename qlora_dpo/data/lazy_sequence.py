@@ -1,4 +1,7 @@
-"""A sequence whose items are made when they are asked for, so that a large data set stays on disk."""
+"""A sequence whose items are made when they are read, so that a large data set stays on disk.
+
+Arrow cannot hold this one: text pairs are parsed from the rows of a file, with the columns that a recipe names.
+"""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +13,13 @@ from numpy.typing import NDArray
 
 _T = TypeVar("_T")
 ColumnLoaders = Mapping[str, Callable[[], NDArray[Any]]]
-"""What is known of all items without making one: by name, a function that returns an array with a row for each."""
+"""Columns by name, each loaded without making an item: a function that returns an array with a row per item."""
 
 
 class LazySequence(Sequence[_T]):
-    """`count` items, of which `make(index)` makes one anew each time; equal to a sequence of equal items.
+    """`count` items, each made by `make(index)` at every access; equal to any sequence of equal items.
 
-    `columns` tell something of every item at once.
+    `columns` hold values of all items, such as their lengths.
     """
 
     def __init__(self, count: int, make: Callable[[int], _T], columns: ColumnLoaders = MappingProxyType({})) -> None:
@@ -36,25 +39,25 @@ class LazySequence(Sequence[_T]):
             raise IndexError(index)
         return self._make(int(index) % self._count)
 
-    def select(self, places: Sequence[int] | Any) -> "LazySequence[_T]":
-        """The items at `places`, in that order; they too are made when they are asked for."""
-        chosen = np.asarray(places, dtype=np.int64)
-        columns = {name: _select_column(column, chosen) for name, column in self.columns.items()}
-        return LazySequence(len(chosen), lambda index: self._make(int(chosen[index])), columns)
+    def select(self, indices: Sequence[int] | Any) -> "LazySequence[_T]":
+        """The items at `indices`, in that order; they are made when they are read."""
+        index_S = np.asarray(indices, dtype=np.int64)
+        columns = {name: _select_column(column, index_S) for name, column in self.columns.items()}
+        return LazySequence(len(index_S), lambda index: self._make(int(index_S[index])), columns)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+        return len(self) == len(other) and all(item == theirs for item, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # its items may be of any kind
+    __hash__ = None  # type: ignore[assignment]  # items may be unhashable
 
 
-def select_items(items: Sequence[_T], places: Sequence[int] | Any) -> LazySequence[_T]:
-    """The `items` at `places`, in that order."""
+def select_items(items: Sequence[_T], indices: Sequence[int] | Any) -> LazySequence[_T]:
+    """The `items` at `indices`, in that order."""
     if isinstance(items, LazySequence):
-        return items.select(places)
-    return LazySequence(len(places), lambda index: items[int(places[index])])
+        return items.select(indices)
+    return LazySequence(len(indices), lambda index: items[int(indices[index])])
 
 
 def concatenate_sequences(parts: Sequence[Sequence[_T]]) -> LazySequence[_T]:
@@ -67,13 +70,15 @@ def concatenate_sequences(parts: Sequence[Sequence[_T]]) -> LazySequence[_T]:
         number = bisect_right(ends, index)
         return parts[number][index - (ends[number - 1] if number else 0)]
 
-    known = [part.columns if isinstance(part, LazySequence) else {} for part in parts]
-    names = set.intersection(*(set(columns) for columns in known)) if known else set[str]()
-    return LazySequence(ends[-1] if ends else 0, make, {name: _concatenate_column(known, name) for name in names})
+    columns_by_part = [part.columns if isinstance(part, LazySequence) else {} for part in parts]
+    names = set.intersection(*(set(columns) for columns in columns_by_part)) if columns_by_part else set[str]()
+    return LazySequence(
+        ends[-1] if ends else 0, make, {name: _concatenate_column(columns_by_part, name) for name in names}
+    )
 
 
-def _select_column(column: Callable[[], NDArray[Any]], places: NDArray[np.int64]) -> Callable[[], NDArray[Any]]:
-    return lambda: column()[places]
+def _select_column(column: Callable[[], NDArray[Any]], index_S: NDArray[np.int64]) -> Callable[[], NDArray[Any]]:
+    return lambda: column()[index_S]
 
 
 def _concatenate_column(parts: Sequence[ColumnLoaders], name: str) -> Callable[[], NDArray[Any]]:

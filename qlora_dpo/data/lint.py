@@ -1,90 +1,127 @@
-"""What is odd about preference data beyond rows that are no pairs: repeats, contradictions, leaks, length bias."""
+"""Finds problems of preference data: unusable rows, duplicates, contradictions, leaked prompts, length bias."""
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from qlora_dpo.data.pairs import Pair, ParsedRows
 
 MIN_LEAK_CHARACTERS = 40
-"""A question that short may well be quoted in an answer."""
+"""Shorter questions may well be quoted in an answer."""
 MEDIUM_EFFECT_SIZE = 0.5
-"""From here on a difference counts as medium (Cohen 1988)."""
+"""The effect size from which a difference is called medium (Cohen 1988)."""
 
 
 @dataclass(frozen=True)
 class LintFinding:
-    """One kind of oddity: the rows it was found in, counted from 1, and what can be done."""
+    """One kind of problem: the rows that have it, counted from 1, and what to do."""
 
     problem: str
     rows: tuple[int, ...]
     advice: str
     fixable: bool = True
-    """True if leaving these rows out mends it."""
+    """True if removing these rows solves it."""
 
 
 @dataclass(frozen=True)
 class LengthStats:
-    """How the lengths of answers differ, in characters; shares are of all pairs."""
+    """How the lengths of the two answers differ, in characters."""
 
     num_pairs: int
     chosen_longer: float
+    """The share of pairs whose chosen answer is the longer one; a tie counts one half."""
     effect_size: float
-    """The mean difference of the logarithms of both lengths in units of its standard deviation."""
+    """The mean difference of the log lengths, divided by its standard deviation (Cohen's d of paired samples)."""
 
     def describe(self) -> str:
-        """What the figures say."""
+        """The statistics as a sentence."""
         side = "longer" if self.effect_size > 0 else "shorter"
-        marked = f"; the loss may teach {side} answers" if abs(self.effect_size) >= MEDIUM_EFFECT_SIZE else ""
-        return f"the chosen answer is the longer one in {self.chosen_longer:.1%}, effect size {self.effect_size:+.2f}{marked}"
+        warning = f"; the loss may teach {side} answers" if abs(self.effect_size) >= MEDIUM_EFFECT_SIZE else ""
+        share = f"the chosen answer is the longer one in {self.chosen_longer:.1%}"
+        return f"{share}, effect size {self.effect_size:+.2f}{warning}"
 
 
 def find_problems(parsed: ParsedRows) -> list[LintFinding]:
-    """Everything odd about the rows of one source, the worst first."""
+    """All problems of the rows of one source, the worst first; each pair is parsed once."""
     unusable = [
         LintFinding(f"no pair: {reason}", tuple(rows), "mend or remove") for reason, rows in parsed.dropped.items()
     ]
-    pairs = parsed.pairs
+    scan = _LintScan()
+    for pair in parsed.pairs:
+        scan.add(pair)
     return [
         *unusable,
-        *_optional_finding("the same pair again", _duplicates(pairs, _exact_key), "keep one of them"),
+        *_optional_finding("the same pair again", scan.duplicates, "keep one of them"),
+        *_optional_finding("alike but for case, punctuation and spaces", scan.near_duplicates, "keep one of them"),
         *_optional_finding(
-            "alike but for case, punctuation and spaces",
-            _duplicates(pairs, _normalized_key, excluded_key=_exact_key),
-            "keep one of them",
+            "the opposite of another pair", scan.contradictions(), "decide which answer is the better one"
         ),
-        *_optional_finding(
-            "the opposite of another pair", _contradictions(pairs), "decide which answer is the better one"
-        ),
-        *_optional_finding(
-            "an answer repeats the question", _prompt_leaks(pairs), "remove the question from the answer"
-        ),
-        *_label_imbalance(pairs),
+        *_optional_finding("an answer repeats the question", scan.leaks, "remove the question from the answer"),
+        *_label_imbalance(scan.labels),
     ]
 
 
+class _LintScan:
+    """The problems of pairs that are added one by one; texts are kept as digests."""
+
+    def __init__(self) -> None:
+        self.duplicates, self.near_duplicates, self.leaks = list[int](), list[int](), list[int]()
+        self.labels = list[tuple[int, bool | None]]()
+        self._exact, self._normalized = set[bytes](), set[bytes]()
+        self._rows_by_answers = dict[bytes, list[int]]()
+        self._reversed = dict[bytes, bytes]()
+
+    def add(self, pair: Pair) -> None:
+        """Compare a pair with those before it."""
+        exact, normalized = _digest(_exact_key(pair)), _digest(_normalized_key(pair))
+        if exact in self._exact:
+            self.duplicates.append(pair.row)
+        elif normalized in self._normalized:
+            self.near_duplicates.append(pair.row)
+        self._exact.add(exact)
+        self._normalized.add(normalized)
+        if _leaks_prompt(pair):
+            self.leaks.append(pair.row)
+        self.labels.append((pair.row, pair.label))
+        if pair.label is None:
+            prompt = _prompt_key(pair)
+            answers, swapped = (
+                _digest((prompt, pair.chosen, pair.rejected)),
+                _digest((prompt, pair.rejected, pair.chosen)),
+            )
+            self._rows_by_answers.setdefault(answers, []).append(pair.row)
+            self._reversed[answers] = swapped
+
+    def contradictions(self) -> Iterable[int]:
+        """Rows of pairs whose answers another pair has the other way round."""
+        for answers, rows in self._rows_by_answers.items():
+            if self._reversed[answers] in self._rows_by_answers:
+                yield from rows
+
+
 def length_stats(pairs: Sequence[Pair]) -> LengthStats | None:
-    """How the lengths of chosen and rejected answers differ; None without pairs, or for unpaired answers."""
+    """Length statistics of chosen and rejected answers; None without pairs, or for unpaired answers."""
     if not pairs or pairs[0].label is not None:
         return None
     differences = [math.log(len(pair.chosen)) - math.log(len(pair.rejected)) for pair in pairs]
     mean = sum(differences) / len(pairs)
-    spread = math.sqrt(sum((each - mean) ** 2 for each in differences) / max(1, len(pairs) - 1))
-    longer = sum(0.5 if each == 0 else float(each > 0) for each in differences) / len(pairs)
+    spread = math.sqrt(sum((difference - mean) ** 2 for difference in differences) / max(1, len(pairs) - 1))
+    longer = sum(0.5 if difference == 0 else float(difference > 0) for difference in differences) / len(pairs)
     return LengthStats(len(pairs), longer, mean / spread if spread else 0.0)
 
 
 def prompt_overlap(train: Sequence[Pair], eval_pairs: Sequence[Pair]) -> tuple[int, ...]:
-    """Rows of the held-out pairs whose prompt is a training prompt as well."""
-    known = {_prompt_key(pair) for pair in train}
-    return tuple(sorted({pair.row for pair in eval_pairs if _prompt_key(pair) in known}))
+    """Rows of the held-out pairs whose prompt is also a training prompt."""
+    train_prompts = {_prompt_key(pair) for pair in train}
+    return tuple(sorted({pair.row for pair in eval_pairs if _prompt_key(pair) in train_prompts}))
 
 
-def _optional_finding(what: str, rows: Iterable[int], advice: str) -> list[LintFinding]:
+def _optional_finding(problem: str, rows: Iterable[int], advice: str) -> list[LintFinding]:
     numbers = tuple(sorted(set(rows)))
-    return [LintFinding(what, numbers, advice)] if numbers else []
+    return [LintFinding(problem, numbers, advice)] if numbers else []
 
 
 def _prompt_key(pair: Pair) -> Hashable:
@@ -100,50 +137,34 @@ def _normalized_key(pair: Pair) -> Hashable:
     return tuple(re.sub(r"[\W_]+", " ", text).casefold().strip() for text in texts)
 
 
-def _duplicates(
-    pairs: Sequence[Pair], key: Callable[[Pair], Hashable], excluded_key: Callable[[Pair], Hashable] | None = None
-) -> Iterable[int]:
-    """Rows whose key an earlier row has, unless its `excluded_key` is an earlier one's as well."""
-    seen, other = set[Hashable](), set[Hashable]()
-    for pair in pairs:
-        mine, excused = key(pair), excluded_key(pair) if excluded_key else None
-        if mine in seen and not (excluded_key and excused in other):
-            yield pair.row
-        seen.add(mine)
-        other.add(excused)
+def _digest(key: Hashable) -> bytes:
+    return sha256(repr(key).encode(errors="surrogatepass")).digest()[:16]
 
 
-def _contradictions(pairs: Sequence[Pair]) -> Iterable[int]:
-    known = {(_prompt_key(pair), pair.chosen, pair.rejected) for pair in pairs if pair.label is None}
-    yield from (pair.row for pair in pairs if (_prompt_key(pair), pair.rejected, pair.chosen) in known)
+def _leaks_prompt(pair: Pair) -> bool:
+    question = pair.prompt[-1]["content"].strip()
+    answers = (pair.chosen, pair.rejected) if pair.label is None else (pair.chosen,)
+    return len(question) >= MIN_LEAK_CHARACTERS and any(question in answer for answer in answers)
 
 
-def _prompt_leaks(pairs: Sequence[Pair]) -> Iterable[int]:
-    for pair in pairs:
-        question = pair.prompt[-1]["content"].strip()
-        answers = (pair.chosen, pair.rejected) if pair.label is None else (pair.chosen,)
-        if len(question) >= MIN_LEAK_CHARACTERS and any(question in answer for answer in answers):
-            yield pair.row
-
-
-def _label_imbalance(pairs: Sequence[Pair]) -> list[LintFinding]:
-    good = [pair for pair in pairs if pair.label]
-    if not pairs or pairs[0].label is None or 0.2 <= len(good) / len(pairs) <= 0.8:
+def _label_imbalance(labels: Sequence[tuple[int, bool | None]]) -> list[LintFinding]:
+    """A finding about the rarer label, if under a fifth of the rows have it; `labels` holds row number and label."""
+    num_true = sum(bool(label) for _, label in labels)
+    if not labels or labels[0][1] is None or 0.2 <= num_true / len(labels) <= 0.8:
         return []
-    rare = [pair.row for pair in pairs if bool(pair.label) != (2 * len(good) > len(pairs))]
-    share = len(good) / len(pairs)
-    words = f"labels are {share:.0%} true"
-    return [LintFinding(words, tuple(rare), "set objective.desirable_weight and undesirable_weight", fixable=False)]
+    rare_rows = tuple(row for row, label in labels if bool(label) != (2 * num_true > len(labels)))
+    problem = f"labels are {num_true / len(labels):.0%} true"
+    return [LintFinding(problem, rare_rows, "set objective.desirable_weight and undesirable_weight", fixable=False)]
 
 
 def findings_json(parsed: ParsedRows, problems: Sequence[LintFinding], stats: LengthStats | None) -> dict[str, Any]:
-    """The whole result as one JSON object."""
+    """The findings and the length statistics as one JSON object."""
     return {
         "shape": parsed.format.value,
         "pairs": len(parsed.pairs),
         "findings": [
-            {"what": each.problem, "count": len(each.rows), "rows": list(each.rows), "advice": each.advice}
-            for each in problems
+            {"what": finding.problem, "count": len(finding.rows), "rows": list(finding.rows), "advice": finding.advice}
+            for finding in problems
         ],
         "length": stats and {"chosen_longer": stats.chosen_longer, "effect": stats.effect_size},
     }

@@ -1,4 +1,4 @@
-"""The pairs of all sources of a recipe as one list: each keeps its place, and each source gives what its table says."""
+"""Concatenates the pairs of all sources of a recipe; each source contributes according to its weight and limit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,114 +22,119 @@ class Mixture:
     format: str
     parsed: ParsedRows
     source_P: IntArray
-    """Which source each pair is of."""
+    """The source number of each pair (P)."""
     names: tuple[str, ...]
     first_rows: tuple[int, ...]
-    """The number of the first row of each source."""
+    """The first row number of each source."""
     max_pairs: tuple[int | None, ...]
-    """How many pairs each source gives at most; None: as many as there are."""
+    """The largest number of pairs from each source; None means all."""
     weights: tuple[float, ...] | None
-    """The share of each source among the pairs that are used; None: whatever there are."""
+    """The share of each source among the used pairs, adding up to 1; None means all pairs."""
 
     @property
     def is_drawn(self) -> bool:
-        """True if the pairs are drawn rather than taken in their order."""
-        return self.weights is not None or any(most is not None for most in self.max_pairs)
+        """True if pairs are sampled rather than taken in order."""
+        return self.weights is not None or any(limit is not None for limit in self.max_pairs)
 
-    def source_limits(self, wanted: int | None) -> list[float]:
-        """How many pairs of each source may be needed for `wanted` pairs in all."""
-        limits = [float("inf") if most is None else most for most in self.max_pairs]
-        if self.weights is None or wanted is None:
+    def source_limits(self, max_pairs: int | None) -> list[float]:
+        """How many pairs of each source may be needed for `max_pairs` pairs in all."""
+        limits = [float("inf") if limit is None else limit for limit in self.max_pairs]
+        if self.weights is None or max_pairs is None:
             return limits
-        return [min(limit, np.ceil(wanted * share)) for limit, share in zip(limits, self.weights, strict=True)]
+        return [min(limit, np.ceil(max_pairs * share)) for limit, share in zip(limits, self.weights, strict=True)]
 
-    def select_shares(self, source_U: IntArray, wanted: int | None) -> BoolArray:
-        """Which of the usable pairs, in the order of their draw, are in the mixture: each source has its share."""
+    def select_shares(self, source_U: IntArray, max_pairs: int | None) -> BoolArray:
+        """A mask of the usable pairs, in sampling order, that are used: each source gets its share."""
         if self.weights is None:
             return np.ones(len(source_U), dtype=bool)
         shares = np.array(self.weights)
         counts = np.bincount(source_U, minlength=len(shares))
-        total = min([*(counts / shares), *([wanted] if wanted is not None else [])])
-        give = np.floor(total * shares + 1e-6)
+        total = min([*(counts / shares), *([max_pairs] if max_pairs is not None else [])])
+        quotas = np.floor(total * shares + 1e-6)
         nth_U = np.zeros(len(source_U), dtype=np.int64)
         for source in range(len(shares)):
             nth_U[source_U == source] = np.arange(counts[source])
-        kept: BoolArray = nth_U < give[source_U]
+        kept: BoolArray = nth_U < quotas[source_U]
         return kept
 
 
 def parse_sources(
     table: DataTable, part: DataPart, extra_columns: Mapping[str, str], progress: ProgressCallback = no_progress
 ) -> Mixture:
-    """Read the rows of all sources of `part` and find their pairs; raises as `read_rows` and `parse_pairs` do."""
+    """Read and parse the rows of all sources of `part`; raises what `read_sources` and `parse_pairs` raise."""
     parts = read_sources(table, part)
     tables = _source_tables(table, part)
-    each_pair = table.ranked_pairs == "all"
-    founds = [
+    every_pair = table.ranked_pairs == "all"
+    parsed_parts = [
         parse_pairs(
-            rows, extra_columns, ParseOptions(own.format, own.columns, each_pair), table.effective_eval_share, progress
+            rows,
+            extra_columns,
+            ParseOptions(source.format, source.columns, every_pair),
+            table.effective_eval_share,
+            progress,
         )
-        for rows, own in zip(parts, tables, strict=True)
+        for rows, source in zip(parts, tables, strict=True)
     ]
-    _check_same_kind(parts, founds)
-    first_rows = np.cumsum([1, *(len(each.rows) for each in parts)])[:-1].tolist()
-    weights = [own.weight for own in tables if isinstance(own, MixTable) and own.weight is not None]
+    _check_same_kind(parts, parsed_parts)
+    first_rows = np.cumsum([1, *(len(rows.rows) for rows in parts)])[:-1].tolist()
+    weights = [source.weight for source in tables if isinstance(source, MixTable) and source.weight is not None]
     return Mixture(
         rows=concatenate_rows(parts),
-        format="; ".join(dict.fromkeys(each.format.value for each in founds)),
-        parsed=_concatenate_parsed(founds, first_rows),
-        source_P=np.repeat(np.arange(len(founds)), [len(each.pairs) for each in founds]),
-        names=tuple(each.name for each in parts),
+        format="; ".join(dict.fromkeys(parsed.format.value for parsed in parsed_parts)),
+        parsed=_concatenate_parsed(parsed_parts, first_rows),
+        source_P=np.repeat(np.arange(len(parsed_parts)), [len(parsed.pairs) for parsed in parsed_parts]),
+        names=tuple(rows.name for rows in parts),
         first_rows=tuple(first_rows),
-        max_pairs=tuple(_max_source_pairs(own, table.effective_eval_share, part) for own in tables),
+        max_pairs=tuple(_max_source_pairs(source, table.effective_eval_share, part) for source in tables),
         weights=tuple(weight / sum(weights) for weight in weights) if weights else None,
     )
 
 
 def _source_tables(table: DataTable, part: DataPart) -> Sequence[DataTable | MixTable]:
-    apart = part == "eval" and table.effective_eval_share is None
-    return [table] if table.mix is None or apart else table.mix
+    has_own_eval = part == "eval" and table.effective_eval_share is None
+    return [table] if table.mix is None or has_own_eval else table.mix
 
 
-def _max_source_pairs(own: DataTable | MixTable, share: float | None, part: DataPart) -> int | None:
-    """How many pairs a source gives to one part; what is held out of it counts among its `max_samples`."""
-    if not isinstance(own, MixTable) or own.max_samples is None:
+def _max_source_pairs(source: DataTable | MixTable, share: float | None, part: DataPart) -> int | None:
+    """The largest number of pairs from a source in one part; its `max_samples` include the held-out pairs."""
+    if not isinstance(source, MixTable) or source.max_samples is None:
         return None
-    held = round(own.max_samples * share) if share is not None else 0
-    return held if part == "eval" else own.max_samples - held
+    num_eval = round(source.max_samples * share) if share is not None else 0
+    return num_eval if part == "eval" else source.max_samples - num_eval
 
 
-def _check_same_kind(parts: Sequence[SourceRows], founds: Sequence[ParsedRows]) -> None:
-    labelled = [each.format is PreferenceFormat.UNPAIRED for each in founds]
-    if any(labelled) and not all(labelled):
-        one, other = parts[labelled.index(True)].name, parts[labelled.index(False)].name
+def _check_same_kind(parts: Sequence[SourceRows], parsed_parts: Sequence[ParsedRows]) -> None:
+    is_unpaired = [parsed.format is PreferenceFormat.UNPAIRED for parsed in parsed_parts]
+    if any(is_unpaired) and not all(is_unpaired):
+        unpaired, paired = parts[is_unpaired.index(True)].name, parts[is_unpaired.index(False)].name
         raise RecipeError(
-            f"{one}: holds answers with a label, and {other} holds pairs; a mixture is of one kind, so leave one out"
+            f"{unpaired}: holds answers with a label, and {paired} holds pairs; a mixture is of one kind, "
+            "so leave one out"
         )
 
 
-def _concatenate_parsed(founds: Sequence[ParsedRows], first_rows: Sequence[int]) -> ParsedRows:
-    if len(founds) == 1:
-        return founds[0]
+def _concatenate_parsed(parts: Sequence[ParsedRows], first_rows: Sequence[int]) -> ParsedRows:
+    if len(parts) == 1:
+        return parts[0]
     dropped = dict[str, list[int]]()
-    for found, first in zip(founds, first_rows, strict=True):
-        for reason, numbers in found.dropped.items():
+    for parsed, first in zip(parts, first_rows, strict=True):
+        for reason, numbers in parsed.dropped.items():
             dropped.setdefault(reason, []).extend(number + first - 1 for number in numbers)
-    moved = [_offset_rows(found.pairs, first - 1) for found, first in zip(founds, first_rows, strict=True)]
-    rows = [found.row_P + first - 1 for found, first in zip(founds, first_rows, strict=True)]
-    held = [found.is_eval_P for found in founds if found.is_eval_P is not None]
+    pairs = [_offset_rows(parsed.pairs, first - 1) for parsed, first in zip(parts, first_rows, strict=True)]
+    rows = [parsed.row_P + first - 1 for parsed, first in zip(parts, first_rows, strict=True)]
+    is_eval = [parsed.is_eval_P for parsed in parts if parsed.is_eval_P is not None]
     return ParsedRows(
-        founds[0].format,
-        concatenate_sequences(moved),
+        parts[0].format,
+        concatenate_sequences(pairs),
         dropped,
         np.concatenate(rows),
-        np.concatenate(held) if held else None,
+        np.concatenate(is_eval) if is_eval else None,
     )
 
 
-def _offset_rows(pairs: Sequence[Pair], by: int) -> LazySequence[Pair]:
+def _offset_rows(pairs: Sequence[Pair], offset: int) -> LazySequence[Pair]:
     def make(index: int) -> Pair:
         pair = pairs[index]
-        return replace(pair, row=pair.row + by)
+        return replace(pair, row=pair.row + offset)
 
     return LazySequence(len(pairs), make)

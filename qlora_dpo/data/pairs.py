@@ -1,4 +1,4 @@
-"""Rows become pairs: the shape of the data is recognised, every row is checked, and unusable rows get a reason."""
+"""Parses rows into pairs: detects the format of the data, checks every row, and records why rows are dropped."""
 
 import json
 from array import array
@@ -8,9 +8,11 @@ from hashlib import sha256
 from types import MappingProxyType
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from qlora_dpo.data import scan_cache
+from qlora_dpo.data import arrow_cache
+from qlora_dpo.data.arrow_columns import binary_array, number_array, read_numbers
 from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles
 from qlora_dpo.data.files import Row
 from qlora_dpo.data.formats import (
@@ -31,14 +33,14 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 PARSE_VERSION = 1
-"""Goes up when the same row would be another pair, so that no reading of an older version is used."""
+"""Incremented when the same row would become another pair, so that older cache entries are not used."""
 MAX_CHARACTERS = 1_000_000
-"""Characters of a row's prompt and answers; more is no conversation, and would be tokenized for seconds."""
+"""The longest prompt with answers; more is not a conversation, and would take seconds to tokenize."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt (optional system turn, then user and assistant in turn, ending with user) and its two answers."""
+    """A prompt (optional system turn, then alternating user and assistant turns, user last) and its two answers."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -46,16 +48,16 @@ class Pair:
     row: int
     """Row number in the source, from 1; several pairs of one row of ranked answers share it."""
     extra: Mapping[str, str]
-    """Values of the columns that were asked for, as text; null is the empty string."""
+    """Values of the extra columns as text; null becomes the empty string."""
     label: bool | None = None
-    """Of an unpaired answer, which is `chosen`; `rejected` is then the answer of another row, for comparison."""
+    """For unpaired data: is `chosen` desirable? `rejected` is then a mismatched answer for KTO's KL estimate."""
     tools: str = ""
-    """The tools that the template is told of, as a JSON list of their schemas; empty: none."""
+    """The tools passed to the chat template, as a JSON list of their schemas; empty if there are none."""
 
 
 @dataclass(frozen=True)
 class ParseOptions:
-    """How the recipe says that rows are to be read."""
+    """How the recipe says that rows are parsed."""
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -64,9 +66,9 @@ class ParseOptions:
 
 @dataclass(frozen=True)
 class ParsedRows:
-    """What the rows of a source hold: usable pairs in their order, and the numbers of all other rows by reason.
+    """The parsed rows of a source: well-formed pairs in order, and the numbers of all other rows by reason.
 
-    Pairs are made from their rows when they are asked for; `row_P` has the row number of each.
+    Pairs are made from their rows when they are read; `row_P` holds the row number of each.
     """
 
     format: PreferenceFormat
@@ -74,10 +76,10 @@ class ParsedRows:
     dropped: dict[str, list[int]]
     row_P: IntArray
     is_eval_P: BoolArray | None = None
-    """Which pairs are of the held-out share of the prompts, where one was asked for."""
+    """A mask of the held-out pairs, if a share of the prompts is held out."""
 
     def select(self, keep_P: BoolArray) -> "ParsedRows":
-        """The same with a part of the pairs."""
+        """The same rows with only the pairs of a mask."""
         places = np.flatnonzero(keep_P)
         pairs = LazySequence(len(places), lambda index: self.pairs[int(places[index])])
         return replace(self, pairs=pairs, row_P=self.row_P[places], is_eval_P=None)
@@ -90,45 +92,43 @@ def parse_pairs(
     eval_share: float | None = None,
     progress: ProgressCallback = no_progress,
 ) -> ParsedRows:
-    """Read every row as pairs of the one shape that the source has; `eval_share` of the prompts are marked as held out.
+    """Parse every row in the one format of the source; pairs of `eval_share` of the prompts are marked as held out.
 
-    A row that holds none (a column that is missing, null or of another type, equal or empty answers, unequal prompts,
-    roles that do not alternate, a last turn that is not the assistant's, more text than any model reads) is counted
-    under its reason. Raises DataError where no row has a shape that is understood, and RecipeError if a column of
-    `extra_columns` is missing.
+    A row without a pair is listed under its reason: a column that is missing, null or of another type, equal or empty
+    answers, unequal prompts, roles that do not alternate, a last turn that is not the assistant's, or more text than
+    any model reads. Raises DataError if no row has a supported format, and RecipeError if a column of `extra_columns`
+    is missing.
     """
     options = options or ParseOptions()
     if options.columns:
-        read, columns = rows.rows, options.columns
-        rows = replace(rows, rows=LazySequence(len(read), lambda index: rename_columns(read[index], columns)))
-    large = rows.fingerprint and len(rows.rows) >= scan_cache.MIN_CACHED_ROWS
-    name = (
-        scan_cache.scan_key(PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
-        if large
-        else None
-    )
-    scan = _load_cached_parse(name)
+        original, columns = rows.rows, options.columns
+        renamed = LazySequence(len(original), lambda index: rename_columns(original[index], columns))
+        rows = replace(rows, rows=renamed)
+    is_cached = rows.fingerprint and len(rows.rows) >= arrow_cache.MIN_CACHED_ROWS
+    key_parts = (PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
+    key = f"parsed-{arrow_cache.cache_key(*key_parts)}" if is_cached else None
+    scan = _load_cached_parse(key)
     if scan is None:
         scan = _scan_rows(rows, extra_columns, options, eval_share, progress)
-        _store_parse(name, scan)
-    shape, row_P, which_P = scan.format, scan.row_P, scan.pair_index_P
+        _store_parse(key, scan)
+    format, row_P, pair_index_P = scan.format, scan.row_P, scan.pair_index_P
 
     def make(index: int) -> Pair:
-        number, which = row_P[index], which_P[index]
+        number = row_P[index]
         row = rows.rows[number - 1]
-        prompt, chosen, rejected = parse_row(shape, row, options.every_pair)[which]
+        prompt, chosen, rejected = parse_row(format, row, options.every_pair)[pair_index_P[index]]
         extra = {column: _extra_value(row, column, key, rows) for column, key in extra_columns.items()}
-        label = row["label"] if shape is PreferenceFormat.UNPAIRED else None
+        label = row["label"] if format is PreferenceFormat.UNPAIRED else None
         return Pair(prompt, chosen, rejected, number, extra, label, parse_tools(row))
 
-    held = np.array(scan.is_eval_P, dtype=bool) if eval_share is not None else None
-    found = ParsedRows(shape, LazySequence(len(row_P), make), scan.dropped, np.array(row_P), held)
-    return _with_mismatched_answers(found, scan.answer_digests) if shape is PreferenceFormat.UNPAIRED else found
+    is_eval_P = np.array(scan.is_eval_P, dtype=bool) if eval_share is not None else None
+    parsed = ParsedRows(format, LazySequence(len(row_P), make), scan.dropped, np.array(row_P), is_eval_P)
+    return _with_mismatched_answers(parsed, scan.answer_digests) if format is PreferenceFormat.UNPAIRED else parsed
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What looking at every row has found: of each pair its row and which of the row's pairs it is, and so on."""
+    """The result of checking every row: the row of each pair, its index among the pairs of that row, and so on."""
 
     format: PreferenceFormat
     row_P: "array[int]"
@@ -139,25 +139,30 @@ class _Scan:
     dropped: dict[str, list[int]]
 
 
-def _load_cached_parse(name: str | None) -> _Scan | None:
-    """What an earlier run has found in these rows, if it is kept."""
-    known = scan_cache.load_scan(name)
-    if known is None:
+def _load_cached_parse(key: str | None) -> _Scan | None:
+    """The scan of an earlier run, if it is cached."""
+    table = arrow_cache.load_table(key)
+    if table is None:
         return None
-    row_P, which_P = (array("q", known.columns[each].tobytes()) for each in ("row", "which"))
-    answers = [bytes(each) for each in known.columns["answer"].reshape(-1, 16)]
-    held_P = array("b", known.columns["held"].tobytes())
-    return _Scan(PreferenceFormat(known.metadata["shape"]), row_P, which_P, held_P, answers, known.metadata["dropped"])
+    row_P, pair_index_P = (array("q", read_numbers(table, name).tobytes()) for name in ("row", "pair_index"))
+    is_eval_P = array("b", read_numbers(table, "is_eval").tobytes()) if "is_eval" in table.column_names else array("b")
+    answers = table["answer"].to_pylist() if "answer" in table.column_names else []
+    metadata = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
+    return _Scan(
+        PreferenceFormat(metadata["format"]), row_P, pair_index_P, is_eval_P, answers, json.loads(metadata["dropped"])
+    )
 
 
-def _store_parse(name: str | None, scan: _Scan) -> None:
-    columns: scan_cache.ColumnArrays = {
-        "row": np.array(scan.row_P, dtype=np.int64),
-        "which": np.array(scan.pair_index_P, dtype=np.int64),
-        "held": np.array(scan.is_eval_P, dtype=np.uint8),
-        "answer": np.frombuffer(b"".join(scan.answer_digests), dtype=np.uint8),
-    }
-    scan_cache.store_scan(name, columns, {"shape": scan.format.value, "dropped": scan.dropped})
+def _store_parse(key: str | None, scan: _Scan) -> None:
+    columns = {"row": number_array(scan.row_P), "pair_index": number_array(scan.pair_index_P)}
+    if scan.is_eval_P:
+        columns["is_eval"] = number_array(scan.is_eval_P, np.int8)
+    if scan.answer_digests:
+        columns["answer"] = binary_array(scan.answer_digests, 16)
+    metadata = {"format": scan.format.value, "dropped": json.dumps(scan.dropped)}
+    fields = [pa.field(name, column.type) for name, column in columns.items()]
+    table = pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata))
+    arrow_cache.store_table(key, table)
 
 
 def _scan_rows(
@@ -167,59 +172,59 @@ def _scan_rows(
     eval_share: float | None,
     progress: ProgressCallback,
 ) -> _Scan:
-    """Look at every row; raises as `parse_pairs` does."""
-    shape = detect_format(rows) if options.format == "auto" else FORMATS_BY_NAME[options.format]
+    """Check every row; raises what `parse_pairs` raises."""
+    format = detect_format(rows) if options.format == "auto" else FORMATS_BY_NAME[options.format]
     dropped = dict[str, list[int]]()
-    row_P, which_P, held_P, answers = array("q"), array("q"), array("b"), list[bytes]()
+    row_P, pair_index_P, is_eval_P, answers = array("q"), array("q"), array("b"), list[bytes]()
     for number, row in enumerate(track_progress(rows.rows, "read", len(rows.rows), progress), 1):
         try:
-            some = parse_row(shape, row, options.every_pair)
+            pairs = parse_row(format, row, options.every_pair)
             parse_tools(row)
-            for prompt, chosen, rejected in some:
-                _check_pair(prompt, chosen, rejected if shape is not PreferenceFormat.UNPAIRED else None)
+            for prompt, chosen, rejected in pairs:
+                _check_pair(prompt, chosen, rejected if format is not PreferenceFormat.UNPAIRED else None)
         except InvalidRow as unusable:
             dropped.setdefault(str(unusable), []).append(number)
             continue
         for column, key in extra_columns.items():
             _extra_value(row, column, key, rows)
-        for which, (prompt, chosen, _) in enumerate(some):
+        for pair_index, (prompt, chosen, _) in enumerate(pairs):
             row_P.append(number)
-            which_P.append(which)
+            pair_index_P.append(pair_index)
             if eval_share is not None:
-                held_P.append(in_eval_share(prompt, eval_share))
-            if shape is PreferenceFormat.UNPAIRED:
+                is_eval_P.append(in_eval_share(prompt, eval_share))
+            if format is PreferenceFormat.UNPAIRED:
                 answers.append(sha256(chosen.encode()).digest()[:16])
-    return _Scan(shape, row_P, which_P, held_P, answers, dropped)
+    return _Scan(format, row_P, pair_index_P, is_eval_P, answers, dropped)
 
 
 def in_eval_share(prompt: tuple[Message, ...], share: float) -> bool:
-    """True for `share` of all prompts: it depends on the prompt's text alone."""
+    """True for a share of all prompts, decided by a hash of the prompt's text alone."""
     text = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 
 def _with_mismatched_answers(parsed: ParsedRows, answers: Sequence[bytes]) -> ParsedRows:
-    """Give each unpaired answer the next one that differs for comparison: KTO estimates by it how far the policy is
-    from the reference. `answers` has a digest of each.
+    """Give each unpaired answer the next different answer as `rejected`: the mismatched pair of KTO's KL estimate.
+
+    `answers` holds a digest of each.
     """
     count, pairs = len(answers), parsed.pairs
     if len(set(answers)) < 2:
         dropped = (
             {**parsed.dropped, "no other answer to compare with": parsed.row_P.tolist()} if count else parsed.dropped
         )
-        nothing = np.zeros(count, dtype=bool)
-        return replace(parsed.select(nothing), dropped=dropped)
+        return replace(parsed.select(np.zeros(count, dtype=bool)), dropped=dropped)
     following = array("q", [0]) * count
-    for place in range(2 * count - 2, -1, -1):  # twice round, since the last one's next is among the first
-        here, after = place % count, (place + 1) % count
-        following[here] = after if answers[here] != answers[after] else following[after]
+    for place in range(2 * count - 2, -1, -1):  # two rounds, since the next one of the last is among the first
+        current, successor = place % count, (place + 1) % count
+        following[current] = successor if answers[current] != answers[successor] else following[successor]
     return replace(
         parsed, pairs=LazySequence(count, lambda index: replace(pairs[index], rejected=pairs[following[index]].chosen))
     )
 
 
 def _check_pair(prompt: tuple[Message, ...], chosen: str, rejected: str | None) -> None:
-    """Raise InvalidRow with the first reason that holds; `rejected` is None if there is one answer only."""
+    """Raise InvalidRow with the first reason that applies; `rejected` is None for an unpaired answer."""
     check_roles(prompt)
     answers = (chosen,) if rejected is None else (chosen, rejected)
     texts = (*answers, *(turn["content"] for turn in prompt))
@@ -236,7 +241,7 @@ def _check_pair(prompt: tuple[Message, ...], chosen: str, rejected: str | None) 
 
 
 def _is_blank(text: str) -> bool:
-    """True if nobody would see anything of `text`: white space, control characters and characters without width."""
+    """True if `text` shows nothing: it is white space, control characters and characters without width."""
     return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 

@@ -1,4 +1,4 @@
-"""Finds the rows a recipe names: local files, the files of a folder that serve a split, hub data sets, mixtures."""
+"""Reads the rows that a recipe names: local files, the files of a split in a folder, hub data sets, mixtures."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_dpo.data import lazy_sequence
 from qlora_dpo.data.files import FileRows, Row, data_suffix, display_path, read_data_file
+from qlora_dpo.data.lazy_sequence import concatenate_sequences
 from qlora_dpo.errors import DataError, RecipeError, SourceError
 from qlora_dpo.recipe.data import DataTable, MixTable
 from qlora_dpo.recipe.tables import DATA_SUFFIXES, is_glob, is_local_path
@@ -18,19 +18,19 @@ DataPart = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class SourceRows:
-    """All rows of one part of the data, as they were read; row numbers count from 1 over all files of the part."""
+    """All rows of one part of the data; row numbers count from 1 over all files of the part."""
 
     name: str
     rows: Sequence[Row]
     location: Callable[[int], str]
-    """Where row number N stands, as messages name it: `pairs.jsonl:17`, or `OWNER/NAME, split train, row 17`."""
+    """The location of a row number in messages: `pairs.jsonl:17`, or `OWNER/NAME, split train, row 17`."""
     fingerprint: str = ""
-    """What tells these rows from all others: their files' SHA-256, or the commit on a hub; empty if not known."""
+    """Identifies the rows: the SHA-256 of their files, or the commit on the hub; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One place where rows are, and the recipe's keys that name it and its split."""
+    """A file, folder, pattern or hub data set, and the recipe keys that name it and its split."""
 
     name: str
     split: str
@@ -43,17 +43,17 @@ class DataSource:
 
 
 def list_sources(table: DataTable, part: DataPart) -> list[DataSource]:
-    """Where the rows of `part` are: one place, or several where the recipe has a mixture."""
+    """The sources of `part`: one, or several if the recipe has a mixture."""
     if part == "eval" and table.effective_eval_share is None:
-        own = DataTable.model_fields["eval_split"].default
+        default = DataTable.model_fields["eval_split"].default
         name = table.eval or table.train_description
-        return [_make_source(table, name, table.eval_split, "data.eval", "data.eval_split", own)]
+        return [_make_source(table, name, table.eval_split, "data.eval", "data.eval_split", default)]
     if table.train is not None:
-        own = DataTable.model_fields["train_split"].default
-        return [_make_source(table, table.train, table.train_split, "data.train", "data.train_split", own)]
+        default = DataTable.model_fields["train_split"].default
+        return [_make_source(table, table.train, table.train_split, "data.train", "data.train_split", default)]
     return [
-        _make_source(each, each.source, each.split, "source in [[data.mix]]", "split in [[data.mix]]", "train")
-        for each in table.mix or ()
+        _make_source(mix, mix.source, mix.split, "source in [[data.mix]]", "split in [[data.mix]]", "train")
+        for mix in table.mix or ()
     ]
 
 
@@ -63,33 +63,34 @@ def _make_source(
     return DataSource(name, split, key, split_key, default, table.revision, table.config, table.data_dir)
 
 
-def read_rows(table: DataTable, part: DataPart) -> SourceRows:
-    """Read the rows of `part`.
-
-    A local path that is a file is read whole, and so is each file that matches a pattern. In a folder, a file serves a
-    split if its name holds the split's name as a word (`train.jsonl`, `messages-train.jsonl.gz`,
-    `train-00000-of-00002.parquet`); several files serve one split only if their names differ in digits alone.
-    Everything else is a hub data set. Rows of a mixture are those of its sources, one after another. Raises RecipeError
-    for what does not exist or fit together (training and held-out pairs from the same rows included), SourceError for a
-    hub or disk that does not answer, DataError for content that cannot be read.
-    """
-    return concatenate_rows(read_sources(table, part))
-
-
 def read_sources(table: DataTable, part: DataPart) -> list[SourceRows]:
-    """Read the rows of `part`, source by source; raises as `read_rows` does."""
+    """Read the rows of `part`, source by source.
+
+    A local file is read whole, and so is each file that matches a pattern. In a folder, a file belongs to a split if
+    its name contains the split's name as a word (`train.jsonl`, `messages-train.jsonl.gz`,
+    `train-00000-of-00002.parquet`); several files make up one split only if their names differ in digits alone.
+    Everything else is a hub data set. Raises RecipeError for sources that do not exist or fit together (for example,
+    training and held-out pairs from the same rows), SourceError if a hub or a disk fails, and DataError for content
+    that cannot be read.
+    """
     check_sources(table, part)
-    return [_read_source(each) for each in list_sources(table, part)]
+    return [_read_source(source) for source in list_sources(table, part)]
 
 
 def concatenate_rows(parts: Sequence[SourceRows]) -> SourceRows:
-    """Rows of several sources one after another, each in its place."""
+    """The rows of several sources, one after another."""
     if len(parts) == 1:
         return parts[0]
-    name = " + ".join(each.name for each in parts)
-    told = "" if any(not each.fingerprint for each in parts) else json.dumps([each.fingerprint for each in parts])
+    return _concatenate(" + ".join(rows.name for rows in parts), parts)
+
+
+def _concatenate(name: str, parts: Sequence[FileRows] | Sequence[SourceRows]) -> SourceRows:
+    fingerprints = [rows.fingerprint for rows in parts]
     return SourceRows(
-        name, lazy_sequence.concatenate_sequences([each.rows for each in parts]), _row_locator(parts), told
+        name,
+        concatenate_sequences([rows.rows for rows in parts]),
+        _row_locator(parts),
+        json.dumps(fingerprints) if all(fingerprints) else "",
     )
 
 
@@ -97,53 +98,51 @@ def _read_source(source: DataSource) -> SourceRows:
     name, split = source.name, source.split
     if not is_local_path(name):
         from qlora_dpo.data.hub import (
-            read_hub_dataset,  # `datasets` takes 2 s to import, which local files need not wait for
+            read_hub_dataset,  # importing `datasets` takes 2 s, which local files do not need
         )
 
         title = f"{name}, split {split}"
         rows, commit = read_hub_dataset(name, split, source.revision, source.config, source.data_dir)
         if not rows:
             raise DataError(f"{title}: holds no rows; a preference set has one pair per row")
-        told = json.dumps([name, commit, source.config, source.data_dir, split])
-        return SourceRows(title, rows, lambda row: f"{title}, row {row}", told)
-    read = [read_data_file(each) for each in _data_files(source)]
+        fingerprint = json.dumps([name, commit, source.config, source.data_dir, split])
+        return SourceRows(title, rows, lambda row: f"{title}, row {row}", fingerprint)
+    files = [read_data_file(path) for path in _data_files(source)]
     shown_name = display_path(Path(name).expanduser())
-    title = read[0].name if len(read) == 1 else shown_name if is_glob(name) else f"{shown_name}, split {split}"
-    told = "" if any(not each.fingerprint for each in read) else json.dumps([each.fingerprint for each in read])
-    return SourceRows(
-        title, lazy_sequence.concatenate_sequences([each.rows for each in read]), _row_locator(read), told
-    )
+    title = files[0].name if len(files) == 1 else shown_name if is_glob(name) else f"{shown_name}, split {split}"
+    return _concatenate(title, files)
 
 
 def check_sources(table: DataTable, part: DataPart) -> None:
-    """Raise RecipeError if the data keys of `part` do not fit together; nothing is read but whether folders exist."""
-    for each in list_sources(table, part):
-        file = is_local_path(each.name) and (is_glob(each.name) or not _is_folder(Path(each.name).expanduser()))
-        if file and each.split != each.default_split:
+    """Raise RecipeError if the data keys of `part` do not fit together; no file is opened."""
+    for source in list_sources(table, part):
+        path = Path(source.name).expanduser()
+        is_file = is_local_path(source.name) and (is_glob(source.name) or not _is_folder(path))
+        if is_file and source.split != source.default_split:
             raise RecipeError(
-                f'{each.split_key} is "{each.split}", but {display_path(Path(each.name))} is one file and has no splits; '
-                "remove the key, or name a folder with one file per split"
+                f'{source.split_key} is "{source.split}", but {display_path(Path(source.name))} is one file and has no '
+                "splits; remove the key, or name a folder with one file per split"
             )
     if part == "eval" and table.effective_eval_share is None:
-        (held,) = list_sources(table, "eval")
-        for train in list_sources(table, "train"):
-            _check_disjoint(train, held)
+        (eval_source,) = list_sources(table, "eval")
+        for train_source in list_sources(table, "train"):
+            _check_disjoint(train_source, eval_source)
 
 
-def _check_disjoint(train: DataSource, held: DataSource) -> None:
-    """Raise RecipeError if the held-out pairs are read from where the training pairs are read."""
-    if is_local_path(train.name) and is_local_path(held.name):
-        files = {each.resolve() for each in _data_files(train)}
-        both = [each for each in _data_files(held) if each.resolve() in files]
-        if both:
+def _check_disjoint(train: DataSource, evaluation: DataSource) -> None:
+    """Raise RecipeError if the held-out pairs come from the same rows as the training pairs."""
+    if is_local_path(train.name) and is_local_path(evaluation.name):
+        files = {file.resolve() for file in _data_files(train)}
+        shared_files = [file for file in _data_files(evaluation) if file.resolve() in files]
+        if shared_files:
             raise RecipeError(
-                f"{display_path(both[0])}: would give both the training and the held-out pairs; name two files that share "
-                "no rows, in data.train and data.eval or by data.train_split and data.eval_split"
+                f"{display_path(shared_files[0])}: would give both the training and the held-out pairs; name two files "
+                "that share no rows, in data.train and data.eval or by data.train_split and data.eval_split"
             )
-    elif _dataset_key(train) == _dataset_key(held) and _splits_overlap(train.split, held.split):
+    elif _dataset_key(train) == _dataset_key(evaluation) and _splits_overlap(train.split, evaluation.split):
         raise RecipeError(
-            f'{train.name}: {train.split_key} is "{train.split}" and {held.split_key} is "{held.split}", so held-out '
-            "pairs would be training pairs; name two splits that share no rows"
+            f'{train.name}: {train.split_key} is "{train.split}" and {evaluation.split_key} is "{evaluation.split}", '
+            "so held-out pairs would be training pairs; name two splits that share no rows"
         )
 
 
@@ -161,62 +160,64 @@ def _is_folder(path: Path) -> bool:
 def _data_files(source: DataSource) -> list[Path]:
     path = Path(source.name).expanduser()
     if is_glob(source.name) and not path.exists():
-        # Path.glob takes no pattern that begins with a folder, so the fixed part in front is split off
-        fixed = next(parent for parent in path.parents if not is_glob(f"{parent}/"))
-        found = sorted(
-            each for each in fixed.glob(str(path.relative_to(fixed))) if each.is_file() and data_suffix(each)
+        # Path.glob takes relative patterns only, so the fixed folder in front is split off
+        folder = next(parent for parent in path.parents if not is_glob(f"{parent}/"))
+        files = sorted(
+            file for file in folder.glob(str(path.relative_to(folder))) if file.is_file() and data_suffix(file)
         )
-        if not found:
+        if not files:
             endings = ", ".join(DATA_SUFFIXES)
             raise RecipeError(
                 f"{display_path(path)}: no data file matches that; they end in {endings}; correct {source.key}"
             )
-        return found
+        return files
     return _split_files(path, source) if _is_folder(path) else [path]
 
 
-def _splits_overlap(one: str, other: str) -> bool:
-    """True if two splits surely share rows: they are equal, or one is a slice (`train[:100]`) of the other."""
-    return one == other or (one.partition("[")[0] == other.partition("[")[0] and not ("[" in one and "[" in other))
+def _splits_overlap(split: str, other: str) -> bool:
+    """True if two splits certainly share rows: they are equal, or one is a slice (`train[:100]`) of the other."""
+    return split == other or (
+        split.partition("[")[0] == other.partition("[")[0] and not ("[" in split and "[" in other)
+    )
 
 
 def _split_files(folder: Path, source: DataSource) -> list[Path]:
     split = source.split
     try:
         files = sorted(
-            each for each in folder.iterdir() if each.is_file() and data_suffix(each) and each.name[0] != "."
+            file for file in folder.iterdir() if file.is_file() and data_suffix(file) and file.name[0] != "."
         )
     except OSError as error:
         raise SourceError(f"{display_path(folder)}: cannot be read: {error.strerror}") from error
-    names = ", ".join(each.name for each in files[:8]) + (", ..." if len(files) > 8 else "")
+    names = ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")
     if not files:
         raise RecipeError(
             f"{display_path(folder)}: is a folder without data files; they end in {', '.join(DATA_SUFFIXES)}"
         )
     word = re.compile(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])", re.IGNORECASE)
-    serving = [each for each in files if word.search(each.name.removesuffix(str(data_suffix(each))))]
-    if not serving:
+    split_files = [file for file in files if word.search(file.name.removesuffix(str(data_suffix(file))))]
+    if not split_files:
         raise RecipeError(
             f'{display_path(folder)}: no file has the split\'s name "{split}" in its own; it has {names}; '
             f"set {source.split_key}, or name the file itself in {source.key}"
         )
-    if len({re.sub(r"\d+", "#", each.name) for each in serving}) > 1:
-        found = ", ".join(each.name for each in serving)
+    if len({re.sub(r"\d+", "#", file.name) for file in split_files}) > 1:
+        candidates = ", ".join(file.name for file in split_files)
         raise RecipeError(
-            f'{display_path(folder)}: it is not clear which files are the split "{split}": {found}; '
+            f'{display_path(folder)}: it is not clear which files are the split "{split}": {candidates}; '
             f"leave one of them, or name the file itself in {source.key}"
         )
-    return serving
+    return split_files
 
 
 def _row_locator(parts: Sequence[FileRows] | Sequence[SourceRows]) -> Callable[[int], str]:
-    """Where a row stands, counted from 1 over all parts."""
+    """A function from a row number, counted from 1 over all parts, to its location."""
 
-    def place(row: int) -> str:
-        for each in parts:
-            if row <= len(each.rows):
-                return each.location(row)
-            row -= len(each.rows)
+    def location(row: int) -> str:
+        for part in parts:
+            if row <= len(part.rows):
+                return part.location(row)
+            row -= len(part.rows)
         raise IndexError(row)
 
-    return place
+    return location

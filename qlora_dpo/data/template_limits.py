@@ -1,4 +1,8 @@
-"""Bounds on what foreign code may take: seconds and memory, while a chat template that came with a model is run."""
+"""Time and memory limits for running a chat template, which comes with a model and is untrusted code.
+
+SECURITY.md promises both limits, and transformers' sandbox has neither: a template can loop without writing anything,
+which a check of its output alone would not end.
+"""
 
 import gc
 import resource
@@ -12,15 +16,15 @@ from typing import Any
 
 
 class LimitExceeded(Exception):
-    """A limit was passed; the text says which, as in "takes longer than 10 seconds"."""
+    """A limit was exceeded; the text says which, as in "takes longer than 10 seconds"."""
 
 
 @contextmanager
 def limit_resources(seconds: float, extra_bytes: int) -> Iterator[None]:
-    """Raise LimitExceeded if the block runs longer than `seconds`, or asks for `extra_bytes` more than the process has.
+    """Raise LimitExceeded if the block runs longer than `seconds` or allocates more than `extra_bytes`.
 
-    The clock is the process's alarm, which only the main thread can set: in other threads there is no limit of time.
-    Memory is limited where the kernel tells what the process has (Linux).
+    The timer is the process's SIGALRM, which only the main thread can set, so other threads have no time limit. Memory
+    is limited on Linux only, where /proc shows the size of the process.
     """
     with _limit_time(seconds), _limit_memory(extra_bytes):
         yield
@@ -28,16 +32,16 @@ def limit_resources(seconds: float, extra_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def infrequent_gc() -> Iterator[None]:
-    """Let Python look for cycles of garbage rarely: it goes through all that is alive, for each few thousand new rows.
+    """Run the cyclic garbage collector rarely: by default it scans all live objects every few thousand new rows.
 
-    An eighth of the time that reading takes; what makes no cycles is freed at once in any case.
+    That takes an eighth of the time of reading a data set. Objects without cycles are freed at once in any case.
     """
-    before = gc.get_threshold()
+    thresholds = gc.get_threshold()
     gc.set_threshold(200_000, 50, 1_000)
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*thresholds)
 
 
 @contextmanager
@@ -46,16 +50,16 @@ def _limit_time(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def ring(number: int, frame: FrameType | None) -> None:
+    def raise_timeout(number: int, frame: FrameType | None) -> None:
         raise LimitExceeded(f"takes longer than {seconds:g} seconds")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    previous_handler = signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 @contextmanager
@@ -65,9 +69,9 @@ def _limit_memory(extra_bytes: int) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = int(statm.read_text().split()[0]) * resource.getpagesize() + extra_bytes
-    lower = wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
-    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
+    limit = int(statm.read_text().split()[0]) * resource.getpagesize() + extra_bytes
+    limit = limit if soft == resource.RLIM_INFINITY else min(soft, limit)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
         yield
     except MemoryError as error:

@@ -1,4 +1,4 @@
-"""Pairs that are too long: the prompt is cut at the front, the answers never."""
+"""Truncates the prompts of pairs that are too long, at the front; answers are never truncated."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,36 +8,39 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.pairs import Pair
 
+PROMPT_TRUNCATED = "prompt cut at the front"
+"""The repair, in the words of the audit table."""
+
 
 def truncate_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Callable[[Pair], int]) -> Pair:
     """Return `pair` with as little as possible cut off the front of its prompt until `excess` is 0 or less.
 
-    `excess(pair)` is how many tokens too long the pair is when encoded anew, so the template stays whole. The system
-    turn stays; the oldest user and assistant turns go first; what is then still too long loses whole tokens from the
-    front of the one user turn that is left. Raises InvalidRow if nothing of that turn would be left.
+    `excess(pair)` encodes the pair and returns by how many tokens it is too long, so the template stays whole. The
+    system turn stays. The oldest user and assistant turns go first, then whole tokens from the front of the last user
+    turn. Raises InvalidRow if nothing of that turn would be left.
     """
     has_system = pair.prompt[0]["role"] == "system"
     head, turns = pair.prompt[:has_system], pair.prompt[has_system:]
-    over = excess(pair)
-    while over > 0 and len(turns) > 1:
+    num_excess = excess(pair)
+    while num_excess > 0 and len(turns) > 1:
         turns = turns[2:]
-        over = excess(replace(pair, prompt=head + turns))
+        num_excess = excess(replace(pair, prompt=head + turns))
     text = turns[0]["content"]
-    starts = _token_starts(text, tokenizer) if over > 0 else []
+    starts = _token_starts(text, tokenizer) if num_excess > 0 else []
     cut = 0
-    while over > 0:
-        cut += over
-        left = text[starts[cut] :] if cut < len(starts) else ""
-        if not left.strip():
+    while num_excess > 0:
+        cut += num_excess
+        rest = text[starts[cut] :] if cut < len(starts) else ""
+        if not rest.strip():
             raise InvalidRow("answer leaves no room for a prompt in max_length")
-        user: Message = {"role": "user", "content": left}
+        user: Message = {"role": "user", "content": rest}
         turns = (user, *turns[1:])
-        over = excess(replace(pair, prompt=head + turns))
+        num_excess = excess(replace(pair, prompt=head + turns))
     return replace(pair, prompt=head + turns)
 
 
 def _token_starts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where each token of `text` starts, in characters; without a fast tokenizer, every character."""
+    """The character at which each token of `text` starts; without a fast tokenizer, every character."""
     if not tokenizer.is_fast:
         return list(range(len(text)))
     encoded = tokenizer(

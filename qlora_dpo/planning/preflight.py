@@ -8,12 +8,13 @@ import numpy as np
 
 from qlora_dpo.data import lint
 from qlora_dpo.data.audit import OVERLONG, Audit, check_bad_share, length_quantiles
-from qlora_dpo.data.encode import PROMPT_TRUNCATED, PairSet
+from qlora_dpo.data.encode import PairSet
 from qlora_dpo.data.encoded import pair_lengths, sequence_lengths
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.lazy_sequence import select_items
 from qlora_dpo.data.lint import LengthStats, LintFinding
 from qlora_dpo.data.pairs import ParsedRows
+from qlora_dpo.data.truncation import PROMPT_TRUNCATED
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import fetch_without_weights
