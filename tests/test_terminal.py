@@ -99,7 +99,7 @@ def test_text_that_comes_in_pieces_is_as_safe_as_the_whole(count: int) -> None:
             stop = start + draw.randint(1, 5)
             told += stream.feed(raw[start:stop])
             start = stop
-        told += stream.rest()
+        told += stream.flush()
         lines, changed = shown(told)
         assert (lines, changed) == (expected(told), {}), ascii(raw)
 
