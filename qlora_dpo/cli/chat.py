@@ -1,4 +1,4 @@
-"""`qlora-dpo chat`: a conversation with a model, or one answer to what comes through a pipe."""
+"""`qlora-dpo chat`: a conversation with a model, or one reply to a message from a pipe."""
 
 import sys
 from pathlib import Path

@@ -43,14 +43,12 @@ DEFAULT_PROMPTS = 3
 )
 def compare_command(
     adapters: tuple[Path, ...],
-    questions: tuple[str, ...],
-    file: Path | None,
-    system: str | None,
     max_new_tokens: int,
     tokens: bool,
     dtype: str,
     as_json: bool,
     html: Path | None,
+    **prompt_options: Any,
 ) -> None:
     """Let the base and each ADAPTER answer the same prompts greedily, from one loaded model.
 
@@ -65,7 +63,7 @@ def compare_command(
 
     folders = [folder.expanduser() for folder in adapters]
     _check_adapters(folders)
-    prompts = _collect_prompts(folders[0], questions, file, system)
+    prompts = _collect_prompts(folders[0], **prompt_options)
     from qlora_dpo.talk import compare as comparing
 
     opened, loaded = comparing.open_adapters(folders, dtype)

@@ -37,8 +37,16 @@ MIN_KEY_LENGTH = 16
     metavar="FILE",
     help="Append the page's votes to this .jsonl file, which `train` reads.",
 )
-@click.option("--temperature", type=float, help="Where a request names none. [default: the model's own, else 0.7]")
-@click.option("--top-p", type=float, help="Where a request names none. [default: the model's own, else 0.9]")
+@click.option(
+    "--temperature",
+    type=float,
+    help=f"Where a request names none. [default: the model's own, else {SamplingParams.temperature}]",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    help=f"Where a request names none. [default: the model's own, else {SamplingParams.top_p}]",
+)
 @click.option(
     "--max-new-tokens",
     type=int,

@@ -98,7 +98,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Any = None
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
+TokenLimit = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(min_length=1)]
 
 
@@ -131,8 +131,8 @@ class ChatCompletionBody(BaseModel):
 
     model: Any = None
     """Checked against the served models, since an unknown one has its own HTTP status."""
-    max_completion_tokens: PositiveInt | None = None
-    max_tokens: PositiveInt | None = None
+    max_completion_tokens: TokenLimit | None = None
+    max_tokens: TokenLimit | None = None
     """OpenAI's older name for `max_completion_tokens`, which wins."""
     stream_options: StreamOptions = StreamOptions()
     temperature: int | float | None = None
