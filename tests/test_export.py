@@ -225,7 +225,9 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(
 ) -> None:
     real = gguf_file.quantize_values
     monkeypatch.setattr(
-        gguf_file, "quantize_values", lambda tensor, values: real(tensor, -values if "ffn_up" in tensor.name else values)
+        gguf_file,
+        "quantize_values",
+        lambda tensor, values: real(tensor, -values if "ffn_up" in tensor.name else values),
     )
     code, sentence = refusal(capsys, models_made / "qwen2", "-o", tmp_path / "out")
     assert (code, sentence) == (

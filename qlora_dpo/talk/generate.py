@@ -10,7 +10,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -20,6 +19,7 @@ from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, render_chats, tokenize
 from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError, RecipeError
+from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.talk.sampling import SamplingParams
 
 
@@ -232,8 +232,7 @@ def _last_logits(model: Any, ids_RT: Tensor, past: DynamicCache | None, **paddin
 
 def _cache_name(model: Any) -> str:
     """The keyword of the key-value cache: `cache` since transformers 5.24, which warns about the older name."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "cache" if "cache" in signature(type(base).forward).parameters else "past_key_values"
+    return "cache" if "cache" in signature(type(unwrap_peft(model)).forward).parameters else "past_key_values"
 
 
 def _sample(logits_V: Tensor, settings: SamplingParams, generator: torch.Generator) -> int:
