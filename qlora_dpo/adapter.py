@@ -1,4 +1,4 @@
-"""The adapter directory: claim one for a run, save an adapter into it, find the newest, and open what was saved."""
+"""Saves adapters in PEFT's format, and opens adapters, model folders and hub models."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME,
 
 @dataclass
 class OpenedModel:
-    """A model that is ready to answer, and what is known of it. `run` and `recipe` are None for a foreign model."""
+    """A loaded model with its metadata. `run` and `recipe` are None for a model that was not trained here."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -37,13 +37,15 @@ class OpenedModel:
     folder: Path | None = None
     run: dict[str, Any] | None = None
     recipe: Recipe | None = None
+    name: str = ""
+    """Name of a weighted sum of adapters; empty for a single one, which is called by its run or folder."""
 
 
 def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
     """Write adapter and tokenizer in PEFT's and transformers' own formats, and a manifest of them.
 
-    Without adapter_config.json, which goes first and comes last, the folder counts as none: it never holds a mixture of
-    two adapters. Raises RunError if a weight is not finite.
+    adapter_config.json is removed first and written last, and a folder without it is no adapter, so a folder never
+    holds a mixture of two adapters. Raises RunError if a weight is not finite.
     """
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     if bad := nonfinite_names(weights):
@@ -55,7 +57,7 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerB
         model.save_pretrained(work, save_embedding_layers=False)
         tokenizer.save_pretrained(work)
         Path(work, "README.md").unlink(missing_ok=True)
-        files = sorted(Path(work).iterdir(), key=lambda each: each.name == ADAPTER_CONFIG_NAME)
+        files = sorted(Path(work).iterdir(), key=lambda file: file.name == ADAPTER_CONFIG_NAME)
         for name in (ADAPTER_CONFIG_NAME, MANIFEST):
             (folder / name).unlink(missing_ok=True)
         for file in files:
@@ -64,9 +66,9 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerB
 
 
 def open_model(target: str | None, dtype: str = "auto") -> OpenedModel:
-    """Open an adapter folder, a model folder or a hub name; None is the newest adapter.
+    """Open an adapter folder, a model folder or a hub name; None opens the newest adapter.
 
-    Raises RecipeError if there is no such thing, ModelError if it cannot be loaded or does not fit its base.
+    Raises RecipeError if `target` does not exist, ModelError if it cannot be loaded or does not fit its base.
     """
     folder = newest_adapter() if target is None else Path(target).expanduser()
     if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -81,19 +83,19 @@ def open_model(target: str | None, dtype: str = "auto") -> OpenedModel:
 
 
 def _open_from_hub(name: str, dtype: str) -> OpenedModel:
-    """Open a model or, with its base, an adapter that lies on a hub."""
+    """Open a model from a hub, or an adapter from a hub with its base."""
     folder = sources.download_model(name, also=["resolved.toml"])
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return _open_dense(ModelTable(name=name, revision=folder.name, quantization="none"), dtype, None)
     opened = open_adapter(folder, dtype)
-    opened.folder = Path(name)  # what it is called: the folder in the cache is named by a hash
+    opened.folder = Path(name)  # the folder in the cache is named by a hash
     return opened
 
 
 def open_adapter(folder: Path, dtype: str = "auto") -> OpenedModel:
-    """Open the base as it was trained on, with the adapter of `folder`; raise ModelError if either has changed."""
+    """Open the adapter of `folder` on the base it was trained on; raises ModelError if either has changed."""
     table, run, recipe = read_run_metadata(folder)
-    here = device.select_device(dtype)  # type: ignore[arg-type]
+    selected = device.select_device(dtype)  # type: ignore[arg-type]
     source = sources.fetch_model(table)
     if run is not None:
         _check_base_matches(run, table, source, folder)
@@ -103,45 +105,45 @@ def open_adapter(folder: Path, dtype: str = "auto") -> OpenedModel:
         and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME))
     ):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
-    model = base.load_base(source, table, here)
-    own = (folder / "tokenizer.json").is_file()
-    tokenizer = base.load_tokenizer(ModelSource(source.name, folder if own else source.folder, ""))
-    # not the tokenizer's own, which another release of transformers may build in another way
-    trained = (run or {}).get("tokenizer", {}).get("template")
-    if trained and trained != base.tokenizer_fingerprints(tokenizer)["template"]:
+    model = base.load_base(source, table, selected)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer = base.load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder, ""))
+    # The template's fingerprint only: another release of transformers may build the tokenizer differently
+    template = (run or {}).get("tokenizer", {}).get("template")
+    if template and template != base.tokenizer_fingerprints(tokenizer)["template"]:
         raise ModelError(
             f"{folder}: its chat template is another than it was trained with; take chat_template.jinja from a backup"
         )
-    return OpenedModel(attach_saved_adapter(model, folder), tokenizer, here, source, folder, run, recipe)
+    return OpenedModel(attach_saved_adapter(model, folder), tokenizer, selected, source, folder, run, recipe)
 
 
 def _check_base_matches(run: dict[str, Any], table: ModelTable, source: ModelSource, folder: Path) -> None:
-    """Raise ModelError if the adapter of `run` was trained on other weights, or on weights quantized in another way."""
-    trained = run["base"]
-    if source.fingerprint != trained["fingerprint"]:
+    """Raise ModelError if the adapter of `run` was trained on other or differently quantized weights."""
+    trained_on = run["base"]
+    if source.fingerprint != trained_on["fingerprint"]:
         raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
     for key in ("quantization", "double_quant"):
-        if trained.get(key, getattr(table, key)) != getattr(table, key):
+        if trained_on.get(key, getattr(table, key)) != getattr(table, key):
             raise ModelError(
-                f"{folder}: was trained with model.{key} = {json.dumps(trained[key])}, and its resolved.toml says "
+                f"{folder}: was trained with model.{key} = {json.dumps(trained_on[key])}, and its resolved.toml says "
                 f"{json.dumps(getattr(table, key))}; put that back"
             )
 
 
 def attach_saved_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Attach the adapter of `folder` to its base, in evaluation mode, and check that every tensor found its place."""
+    """Attach the adapter of `folder` to its base, in evaluation mode; check that all its tensors were loaded."""
     try:
         with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, framework="pt") as file:
             saved = set(file.keys())
         peft = PeftModel.from_pretrained(model, folder)
-        _restore_copies(peft, folder)
+        _restore_modules_to_save(peft, folder)
     except FileNotFoundError as error:
-        raise ModelError(f"{folder}: has no {ADAPTER_SAFE_WEIGHTS_NAME}{_converted(folder)}") from error
+        raise ModelError(f"{folder}: has no {ADAPTER_SAFE_WEIGHTS_NAME}{_conversion_hint(folder)}") from error
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        if sizes := re.search(r"size mismatch for (\S+):", str(error)):
+        if mismatch := re.search(r"size mismatch for (\S+):", str(error)):
             raise ModelError(
-                f"{folder}: was made for a base of another size: {sanitize_text(sizes[1])} does not fit this one; name the "
-                f"right base as base_model_name_or_path in {ADAPTER_CONFIG_NAME}"
+                f"{folder}: was made for a base of another size: {sanitize_text(mismatch[1])} does not fit this one; "
+                f"name the right base as base_model_name_or_path in {ADAPTER_CONFIG_NAME}"
             ) from error
         first = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{folder}: the adapter cannot be attached to its base: {sanitize_text(first)}") from error
@@ -153,8 +155,8 @@ def attach_saved_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return peft.eval()
 
 
-def _restore_copies(peft: PeftModel, folder: Path) -> None:
-    """Give whole copies the float32 values that were trained: PEFT has rounded them to the dtype of the base."""
+def _restore_modules_to_save(peft: PeftModel, folder: Path) -> None:
+    """Load modules_to_save in the float32 they were trained in; PEFT rounds them to the dtype of the base."""
     trained = modules_to_save.trained_copies(peft)
     if trained:
         for module in trained.values():
@@ -163,8 +165,8 @@ def _restore_copies(peft: PeftModel, folder: Path) -> None:
         modules_to_save.keep_output_dtypes(peft)
 
 
-def _converted(folder: Path) -> str:
-    """How to make a pickled adapter readable, if there is one: it is never unpickled here."""
+def _conversion_hint(folder: Path) -> str:
+    """How to convert a pickled adapter, if there is one; pickles are never loaded here."""
     pickled = next((file.name for ending in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(ending))), None)
     if pickled is None:
         return ""
@@ -176,6 +178,6 @@ def _converted(folder: Path) -> str:
 
 
 def _open_dense(table: ModelTable, dtype: str, folder: Path | None) -> OpenedModel:
-    here = device.select_device(dtype)  # type: ignore[arg-type]
+    selected = device.select_device(dtype)  # type: ignore[arg-type]
     source = sources.fetch_model(table)
-    return OpenedModel(base.load_base(source, table, here), base.load_tokenizer(source), here, source, folder)
+    return OpenedModel(base.load_base(source, table, selected), base.load_tokenizer(source), selected, source, folder)

@@ -17,15 +17,6 @@ def write_manifest(folder: Path, files: Iterable[Path]) -> None:
     )
 
 
-def manifest_files(folder: Path) -> list[str]:
-    """The names of the files that the manifest lists; empty if there is none or it is damaged."""
-    try:
-        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return list(names) if isinstance(names, dict) else []
-
-
 def find_damage(folder: Path, required: str) -> str:
     """What is wrong with a folder, in a few words; empty if every file is as its manifest says and `required` is one."""
     try:

@@ -419,13 +419,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return int(config.num_key_value_heads)", "return int(config.num_attention_heads)", "test_export.py"),
     ],
     "deploy/hub_files.py": [
-        ("_check_no_secrets(piece, folder)\n    top", "top", "test_push.py"),
+        ("_check_no_secrets(file, folder)\n    model_names", "model_names", "test_push.py"),
         ("redact_secrets(scrub(text))", "scrub(text)", "test_push.py"),
         ('| {"base_model_name_or_path": base}', "", "test_push.py"),
     ],
     "deploy/merged_weights.py": [
-        ("whole.addmm_(b, a, alpha=layer.scaling[name])", "whole.addmm_(b, a)", MERGE),
-        ("whole.mul_((length / whole.norm(dim=1))[:, None])", "whole.mul_(1)", MERGE),
+        ("weight.addmm_(b, a, alpha=layer.scaling[name])", "weight.addmm_(b, a)", MERGE),
+        ("weight.mul_((magnitude / weight.norm(dim=1))[:, None])", "weight.mul_(1)", MERGE),
         ("for name in layer.active_adapters:", "for name in layer.active_adapters[:1]:", MERGE),
     ],
     "deploy/shards.py": [
@@ -433,11 +433,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("tensor if layer is None else", "tensor if True else", MERGE),
     ],
     "deploy/base_choice.py": [
-        ('figures["kl"] > self.max_kl', "False", MERGE),
+        ('metrics["kl"] > self.max_kl', "False", MERGE),
         ('one["merged_accuracy"] >= other["merged_accuracy"]', "True", MERGE),
     ],
     "deploy/merge.py": [
-        ('onto == "trained" and kl > MOST_KL', "False", MERGE),
+        ('onto == "trained" and kl > MAX_KL', "False", MERGE),
         ("if reason := beyond_delta_weights(vars(config)):", 'if reason := "":', "test_foreign_adapters.py"),
     ],
     "manifest.py": [

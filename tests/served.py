@@ -2,15 +2,15 @@
 
 import json
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lively
+import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
@@ -62,11 +62,10 @@ def save_adapted(home: Path) -> None:
 
 @dataclass
 class Served:
-    """The running server: where it is, what it is made of, and what it complained of."""
+    """The running server: where it is, and what it is made of."""
 
     service: Service
     port: int
-    complaints: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -111,6 +110,11 @@ def answer_of(raw: bytes) -> tuple[int, Any]:
     return status, json.loads(body) if b"application/json" in head.lower() else body.decode()
 
 
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the server has logged as failures of its own."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("qlora_dpo")]
+
+
 @contextmanager
 def served(
     settings: SamplingParams = GREEDY,
@@ -124,24 +128,16 @@ def served(
     waiting: int = 64,
 ) -> Iterator[Served]:
     """The server, from its first request to its last."""
-    complaints: list[str] = []
     model = adapted() if model is None else model
-    held = Engine(
-        model,
-        tiny.tokenizer(),
-        select_device("fp32"),
-        RequestQueue(waiting),
-        log_error=complaints.append,
-        **(engine or {}),
-    )
+    held = Engine(model, tiny.tokenizer(), select_device("fp32"), RequestQueue(waiting), **(engine or {}))
     service = Service(held, dict(MODELS), settings, AccessPolicy(host, key), collect, limits or ClientLimits())
     listener = bind_socket("127.0.0.1", 0)
     port, stopping = listener.getsockname()[1], threading.Event()
-    worker = threading.Thread(target=held.work, args=(stopping,), daemon=True)
+    worker = threading.Thread(target=held.run, args=(stopping,), daemon=True)
     with serve_in_thread(create_app(service), listener):
         worker.start()
         try:
-            yield Served(service, port, complaints)
+            yield Served(service, port)
         finally:
             stopping.set()
             worker.join(20)
@@ -160,9 +156,7 @@ def expected(server: Served, voice: str, *texts: str, system: str | None = None)
 
 def main() -> None:
     """Serve in a process of its own, in float32, where greedy answers cannot depend on what is remembered."""
-    engine = Engine(
-        adapted(), tiny.tokenizer(), select_device("fp32"), log_error=lambda told: print(told, file=sys.stderr)
-    )
+    engine = Engine(adapted(), tiny.tokenizer(), select_device("fp32"))
     service = Service(engine, MODELS, SamplingParams(max_new_tokens=200), AccessPolicy("127.0.0.1", None))
     listener = bind_socket("127.0.0.1", 0)
     serve_until_stopped(create_app(service), engine, listener, lambda: print(listener.getsockname()[1], flush=True))

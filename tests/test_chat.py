@@ -351,15 +351,15 @@ def test_however_text_is_split_what_is_shown_is_what_the_whole_would_show(text: 
         for second in range(first, len(text) + 1):
             filtered = EscapeFilter()
             pieces = [filtered.feed(part) for part in (text[:first], text[first:second], text[second:])]
-            assert "".join(pieces) + filtered.rest() == sanitize_text(text)
+            assert "".join(pieces) + filtered.flush() == sanitize_text(text)
     one_by_one = EscapeFilter()
-    assert "".join(one_by_one.feed(letter) for letter in text) + one_by_one.rest() == sanitize_text(text)
+    assert "".join(one_by_one.feed(letter) for letter in text) + one_by_one.flush() == sanitize_text(text)
 
 
 def test_no_control_character_passes_the_filter() -> None:
     every = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F)]))
     filtered = EscapeFilter()
-    shown = "".join(filtered.feed(letter + "x") for letter in every) + filtered.rest()
+    shown = "".join(filtered.feed(letter + "x") for letter in every) + filtered.flush()
     assert set(shown) <= {"x", "\t", "\n"}
 
 

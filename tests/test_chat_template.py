@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_dpo.data import chat_template
 from qlora_dpo.data.chat_format import detect_chat_format
-from qlora_dpo.data.chat_template import chat_ids, render_chats, special_tokens, template_traits
+from qlora_dpo.data.chat_template import render_chats, special_tokens, template_traits, tokenize_chats
 from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
@@ -34,8 +34,8 @@ def test_a_control_token_in_a_text_is_read_as_its_characters(kind: str) -> None:
     words = tokenizer_kinds.KINDS[kind]()
     control = special_tokens(words)
     for word in control.values():
-        ids = chat_ids(words, [asked(f"Is {word} it?")], answered=False)[0]
-        bare = chat_ids(words, [asked("Is it?")], answered=False)[0]
+        ids = tokenize_chats(words, [asked(f"Is {word} it?")], ())[0]
+        bare = tokenize_chats(words, [asked("Is it?")], ())[0]
         assert [each for each in ids if each in control] == [each for each in bare if each in control]
         assert f"Is {word} it?" in words.decode(ids)
 
@@ -45,7 +45,7 @@ def test_a_chat_without_control_tokens_has_the_ids_of_the_template(kind: str) ->
     words = tokenizer_kinds.KINDS[kind]()
     chat = [*asked("Is it 2024?"), {"role": "assistant", "content": "No, 世界."}, *asked("Why?\n\nTell me.")]
     expected = words.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert list(chat_ids(words, [chat], answered=False)[0]) == expected
+    assert list(tokenize_chats(words, [chat], ())[0]) == expected
 
 
 @kinds
@@ -55,7 +55,7 @@ def test_the_copy_reads_the_templates_own_tokens_as_the_tokenizer_does(kind: str
     chat = [*asked(" Is it 2024?\n"), {"role": "assistant", "content": "No, 世界."}, *asked("  Why?\n\nTell me.")]
     text = render_chats(words, [chat], answered=False)[0]
     copied = chat_template._tokenize_masked(words, template_traits(words), text, {"\ue000": "unused"})
-    assert copied == chat_ids(words, [chat], answered=False)[0]
+    assert copied == tokenize_chats(words, [chat], ())[0]
 
 
 @kinds
@@ -77,8 +77,8 @@ def test_chat_asks_with_the_ids_that_training_has(kind: str) -> None:
 def test_a_system_turn_is_written_before_the_question_where_a_template_has_none(kind: str, folds: bool) -> None:
     words = tokenizer_kinds.KINDS[kind]()
     assert template_traits(words).folds_system == folds
-    with_system = chat_ids(words, [[{"role": "system", "content": "Be kind."}, *HELLO]], answered=False)
-    by_hand = chat_ids(words, [asked("Be kind.\n\nIs it so?")], answered=False)
+    with_system = tokenize_chats(words, [[{"role": "system", "content": "Be kind."}, *HELLO]], ())
+    by_hand = tokenize_chats(words, [asked("Be kind.\n\nIs it so?")], ())
     assert (with_system == by_hand) == folds
 
 

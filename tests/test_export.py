@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import architectures
 import gguf
@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_dpo.cli import main
 from qlora_dpo.deploy import export as exporting
 from qlora_dpo.deploy import gguf_file
-from qlora_dpo.deploy.gguf_tensors import QUANTS, rope_factors, rope_permuted
+from qlora_dpo.deploy.gguf_tensors import Quant, rope_factors, rope_permuted
 from qlora_dpo.deploy.gguf_tokenizer import PRE_TOKENIZER_PATTERNS, convert_tokenizer
 from qlora_dpo.deploy.modelfile import CHATML, ollama_modelfile
 from qlora_dpo.errors import ModelError
@@ -133,7 +133,7 @@ def test_the_file_says_what_llama_cpp_asks_for(models_made: Path, tmp_path: Path
     }
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", get_args(Quant))
 def test_every_type_reads_back_within_its_rounding(models_made: Path, tmp_path: Path, quant: str) -> None:
     file = exported(models_made / "qwen2", tmp_path / "out", "--quant", quant)
     model = AutoModelForCausalLM.from_pretrained(models_made / "qwen2", dtype=torch.float32)
@@ -225,7 +225,9 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(
 ) -> None:
     real = gguf_file.quantize_values
     monkeypatch.setattr(
-        gguf_file, "encoded", lambda tensor, values: real(tensor, -values if "ffn_up" in tensor.name else values)
+        gguf_file,
+        "quantize_values",
+        lambda tensor, values: real(tensor, -values if "ffn_up" in tensor.name else values),
     )
     code, sentence = refusal(capsys, models_made / "qwen2", "-o", tmp_path / "out")
     assert (code, sentence) == (
@@ -263,11 +265,9 @@ def test_each_way_to_split_has_its_name_in_llama_cpp() -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     for pre, name in ((plain, "gpt-2"), (digits, "smollm"), (split(PRE_TOKENIZER_PATTERNS["qwen2"]), "qwen2")):
-        assert convert_tokenizer(splitting(pre), 500, "it").split == name
-    assert (
-        convert_tokenizer(splitting(split(PRE_TOKENIZER_PATTERNS["llama-bpe"]), ignore_merges=True), 500, "it").split
-        == "llama-bpe"
-    )
+        assert convert_tokenizer(splitting(pre), 500, "it").pre_tokenizer == name
+    llama = splitting(split(PRE_TOKENIZER_PATTERNS["llama-bpe"]), ignore_merges=True)
+    assert convert_tokenizer(llama, 500, "it").pre_tokenizer == "llama-bpe"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def shorter(question: str) -> str:
 @pytest.fixture(autouse=True)
 def no_key_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(judging, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(judging, "RETRY_WAIT_SECONDS", 0.0)
 
 
 def test_one_prompt_is_won_and_one_is_lost_whatever_the_order() -> None:

@@ -207,7 +207,7 @@ def test_tokenizer_template_and_generation_config_come_along(place: Path, tmp_pa
 
 
 def test_the_weights_are_sharded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD", "100KB")
+    monkeypatch.setattr(shards, "MAX_SHARD_SIZE", "100KB")
     opened = merging.open_for_merge(place / "nf4")
     result = merging.merge_adapter(opened, tmp_path / "m", "trained", "bf16", unchecked)
     assert result.shards == len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1

@@ -160,10 +160,11 @@ def test_the_disk_that_is_stated_is_what_is_written(place: Path, tmp_path: Path)
     for dtype, bytes_each in ((torch.bfloat16, 2), (torch.float32, 4)):
         needed = merge_memory.estimate_merge_memory(opened, dtype, candidates=2)
         elements = sum(each.numel() for each in base.values())
-        assert needed.disk == 2 * bytes_each * elements
-        assert needed.shard == bytes_each * elements  # one shard holds it all
-        assert needed.layer == 4 * 128 * 64  # up_proj, in float32
-        assert needed.check == (4 + bytes_each) * elements  # a CPU compares in float32; the file is mapped meanwhile
+        assert needed.disk_bytes == 2 * bytes_each * elements
+        assert needed.shard_bytes == bytes_each * elements  # one shard holds it all
+        assert needed.layer_bytes == 4 * 128 * 64  # up_proj, in float32
+        # a CPU compares in float32; the file is mapped meanwhile
+        assert needed.check_bytes == (4 + bytes_each) * elements
 
 
 def test_a_base_that_is_loaded_whole_is_planned_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +177,8 @@ def test_a_base_that_is_loaded_whole_is_planned_so(place: Path, monkeypatch: pyt
     adapter = sum(each.numel() for name, each in opened.model.named_parameters() if "lora_" in name)
     monkeypatch.setattr(shards, "list_tensors", lambda folder: {})
     needed = merge_memory.estimate_merge_memory(opened, torch.bfloat16, candidates=1)
-    assert (needed.shard, needed.layer, needed.disk) == (2 * (elements + adapter), 0, 2 * (elements + adapter))
+    written = 2 * (elements + adapter)
+    assert (needed.shard_bytes, needed.layer_bytes, needed.disk_bytes) == (written, 0, written)
 
 
 def test_a_disk_or_a_memory_that_is_too_small_is_refused_first(

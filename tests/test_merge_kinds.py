@@ -81,7 +81,7 @@ def test_a_base_that_names_its_layers_otherwise_is_merged_as_a_whole(
 def test_shards_hold_what_one_file_holds(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = foreign(tmp_path / "a", base, 1)
     merged(adapter, tmp_path / "one")
-    monkeypatch.setattr(shards, "SHARD", "50KB")
+    monkeypatch.setattr(shards, "MAX_SHARD_SIZE", "50KB")
     merged(adapter, tmp_path / "several")
     index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
     several = {name: load_file(tmp_path / "several" / file)[name] for name, file in index["weight_map"].items()}

@@ -10,7 +10,7 @@ from typing import Any
 import lively
 import pytest
 import tiny
-from served import GREEDY, Served, dictating, everything, expected, question, served
+from served import GREEDY, Served, dictating, errors, everything, expected, question, served
 
 from qlora_dpo.talk.engine import Engine, GenerationRequest, ReplyFailed, RequestQueue
 from qlora_dpo.talk.sampling import SamplingParams
@@ -43,7 +43,7 @@ def until(true: Any, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_a_client_that_leaves_ends_its_reply_streamed_or_not() -> None:
+def test_a_client_that_leaves_ends_its_reply_streamed_or_not(caplog: pytest.LogCaptureFixture) -> None:
     with served(LONG) as server:
         engine = server.service.engine
         forwards: list[float] = []
@@ -61,7 +61,7 @@ def test_a_client_that_leaves_ends_its_reply_streamed_or_not() -> None:
             count = len(forwards)
             time.sleep(0.3)
             assert len(forwards) == count < 800
-        assert server.complaints == []
+        assert errors(caplog) == []
 
 
 def test_short_replies_do_not_wait_for_the_end_of_long_ones() -> None:
@@ -78,7 +78,7 @@ def test_short_replies_do_not_wait_for_the_end_of_long_ones() -> None:
 
 
 def test_one_more_than_the_line_holds_is_told_to_come_again() -> None:
-    with served(LONG, waiting=2, engine={"together": 1}) as server:
+    with served(LONG, waiting=2, engine={"max_concurrent": 1}) as server:
         wires = [stream_open(server)]
         assert wires[0].recv(100).startswith(b"HTTP/1.1 200")
         wires += [stream_open(server), stream_open(server)]
@@ -92,7 +92,7 @@ def test_one_more_than_the_line_holds_is_told_to_come_again() -> None:
 
 
 def test_a_reply_that_takes_too_long_is_cut_off_and_a_question_that_waits_too_long_given_back() -> None:
-    with served(LONG, engine={"together": 1, "most_seconds": 0.4}) as server:
+    with served(LONG, engine={"max_concurrent": 1, "timeout_seconds": 0.4}) as server:
         wire = stream_open(server)
         assert wire.recv(100).startswith(b"HTTP/1.1 200")
         assert server.chat()[0] in (200, 503)
@@ -108,7 +108,7 @@ def everything_of_stream(wire: socket.socket) -> bytes:
     return raw
 
 
-def test_fifty_clients_of_all_kinds_at_once_harm_nobody(server: Served) -> None:
+def test_fifty_clients_of_all_kinds_at_once_harm_nobody(server: Served, caplog: pytest.LogCaptureFixture) -> None:
     want = {text: expected(server, "tuned", text)[0] for text in ("rice?", "birds?", "a cat", "the park")}
     wrong: list[Any] = []
 
@@ -145,11 +145,11 @@ def test_fifty_clients_of_all_kinds_at_once_harm_nobody(server: Served) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert (wrong, server.complaints) == ([], [])
+    assert (wrong, errors(caplog)) == ([], [])
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_failure_in_the_model_is_told_and_the_next_question_answered() -> None:
+def test_a_failure_in_the_model_is_told_and_the_next_question_answered(caplog: pytest.LogCaptureFixture) -> None:
     with served() as server:
         before = server.chat()
 
@@ -160,11 +160,11 @@ def test_a_failure_in_the_model_is_told_and_the_next_question_answered() -> None
         hook = server.service.engine.model.register_forward_pre_hook(fail)
         status, answer = server.chat()
         assert (status, answer["error"]["message"]) == (500, "the reply failed; the server's terminal says why")
-        assert server.complaints == ["a reply failed: RuntimeError: a kernel failed"]
+        assert errors(caplog) == ["a reply failed: RuntimeError: a kernel failed"]
         assert server.chat()[1]["choices"] == before[1]["choices"]
 
 
-def test_a_broken_model_is_not_the_clients_fault() -> None:
+def test_a_broken_model_is_not_the_clients_fault(caplog: pytest.LogCaptureFixture) -> None:
     with served() as server:
         server.service.engine.model.get_base_model().lm_head.register_forward_hook(
             lambda *given: given[-1] * float("nan")
@@ -172,7 +172,7 @@ def test_a_broken_model_is_not_the_clients_fault() -> None:
         status, answer = server.chat()
     told = "the model's output is not a number; its weights or its compute dtype are broken"
     assert (status, answer["error"]["message"]) == (500, told)
-    assert server.complaints == [f"a reply failed: {told}"]
+    assert errors(caplog) == [f"a reply failed: {told}"]
 
 
 def test_a_template_that_refuses_the_turns_is_the_clients_400(server: Served) -> None:
@@ -200,7 +200,7 @@ def test_those_who_wait_when_the_server_ends_are_told() -> None:
     line.try_put(asked)
     stopping = threading.Event()
     stopping.set()
-    engine.work(stopping)
+    engine.run(stopping)
     assert told == [ReplyFailed(503, "the server is shutting down", "shutting_down")]
     assert not line.try_put(asked)
 

@@ -99,7 +99,7 @@ def test_text_that_is_streamed_is_as_safe(count: int) -> None:
             stop = start + draw.randint(1, 5)
             told += stream.feed(raw[start:stop])
             start = stop
-        told += stream.rest()
+        told += stream.flush()
         lines, changed = shown(told)
         assert (lines, changed) == (expected(told), {}), ascii(raw)
 

@@ -1,4 +1,4 @@
-"""`qlora-dpo chat`: a conversation with a model, or one answer to what comes through a pipe."""
+"""`qlora-dpo chat`: a conversation with a model, or one reply to a message from a pipe."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @click.option(
     "--top-p",
     type=float,
-    help=f"Sample from the likeliest tokens with this probability. [default: the model's own, else {SamplingParams.top_p}]",
+    help="Sample from the likeliest tokens with this probability. "
+    f"[default: the model's own, else {SamplingParams.top_p}]",
 )
 @click.option(
     "--max-new-tokens",
@@ -62,10 +63,10 @@ def chat_command(model: str | None, system: str | None, go_on: bool, base: bool,
 
 
 def _read_stdin() -> str:
-    """The question on stdin; raise RecipeError if there is none."""
-    given = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    """The message on stdin; raises RecipeError if there is none."""
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
     try:
-        text = given.decode("utf-8").strip()
+        text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise RecipeError(f"stdin is not UTF-8 text (byte {error.start}); send the question as UTF-8") from error
     if not text:
@@ -99,6 +100,6 @@ def _make_conversation(opened: "OpenedModel", system: str | None, base: bool, gi
 
 
 def _title(folder: Path) -> str:
-    """The folder as the user would type it."""
+    """The folder as the user would type it: relative to the working directory if it lies below."""
     absolute = folder.absolute()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(folder)

@@ -43,14 +43,12 @@ DEFAULT_PROMPTS = 3
 )
 def compare_command(
     adapters: tuple[Path, ...],
-    questions: tuple[str, ...],
-    file: Path | None,
-    system: str | None,
     max_new_tokens: int,
     tokens: bool,
     dtype: str,
     as_json: bool,
     html: Path | None,
+    **prompt_options: Any,
 ) -> None:
     """Let the base and each ADAPTER answer the same prompts greedily, from one loaded model.
 
@@ -63,21 +61,21 @@ def compare_command(
     """
     from qlora_dpo.files import atomic_write
 
-    folders = [each.expanduser() for each in adapters]
+    folders = [folder.expanduser() for folder in adapters]
     _check_adapters(folders)
-    prompts = _collect_prompts(folders[0], questions, file, system)
+    prompts = _collect_prompts(folders[0], **prompt_options)
     from qlora_dpo.talk import compare as comparing
 
-    opened, speakers = comparing.open_adapters(folders, dtype)
-    total = len(prompts) * (1 + len(speakers))
+    opened, loaded = comparing.open_adapters(folders, dtype)
+    total = len(prompts) * (1 + len(loaded))
     with click.progressbar(length=total, label=f"writing {total} answers", file=sys.stderr) as bar:
-        found = comparing.compare_replies(opened, speakers, prompts, max_new_tokens, bar.update)
+        compared = comparing.compare_replies(opened, loaded, prompts, max_new_tokens, bar.update)
     record = {
         "base": opened.source.hub_id or Path(opened.source.name).name,
-        "adapters": [{"name": each.name, "beta": each.beta} for each in speakers],
+        "adapters": [{"name": adapter.name, "beta": adapter.beta} for adapter in loaded],
         "max_new_tokens": max_new_tokens,
         "computed_in": f"{opened.device.compute_dtype} on {opened.device.type.upper()}",
-        "prompts": [_prompt_record(each, opened, tokens) for each in found],
+        "prompts": [_prompt_record(comparison, opened, tokens) for comparison in compared],
     }
     from qlora_dpo.report.compare_view import comparison_columns, comparison_page
 
@@ -98,17 +96,17 @@ def _check_adapters(folders: list[Path]) -> None:
 
     for folder in folders:
         if not (folder / ADAPTER_CONFIG_NAME).is_file():
-            what = "is no adapter" if folder.is_dir() else "there is no such folder"
-            raise RecipeError(f"{folder}: {what}; name folders of runs, as in adapters/hh")
+            problem = "is no adapter" if folder.is_dir() else "there is no such folder"
+            raise RecipeError(f"{folder}: {problem}; name folders of runs, as in adapters/hh")
 
 
 def _collect_prompts(
     folder: Path, questions: tuple[str, ...], file: Path | None, system: str | None
 ) -> "list[list[Message]]":
-    """The prompts that were given, else the first that the run of `folder` answered after training."""
+    """The prompts of the options; without any, the first ones that the run in `folder` sampled after training."""
     from qlora_dpo.errors import RecipeError
 
-    prompts = [_user_message(each) for each in questions]
+    prompts = [_user_message(text) for text in questions]
     if file is not None:
         prompts += _read_prompts(file)
     samples = folder / "samples.jsonl"
@@ -118,7 +116,10 @@ def _collect_prompts(
         click.echo(f"the first {len(prompts)} held-out prompts of {folder}", err=True)
     if system is None:
         return prompts
-    return [[{"role": "system", "content": system}, *(t for t in each if t["role"] != "system")] for each in prompts]
+    return [
+        [{"role": "system", "content": system}, *(turn for turn in prompt if turn["role"] != "system")]
+        for prompt in prompts
+    ]
 
 
 def _user_message(text: str) -> "list[Message]":
@@ -130,7 +131,7 @@ def _user_message(text: str) -> "list[Message]":
 
 
 def _read_prompts(file: Path) -> "list[list[Message]]":
-    """The prompts of a file; raises RecipeError with the line of what is none."""
+    """The prompts of a file; raises RecipeError with the line that is not a prompt."""
     from qlora_dpo.data.dialogue import InvalidRow, check_roles
     from qlora_dpo.errors import RecipeError
 
@@ -156,8 +157,8 @@ def _read_prompts(file: Path) -> "list[list[Message]]":
             )
             check_roles(turns)
         except (ValueError, KeyError, TypeError) as error:
-            wanted = '{"prompt": "TEXT"}, or a list of messages'
-            raise RecipeError(f"{file}:{number}: is no prompt; write {wanted}") from error
+            example = '{"prompt": "TEXT"}, or a list of messages'
+            raise RecipeError(f"{file}:{number}: is no prompt; write {example}") from error
         except InvalidRow as error:
             raise RecipeError(f"{file}:{number}: is no prompt: {error}") from error
         prompts.append(turns)
@@ -169,27 +170,28 @@ def _read_prompts(file: Path) -> "list[list[Message]]":
 def _prompt_record(comparison: "ComparedReplies", opened: "OpenedModel", tokens: bool) -> dict[str, Any]:
     return {
         "prompt": list(comparison.prompt),
-        "answers": [_reply_record(said, opened, tokens) for said in comparison.said],
+        "answers": [_reply_record(reply, opened, tokens) for reply in comparison.replies],
     }
 
 
 def _reply_record(reply: "ScoredReply", opened: "OpenedModel", tokens: bool) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "voice": reply.voice,
-        "text": reply.answer.text,
-        "tokens": reply.answer.tokens,
-        "ended": reply.answer.ended,
-        "rewards": {
-            each.speaker.name: {"reward": each.total, "per_token": each.total / max(1, len(each.tokens))}
-            for each in reply.rewards
-        },
+        "voice": reply.variant,
+        "text": reply.completion.text,
+        "tokens": reply.completion.tokens,
+        "ended": reply.completion.ended,
+        "rewards": {},
     }
+    for adapter, reward in reply.rewards:
+        total = reward.at_beta(adapter.beta)
+        record["rewards"][adapter.name] = {"reward": total, "per_token": total / max(1, reward.tokens)}
     if tokens:
+        per_token = {adapter.name: reward.per_token(adapter.beta) for adapter, reward in reply.rewards}
         record["token_rewards"] = [
             {
                 "token": opened.tokenizer.decode([token]),
-                "rewards": {each.speaker.name: each.tokens[place] for each in reply.rewards},
+                "rewards": {name: rewards[index] for name, rewards in per_token.items()},
             }
-            for place, token in enumerate(reply.answer.ids)
+            for index, token in enumerate(reply.completion.ids)
         ]
     return record

@@ -46,11 +46,11 @@ def export_command(model: str, to: "ExportFormat", quant: "Quant", output: Path 
     target = output.expanduser() if output else Path("exported") / f"{exporting.exported_name(source)}-{quant}"
     check_output_free(target)
     click.echo(f"exporting {model} into {target}", err=True)
-    done = exporting.export_model(source, target, to, quant)
+    exported = exporting.export_model(source, target, to, quant)
     click.echo(
-        f"{done.file}: {done.bytes / 1e6:,.1f} MB, {done.tensors} tensors in {quant}\n"
+        f"{exported.file}: {exported.bytes / 1e6:,.1f} MB, {exported.tensors} tensors in {quant}\n"
         "Read back: words, merges and template are the tokenizer's; the largest relative error of a tensor is "
-        f"{done.error:.2g}."
+        f"{exported.error:.2g}."
     )
     if to == "ollama":
         folder = shlex.quote(str(target))

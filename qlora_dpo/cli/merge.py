@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qlora_dpo.deploy.merge import Dtype, MergeResult
     from qlora_dpo.evaluation.merge_fidelity import TrainedOutputs
     from qlora_dpo.evaluation.merge_texts import ComparisonTexts
-    from qlora_dpo.recipe import Recipe
 
 EXPECTED_KL = 0.001
 
@@ -46,8 +45,7 @@ def merge_command(
     weights: str | None,
     onto: Any,
     dtype: "Dtype",
-    max_kl: float | None,
-    min_agreement: float | None,
+    **thresholds: float | None,
 ) -> None:
     """Write ADAPTER and its base as one full model that any program loads; absent: the newest adapter.
 
@@ -61,31 +59,29 @@ def merge_command(
     from qlora_dpo.deploy import merge as merging
     from qlora_dpo.deploy.base_choice import MergeThresholds
     from qlora_dpo.deploy.merge_memory import check_merge_memory, estimate_merge_memory
-    from qlora_dpo.deploy.weighted_adapters import parse_weights, weighted_name
+    from qlora_dpo.deploy.weighted_adapters import parse_weights
     from qlora_dpo.model.device import TORCH_DTYPES
     from qlora_dpo.run_folder import newest_adapter
 
-    first, *others = [each.expanduser() for each in adapters] or [newest_adapter()]
-    each_weight = parse_weights([first, *others], weights)
-    target = (
-        output.expanduser() if output else Path("merged") / "-".join(each.resolve().name for each in (first, *others))
-    )
+    first, *others = [folder.expanduser() for folder in adapters] or [newest_adapter()]
+    adapter_weights = parse_weights([first, *others], weights)
+    default = Path("merged") / "-".join(folder.resolve().name for folder in (first, *others))
+    target = output.expanduser() if output else default
     merging.check_output_free(target)
     click.echo(f"merging {' and '.join(map(str, (first, *others)))} into {target}", err=True)
-    opened = merging.open_for_merge(first, others, each_weight)
-    room = estimate_merge_memory(opened, TORCH_DTYPES[dtype], len(merging.candidate_bases(opened, onto)))
-    click.echo("\n".join(room.lines()), err=True)
-    check_merge_memory(room, opened, target)
-    bars = MergeThresholds(max_kl, min_agreement)
-    name = weighted_name([first, *others], each_weight) if weights else None
-    merged = merging.merge_adapter(opened, target, onto, dtype, _make_checker(opened, first), bars, name)
+    opened = merging.open_for_merge(first, others, adapter_weights)
+    needed = estimate_merge_memory(opened, TORCH_DTYPES[dtype], len(merging.candidate_bases(opened, onto)))
+    click.echo("\n".join(needed.lines()), err=True)
+    check_merge_memory(needed, opened, target)
+    check = _make_checker(opened, first)
+    merged = merging.merge_adapter(opened, target, onto, dtype, check, MergeThresholds(**thresholds))
     click.echo("\n".join(_result_lines(merged)))
-    if merged.onto == "trained" and merged.figures["kl"] > EXPECTED_KL:
+    if merged.onto == "trained" and merged.metrics["kl"] > EXPECTED_KL:
         click.echo(f"the KL is above the {EXPECTED_KL} that rounding explains; --dtype fp32 shows why", err=True)
 
 
 def _make_checker(opened: "OpenedModel", folder: Path) -> "Callable[[Path], dict[str, Any]]":
-    """What loads a model that was written and compares it with the adapter model, which is let go at the first call."""
+    """A check that compares a written model with the adapter model, which its first call frees."""
     from functools import cache
 
     from qlora_dpo.evaluation.merge_fidelity import free_weights, record_trained
@@ -95,13 +91,12 @@ def _make_checker(opened: "OpenedModel", folder: Path) -> "Callable[[Path], dict
     def trained_outputs() -> "tuple[ComparisonTexts, TrainedOutputs]":
         texts = load_comparison_texts(folder, opened.recipe, opened.tokenizer)
         click.echo(f"comparing on {texts.name}", err=True)
-        seen = record_trained(opened.model, texts.encoded, opened.tokenizer.pad_token_id or 0, opened.device)
-        free_weights(seen)
-        return texts, seen
+        outputs = record_trained(opened.model, texts.encoded, opened.tokenizer.pad_token_id or 0, opened.device)
+        free_weights(outputs)
+        return texts, outputs
 
     def check(written: Path) -> dict[str, Any]:
-        texts, seen = trained_outputs()
-        return _compare_with_trained(opened, texts, seen, written)
+        return _compare_with_trained(opened, *trained_outputs(), written)
 
     return check
 
@@ -109,57 +104,51 @@ def _make_checker(opened: "OpenedModel", folder: Path) -> "Callable[[Path], dict
 def _compare_with_trained(
     opened: "OpenedModel", texts: "ComparisonTexts", trained_outputs: "TrainedOutputs", written: Path
 ) -> dict[str, Any]:
-    """Load the model that was written and compare it with what the adapter model said."""
+    """Load the written model and compare it with the adapter model's outputs."""
     from dataclasses import asdict
 
     from qlora_dpo.evaluation.merge_fidelity import compare_merged
     from qlora_dpo.model.base import load_base
     from qlora_dpo.model.sources import ModelSource
     from qlora_dpo.recipe.model import ModelTable
+    from qlora_dpo.talk.reward import adapter_beta
 
-    plain = ModelTable(name=str(written), quantization="none")
-    full = load_base(ModelSource("the merged model", written, ""), plain, opened.device)
-    beta = _beta_or_default(opened.recipe)
-    found = asdict(compare_merged(trained_outputs, full, opened.device, beta))
-    here = opened.device
-    exact = ", so that only the weights differ" if here.compute_dtype == "fp32" else ", whose rounding adds to the KL"
+    unquantized = ModelTable(name=str(written), quantization="none")
+    full = load_base(ModelSource("the merged model", written, ""), unquantized, opened.device)
+    beta = adapter_beta(opened.recipe)
+    device = opened.device
+    metrics = asdict(compare_merged(trained_outputs, full, device, beta))
+    exact = ", so that only the weights differ" if device.compute_dtype == "fp32" else ", whose rounding adds to the KL"
     if texts.why_no_accuracy:
-        found |= {name: None for name in found if name.startswith(("trained_", "merged_"))}
-    return found | {
+        metrics |= {name: None for name in metrics if name.startswith(("trained_", "merged_"))}
+    return metrics | {
         "beta": beta,
         "measured_on": texts.name,
-        "computed_in": f"both models computed in {here.compute_dtype} on {here.type.upper()}{exact}",
+        "computed_in": f"both models computed in {device.compute_dtype} on {device.type.upper()}{exact}",
         "why_no_accuracy": texts.why_no_accuracy,
     }
 
 
-def _beta_or_default(recipe: "Recipe | None") -> float:
-    """The run's beta; DPO's own where its loss has none."""
-    from qlora_dpo.recipe.objective import Sigmoid
-
-    return getattr(recipe and recipe.objective, "beta", None) or Sigmoid().beta
-
-
 def _result_lines(merged: "MergeResult") -> list[str]:
-    """What was written, how it compares, and what to type next."""
+    """The written files, how the model compares, and the next command."""
     from qlora_dpo.data.dialogue import sanitize_text
     from qlora_dpo.deploy.base_choice import RULE
     from qlora_dpo.deploy.merge_card import candidate_table, describe_base, metric_lines
 
     name = shlex.quote(str(merged.folder))
     files = "1 file" if merged.shards == 1 else f"{merged.shards} files"
-    lines = metric_lines(merged.figures)
-    compared = f"{merged.figures['measured_on']} ({merged.figures['tokens']:,} answer tokens)"
+    lines = metric_lines(merged.metrics)
+    compared = f"{merged.metrics['measured_on']} ({merged.metrics['tokens']:,} answer tokens)"
     width = max(len(label) for label, _ in lines) + 3
-    both = len(merged.candidates) > 1
+    several = len(merged.candidates) > 1
     return [
         f"{merged.folder}: {merged.bytes / 1e6:,.1f} MB of {merged.dtype} weights in {files}",
         describe_base(merged.onto, merged.quantization),
         "",
         f"Compared with the adapter model on {compared},",
-        f"{merged.figures['computed_in']}:",
+        f"{merged.metrics['computed_in']}:",
         *(sanitize_text(f"  {label:<{width}}{value}") for label, value in lines),
-        *(["", *_align_columns(candidate_table(merged.candidates)), f"The rule: {RULE}."] if both else []),
+        *(["", *_align_columns(candidate_table(merged.candidates)), f"The rule: {RULE}."] if several else []),
         "",
         f"qlora-dpo chat {name}   # talk to it",
     ]
@@ -167,12 +156,12 @@ def _result_lines(merged: "MergeResult") -> list[str]:
 
 def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """A table as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return [
         "  "
         + "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

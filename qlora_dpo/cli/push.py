@@ -18,6 +18,7 @@ PUSH_PARTS = ("model", "card", "run", "samples")
 @click.option("--private/--public", default=True, show_default=True, help="Who can read a repository that is new.")
 @click.option(
     "--what",
+    "parts",
     type=click.Choice(PUSH_PARTS),
     multiple=True,
     help="Send this part only; may be given several times. [default: model, card and run, without samples]",
@@ -25,7 +26,7 @@ PUSH_PARTS = ("model", "card", "run", "samples")
 @click.option("--base", metavar="OWNER/NAME", help="Where others find an adapter's base that was a folder here.")
 @click.option("--dry-run", is_flag=True, help="List the files and stop; nothing is sent and nobody is asked.")
 def push_command(
-    folder: Path, repository: str, private: bool, what: tuple[str, ...], base: str | None, dry_run: bool
+    folder: Path, repository: str, private: bool, parts: tuple[str, ...], base: str | None, dry_run: bool
 ) -> None:
     """Send PATH, an adapter, a merged model or an export, to the repository REPO of a hub, in one commit.
 
@@ -37,31 +38,30 @@ def push_command(
     qlora-dpo push merged/hh me/hh --public
     """
     from qlora_dpo.deploy.hub_files import adapter_base_name, collect_hub_files
-    from qlora_dpo.deploy.push import check_repo_id
-    from qlora_dpo.deploy.push import push_files as send
+    from qlora_dpo.deploy.push import check_repo_id, push_files
     from qlora_dpo.report.card import strip_local_paths
+    from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
     folder = folder.expanduser()
     for name in (repository, *([base] if base is not None else [])):
         check_repo_id(name)
-    parts = what or PUSH_PARTS[:3]
-    pieces = collect_hub_files(folder, repository, parts, base, strip_local_paths)  # type: ignore[arg-type]
-    click.echo("\n".join(_file_list_lines(pieces)), err=not dry_run)
-    base_named = adapter_base_name(pieces) or ""
-    if base_named.startswith("pypi:"):
-        click.echo(f"its base is {base_named}: qlora-dpo fetches that, other programs need --base OWNER/NAME", err=True)
+    files = collect_hub_files(folder, repository, parts or PUSH_PARTS[:3], base, strip_local_paths)  # type: ignore[arg-type]
+    click.echo("\n".join(_file_list_lines(files)), err=not dry_run)
+    base_name = adapter_base_name(files) or ""
+    if base_name.startswith("pypi:"):
+        click.echo(f"its base is {base_name}: qlora-dpo fetches that, other programs need --base OWNER/NAME", err=True)
     if dry_run:
         return
     click.echo(f"sending to {repository}, {'private' if private else 'public'} if it is new", err=True)
-    address = send(pieces, repository, f"qlora-dpo push {folder.resolve().name}", private=private)
-    click.echo(f"{repository}: {len(pieces)} files, {address}")
-    if any(piece.name in ("adapter_config.json", "config.json") for piece in pieces):
+    address = push_files(files, repository, f"qlora-dpo push {folder.resolve().name}", private=private)
+    click.echo(f"{repository}: {len(files)} files, {address}")
+    if any(file.name in (ADAPTER_CONFIG_NAME, "config.json") for file in files):
         click.echo(f"\nqlora-dpo chat {repository}   # talk to it")
 
 
-def _file_list_lines(pieces: "Sequence[HubFile]") -> list[str]:
-    """Each file with its bytes, and the sum."""
-    rows = [*((f"{piece.bytes:,}", piece.name) for piece in pieces)]
-    rows.append((f"{sum(piece.bytes for piece in pieces):,}", f"bytes in {len(pieces)} files"))
+def _file_list_lines(files: "Sequence[HubFile]") -> list[str]:
+    """A line for each file with its bytes, and one with the sum."""
+    rows = [*((f"{file.bytes:,}", file.name) for file in files)]
+    rows.append((f"{sum(file.bytes for file in files):,}", f"bytes in {len(files)} files"))
     width = max(len(size) for size, _ in rows)
     return [f"{size:>{width}}  {name}" for size, name in rows]

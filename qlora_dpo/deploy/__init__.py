@@ -1,1 +1,1 @@
-"""From an adapter directory to what other programs load: full models on disk."""
+"""Turns an adapter directory into what other programs load: full models on disk or on a hub."""

@@ -1,4 +1,4 @@
-"""Which base a merge keeps: the weights that were trained against or the original ones, by a rule that is printed."""
+"""Chooses the base weights of a merge, those trained against or the original ones, by a rule that is printed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,34 +17,34 @@ MergeMetrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MergeThresholds:
-    """What the user asks of a merged model; None asks for nothing."""
+    """Limits that a merged model must meet; None is no limit."""
 
     max_kl: float | None = None
     min_agreement: float | None = None
 
-    def missed(self, figures: MergeMetrics) -> str:
-        """The bar that `figures` miss, in words; empty if they miss none."""
-        if self.max_kl is not None and figures["kl"] > self.max_kl:
-            return f"KL {figures['kl']:.3g} nats per token is above --max-kl {self.max_kl:g}"
-        if self.min_agreement is not None and figures["top1"] < self.min_agreement:
-            return f"top-1 agreement {figures['top1']:.4f} is below --min-agreement {self.min_agreement:g}"
+    def missed(self, metrics: MergeMetrics) -> str:
+        """The limit that `metrics` miss, in words; empty if they miss none."""
+        if self.max_kl is not None and metrics["kl"] > self.max_kl:
+            return f"KL {metrics['kl']:.3g} nats per token is above --max-kl {self.max_kl:g}"
+        if self.min_agreement is not None and metrics["top1"] < self.min_agreement:
+            return f"top-1 agreement {metrics['top1']:.4f} is below --min-agreement {self.min_agreement:g}"
         return ""
 
 
-def choose_base(candidates: Mapping[BaseWeights, MergeMetrics], bars: MergeThresholds) -> BaseWeights:
-    """The base to keep, of one or two that were measured; raise GateError if none meets the bars."""
-    missed = {onto: bars.missed(figures) for onto, figures in candidates.items()}
-    kept = [onto for onto, words in missed.items() if not words]
-    if not kept:
-        each = "; ".join(f"onto {onto}: {words}" if len(missed) > 1 else words for onto, words in missed.items())
-        raise GateError(f"{each}; nothing was kept")
-    if len(kept) == 1:
-        return kept[0]
+def choose_base(candidates: Mapping[BaseWeights, MergeMetrics], thresholds: MergeThresholds) -> BaseWeights:
+    """The base to keep, of the one or two measured; raises GateError if none meets the thresholds."""
+    missed = {onto: thresholds.missed(metrics) for onto, metrics in candidates.items()}
+    passed = [onto for onto, reason in missed.items() if not reason]
+    if not passed:
+        reasons = [f"onto {onto}: {reason}" if len(missed) > 1 else reason for onto, reason in missed.items()]
+        raise GateError(f"{'; '.join(reasons)}; nothing was kept")
+    if len(passed) == 1:
+        return passed[0]
     return "original" if _better(candidates["original"], candidates["trained"]) else "trained"
 
 
 def _better(one: MergeMetrics, other: MergeMetrics) -> bool:
-    """True if `one` beats `other` as RULE says; without held-out pairs nothing can."""
+    """True if `one` beats `other` by RULE; False without held-out pairs."""
     if one["why_no_accuracy"]:
         return False
     return bool(

@@ -1,4 +1,4 @@
-"""Writes a full model as GGUF, with or without Ollama's Modelfile, and checks what was written."""
+"""Writes a full model as GGUF, with or without Ollama's Modelfile, and verifies the file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ ExportFormat = Literal["gguf", "ollama"]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. `error` is the largest relative error of a tensor after reading the file back."""
+    """The exported model. `error` is the largest relative error of a tensor after reading the file back."""
 
     folder: Path
     file: Path
@@ -34,7 +34,7 @@ class ExportResult:
 
 
 def full_model(model: str) -> ModelSource:
-    """The full model that `model`, a folder or a hub name, is; raises RecipeError for an adapter."""
+    """The source of the full model `model`, a folder or a hub name; raises RecipeError for an adapter."""
     folder = Path(model).expanduser()
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise RecipeError(
@@ -46,29 +46,29 @@ def full_model(model: str) -> ModelSource:
 
 
 def exported_name(source: ModelSource) -> str:
-    """What the exported model is called: the last part of its folder or of its name on a hub."""
+    """The name of the exported model: the last part of its folder or of its name on a hub."""
     return source.hub_id.rpartition("/")[2] if source.hub_id else source.folder.resolve().name
 
 
 def export_model(source: ModelSource, output: Path, to: ExportFormat, quant: Quant) -> ExportResult:
-    """Write the model of `source` into the new folder `output`, read it back, and keep it only if it is right."""
+    """Write the model of `source` into the new folder `output`; it is kept only if it reads back correctly."""
     name = exported_name(source)
     config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     check_architecture(config, source.name)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{source.name}: is stored quantized; export the model it was made from")
     tokenizer = load_tokenizer(source)
-    words = convert_tokenizer(tokenizer, config.vocab_size, source.name)
+    gguf_tokenizer = convert_tokenizer(tokenizer, config.vocab_size, source.name)
     check_disk_space(output, sum(file.stat().st_size for file in source.folder.glob("*.safetensors")))
     with atomic_folder(output) as temporary:
         file = temporary / f"{name}-{quant}.gguf"
-        planned = write_gguf(file, source.folder, config, words, quant, name)
-        error = verify_gguf(file, planned, config, words, quant)
+        planned = write_gguf(file, source.folder, config, gguf_tokenizer, quant, name)
+        error = verify_gguf(file, planned, config, gguf_tokenizer, quant)
         if to == "ollama":
             atomic_write(temporary / "Modelfile", ollama_modelfile(file.name, tokenizer))
         size = file.stat().st_size
-        facts = {"bytes": size, "tensors": len(planned), "error": error}
         base = {"name": name, "hub_id": source.hub_id, "revision": source.revision, "fingerprint": source.fingerprint}
-        write_json(temporary / "export.json", {"model": base, "to": to, "quant": quant, "file": file.name, **facts})
-        write_manifest(temporary, [each for each in temporary.iterdir() if each.is_file()])
+        record = {"model": base, "to": to, "quant": quant, "file": file.name}
+        write_json(temporary / "export.json", record | {"bytes": size, "tensors": len(planned), "error": error})
+        write_manifest(temporary, [path for path in temporary.iterdir() if path.is_file()])
     return ExportResult(output, output / file.name, size, len(planned), error)

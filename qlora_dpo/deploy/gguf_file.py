@@ -1,4 +1,4 @@
-"""Writes a GGUF file tensor by tensor, and reads it back: every word and every number is compared."""
+"""Writes a GGUF file tensor by tensor, and verifies it: every token and every value is read back and compared."""
 
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ MAX_QUANT_ERROR: dict[Quant, float] = {
     "q4_1": 0.16,
     "q4_0": 0.16,
 }
-"""Relative L2 error of a tensor, twice what normally distributed weights have: above this it is no rounding."""
+"""Largest relative L2 error of a tensor that rounding explains: twice that of normally distributed weights."""
 
 
 def check_architecture(config: Any, name: str) -> None:
-    """Raise ModelError for a model that is not written as GGUF here."""
+    """Raise ModelError for a model that cannot be exported as GGUF."""
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(f"{name}: is of the kind {config.model_type}; {known} can be exported as GGUF")
@@ -46,15 +46,15 @@ def check_architecture(config: Any, name: str) -> None:
 
 
 def write_gguf(
-    file: Path, folder: Path, config: Any, words: GgufTokenizer, quant: Quant, name: str
+    file: Path, folder: Path, config: Any, tokenizer: GgufTokenizer, quant: Quant, name: str
 ) -> list[GgufTensor]:
-    """Write the model in `folder` as one GGUF file; one tensor at a time is in memory."""
+    """Write the model in `folder` as one GGUF file, with one tensor at a time in memory."""
     planned = plan_tensors(folder, config, quant, name)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
-    _describe(writer, config, quant, name)
-    _write_tokenizer(writer, words)
+    _write_metadata(writer, config, quant, name)
+    _write_tokenizer(writer, tokenizer)
     for tensor in planned:
-        # the type that the writer is told decides how many bytes a row has
+        # The writer computes the bytes of a row from the NumPy type
         writer.add_tensor_info(
             tensor.name, _stored_shape(tensor), np.dtype(_numpy_type(tensor)), tensor.bytes, raw_dtype=tensor.type
         )
@@ -67,32 +67,33 @@ def write_gguf(
     return planned
 
 
-def verify_gguf(file: Path, planned: list[GgufTensor], config: Any, words: GgufTokenizer, quant: Quant) -> float:
-    """The largest relative error of a tensor in `file`; raises ModelError if anything in it is not what was meant."""
+def verify_gguf(file: Path, planned: list[GgufTensor], config: Any, tokenizer: GgufTokenizer, quant: Quant) -> float:
+    """The largest relative error of a tensor in `file`; raises ModelError if the file differs from what was written."""
     reader = gguf.GGUFReader(file)
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
     merges = reader.get_field("tokenizer.ggml.merges").contents()
     template = reader.get_field("tokenizer.chat_template")
-    if tokens != words.tokens or merges != words.merges or (template and template.contents()) != words.template:
+    same_vocabulary = tokens == tokenizer.tokens and merges == tokenizer.merges
+    if not same_vocabulary or (template and template.contents()) != tokenizer.template:
         raise ModelError(f"{file.name}: its tokenizer reads back otherwise than it was written; nothing was kept")
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    if found.keys() != {tensor.name for tensor in planned}:
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    if written.keys() != {tensor.name for tensor in planned}:
         raise ModelError(f"{file.name}: has other tensors than were written; nothing was kept")
     worst = 0.0
     for tensor in planned:
         values = tensor_values(tensor, config)
-        there = dequantize(found[tensor.name].data, tensor.type).reshape(values.shape)
-        error = float(np.linalg.norm(there - values) / (np.linalg.norm(values) or 1.0))
+        read_back = dequantize(written[tensor.name].data, tensor.type).reshape(values.shape)
+        error = float(np.linalg.norm(read_back - values) / (np.linalg.norm(values) or 1.0))
         if not error <= MAX_QUANT_ERROR[quant]:
             raise ModelError(
-                f"{file.name}: {tensor.hf_name} reads back with an error of {error:.2g}, at most {MAX_QUANT_ERROR[quant]} "
-                f"is {quant}'s rounding; nothing was kept"
+                f"{file.name}: {tensor.hf_name} reads back with an error of {error:.2g}, at most "
+                f"{MAX_QUANT_ERROR[quant]} is {quant}'s rounding; nothing was kept"
             )
         worst = max(worst, error)
     return worst
 
 
-def _describe(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: str) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: str) -> None:
     rope = config.rope_parameters
     writer.add_type("model")
     writer.add_name(name)
@@ -107,31 +108,31 @@ def _describe(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: str) -> 
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(width)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, words: GgufTokenizer) -> None:
-    writer.add_tokenizer_model("gpt2")  # what GGUF calls byte-level BPE
-    writer.add_tokenizer_pre(words.split)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.kinds)
-    writer.add_token_merges(words.merges)
-    for add, number in (
-        (writer.add_bos_token_id, words.bos),
-        (writer.add_eos_token_id, words.eos),
-        (writer.add_pad_token_id, words.pad),
+def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
+    writer.add_tokenizer_model("gpt2")  # GGUF's name for byte-level BPE
+    writer.add_tokenizer_pre(tokenizer.pre_tokenizer)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.token_types)
+    writer.add_token_merges(tokenizer.merges)
+    for add, token_id in (
+        (writer.add_bos_token_id, tokenizer.bos),
+        (writer.add_eos_token_id, tokenizer.eos),
+        (writer.add_pad_token_id, tokenizer.pad),
     ):
-        if number is not None:
-            add(number)
-    writer.add_add_bos_token(False)  # chat templates write it where it belongs
-    if words.template:
-        writer.add_chat_template(words.template)
+        if token_id is not None:
+            add(token_id)
+    writer.add_add_bos_token(False)  # the chat template writes it
+    if tokenizer.template:
+        writer.add_chat_template(tokenizer.template)
 
 
 def _numpy_type(tensor: GgufTensor) -> type:
@@ -145,7 +146,7 @@ def _numpy_type(tensor: GgufTensor) -> type:
 
 
 def _stored_shape(tensor: GgufTensor) -> tuple[int, ...]:
-    """The shape in numbers, or in bytes for a type whose numbers are packed."""
+    """The shape in elements, or in bytes for a type that packs its elements."""
     if _numpy_type(tensor) is np.uint8:
         return tuple(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type))
     return tensor.shape

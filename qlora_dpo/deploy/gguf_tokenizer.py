@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF's terms: words, merges, kinds of tokens, and the name of the way it splits text."""
+"""Converts a tokenizer to GGUF: tokens, merges, token types, and the name of its pre-tokenizer."""
 
 import json
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ PRE_TOKENIZER_PATTERNS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-"""The expressions that llama.cpp knows by these names."""
+"""llama.cpp's names of pre-tokenizers, and their regular expressions."""
 
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What a GGUF file says of its tokenizer."""
+    """The tokenizer fields of a GGUF file. `pre_tokenizer` is llama.cpp's name of how text is split."""
 
-    split: str
+    pre_tokenizer: str
     tokens: list[str]
-    kinds: list[int]
+    token_types: list[int]
     merges: list[str]
     bos: int | None
     eos: int | None
@@ -32,9 +32,9 @@ class GgufTokenizer:
 
 
 def convert_tokenizer(tokenizer: Any, rows: int, name: str) -> GgufTokenizer:
-    """The byte-level BPE `tokenizer`, filled up to the `rows` of the embedding matrix.
+    """Convert the byte-level BPE `tokenizer`, padded to the `rows` of the embedding matrix.
 
-    Raises ModelError for any other kind, and for a way to split text that GGUF has no name for.
+    Raises ModelError for any other kind of tokenizer, and for a pre-tokenizer that llama.cpp has no name for.
     """
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: its tokenizer has no tokenizer.json; GGUF needs one")
@@ -43,20 +43,20 @@ def convert_tokenizer(tokenizer: Any, rows: int, name: str) -> GgufTokenizer:
     if model["type"] != "BPE" or model.get("byte_fallback"):
         kind = "SentencePiece" if model.get("byte_fallback") else model["type"]
         raise ModelError(f"{name}: its tokenizer is of the kind {kind}; only byte-level BPE is written as GGUF here")
-    split = _split_name(state["pre_tokenizer"] or {}, bool(model.get("ignore_merges")))
+    pre_tokenizer = _pre_tokenizer_name(state["pre_tokenizer"] or {}, bool(model.get("ignore_merges")))
     normalizer = (state["normalizer"] or {"type": "NFC"})["type"]
-    if split is None or normalizer != "NFC":
+    if pre_tokenizer is None or normalizer != "NFC":
         raise ModelError(f"{name}: its tokenizer splits or changes text in a way that has no name in GGUF")
-    special = {each["content"]: bool(each["special"]) for each in state["added_tokens"]}
-    by_id = {number: word for word, number in tokenizer.get_vocab().items()}
+    special = {token["content"]: bool(token["special"]) for token in state["added_tokens"]}
+    by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if len(by_id) > rows:
         raise ModelError(f"{name}: its tokenizer has {len(by_id)} words and its embedding matrix {rows} rows")
-    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
+    tokens = [by_id.get(token_id, f"[PAD{token_id}]") for token_id in range(rows)]
     return GgufTokenizer(
-        split=split,
+        pre_tokenizer=pre_tokenizer,
         tokens=tokens,
-        kinds=[_kind(number in by_id, special.get(word)) for number, word in enumerate(tokens)],
-        merges=[each if isinstance(each, str) else " ".join(each) for each in model["merges"]],
+        token_types=[_token_type(token_id in by_id, special.get(token)) for token_id, token in enumerate(tokens)],
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
@@ -64,7 +64,7 @@ def convert_tokenizer(tokenizer: Any, rows: int, name: str) -> GgufTokenizer:
     )
 
 
-def _kind(exists: bool, special: bool | None) -> int:
+def _token_type(exists: bool, special: bool | None) -> int:
     if not exists:
         return int(TokenType.UNUSED)
     if special is None:
@@ -72,8 +72,8 @@ def _kind(exists: bool, special: bool | None) -> int:
     return int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
 
 
-def _split_name(pre: dict[str, Any], ignore_merges: bool) -> str | None:
-    """llama.cpp's name for how `pre` splits text; None if it has none."""
+def _pre_tokenizer_name(pre: dict[str, Any], ignore_merges: bool) -> str | None:
+    """llama.cpp's name of the pre-tokenizer `pre`; None if it has none."""
     parts = pre.get("pretokenizers", [pre])
     match [part.get("type") for part in parts]:
         case ["ByteLevel"] if parts[0]["use_regex"] and not parts[0]["add_prefix_space"]:

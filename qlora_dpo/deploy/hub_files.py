@@ -1,4 +1,4 @@
-"""What of a finished folder goes to a hub: chosen by name, without secrets, checkpoints and paths of this machine."""
+"""Chooses the files of a finished folder that go to a hub: by name, without secrets, checkpoints or local paths."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.manifest import MANIFEST, find_damage
 from qlora_dpo.recipe.tables import is_local_path
 from qlora_dpo.redact import find_secret_line, redact_secrets
-from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTERS_DIR, AUDIT, METRICS
 
 HubFileGroup = Literal["model", "card", "run", "samples"]
 
@@ -35,115 +35,119 @@ GROUP_PATTERNS: dict[HubFileGroup, tuple[str, ...]] = {
         *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
     ),
     "card": ("README.md", "report.html", "plots/*.svg", "plots/*.png"),
-    "run": ("recipe.toml", "results.json", "metrics.jsonl"),
-    "samples": ("samples.jsonl", "audit.json"),
+    "run": ("recipe.toml", "results.json", METRICS),
+    "samples": ("samples.jsonl", AUDIT),
 }
-"""A list of what may go, since whatever else lies in a folder (checkpoints, a tracker's files, notes) is nobody's."""
+"""The files that may be pushed; everything else in a folder (checkpoints, trackers' files, notes) stays private."""
 
-WRITTEN_BY_US = ("run.json", "resolved.toml", "recipe.toml", "results.json", "metrics.jsonl", "merge.json", "README.md")
-"""Texts in which paths and secrets are taken out; in all others, one that is found ends the command."""
+OUR_TEXT_FILES = ("run.json", "resolved.toml", "recipe.toml", "results.json", METRICS, "merge.json", "README.md")
+"""Text files from which local paths and secrets are removed; one found in any other file ends the command."""
 
-BINARY = (".safetensors", ".gguf", ".png", ".model")
+BINARY_SUFFIXES = (".safetensors", ".gguf", ".png", ".model")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository: its name there, and its bytes or the file that holds them."""
+    """A file of a repository: its name there, and its content as bytes or as a local file."""
 
     name: str
     content: Path | bytes
 
     @property
     def bytes(self) -> int:
-        """How many it has."""
+        """Its size in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
 def collect_hub_files(
-    folder: Path, repository: str, what: Collection[HubFileGroup], base: str | None, scrub: Callable[[str], str]
+    folder: Path, repository: str, groups: Collection[HubFileGroup], base: str | None, scrub: Callable[[str], str]
 ) -> list[HubFile]:
-    """The files of `folder` that go to `repository`, by name; `scrub` cuts paths of this machine down.
+    """The files of `folder` that go to `repository`; `scrub` removes local paths from a text.
 
-    `base` is the hub name of an adapter's base, where the run knew it as a folder. Raises RecipeError if there is
-    nothing to push or the base cannot be named, ModelError if a file is damaged, RunError if a text holds a secret.
+    `base` is the hub name of an adapter's base, if the run knew it as a folder. Raises RecipeError if there is nothing
+    to push or the base has no name, ModelError if a file is damaged, RunError if a text contains a secret.
     """
     _check_finished(folder)
-    found = sorted({file for each in what for pattern in GROUP_PATTERNS[each] for file in folder.glob(pattern)})
-    files = [file for file in found if file.is_file()]
-    name = _base_name(folder, base) if (folder / ADAPTER_CONFIG_NAME).is_file() else None
-    pieces = [_piece(file, folder, repository, name, scrub) for file in files]
-    if not pieces:
-        raise RecipeError(f"{folder}: holds nothing of {', '.join(sorted(what))}; choose other parts with --what")
-    for piece in pieces:
-        _check_no_secrets(piece, folder)
-    top = {file.name for pattern in GROUP_PATTERNS["model"] for file in folder.glob(pattern)}
-    listed = [piece for piece in pieces if piece.name in top]
-    return [*pieces, HubFile(MANIFEST, _manifest(listed))] if listed else pieces
+    paths = {path for group in groups for pattern in GROUP_PATTERNS[group] for path in folder.glob(pattern)}
+    base_name = _base_name(folder, base) if (folder / ADAPTER_CONFIG_NAME).is_file() else None
+    files = [_hub_file(path, folder, repository, base_name, scrub) for path in sorted(paths) if path.is_file()]
+    if not files:
+        raise RecipeError(f"{folder}: holds nothing of {', '.join(sorted(groups))}; choose other parts with --what")
+    for file in files:
+        _check_no_secrets(file, folder)
+    model_names = {path.name for pattern in GROUP_PATTERNS["model"] for path in folder.glob(pattern)}
+    listed = [file for file in files if file.name in model_names]
+    return [*files, HubFile(MANIFEST, _manifest(listed))] if listed else files
 
 
-def adapter_base_name(pieces: Sequence[HubFile]) -> str | None:
-    """The base that an adapter among `pieces` names; None if there is none."""
-    config = next((piece.content for piece in pieces if piece.name == ADAPTER_CONFIG_NAME), None)
+def adapter_base_name(files: Sequence[HubFile]) -> str | None:
+    """The base that the adapter config among `files` names; None if there is no adapter config."""
+    config = next((file.content for file in files if file.name == ADAPTER_CONFIG_NAME), None)
     return str(json.loads(config)["base_model_name_or_path"]) if isinstance(config, bytes) else None
 
 
 def _check_finished(folder: Path) -> None:
     if not folder.is_dir():
         raise RecipeError(f"{folder}: there is no such folder; name an adapter, a merged model or an export")
-    kinds = {ADAPTER_CONFIG_NAME: ADAPTER_SAFE_WEIGHTS_NAME, "merge.json": "config.json", "export.json": "export.json"}
-    for mark, needed in kinds.items():
-        if (folder / mark).is_file():
-            if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, needed)):
+    required = {
+        ADAPTER_CONFIG_NAME: ADAPTER_SAFE_WEIGHTS_NAME,
+        "merge.json": "config.json",
+        "export.json": "export.json",
+    }
+    for marker, required_file in required.items():
+        if (folder / marker).is_file():
+            if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required_file)):
                 raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or make it again")
             return
     raise RecipeError(f"{folder}: is no adapter, no merged model and no export; name the folder of one")
 
 
 def _base_name(folder: Path, base: str | None) -> str:
-    """What others can load an adapter's base by."""
+    """The name by which others can load an adapter's base."""
     if base is not None:
         return base
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
-    trained = run.get("base", {})
-    named = str(trained.get("hub_id") or config.get("base_model_name_or_path"))
-    if not is_local_path(named):
-        return named
-    if str(trained.get("name")).startswith("pypi:"):
-        return str(trained["name"])
+    trained_on = run.get("base", {})
+    name = str(trained_on.get("hub_id") or config.get("base_model_name_or_path"))
+    if not is_local_path(name):
+        return name
+    if str(trained_on.get("name")).startswith("pypi:"):
+        return str(trained_on["name"])
     raise RecipeError(
-        f"{folder}: its base is the folder {sanitize_text(named)}, which nobody else can load; name its repository with "
-        "--base OWNER/NAME, or push the merged model"
+        f"{folder}: its base is the folder {sanitize_text(name)}, which nobody else can load; name its repository "
+        "with --base OWNER/NAME, or push the merged model"
     )
 
 
-def _piece(file: Path, folder: Path, repository: str, base: str | None, scrub: Callable[[str], str]) -> HubFile:
-    name = file.relative_to(folder).as_posix()
+def _hub_file(path: Path, folder: Path, repository: str, base: str | None, scrub: Callable[[str], str]) -> HubFile:
+    """The file as it is pushed: with the base's public name, and without local paths and secrets."""
+    name = path.relative_to(folder).as_posix()
     if name == ADAPTER_CONFIG_NAME and base is not None:
-        config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+        config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
         return HubFile(name, (json.dumps(config, indent=2) + "\n").encode())
-    if name not in WRITTEN_BY_US:
-        return HubFile(name, file)
-    text = file.read_text(encoding="utf-8")
+    if name not in OUR_TEXT_FILES:
+        return HubFile(name, path)
+    text = path.read_text(encoding="utf-8")
     if name == "resolved.toml":
         text = tomli_w.dumps(_without_folders(tomllib.loads(text), base))
     elif name == "run.json":
-        text = json.dumps(_run(json.loads(text), base), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(_with_public_base(json.loads(text), base), indent=2, ensure_ascii=False) + "\n"
     elif name == "README.md":
-        own = f"adapters/{folder.resolve().name}"
-        text = text.replace(f"qlora-dpo merge {own}\n", "").replace(own, repository)
+        local = f"{ADAPTERS_DIR}/{folder.resolve().name}"
+        text = text.replace(f"qlora-dpo merge {local}\n", "").replace(local, repository)
         text = text.replace('"FOLDER"', f'"{repository}"')
         text = text.replace('"FOLDER_OF_THE_BASE"', f'"{base}"')
     return HubFile(name, redact_secrets(scrub(text)).encode())
 
 
 def _without_folders(values: Any, base: str | None) -> Any:
-    """The resolved recipe with every path cut down to ./NAME, and with the base as others can load it."""
+    """The resolved recipe with every path cut to ./NAME, and with the base's public name."""
     if isinstance(values, dict):
-        cut = {key: _without_folders(value, None) for key, value in values.items()}
-        if base is not None and not base.startswith("pypi:") and "model" in cut:
-            cut["model"]["name"] = base
-        return cut
+        table = {key: _without_folders(value, None) for key, value in values.items()}
+        if base is not None and not base.startswith("pypi:") and "model" in table:
+            table["model"]["name"] = base
+        return table
     if isinstance(values, list):
         return [_without_folders(value, None) for value in values]
     if isinstance(values, str) and re.match(r"[/~]|\.{1,2}/|[A-Za-z]:[/\\]", values):
@@ -151,42 +155,46 @@ def _without_folders(values: Any, base: str | None) -> Any:
     return values
 
 
-def _run(run: Any, base: str | None) -> Any:
-    known = run.get("base")
-    if base is not None and isinstance(known, dict) and is_local_path(str(known.get("name"))):
-        run["base"] = known | {"name": base, "hub_id": base}
+def _with_public_base(run: Any, base: str | None) -> Any:
+    """run.json with the base's public name where it names a folder."""
+    trained_on = run.get("base")
+    if base is not None and isinstance(trained_on, dict) and is_local_path(str(trained_on.get("name"))):
+        run["base"] = trained_on | {"name": base, "hub_id": base}
     return run
 
 
-def _check_no_secrets(piece: HubFile, folder: Path) -> None:
-    """Raise RunError for a text that holds a token, a password, a secret of the environment, or this folder's path."""
-    if piece.name.endswith(BINARY):
+def _check_no_secrets(file: HubFile, folder: Path) -> None:
+    """Raise RunError for a text with a token, a password, a secret of the environment, or a local path."""
+    if file.name.endswith(BINARY_SUFFIXES):
         return
-    data = piece.content if isinstance(piece.content, bytes) else piece.content.read_bytes()
+    data = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
     text = data.decode("utf-8", errors="replace")
-    for number, line in _suspicious(text, folder):
-        raise RunError(f"{folder / piece.name}: {line} in line {number}; take it out, and push again. Nothing was sent")
+    for number, problem in _find_secrets(text, folder):
+        raise RunError(
+            f"{folder / file.name}: {problem} in line {number}; take it out, and push again. Nothing was sent"
+        )
 
 
-def _suspicious(text: str, folder: Path) -> Iterator[tuple[int, str]]:
-    found = find_secret_line(text)
-    if found is not None:
-        yield found, "there is what looks like a token or a password"
-    # a folder right below the root, such as /tmp, tells nothing of anybody and is a word of many tokenizers
-    places = {each for each in (folder.resolve().parent, Path.home(), Path.cwd()) if len(each.parts) > 2}
+def _find_secrets(text: str, folder: Path) -> Iterator[tuple[int, str]]:
+    """Line number and problem of every secret and local path in `text`."""
+    secret_line = find_secret_line(text)
+    if secret_line is not None:
+        yield secret_line, "there is what looks like a token or a password"
+    # A folder right below the root, such as /tmp, reveals nothing and is a token of many tokenizers
+    local_folders = {path for path in (folder.resolve().parent, Path.home(), Path.cwd()) if len(path.parts) > 2}
     for number, line in enumerate(text.splitlines(), start=1):
-        if any(f"{place}/" in line for place in places):
+        if any(f"{local_folder}/" in line for local_folder in local_folders):
             yield number, "there is a path of this machine"
 
 
-def _manifest(pieces: list[HubFile]) -> bytes:
-    """The manifest of what is sent, as `manifest.write_manifest` would write it for a folder."""
-    listed = {}
-    for piece in sorted(pieces, key=lambda each: each.name):
-        if isinstance(piece.content, bytes):
-            digest = hashlib.sha256(piece.content).hexdigest()
+def _manifest(files: list[HubFile]) -> bytes:
+    """The manifest of the files, as `manifest.write_manifest` would write it for a folder."""
+    entries = {}
+    for file in sorted(files, key=lambda file: file.name):
+        if isinstance(file.content, bytes):
+            digest = hashlib.sha256(file.content).hexdigest()
         else:
-            with piece.content.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        listed[piece.name] = {"bytes": piece.bytes, "sha256": digest}
-    return (json.dumps(listed, indent=2) + "\n").encode()
+            with file.content.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        entries[file.name] = {"bytes": file.bytes, "sha256": digest}
+    return (json.dumps(entries, indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Writes adapter and base as one full model: summed in float32, rounded once, and checked before it is kept."""
+"""Merges adapter and base into one full model: summed in float32, rounded once, and verified before it is kept."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ from qlora_dpo.deploy.base_choice import RULE, MergeMetrics, MergeThresholds, ch
 from qlora_dpo.deploy.merge_card import BaseWeights, merged_card, public_name
 from qlora_dpo.deploy.merged_weights import changed_layers, is_dora
 from qlora_dpo.deploy.shards import write_model
-from qlora_dpo.deploy.weighted_adapters import add_weighted_adapters
+from qlora_dpo.deploy.weighted_adapters import add_weighted_adapters, weighted_name
 from qlora_dpo.errors import ModelError, RecipeError, RunError
 from qlora_dpo.files import atomic_folder, atomic_write, write_json
 from qlora_dpo.manifest import write_manifest
@@ -29,17 +29,17 @@ from qlora_dpo.recipe.model import Quantization
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
 Dtype = Literal["bf16", "fp16", "fp32"]
-Check = Callable[[Path], MergeMetrics]
-"""Loads the model that was written to a folder and returns figures; `kl`, in nats per token, is among them."""
+MergeCheck = Callable[[Path], MergeMetrics]
+"""Loads the model that was written to a folder and measures it; `kl` is in nats per token."""
 
 MAX_KL = 0.05
-"""Nats per token. Rounding costs 1e-4 in bf16, what 16-bit arithmetic adds on a GPU stays below 0.01, and every wrong
-way that was measured costs 0.1 and more: above this the files are not the model that was trained."""
+"""Nats per token. Rounding costs 1e-4 in bf16, 16-bit arithmetic on a GPU adds less than 0.01, and every wrong way to
+merge that was measured costs 0.1 and more: above this the files are not the model that was trained."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, and how it compares with the model that was trained; `candidates` has all that was measured."""
+    """The merged model, and how it compares with the trained one; `candidates` has the metrics of every base tried."""
 
     folder: Path
     onto: BaseWeights
@@ -47,42 +47,44 @@ class MergeResult:
     bytes: int
     shards: int
     quantization: Quantization
-    figures: MergeMetrics
+    metrics: MergeMetrics
     candidates: Mapping[BaseWeights, MergeMetrics]
 
 
 def check_output_free(output: Path) -> None:
-    """Raise RunError if there is anything at `output` already; an empty folder may be filled."""
+    """Raise RunError if `output` exists, unless it is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: is there already and is not overwritten; name another folder with -o DIR")
 
 
 def open_for_merge(folder: Path, others: Sequence[Path] = (), weights: Sequence[float] = (1.0,)) -> OpenedModel:
-    """Open base and adapter as they were trained, with `others` added; on a CPU they compute in float32.
+    """Open base and adapter as they were trained, with the adapters `others` added; a CPU computes in float32.
 
     Raises RecipeError if `folder` is no adapter, ModelError for an adapter that a full model cannot hold exactly.
     """
-    for each in (folder, *others):
-        _check_mergeable(each)
+    for adapter in (folder, *others):
+        _check_mergeable(adapter)
     opened = open_adapter(folder, "fp32" if device.select_device().type == "cpu" else "auto")
     add_weighted_adapters(opened, folder, others, list(weights))
+    if list(weights) != [1.0]:
+        opened.name = weighted_name((folder, *others), weights)
     for name, layer in changed_layers(opened.model).items():
-        if reason := _not_a_sum(layer):
+        if reason := _beyond_lora_sum(layer):
             raise ModelError(f"{folder}: cannot be merged: {name} {reason}")
     head = opened.model.get_output_embeddings()
     if isinstance(head, LoraLayer) and opened.model.config.tie_word_embeddings:
         raise ModelError(f"{folder}: cannot be merged: it adapts the output head, which is tied to the embeddings")
-    ends = (opened.model.get_input_embeddings(), head)
-    if opened.model.config.tie_word_embeddings and any(isinstance(end, ModulesToSaveWrapper) for end in ends):
+    embeddings = (opened.model.get_input_embeddings(), head)
+    if opened.model.config.tie_word_embeddings and any(isinstance(m, ModulesToSaveWrapper) for m in embeddings):
         raise ModelError(f"{folder}: cannot be merged: it trained embeddings or head, which are tied to each other")
     return opened
 
 
 def _check_mergeable(folder: Path) -> None:
-    """Raise RecipeError if `folder` is no adapter, ModelError if its config says that it is no sum of weights."""
+    """Raise RecipeError if `folder` is no adapter, ModelError if its config changes more than linear weights."""
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
-        found = "has no " + ADAPTER_CONFIG_NAME if folder.is_dir() else "there is no such folder"
-        raise RecipeError(f"{folder}: {found}; name the adapter folder of a finished run")
+        problem = f"has no {ADAPTER_CONFIG_NAME}" if folder.is_dir() else "there is no such folder"
+        raise RecipeError(f"{folder}: {problem}; name the adapter folder of a finished run")
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,7 +94,7 @@ def _check_mergeable(folder: Path) -> None:
 
 
 def candidate_bases(opened: OpenedModel, onto: BaseWeights | Literal["auto"]) -> tuple[BaseWeights, ...]:
-    """The bases to measure; "auto" is both where they differ."""
+    """The bases to measure: with "auto" both, if they differ."""
     match onto:
         case "auto":
             return ("trained", "original") if quantized_layers(opened.model) else ("trained",)
@@ -105,15 +107,14 @@ def merge_adapter(
     output: Path,
     onto: BaseWeights | Literal["auto"],
     dtype: Dtype,
-    check: Check,
-    bars: MergeThresholds | None = None,
-    name: str | None = None,
+    check: MergeCheck,
+    thresholds: MergeThresholds | None = None,
 ) -> MergeResult:
-    """Write the full model of `opened` to `output`, let `check` load it there, and keep it only if that went well.
+    """Write the full model of `opened` to `output`, verify it with `check`, and keep it only if it passes.
 
-    With "auto" both bases are tried, and the better one by `choice.RULE` is kept. All are written before the first is
-    checked, so `check` may let go of the trained model. Raises RunError if there is something at `output`, ModelError
-    if the written model is not the trained one, GateError if it misses `bars`.
+    With "auto" both bases are tried, and the better one by `base_choice.RULE` is kept. All are written before the first
+    check, so `check` may free the trained model. Raises RunError if `output` is taken, ModelError if the merged model
+    is not the trained one, GateError if it misses `thresholds`.
     """
     check_output_free(output)
     quantization = quantization_of(opened.model)
@@ -123,45 +124,51 @@ def merge_adapter(
         for base, folder in folders.items():
             write_model(opened, folder, base, device.TORCH_DTYPES[dtype])
         candidates = {base: dict(check(folder)) for base, folder in folders.items()}
-        for base, each in candidates.items():
-            _check_kl(each["kl"], base, dtype)
-        chosen = choose_base(candidates, bars or MergeThresholds())
+        for base, metrics in candidates.items():
+            _check_kl(metrics["kl"], base, dtype)
+        chosen = choose_base(candidates, thresholds or MergeThresholds())
         if len(bases) > 1:
             _keep_only(folders[chosen], temporary)
         weights = list(temporary.glob("*.safetensors"))
-        figures = candidates[chosen]
         record = {
-            "adapter": name or _adapter_name(opened),
-            "base": {
-                "name": public_name(opened.source.name),
-                "hub_id": opened.source.hub_id,
-                "revision": opened.source.revision,
-                "fingerprint": opened.source.fingerprint,
-                "note": opened.source.note,
-                "quantization": quantization,
-            },
+            "adapter": _adapter_name(opened),
+            "base": _base_record(opened, quantization),
             "onto": chosen,
             **({"rule": RULE, "candidates": candidates} if len(bases) > 1 else {}),
             "dtype": dtype,
             "bytes": sum(file.stat().st_size for file in weights),
             "shards": len(weights),
-            **figures,
+            **candidates[chosen],
         }
         write_json(temporary / "merge.json", record)
         atomic_write(temporary / "README.md", merged_card(record))
         write_manifest(temporary, [file for file in temporary.iterdir() if file.is_file()])
-    return MergeResult(output, chosen, dtype, record["bytes"], record["shards"], quantization, figures, candidates)
+    return MergeResult(
+        output, chosen, dtype, record["bytes"], record["shards"], quantization, candidates[chosen], candidates
+    )
 
 
-def _keep_only(chosen: Path, home: Path) -> None:
-    """Move the files of the folder `chosen` up into `home`, and remove the other candidates there."""
+def _base_record(opened: OpenedModel, quantization: Quantization) -> dict[str, Any]:
+    """The base as merge.json names it."""
+    return {
+        "name": public_name(opened.source.name),
+        "hub_id": opened.source.hub_id,
+        "revision": opened.source.revision,
+        "fingerprint": opened.source.fingerprint,
+        "note": opened.source.note,
+        "quantization": quantization,
+    }
+
+
+def _keep_only(chosen: Path, parent: Path) -> None:
+    """Move the files of the folder `chosen` up into `parent`, and remove all candidates' folders there."""
     for file in list(chosen.iterdir()):
-        file.rename(home / file.name)
-    for folder in [each for each in home.iterdir() if each.is_dir()]:
+        file.rename(parent / file.name)
+    for folder in [path for path in parent.iterdir() if path.is_dir()]:
         shutil.rmtree(folder)
 
 
-def _not_a_sum(layer: nn.Module) -> str:
+def _beyond_lora_sum(layer: nn.Module) -> str:
     """Why the layer's weight is not base + scaling * B A; empty if it is."""
     if not isinstance(layer, LoraLayer):
         return ""
@@ -183,5 +190,7 @@ def _check_kl(kl: float, onto: BaseWeights, dtype: Dtype) -> None:
 
 
 def _adapter_name(opened: OpenedModel) -> str:
+    if opened.name:
+        return opened.name
     folder = opened.folder.resolve().name if opened.folder else "adapter"
     return str(opened.run["name"]) if opened.run else folder

@@ -10,9 +10,9 @@ from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.recipe.tables import is_local_path
 
 BaseWeights = Literal["trained", "original"]
-"""What an update is added to."""
+"""The weights that an adapter is added to: those it was trained against, or the original ones."""
 
-MEASURED = (
+METRIC_COLUMNS = (
     ("preference accuracy", "accuracy"),
     ("DPO loss at beta {beta:g}", "loss"),
     ("perplexity of chosen answers", "perplexity"),
@@ -23,7 +23,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def merged_card(record: Mapping[str, Any]) -> str:
-    """The model card for the record that merge.json holds; no path of the machine it was made on is in it."""
+    """The model card for the record in merge.json; it contains no local path."""
     base = record["base"]
     data = ModelCardData(
         base_model=base["hub_id"],
@@ -33,10 +33,10 @@ def merged_card(record: Mapping[str, Any]) -> str:
         model_name=record["adapter"],
     )
     sections = [
-        f"# {_words(record['adapter'])}, merged",
-        f"`{_words(base['name'])}` with the LoRA adapter `{_words(record['adapter'])}`, as one full model in"
+        f"# {_plain(record['adapter'])}, merged",
+        f"`{_plain(base['name'])}` with the LoRA adapter `{_plain(record['adapter'])}`, as one full model in"
         f" {DTYPES[record['dtype']]}. {describe_base(record['onto'], base['quantization'])}",
-        *([_words(base["note"])] if base["note"] else []),
+        *([_plain(base["note"])] if base["note"] else []),
         "## Against the adapter model",
         f"Measured on {record['measured_on']} ({record['tokens']} answer tokens), {record['computed_in']}.",
         "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in metric_lines(record))]),
@@ -50,7 +50,7 @@ def merged_card(record: Mapping[str, Any]) -> str:
 
 
 def _choice(record: Mapping[str, Any]) -> list[str]:
-    """Both bases side by side, and the rule that chose one; nothing where only one was measured."""
+    """The section with both bases side by side and the rule that chose one; empty if only one was measured."""
     if "candidates" not in record:
         return []
     head, *rows = (f"| {' | '.join(row)} |" for row in candidate_table(record["candidates"]))
@@ -59,7 +59,7 @@ def _choice(record: Mapping[str, Any]) -> list[str]:
 
 
 def describe_base(onto: BaseWeights, quantization: str) -> str:
-    """One sentence on what the update was added to."""
+    """One sentence about the weights that the update was added to."""
     match onto, quantization:
         case _, "none":
             base = "the weights it was trained on"
@@ -71,7 +71,7 @@ def describe_base(onto: BaseWeights, quantization: str) -> str:
 
 
 def metric_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures with their names, as text."""
+    """The metrics with their names, as text."""
     lines = [
         ("KL(trained, merged), nats per token", f"{record['kl']:.2g}"),
         ("top-1 agreement", f"{record['top1']:.4f}"),
@@ -79,33 +79,33 @@ def metric_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if record["why_no_accuracy"]:
         return [
             *lines,
-            ("preference accuracy, trained / merged", f"not measured: {_words(record['why_no_accuracy'])}"),
+            ("preference accuracy, trained / merged", f"not measured: {_plain(record['why_no_accuracy'])}"),
         ]
-    for name, key in MEASURED:
+    for name, key in METRIC_COLUMNS:
         before, after = record[f"trained_{key}"], record[f"merged_{key}"]
-        named = name.format(beta=record["beta"])
-        lines.append((f"{named}, trained / merged", f"{before:.{DIGITS[key]}f} / {after:.{DIGITS[key]}f}"))
+        label = name.format(beta=record["beta"])
+        lines.append((f"{label}, trained / merged", f"{before:.{DIGITS[key]}f} / {after:.{DIGITS[key]}f}"))
     return lines
 
 
 def candidate_table(candidates: Mapping[BaseWeights, Mapping[str, Any]]) -> list[list[str]]:
-    """A table of both bases beside the trained model itself, its head first."""
+    """The metrics of both bases and of the trained model itself, as rows of a table, header first."""
     first = next(iter(candidates.values()))
     measured = not first["why_no_accuracy"]
-    itself = ("the adapter model", "trained", {**first, "kl": 0.0, "top1": 1.0})
-    merged = [(f"merged onto {onto}", "merged", each) for onto, each in candidates.items()]
+    trained = ("the adapter model", "trained", {**first, "kl": 0.0, "top1": 1.0})
+    merged = [(f"merged onto {onto}", "merged", metrics) for onto, metrics in candidates.items()]
     rows = [["", "KL", "top-1", *(("accuracy", "loss", "perplexity") if measured else ())]]
-    for name, which, each in [itself, *merged]:
-        more = [f"{each[f'{which}_{key}']:.{DIGITS[key]}f}" for _, key in MEASURED] if measured else []
-        rows.append([name, f"{each['kl']:.2g}", f"{each['top1']:.4f}", *more])
+    for name, prefix, metrics in [trained, *merged]:
+        more = [f"{metrics[f'{prefix}_{key}']:.{DIGITS[key]}f}" for _, key in METRIC_COLUMNS] if measured else []
+        rows.append([name, f"{metrics['kl']:.2g}", f"{metrics['top1']:.4f}", *more])
     return rows
 
 
 def public_name(name: str) -> str:
-    """A base's name without the folders it lies in."""
+    """A base's name without its parent folders."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local_path(name) else name
 
 
-def _words(text: str) -> str:
-    """Text of others on one line, without meaning to markdown or a terminal."""
+def _plain(text: str) -> str:
+    """Foreign text on one line, without markdown and terminal escapes."""
     return re.sub(r"([`|<>\[\]*])", "", " ".join(sanitize_text(text).split()))

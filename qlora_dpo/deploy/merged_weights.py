@@ -1,4 +1,4 @@
-"""The weights of an adapter model as one matrix a layer: what it was trained against, and what the adapters add."""
+"""The merged weight of each layer: the base weight it was trained against, plus what the adapters add."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from qlora_dpo.model.quantized import dequantized, quantization_of, quantized_la
 
 
 def changed_layers(model: Any) -> dict[str, nn.Module]:
-    """Layers whose weight is not the one in the base's files, by name in the base: adapted, quantized or both."""
+    """Layers whose weight differs from the base's files, by name in the base: adapted, quantized or both."""
     base = unwrap_peft(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     quantized = {name.removesuffix(".base_layer"): layer for name, layer in quantized_layers(base).items()}
@@ -20,44 +20,44 @@ def changed_layers(model: Any) -> dict[str, nn.Module]:
 
 
 def modules_to_save_tensors(model: Any) -> dict[str, Tensor]:
-    """The tensors of modules that were trained whole (PEFT's modules_to_save), by their name in the base."""
+    """The tensors of fully trained modules (PEFT's modules_to_save), by name in the base."""
     return {
-        f"{name}.{own}": tensor.detach()
+        f"{name}.{parameter_name}": tensor.detach()
         for name, module in unwrap_peft(model).named_modules()
         if isinstance(module, ModulesToSaveWrapper)
-        for own, tensor in module.modules_to_save[module.active_adapters[0]].named_parameters()
+        for parameter_name, tensor in module.modules_to_save[module.active_adapters[0]].named_parameters()
     }
 
 
 @torch.no_grad()
 def base_layer_weight(layer: nn.Module) -> Tensor:
-    """The weight (out, in) that the adapter was trained against, in float32 and the caller's own."""
-    inner: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    if quantization_of(inner) != "none":
-        return dequantized(inner)
-    weight: Tensor = inner.weight.detach().to(torch.float32, copy=True)
+    """A copy of the weight (out, in) that the adapter was trained against, in float32."""
+    base_layer: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if quantization_of(base_layer) != "none":
+        return dequantized(base_layer)
+    weight: Tensor = base_layer.weight.detach().to(torch.float32, copy=True)
     return weight
 
 
 @torch.no_grad()
-def add_delta_weight(layer: Any, whole: Tensor) -> Tensor:
-    """Add to `whole`, (out, in) in float32, in place, what the active adapters change: the sum of scaling * B A.
+def add_delta_weight(layer: Any, weight: Tensor) -> Tensor:
+    """Add the active adapters' scaling * B A to `weight`, (out, in) in float32, in place.
 
-    DoRA (Liu et al. 2024, eq. 5) brings each row of the sum to a length of its own. In place, since the largest layer
-    of a large model is a gigabyte.
+    DoRA (Liu et al. 2024, eq. 5) then scales each row of the sum to its trained magnitude. In place, since the largest
+    layer of a large model takes a gigabyte.
     """
     if not isinstance(layer, LoraLayer):
-        return whole
+        return weight
     for name in layer.active_adapters:
         if name in layer.lora_A:
-            a, b = (each[name].weight.detach().float().to(whole.device) for each in (layer.lora_A, layer.lora_B))
-            whole.addmm_(b, a, alpha=layer.scaling[name])
+            a, b = (m[name].weight.detach().float().to(weight.device) for m in (layer.lora_A, layer.lora_B))
+            weight.addmm_(b, a, alpha=layer.scaling[name])
             if is_dora(layer):
-                length = layer.lora_magnitude_vector[name].weight.detach().float().to(whole.device)
-                whole.mul_((length / whole.norm(dim=1))[:, None])
-    return whole
+                magnitude = layer.lora_magnitude_vector[name].weight.detach().float().to(weight.device)
+                weight.mul_((magnitude / weight.norm(dim=1))[:, None])
+    return weight
 
 
 def is_dora(layer: Any) -> bool:
-    """True if the layer's adapter has a length of its own for each row."""
+    """True if the layer's adapter is a DoRA adapter."""
     return isinstance(layer, LoraLayer) and any(layer.use_dora.values())

@@ -1,4 +1,4 @@
-"""Ollama's Modelfile for an exported model: the chat template in Ollama's language, and where an answer stops."""
+"""Ollama's Modelfile for an exported model: the chat template in Ollama's language, and the stop string."""
 
 from typing import Any
 
@@ -26,15 +26,15 @@ CHATML_PROBE_TEXT = (
 def ollama_modelfile(file: str, tokenizer: Any) -> str:
     """The Modelfile for the GGUF `file`.
 
-    A template that writes ChatML is written out, with its default system prompt; for any other Ollama looks at the one
-    in the GGUF file and takes its own of the same name.
+    A ChatML template is written out with its default system prompt. For any other one Ollama matches the template in
+    the GGUF file with one of its own.
     """
     lines = [f"FROM ./{file}"]
     if tokenizer.chat_template and render_chats(tokenizer, [PROBE_CHAT], answered=False)[0] == CHATML_PROBE_TEXT:
         lines.append(f'TEMPLATE """{CHATML}"""')
-        alone = render_chats(tokenizer, [PROBE_CHAT[1:2]], answered=False)[0]
+        prompt = render_chats(tokenizer, [PROBE_CHAT[1:2]], answered=False)[0]
         system = (
-            alone.partition("<|im_start|>user\n")[0].removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
+            prompt.partition("<|im_start|>user\n")[0].removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
         )
         if system and '"""' not in system:
             lines.append(f'SYSTEM """{system}"""')

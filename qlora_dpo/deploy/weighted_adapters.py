@@ -1,4 +1,4 @@
-"""Several adapters of one base at once, each with a weight: their updates are added up exactly."""
+"""Combines several adapters of one base, each with a weight; their delta weights are added exactly."""
 
 import json
 import math
@@ -20,14 +20,14 @@ from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME,
 
 
 def parse_weights(folders: Sequence[Path], text: str | None) -> list[float]:
-    """One weight for each of `folders`, as a comma-separated `text` gives them; raise RecipeError if it does not."""
+    """The weight of each adapter from the comma-separated `text`; raises RecipeError if it is no list of numbers."""
     if text is None:
         if len(folders) > 1:
             example = ",".join(f"{1 / len(folders):.2g}" for _ in folders)
             raise RecipeError(f"{len(folders)} adapters need --weights, a number for each, such as {example}")
         return [1.0]
     try:
-        weights = [float(each) for each in text.split(",")]
+        weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
     if len(weights) != len(folders) or not all(map(math.isfinite, weights)):
@@ -36,16 +36,16 @@ def parse_weights(folders: Sequence[Path], text: str | None) -> list[float]:
 
 
 def add_weighted_adapters(opened: OpenedModel, first: Path, others: Sequence[Path], weights: Sequence[float]) -> None:
-    """Load `others` beside the adapter of `opened`, and let the model answer with the weighted sum of all updates.
+    """Load `others` beside the adapter of `opened`, and activate the weighted sum of all delta weights.
 
-    The base is never added up, so the weights need not sum to 1. Raises ModelError if an adapter has another base, or
-    does more than add to linear weights.
+    The base is not weighted, so the weights need not sum to 1. Raises ModelError if an adapter has another base, or is
+    more than a sum of linear weights.
     """
     names = ["default", *(f"other{number}" for number in range(1, len(others) + 1))]
     model: Any = opened.model
     for name, folder in zip(names[1:], others, strict=True):
         _check_same_base(opened, first, folder)
-        _load(model, name, folder)
+        _load_adapter(model, name, folder)
     if len(names) > 1:
         model.base_model.set_adapter(names)
         model.requires_grad_(False)
@@ -62,7 +62,7 @@ def add_weighted_adapters(opened: OpenedModel, first: Path, others: Sequence[Pat
 
 
 def weighted_name(folders: Sequence[Path], weights: Sequence[float]) -> str:
-    """What a merged model of these adapters is called in its card."""
+    """The name of a merged model of these adapters in its card."""
     names = [folder.resolve().name for folder in folders]
     if list(weights) == [1.0]:
         return names[0]
@@ -75,20 +75,20 @@ def _check_same_base(opened: OpenedModel, first: Path, folder: Path) -> None:
     table, run, _ = read_run_metadata(folder)
     if sources.fetch_model(table).fingerprint != opened.source.fingerprint:
         raise ModelError(f"{folder}: has another base than {first}; only adapters of one base can be added up")
-    own = read_run_metadata(first)[0]
+    first_table = read_run_metadata(first)[0]
     for key in ("quantization", "double_quant"):
-        if getattr(table, key) != getattr(own, key):
+        if getattr(table, key) != getattr(first_table, key):
             raise ModelError(
                 f"{folder}: was trained with model.{key} = {json.dumps(getattr(table, key))} and {first} with "
-                f"{json.dumps(getattr(own, key))}; only adapters of one base can be added up"
+                f"{json.dumps(getattr(first_table, key))}; only adapters of one base can be added up"
             )
-    template, other = ((each or {}).get("tokenizer", {}).get("template") for each in (opened.run, run))
+    template, other = ((metadata or {}).get("tokenizer", {}).get("template") for metadata in (opened.run, run))
     if template and other and template != other:
         raise ModelError(f"{folder}: was trained with another chat template than {first}; they cannot be added up")
 
 
-def _load(model: PeftModel, name: str, folder: Path) -> None:
-    """Load one more adapter under `name`, and check that it is undamaged and that every tensor found its place."""
+def _load_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Load another adapter under `name`; check that it is undamaged and that all its tensors were loaded."""
     if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)):
         raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
     try:
@@ -96,8 +96,8 @@ def _load(model: PeftModel, name: str, folder: Path) -> None:
             saved = set(file.keys())
         model.load_adapter(str(folder), name)
     except (FileNotFoundError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        words = sanitize_text((str(error).splitlines() or [""])[0])
-        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {words}") from error
+        first_line = sanitize_text((str(error).splitlines() or [""])[0])
+        raise ModelError(f"{folder}: the adapter cannot be attached to its base: {first_line}") from error
     placed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if misplaced := saved ^ set(placed):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Who may ask the server: pages of its own origin, under a name of this machine, with the key if there is one."""
+"""Which requests the server answers: of its own origin, under a name of this machine, and with the API key if set."""
 
 import hmac
 import ipaddress
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 SECURITY_HEADERS = {
-    # Nothing of another origin, nothing inline: text that a model wrote cannot become part of the page
+    # Nothing from another origin and nothing inline, so that generated text cannot become part of the page
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -20,18 +20,18 @@ SECURITY_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""On every answer. A page in a frame of another site could be clicked on by somebody who does not see it."""
+"""Sent with every response; frame-ancestors protects against clickjacking."""
 
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Whom the server answers; `key` is None where it listens to this machine alone and none was set."""
+    """The rules for requests; `key` may be None only if the server listens on loopback."""
 
     host: str
     key: str | None
 
     def refusal(self, path: str, header: Callable[[str], str | None]) -> tuple[int, str, str] | None:
-        """Status, sentence and code for a request that is not answered, else None."""
+        """HTTP status, sentence and error code if the request is refused, else None."""
         host = (header("host") or "").lower()
         if not self._is_own_name(host):
             return 403, "this name is not the server's; ask it as 127.0.0.1 or localhost", "host_refused"
@@ -43,19 +43,19 @@ class AccessPolicy:
         return None
 
     def _is_own_name(self, host: str) -> bool:
-        """True for a name that only this machine has: a page whose own name was made to point here has another one.
+        """True for a loopback name; this stops DNS rebinding, where a page's own host name resolves to this machine.
 
-        Beyond loopback the machine's names are not known, and the key, which such a page has not, is what protects.
+        Beyond loopback the machine's names are unknown, and the API key, which such a page lacks, protects instead.
         """
         return not is_loopback(self.host) or re.sub(r":\d{1,5}$", "", host) in (*LOOPBACK_NAMES, self.host)
 
     def _is_key(self, authorization: str) -> bool:
-        given = authorization.removeprefix("Bearer ").encode("utf-8", "replace")
-        return hmac.compare_digest(given, (self.key or "").encode())
+        key = authorization.removeprefix("Bearer ").encode("utf-8", "replace")
+        return hmac.compare_digest(key, (self.key or "").encode())
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this machine reaches what listens on `host`."""
+    """True if only this machine can reach a server on `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

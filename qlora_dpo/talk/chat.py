@@ -1,6 +1,6 @@
-"""A conversation in the terminal, or one answer to what came through a pipe.
+"""A conversation in the terminal, or one reply to a message from a pipe.
 
-Answers go to stdout; the header, labels and notes go to stderr.
+Replies go to stdout; the header, labels and notes go to stderr.
 """
 
 import os
@@ -26,17 +26,17 @@ LABEL_COLOURS = {"you": "cyan", "...": "cyan", "tuned": "green", "model": "green
 
 
 def run_chat(conversation: Conversation) -> None:
-    """Hold the conversation until the user leaves."""
+    """Run the conversation until the user leaves."""
     device = conversation.device
     _note(f"{conversation.title} · {device.name}, {device.compute_dtype} · /help lists commands, Ctrl+D leaves")
     if conversation.messages:
         _note(f"(goes on after {len(conversation.messages)} messages; /new begins anew)")
     with line_editing():
-        _talk(conversation)
+        _message_loop(conversation)
 
 
-def _talk(conversation: Conversation) -> None:
-    for line in _lines():
+def _message_loop(conversation: Conversation) -> None:
+    for line in _read_lines():
         if not is_command(line):
             if line.strip():
                 _answer(conversation, line.strip())
@@ -49,23 +49,23 @@ def _talk(conversation: Conversation) -> None:
         if outcome.then == "answer":
             _answer(conversation, outcome.question)
         elif outcome.text:
-            _keep(conversation)
+            _save(conversation)
 
 
 def reply_to_pipe(conversation: Conversation, text: str) -> None:
-    """Write one answer to `text`, by the first voice, to stdout and nothing else."""
+    """Write the first variant's reply to `text` to stdout, and nothing else."""
     add_user_message(conversation, text)
-    _show(conversation, conversation.variants[0], next_seed(conversation), threading.Event())
+    _show_reply(conversation, conversation.variants[0], next_seed(conversation), threading.Event())
     if conversation.messages[:-2]:
-        _keep(conversation)
+        _save(conversation)
 
 
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, until Ctrl+D; Ctrl+C clears the line."""
+def _read_lines() -> Iterator[str]:
+    """Messages and commands as the user types them, until Ctrl+D; Ctrl+C clears the line."""
     while True:
         click.echo(err=True)
         try:
-            yield read_message(_typed(), lambda: _typed("..."))
+            yield read_message(_prompt_line(), lambda: _prompt_line("..."))
         except EOFError:
             click.echo(err=True)
             return
@@ -73,8 +73,8 @@ def _lines() -> Iterator[str]:
             _note("\n(Ctrl+D or /quit leaves)")
 
 
-def _typed(who: str = "you") -> str:
-    label = _label(who)
+def _prompt_line(speaker: str = "you") -> str:
+    label = _label(speaker)
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         click.echo(label, nl=False, err=True)
         return input()
@@ -83,33 +83,35 @@ def _typed(who: str = "you") -> str:
 
 
 def _answer(conversation: Conversation, question: str) -> None:
-    """Show every voice's answer to `question`; one Ctrl+C stops them all."""
+    """Show every variant's reply to `question`; one Ctrl+C stops them all."""
     try:
         if note := add_user_message(conversation, question):
             _note(f"({note})")
         seed = next_seed(conversation)
         with no_echo(), catch_ctrl_c() as stopped:
-            for voice in conversation.variants:
-                if not stopped.is_set():
-                    click.echo(_label(voice), nl=False, err=True)
-                    began = time.monotonic()
-                    ended = _show(conversation, voice, seed, stopped)
-                    _say_why_it_stopped(conversation, ended, stopped)
-                    _note(f"({_figures(conversation.tally, time.monotonic() - began)})")
-        _keep(conversation)
+            for variant in conversation.variants:
+                if stopped.is_set():
+                    break
+                click.echo(_label(variant), nl=False, err=True)
+                start = time.monotonic()
+                ended = _show_reply(conversation, variant, seed, stopped)
+                if not ended:
+                    _note_why_stopped(conversation, stopped)
+                _note(f"({_usage_text(conversation.usage, time.monotonic() - start)})")
+        _save(conversation)
     except KeyboardInterrupt:
         _note("\n(stopped)")
     except QloraDpoError as error:
         _note(str(error))
 
 
-def _show(conversation: Conversation, voice: ModelVariant, seed: int, stopped: threading.Event) -> bool:
-    """Write the answer of `voice` as it comes; return False if it did not come to its own end."""
+def _show_reply(conversation: Conversation, variant: ModelVariant, seed: int, stopped: threading.Event) -> bool:
+    """Write the reply of `variant` as it grows; return False if the model did not end it itself."""
     ended = False
-    with closing(stream_reply(conversation, voice, seed)) as pieces:
+    with closing(stream_reply(conversation, variant, seed)) as chunks:
         while not stopped.is_set():
             try:
-                click.echo(next(pieces), nl=False)
+                click.echo(next(chunks), nl=False)
             except StopIteration as end:
                 ended = bool(end.value)
                 break
@@ -117,9 +119,7 @@ def _show(conversation: Conversation, voice: ModelVariant, seed: int, stopped: t
     return ended
 
 
-def _say_why_it_stopped(conversation: Conversation, ended: bool, stopped: threading.Event) -> None:
-    if ended:
-        return
+def _note_why_stopped(conversation: Conversation, stopped: threading.Event) -> None:
     limit = conversation.settings.max_new_tokens
     if not stopped.is_set():
         _note(f"(stopped at max_new_tokens, {limit}; /set max_new_tokens {2 * limit} allows more)")
@@ -129,19 +129,19 @@ def _say_why_it_stopped(conversation: Conversation, ended: bool, stopped: thread
         _note("(stopped before the first word; your message is taken back)")
 
 
-def _figures(tally: TokenUsage, seconds: float) -> str:
-    """What a reply took: tokens, tokens a second with the reading of the prompt, and what of that was remembered."""
-    speed = f"{tally.completion_tokens} tokens, {tally.completion_tokens / max(seconds, 1e-9):.1f} tokens/s"
-    return f"{speed}, {tally.cached_tokens} of {tally.prompt_tokens} prompt tokens reused"
+def _usage_text(usage: TokenUsage, seconds: float) -> str:
+    """Tokens of a reply, tokens per second including the prompt's forward pass, and cached prompt tokens."""
+    speed = f"{usage.completion_tokens} tokens, {usage.completion_tokens / max(seconds, 1e-9):.1f} tokens/s"
+    return f"{speed}, {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens reused"
 
 
-def _keep(conversation: Conversation) -> None:
+def _save(conversation: Conversation) -> None:
     if conversation.target and conversation.messages:
         save_chat(conversation)
 
 
-def _label(who: str) -> str:
-    return f"{_styled(who, fg=LABEL_COLOURS[who], bold=True)}: "
+def _label(speaker: str) -> str:
+    return f"{_styled(speaker, fg=LABEL_COLOURS[speaker], bold=True)}: "
 
 
 def _note(text: str) -> None:
@@ -149,5 +149,5 @@ def _note(text: str) -> None:
 
 
 def _styled(text: str, fg: str | None = None, bold: bool | None = None, dim: bool | None = None) -> str:
-    """`text` with colour; click takes it out again where there is no terminal."""
+    """`text` with colour, which click strips where there is no terminal."""
     return text if "NO_COLOR" in os.environ else click.style(text, fg=fg, bold=bold, dim=dim)

@@ -1,4 +1,4 @@
-"""The last conversation, kept so that `chat -c` goes on with it, and the lines that were typed, for the arrow keys."""
+"""The last conversation on disk, so that `chat -c` continues it, and the input history for the arrow keys."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from qlora_dpo.talk.conversation import Conversation
 
 @dataclass(frozen=True)
 class SavedChat:
-    """What is known of the last conversation: which model it was with, the system prompt, and what was said."""
+    """The last conversation: its model, the system prompt and the messages."""
 
     model: str
     system: str | None
@@ -24,33 +24,33 @@ class SavedChat:
 
 
 def input_history_file() -> Path:
-    """Where the lines that were typed in chats are kept."""
+    """The file with the lines that were typed in chats."""
     return cache_home() / "chat_lines"
 
 
-def _file() -> Path:
+def _chat_file() -> Path:
     return cache_home() / "last_chat.json"
 
 
 def save_chat(conversation: Conversation) -> None:
-    """Write the conversation, readable by its owner alone; a disk that refuses is no reason to end a chat."""
+    """Write the conversation, readable only by its owner; disk errors are ignored, so that the chat goes on."""
     value = {"model": conversation.target, "system": conversation.system, "messages": conversation.messages}
     with suppress(OSError):
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".last_chat.", dir=_file().parent)  # mode 600
+        _chat_file().parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".last_chat.", dir=_chat_file().parent)  # mode 600
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(value, file, ensure_ascii=False)
-            Path(temporary).replace(_file())
+            Path(temporary).replace(_chat_file())
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
 
 
 def load_chat() -> SavedChat:
-    """The last conversation; raise RecipeError if there is none, or if it is damaged."""
+    """The last conversation; raises RecipeError if there is none or it is damaged."""
     try:
-        value: Any = json.loads(_file().read_text(encoding="utf-8"))
+        value: Any = json.loads(_chat_file().read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError("-c: there is no conversation to go on with; leave -c out to begin one") from error
     except (OSError, ValueError) as error:
@@ -63,19 +63,19 @@ def load_chat() -> SavedChat:
 
 
 def _damaged() -> RecipeError:
-    return RecipeError(f"-c: {_file()} is damaged; leave -c out to begin a new conversation")
+    return RecipeError(f"-c: {_chat_file()} is damaged; leave -c out to begin a new conversation")
 
 
 def _is_chat(messages: list[Any]) -> bool:
-    """True for questions and answers in turn."""
-    whole = all(
-        isinstance(each, dict)
-        and each.keys() == {"role", "content"}
-        and all(isinstance(part, str) for part in each.values())
-        for each in messages
+    """True if the messages are well formed and user and assistant alternate."""
+    well_formed = all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and all(isinstance(value, str) for value in message.values())
+        for message in messages
     )
     try:
-        check_roles([*messages, {"role": "user", "content": "?"}] if whole else [])
+        check_roles([*messages, {"role": "user", "content": "?"}] if well_formed else [])
     except InvalidRow:
         return False
     return messages[:1] == [] or messages[0]["role"] == "user"

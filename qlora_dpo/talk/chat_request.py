@@ -1,192 +1,258 @@
-"""What a client asks for in OpenAI's chat format, checked: every key is obeyed, harmless, or refused in a sentence."""
+"""OpenAI's chat completion request, validated: every key is read, known to be harmless, or refused in a sentence."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from qlora_dpo.data.dialogue import Message
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from qlora_dpo.data.dialogue import Message, sanitize_text
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.conversation import ModelVariant
 from qlora_dpo.talk.sampling import SamplingParams
 
-MOST_MESSAGES = 1000
-MOST_STOPS = 4
-"""As many as OpenAI takes."""
+MAX_MESSAGES = 1000
+MAX_STOP_STRINGS = 4
+"""OpenAI's own limit."""
 
-CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""The roles that are known; `developer` is OpenAI's newer name of `system`."""
+EXPECTED_TYPES = {"temperature": "a number", "top_p": "a number", "stream": "true or false"}
+"""The type that an error names, by key; all others are whole numbers."""
 
-OBEYED = frozenset(
-    {
-        "model",
-        "messages",
-        "stream",
-        "stream_options",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "max_completion_tokens",
-        "seed",
-        "stop",
-    }
-)
-LABELS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-"""Keys that say something about a request and would not change its answer."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-"""Keys of what is not done here, with the values that do not ask for it; clients send these unasked."""
+
+class UnknownModel(RecipeError):
+    """The request names a model that is not served."""
+
+
+def _only(*values: Any) -> AfterValidator:
+    """Accept these values alone: clients send them unprompted, and they request nothing that is not supported here."""
+
+    def check(value: Any) -> Any:
+        if not any(value == accepted and isinstance(value, bool) == isinstance(accepted, bool) for accepted in values):
+            raise ValueError("is not supported here; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _no_tool_calls(value: Any) -> Any:
+    if value:
+        raise ValueError("has tool_calls, which are not supported here")
+    return value
+
+
+def _ends_with_user(messages: "list[RequestMessage]") -> "list[RequestMessage]":
+    if messages[-1].role != "user":
+        raise ValueError("the last message must be the user's; it is the one that is answered")
+    return messages
+
+
+def _check_unicode(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("has half a surrogate pair, which is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+class _Part(BaseModel):
+    """A part of a message's content; only text is supported."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    type: Literal["text"]
+    text: Text
+
+
+class RequestMessage(BaseModel):
+    """One message of a request; keys such as `name` are ignored. `developer` is OpenAI's newer name for `system`."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    tool_calls: Annotated[Any, AfterValidator(_no_tool_calls)] = None
+    content: Annotated[
+        Annotated[Text, Tag("text")] | Annotated[list[_Part], Field(min_length=1), Tag("parts")],
+        Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+    ]
+
+    def as_turn(self) -> Message:
+        """The message as the chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`. `include_obfuscation` is accepted and has no effect."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    include_usage: bool | None = False
+    include_obfuscation: Any = None
+
+
+TokenLimit = Annotated[int, Field(ge=1)]
+StopString = Annotated[str, Field(min_length=1)]
+
+
+class ChatCompletionBody(BaseModel):
+    """The request body. A key with the value null counts as absent."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    # Not supported; listed first so that they are reported before anything else
+    n: Annotated[Any, _only(1)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
+    functions: Annotated[Any, _only([])] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+
+    # Labels, which do not change the reply
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    model: Any = None
+    """Checked against the served models, since an unknown one has its own HTTP status."""
+    max_completion_tokens: TokenLimit | None = None
+    max_tokens: TokenLimit | None = None
+    """OpenAI's older name for `max_completion_tokens`, which wins."""
+    stream_options: StreamOptions = StreamOptions()
+    temperature: int | float | None = None
+    top_p: int | float | None = None
+    seed: int | None = None
+    messages: Annotated[
+        list[RequestMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_ends_with_user)
+    ]
+    stop: Annotated[
+        list[StopString],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = []
+    stream: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that can be answered."""
+    """A valid request with the server's defaults filled in."""
 
     model: str
-    voice: ModelVariant
+    variant: ModelVariant
     messages: list[Message]
-    settings: SamplingParams
+    sampling: SamplingParams
     clip_to_context: bool
-    stops: tuple[str, ...]
+    """True if the request sets no length, so that the reply may end where the context does."""
+    stop_strings: tuple[str, ...]
     stream: bool
-    usage: bool
+    include_usage: bool
     """True if a stream is to end with a chunk that counts tokens."""
-
-
-class UnknownModel(RecipeError):
-    """The request names a model that is not served here."""
 
 
 def parse_chat_request(
     body: Any, models: Mapping[str, ModelVariant], defaults: SamplingParams, seed: int
 ) -> ChatRequest:
-    """Read the request in `body`; raise RecipeError with the sentence for the client.
+    """Validate the request in `body`; raise RecipeError with a sentence for the client.
 
-    `models` are the ids that are served. `seed` is taken if the request has none; defaults.max_new_tokens is also the
-    longest reply that can be asked for.
+    `models` are the ids that are served. `seed` is used if the request has none; defaults.max_new_tokens is also the
+    longest reply that can be requested.
     """
-    if not isinstance(body, dict):
-        raise RecipeError("the body must be a JSON object with model and messages")
-    for key, value in body.items():
-        _check_key(key, value)
-    model = body.get("model")
-    if not isinstance(model, str) or model not in models:
+    parsed, problems = _validate(body)
+    bad_key = next((problem for problem in problems if _concerns_key(problem)), None)
+    if bad_key is None and isinstance(body, dict) and body.get("model") not in tuple(models):
         raise UnknownModel(f"model must be one of {', '.join(models)}")
-    most = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None))
-    if most is not None and most > defaults.max_new_tokens:
+    if parsed is None:
+        raise RecipeError(_describe(bad_key or problems[0]))
+    max_tokens = parsed.max_completion_tokens or parsed.max_tokens
+    if max_tokens is not None and max_tokens > defaults.max_new_tokens:
         raise RecipeError(
-            f"max_tokens is {most}; replies here have {defaults.max_new_tokens} tokens at most (serve "
+            f"max_tokens is {max_tokens}; replies here have {defaults.max_new_tokens} tokens at most (serve "
             "--max-new-tokens allows more)"
         )
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:
-        raise RecipeError("stream_options must be an object; include_usage is the one that is known")
-    settings = SamplingParams(
-        temperature=_number(body, "temperature", defaults.temperature),
-        top_p=_number(body, "top_p", defaults.top_p),
-        max_new_tokens=defaults.max_new_tokens if most is None else most,
-        seed=_whole(body, "seed", None) if body.get("seed") is not None else seed,
-    )
     return ChatRequest(
-        model=model,
-        voice=models[model],
-        messages=_messages(body.get("messages")),
-        settings=settings,
-        clip_to_context=most is None,
-        stops=_stops(body.get("stop")),
-        stream=_flag(body, "stream"),
-        usage=_flag(options, "include_usage"),
+        model=parsed.model,
+        variant=models[parsed.model],
+        messages=[message.as_turn() for message in parsed.messages],
+        sampling=SamplingParams(
+            temperature=defaults.temperature if parsed.temperature is None else parsed.temperature,
+            top_p=defaults.top_p if parsed.top_p is None else parsed.top_p,
+            max_new_tokens=max_tokens or defaults.max_new_tokens,
+            seed=seed if parsed.seed is None else parsed.seed,
+        ),
+        clip_to_context=max_tokens is None,
+        stop_strings=tuple(parsed.stop),
+        stream=parsed.stream,
+        include_usage=bool(parsed.stream_options.include_usage),
     )
 
 
-def _check_key(key: str, value: Any) -> None:
-    if key in OBEYED or key in LABELS or value is None:
-        return
-    if key not in NEUTRAL:
-        raise RecipeError(f"{key[:40]} is no key that is known here; leave it out")
-    if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL[key]):
-        raise RecipeError(f"{key} is not supported here; leave it out")
+def _validate(body: Any) -> tuple[ChatCompletionBody | None, list[Any]]:
+    try:
+        return ChatCompletionBody.model_validate(body), []
+    except ValidationError as error:
+        return None, list(error.errors(include_url=False))
 
 
-def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise RecipeError("messages must be a list with at least one message")
-    if len(value) > MOST_MESSAGES:
-        raise RecipeError(f"messages are {len(value)}; at most {MOST_MESSAGES} are read")
-    messages = [_message(each, place) for place, each in enumerate(value)]
-    if messages[-1]["role"] != "user":
-        raise RecipeError("the last message must be the user's; it is the one that is answered")
-    return messages
+def _concerns_key(problem: Mapping[str, Any]) -> bool:
+    """True for a top-level key that is unknown or not supported; that is reported before everything else."""
+    unsupported = problem["type"] == "value_error" and problem["loc"] != ("messages",)
+    return len(problem["loc"]) == 1 and (problem["type"] == "extra_forbidden" or unsupported)
 
 
-def _message(value: Any, place: int) -> Message:
-    if not isinstance(value, dict):
-        raise RecipeError(f"messages[{place}] must be an object with role and content")
-    role = value.get("role")
-    if not isinstance(role, str) or role not in CHAT_ROLES:
-        raise RecipeError(f"messages[{place}].role must be system, developer, user or assistant")
-    if value.get("tool_calls"):
-        raise RecipeError(f"messages[{place}] has tool_calls, which are not supported here")
-    return {"role": CHAT_ROLES[role], "content": _content(value.get("content"), place)}
-
-
-def _content(value: Any, place: int) -> str:
-    """The text of a message, which may come in parts."""
-    match value:
-        case str():
-            text = value
-        case [*parts] if parts and all(
-            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            for part in parts
-        ):
-            text = "".join(part["text"] for part in parts)
-        case _:
-            raise RecipeError(f"messages[{place}].content must be text; images and sound are not read")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise RecipeError(f"messages[{place}].content has half a surrogate pair, which is no text")
-    return text
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(x, str) and x for x in stops):
-        raise RecipeError(f"stop must be a string or a list of at most {MOST_STOPS} strings, none of them empty")
-    return tuple(stops)
-
-
-def _whole(body: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = body.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise RecipeError(f"{key} must be a whole number")
-    if key != "seed" and value < 1:
-        raise RecipeError(f"{key} is {value}; it must be at least 1")
-    return value
-
-
-def _number(body: Mapping[str, Any], key: str, default: float) -> float:
-    value = body.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise RecipeError(f"{key} must be a number")
-    return value
-
-
-def _flag(body: Mapping[str, Any], key: str) -> bool:
-    value = body.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise RecipeError(f"{key} must be true or false")
-    return bool(value)
+def _describe(problem: Mapping[str, Any]) -> str:
+    """One sentence for one of pydantic's errors: where, what, and what would be right."""
+    match problem["loc"], problem["type"]:
+        case (), "string_unicode":
+            return "a key of the body has half a surrogate pair, which is no text"
+        case (), _:
+            return "the body must be a JSON object with model and messages"
+        case (key,), "extra_forbidden":
+            return f"{sanitize_text(str(key))[:40]} is no key that is known here; leave it out"
+        case ("messages",), "too_long":
+            return f"messages are {problem['ctx']['actual_length']}; at most {MAX_MESSAGES} are read"
+        case ("messages",), "value_error":
+            return str(problem["ctx"]["error"])
+        case ("messages",), _:
+            return "messages must be a list with at least one message"
+        case ("messages", index), _:
+            return f"messages[{index}] must be an object with role and content"
+        case ("messages", index, "role", *_), _:
+            return f"messages[{index}].role must be system, developer, user or assistant"
+        case ("messages", index, "tool_calls", *_), _:
+            return f"messages[{index}] {problem['ctx']['error']}"
+        case ("messages", index, *_), "value_error":
+            return f"messages[{index}].content {problem['ctx']['error']}"
+        case ("messages", index, *_), _:
+            return f"messages[{index}].content must be text; images and sound are not read"
+        case ("stream_options", "include_usage"), "bool_type":
+            return "include_usage must be true or false"
+        case ("stream_options", *_), _:
+            return "stream_options must be an object; include_usage is the one that is known"
+        case ("stop", *_), _:
+            return f"stop must be a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty"
+        case (key, *_), "value_error":
+            return f"{key} {problem['ctx']['error']}"
+        case (key, *_), "greater_than_equal":
+            return f"{key} is {problem['input']}; it must be at least {problem['ctx']['ge']}"
+    return f"{problem['loc'][0]} must be {EXPECTED_TYPES.get(problem['loc'][0], 'a whole number')}"

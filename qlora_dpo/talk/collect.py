@@ -1,4 +1,4 @@
-"""Writes preference pairs that people make while they talk: lines of JSON that `train` reads as they are."""
+"""Collects preference pairs from chat and serve, as JSON lines that `train` reads."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from qlora_dpo.files import translate_disk_errors
 
 
 def check_pair_file(path: Path) -> None:
-    """Raise RecipeError or SourceError if pairs cannot be appended to `path`; a file that is not there stays so."""
+    """Raise RecipeError or SourceError if pairs cannot be appended to `path`; the file is not created."""
     if path.suffix != ".jsonl":
         raise RecipeError(f"{path}: pairs are lines of JSON; give the file a name that ends in .jsonl")
     if not path.parent.is_dir():
@@ -25,19 +25,19 @@ def check_pair_file(path: Path) -> None:
 
 
 def append_pair(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rejected: tuple[str, str]) -> None:
-    """Append a pair as message lists; `chosen` and `rejected` are each an answer and who gave it.
+    """Append a pair as message lists; `chosen` and `rejected` are each a reply's text and the model that wrote it.
 
-    The line is written at once, under a lock, and flushed to the disk. Raises RecipeError if the pair could not be
-    trained on.
+    The line is written in one call, under a lock, and synced to the disk. Raises RecipeError if `train` could not use
+    the pair.
     """
     check_pair_file(path)
     try:
         check_roles(prompt)
-    except InvalidRow as unusable:
-        raise RecipeError(f"this is no preference pair: {unusable}") from unusable
+    except InvalidRow as error:
+        raise RecipeError(f"this is no preference pair: {error}") from error
     if not all(sanitize_text(turn["content"]).strip() for turn in prompt):
         raise RecipeError("this is no preference pair: empty turn in the prompt")
-    # white space around an answer is nobody's preference, and can merge with the tokens of the template before it
+    # White space around an answer is not part of the preference, and can merge with the template's tokens before it
     texts = {"chosen": sanitize_text(chosen[0]).strip(), "rejected": sanitize_text(rejected[0]).strip()}
     if not all(texts.values()):
         raise RecipeError("this is no preference pair: empty answer")
@@ -53,14 +53,14 @@ def append_pair(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], 
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line whole or not at all."""
+    """Append the whole line or nothing."""
     with translate_disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             end = os.fstat(handle).st_size
-            torn = end > 0 and os.pread(handle, 1, end - 1) != b"\n"  # an editor left the last line open
-            data = f"{chr(10) if torn else ''}{line}\n".encode()
+            unterminated = end > 0 and os.pread(handle, 1, end - 1) != b"\n"  # as some editors leave the last line
+            data = f"{chr(10) if unterminated else ''}{line}\n".encode()
             try:
                 if os.write(handle, data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

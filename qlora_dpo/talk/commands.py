@@ -1,4 +1,4 @@
-"""The lines of a chat that begin with a slash: what each does to the conversation, and what it says."""
+"""The slash commands of a chat: what each does to the conversation, and the text it shows."""
 
 import difflib
 import json
@@ -27,12 +27,12 @@ COMMANDS = {
     "/quit": ("", "leave (so does Ctrl+D)"),
 }
 
-OTHER_NAMES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/new", "/reset": "/new", "/regenerate": "/retry"}
+ALIASES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/new", "/reset": "/new", "/regenerate": "/retry"}
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command says to the user, and what happens next; `question` is there to be answered."""
+    """The text that a command shows, and what happens next; with "answer", `question` is to be answered."""
 
     text: str
     then: Literal["listen", "answer", "leave"] = "listen"
@@ -45,18 +45,18 @@ def is_command(line: str) -> bool:
 
 
 def run_command(conversation: Conversation, line: str) -> CommandResult:
-    """Carry out the command in `line`; a command that cannot be carried out changes nothing and says why."""
-    name, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
-    if name in COMMANDS and rest and not COMMANDS[name][0]:
+    """Run the command in `line`; one that cannot be run changes nothing, and its text says why."""
+    name, _, argument = line.strip().partition(" ")
+    argument = argument.strip()
+    if name in COMMANDS and argument and not COMMANDS[name][0]:
         return CommandResult(f"{name} takes nothing after it")
     try:
-        return _obey(conversation, name, rest)
+        return _run(conversation, name, argument)
     except QloraDpoError as error:
         return CommandResult(str(error))
 
 
-def _obey(conversation: Conversation, name: str, rest: str) -> CommandResult:
+def _run(conversation: Conversation, name: str, argument: str) -> CommandResult:
     match name:
         case "/help":
             return CommandResult(_help())
@@ -64,9 +64,9 @@ def _obey(conversation: Conversation, name: str, rest: str) -> CommandResult:
             clear_history(conversation)
             return CommandResult("a new conversation")
         case "/system":
-            return CommandResult(_system(conversation, rest))
+            return CommandResult(_system(conversation, argument))
         case "/set":
-            return CommandResult(_set(conversation, rest.split()))
+            return CommandResult(_set(conversation, argument.split()))
         case "/base" | "/both" | "/reward" if not conversation.has_adapter:
             return CommandResult(f"{conversation.title} is a full model: there is no adapter to switch off")
         case "/base":
@@ -74,19 +74,21 @@ def _obey(conversation: Conversation, name: str, rest: str) -> CommandResult:
             return CommandResult(f"the {conversation.variants[0]} model answers from here on")
         case "/both":
             conversation.variants = ("tuned",) if len(conversation.variants) == 2 else ("tuned", "base")
-            two = len(conversation.variants) == 2
-            return CommandResult(f"the tuned {'and the base model answer' if two else 'model answers'} from here on")
+            both = len(conversation.variants) == 2
+            return CommandResult(f"the tuned {'and the base model answer' if both else 'model answers'} from here on")
         case "/retry":
             return _retry(conversation)
         case "/reward":
             return CommandResult(_rewards(conversation))
         case "/better":
-            return CommandResult(_better(conversation, rest))
+            return CommandResult(_better(conversation, argument))
         case "/undo":
             question = undo_last_turn(conversation)
-            return CommandResult("there is nothing to undo" if question is None else f"taken back: {_brief(question)}")
+            return CommandResult(
+                "there is nothing to undo" if question is None else f"taken back: {_shorten(question)}"
+            )
         case "/save":
-            return CommandResult(_save(conversation, rest))
+            return CommandResult(_save(conversation, argument))
         case "/quit":
             return CommandResult("", "leave")
         case _:
@@ -94,7 +96,7 @@ def _obey(conversation: Conversation, name: str, rest: str) -> CommandResult:
 
 
 def _help() -> str:
-    lines = [f"  {f'{name} {takes}':21}{does}" for name, (takes, does) in COMMANDS.items()]
+    lines = [f"  {f'{name} {arguments}':21}{effect}" for name, (arguments, effect) in COMMANDS.items()]
     keys = (
         "Ctrl+C stops a reply and keeps what was said. To send a line that begins with /, put a space before it. "
         'A line that ends in \\ goes on in the next; between two """ a message has as many lines as you like.'
@@ -103,7 +105,7 @@ def _help() -> str:
 
 
 def _unknown(name: str) -> str:
-    close = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, n=1)
+    close = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, COMMANDS, n=1)
     return f"no command {name}; did you mean {close[0]}?" if close else f"no command {name}; /help lists them"
 
 
@@ -132,14 +134,14 @@ def _set(conversation: Conversation, words: Sequence[str]) -> str:
     return f"{key} is {getattr(conversation.settings, key)} now"
 
 
-def with_setting(settings: SamplingParams, key: str, word: str) -> SamplingParams:
-    """`settings` with `key` set to the number in `word`; raise RecipeError if it is none or out of range."""
+def with_setting(settings: SamplingParams, key: str, text: str) -> SamplingParams:
+    """`settings` with `key` set to the number in `text`; raises RecipeError if it is no number or out of range."""
     kind = type(getattr(settings, key))
     try:
-        value = kind(word)
+        value = kind(text)
     except ValueError as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise RecipeError(f"{key} is {word}; it must be {wanted}") from error
+        expected = "a whole number" if kind is int else "a number"
+        raise RecipeError(f"{key} is {text}; it must be {expected}") from error
     return replace(settings, **{key: value})
 
 
@@ -147,54 +149,56 @@ def _retry(conversation: Conversation) -> CommandResult:
     question = undo_last_turn(conversation)
     if question is None:
         return CommandResult("there is nothing to retry")
-    same = conversation.settings.temperature == 0
-    return CommandResult("temperature is 0, so the answer is the same again" if same else "", "answer", question)
+    greedy = conversation.settings.temperature == 0
+    return CommandResult("temperature is 0, so the answer is the same again" if greedy else "", "answer", question)
 
 
 def _rewards(conversation: Conversation) -> str:
-    from qlora_dpo.talk.reward import implicit_reward
+    from qlora_dpo.talk.reward import adapter_beta, implicit_reward
 
-    answers = latest_replies(conversation)[-len(conversation.variants) :]
-    if not answers:
+    replies = latest_replies(conversation)[-len(conversation.variants) :]
+    if not replies:
         return "there is no answer yet"
-    beta = 0.1 if conversation.beta is None else conversation.beta
+    beta = adapter_beta(None) if conversation.beta is None else conversation.beta
     lines = []
-    for said in answers:
-        found = implicit_reward(
+    for reply in replies:
+        reward = implicit_reward(
             conversation.model,
             conversation.tokenizer,
             conversation.device,
             conversation.last_prompt,
-            said.text,
-            said.ended,
+            reply.text,
+            reply.ended,
         )
-        nats = f"{beta:g} * ({found.tuned:.2f} - {found.base:.2f}) nats"
-        lines.append(f"{said.voice}: reward {found.at_beta(beta):+.3f} = {nats}, {found.tokens} tokens")
+        nats = f"{beta:g} * ({reward.tuned:.2f} - {reward.base:.2f}) nats"
+        lines.append(f"{reply.variant}: reward {reward.at_beta(beta):+.3f} = {nats}, {reward.tokens} tokens")
     if conversation.beta is None:
         lines.append(f"(what beta the adapter was trained with is not known; {beta:g} is the usual one)")
     return "\n".join(lines)
 
 
-def _better(conversation: Conversation, rest: str) -> str:
-    """Append a pair of the last two answers; the better one is what the conversation goes on from."""
-    side, _, name = rest.partition(" ")
+def _better(conversation: Conversation, argument: str) -> str:
+    """Append a pair of the last two replies to the file; the conversation goes on from the better one."""
+    side, _, name = argument.partition(" ")
     path = Path(name.strip()).expanduser() if name.strip() else conversation.preference_file
     if side not in ("a", "b") or path is None:
         return "write /better a FILE or /better b FILE, for example /better a pairs.jsonl"
-    two = latest_replies(conversation)[-2:]
-    if len(two) < 2:
+    last_two = latest_replies(conversation)[-2:]
+    if len(last_two) < 2:
         other = "/both and /retry give" if conversation.has_adapter else "/retry gives"
         return f"there are no two answers to the last message; {other} another one"
-    chosen, rejected = two if side == "a" else reversed(two)
-    append_pair(path, conversation.last_prompt, _by(conversation, chosen), _by(conversation, rejected))
+    chosen, rejected = last_two if side == "a" else reversed(last_two)
+    append_pair(
+        path, conversation.last_prompt, _text_and_author(conversation, chosen), _text_and_author(conversation, rejected)
+    )
     conversation.preference_file = path
     conversation.messages[-1] = {"role": "assistant", "content": chosen.text}
     return f"appended to {path}: {side} is better; the conversation goes on from it"
 
 
-def _by(conversation: Conversation, said: Reply) -> tuple[str, str]:
-    """An answer, and the model that gave it."""
-    return said.text, f"{conversation.title}, adapter off" if said.voice == "base" else conversation.title
+def _text_and_author(conversation: Conversation, reply: Reply) -> tuple[str, str]:
+    """The text of a reply, and the model that wrote it."""
+    return reply.text, f"{conversation.title}, adapter off" if reply.variant == "base" else conversation.title
 
 
 def _save(conversation: Conversation, name: str) -> str:
@@ -214,6 +218,6 @@ def _save(conversation: Conversation, name: str) -> str:
     return f"saved {len(conversation.messages)} messages to {path}"
 
 
-def _brief(text: str) -> str:
+def _shorten(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:57]}..."

@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, who answers next, and how the history is kept inside the context."""
+"""A conversation with a model: its messages, the variants that reply, and how the history fits in the context."""
 
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -19,16 +19,16 @@ ModelVariant = Literal["tuned", "base", "model"]
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it was shown; `ended` is False if it was stopped or cut off."""
+    """A reply as it was shown; `ended` is False if it was stopped or cut off."""
 
-    voice: ModelVariant
+    variant: ModelVariant
     text: str
     ended: bool
 
 
 @dataclass
 class Conversation:
-    """All that a chat needs between two lines; `voices` answer each message, and the first one's reply is kept."""
+    """The state of a chat. Every variant replies to each message; the first one's reply enters the history."""
 
     title: str
     model: Any
@@ -39,39 +39,39 @@ class Conversation:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     num_dropped: int = 0
-    """How many of the oldest messages the model no longer reads."""
+    """Number of the oldest messages that no longer fit in the context."""
     draws: int = 0
-    """Replies begun so far; each is sampled with a seed of its own, so that a retry says something else."""
+    """Replies started so far; each is sampled with another seed, so that a retry gives another reply."""
     kv_caches: dict[ModelVariant, KVCache] = field(default_factory=dict)
     last_prompt: list[Message] = field(default_factory=list)
-    """What the model read when it was asked last, up to the question."""
+    """The messages of the last prompt, up to the user's last message."""
     replies: list[Reply] = field(default_factory=list)
-    """All answers to that, in the order in which they were shown: of both voices, and of retries."""
-    tally: TokenUsage = field(default_factory=TokenUsage)
-    """Of the last reply."""
+    """All replies to that prompt in the order they were shown: of both variants, and of retries."""
+    usage: TokenUsage = field(default_factory=TokenUsage)
+    """Token counts of the last reply."""
     beta: float | None = None
-    """What the adapter was trained with; None if that is not known."""
+    """The beta that the adapter was trained with; None if it is unknown."""
     target: str = ""
-    """The model as it can be opened again from anywhere."""
+    """The name by which the model can be opened again from any folder."""
     preference_file: Path | None = None
     """The file that the last preference pair went to."""
 
     @property
     def has_adapter(self) -> bool:
-        """True if there is an adapter that can be switched off."""
+        """True if the model has an adapter that can be disabled."""
         return self.variants != ("model",)
 
 
 def add_user_message(conversation: Conversation, text: str) -> str:
-    """Add the user's message and return a note if old messages had to be left out for it.
+    """Add the user's message; return a note if old messages had to be dropped from the context for it.
 
-    Raises RecipeError, and takes the message back, if it does not fit the model's context by itself.
+    Raises RecipeError, and removes the message again, if it does not fit in the context by itself.
     """
     conversation.messages.append({"role": "user", "content": text})
     try:
         note = fit_to_context(conversation)
-        if (read := _read(conversation)) != conversation.last_prompt:
-            conversation.last_prompt, conversation.replies = read, []
+        if (prompt := _prompt_messages(conversation)) != conversation.last_prompt:
+            conversation.last_prompt, conversation.replies = prompt, []
         return note
     except BaseException:
         conversation.messages.pop()
@@ -79,16 +79,19 @@ def add_user_message(conversation: Conversation, text: str) -> str:
 
 
 def fit_to_context(conversation: Conversation) -> str:
-    """Leave out the oldest messages until the rest and a reply fit the context; return a note about it, or ""."""
+    """Drop the oldest messages until the rest and a reply fit in the context; return a note about it, or ""."""
     context = context_tokens(conversation.model)
-    if context is None or context - conversation.settings.max_new_tokens >= _tokens(conversation):
+    if context is None or context - conversation.settings.max_new_tokens >= _prompt_tokens(conversation):
         return ""
-    room = context - conversation.settings.max_new_tokens
+    max_prompt_tokens = context - conversation.settings.max_new_tokens
     before = conversation.num_dropped
-    # A quarter of the room is freed at once: each time something is left out, the whole history is read again
-    while _tokens(conversation) > room * 3 // 4 and conversation.num_dropped < len(conversation.messages) - 1:
+    # A quarter is freed at once, since the whole history is computed anew each time that messages are dropped
+    while (
+        _prompt_tokens(conversation) > max_prompt_tokens * 3 // 4
+        and conversation.num_dropped < len(conversation.messages) - 1
+    ):
         conversation.num_dropped += 2
-    if (tokens := _tokens(conversation)) > room:
+    if (tokens := _prompt_tokens(conversation)) > max_prompt_tokens:
         conversation.num_dropped = before
         raise RecipeError(
             f"this message makes {tokens} tokens and a reply may take {conversation.settings.max_new_tokens}, but the "
@@ -97,50 +100,50 @@ def fit_to_context(conversation: Conversation) -> str:
     return f"the model reads {context} tokens at most: it no longer sees the first {conversation.num_dropped} messages"
 
 
-def stream_reply(conversation: Conversation, voice: ModelVariant, seed: int) -> Generator[str, None, bool]:
-    """Yield the answer of `voice` to the last question, free of terminal escapes; return True if it came to its end.
+def stream_reply(conversation: Conversation, variant: ModelVariant, seed: int) -> Generator[str, None, bool]:
+    """Yield the reply of `variant` in chunks free of terminal escapes; return True if the model ended it itself.
 
-    The first voice's answer is kept in the history, also when the generator is closed early; a question whose
-    answer was stopped before its first word is taken back.
+    The first variant's reply is kept in the history even if the generator is closed early; a message whose reply was
+    stopped before its first character is removed.
     """
-    clean, said, ended = EscapeFilter(), list[str](), False
-    memory = conversation.kv_caches.setdefault(voice, KVCache())
+    escape_filter, chunks, ended = EscapeFilter(), list[str](), False
+    kv_cache = conversation.kv_caches.setdefault(variant, KVCache())
     settings = SamplingParams(**{**vars(conversation.settings), "seed": seed})
-    conversation.tally = TokenUsage()
+    conversation.usage = TokenUsage()
     try:
-        ids = tokenize_prompt(conversation.tokenizer, _read(conversation))
-        with ExitStack() as around:
-            around.enter_context(conversation.device.autocast())
-            if voice == "base":
-                around.enter_context(adapter_disabled(conversation.model))
-            pieces = generate_stream(
-                conversation.model, conversation.tokenizer, ids, settings, memory, conversation.tally
+        ids = tokenize_prompt(conversation.tokenizer, _prompt_messages(conversation))
+        with ExitStack() as stack:
+            stack.enter_context(conversation.device.autocast())
+            if variant == "base":
+                stack.enter_context(adapter_disabled(conversation.model))
+            stream = generate_stream(
+                conversation.model, conversation.tokenizer, ids, settings, kv_cache, conversation.usage
             )
             while True:
                 try:
-                    piece = clean.feed(next(pieces))
+                    chunk = escape_filter.feed(next(stream))
                 except StopIteration as end:
                     ended = bool(end.value)
                     break
-                if piece:
-                    said.append(piece)
-                    yield piece
-        if rest := clean.rest():
-            said.append(rest)
+                if chunk:
+                    chunks.append(chunk)
+                    yield chunk
+        if rest := escape_filter.flush():
+            chunks.append(rest)
             yield rest
         return ended
     finally:
-        _keep(conversation, Reply(voice, "".join(said), ended))
+        _record_reply(conversation, Reply(variant, "".join(chunks), ended))
 
 
 def next_seed(conversation: Conversation) -> int:
-    """The seed of the next reply; voices that answer the same question share it."""
+    """The seed of the next reply; variants that reply to the same message share it."""
     conversation.draws += 1
     return (conversation.settings.seed + conversation.draws - 1) % 2**63
 
 
 def undo_last_turn(conversation: Conversation) -> str | None:
-    """Take back the last question and its answer; return the question, or None if nothing was said."""
+    """Remove the last message and its reply; return the message, or None if the history is empty."""
     if not conversation.messages:
         return None
     question = conversation.messages[-2]["content"]
@@ -150,44 +153,45 @@ def undo_last_turn(conversation: Conversation) -> str | None:
 
 
 def clear_history(conversation: Conversation) -> None:
-    """Forget what was said; system prompt, settings and voices stay."""
+    """Empty the history; system prompt, settings and variants stay."""
     conversation.messages.clear()
     conversation.num_dropped = 0
 
 
 def transcript(conversation: Conversation) -> list[Message]:
-    """The whole conversation, also what the model no longer reads, with the system prompt first."""
+    """All messages, including those dropped from the context, with the system prompt first."""
     return [*_system(conversation), *conversation.messages]
 
 
 def latest_replies(conversation: Conversation) -> list[Reply]:
-    """The answers to the last question, as long as nothing before them has changed."""
+    """The replies to the last message; empty if anything before them has changed."""
     messages = conversation.messages
     answered = bool(messages) and messages[-1]["role"] == "assistant"
-    return conversation.replies if answered and _read(conversation) == conversation.last_prompt else []
+    return conversation.replies if answered and _prompt_messages(conversation) == conversation.last_prompt else []
 
 
-def _keep(conversation: Conversation, said: Reply) -> None:
-    if said.text or said.ended:
-        conversation.replies.append(said)
+def _record_reply(conversation: Conversation, reply: Reply) -> None:
+    """Add the reply to those of the last prompt and, if it is the first one, to the history."""
+    if reply.text or reply.ended:
+        conversation.replies.append(reply)
     if conversation.messages[-1]["role"] == "assistant":
         return
-    if said.text or said.ended:
-        conversation.messages.append({"role": "assistant", "content": said.text})
+    if reply.text or reply.ended:
+        conversation.messages.append({"role": "assistant", "content": reply.text})
     else:
         conversation.messages.pop()
 
 
-def _read(conversation: Conversation) -> list[Message]:
-    """What the model reads: up to the last question, without what was left out."""
+def _prompt_messages(conversation: Conversation) -> list[Message]:
+    """The messages that the model reads: up to the user's last one, without those that were dropped."""
     messages = conversation.messages
-    upto = len(messages) - (messages[-1]["role"] == "assistant")
-    return [*_system(conversation), *messages[conversation.num_dropped : upto]]
+    end = len(messages) - (messages[-1]["role"] == "assistant")
+    return [*_system(conversation), *messages[conversation.num_dropped : end]]
 
 
 def _system(conversation: Conversation) -> list[Message]:
     return [{"role": "system", "content": conversation.system}] if conversation.system else []
 
 
-def _tokens(conversation: Conversation) -> int:
-    return len(tokenize_prompt(conversation.tokenizer, _read(conversation)))
+def _prompt_tokens(conversation: Conversation) -> int:
+    return len(tokenize_prompt(conversation.tokenizer, _prompt_messages(conversation)))

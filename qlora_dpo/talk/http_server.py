@@ -1,4 +1,4 @@
-"""The server's lifetime: an address is taken, requests are read in one thread, the model answers in another."""
+"""The HTTP server's lifetime: bind an address, read requests in one thread, run the model in another."""
 
 import asyncio
 import socket
@@ -16,19 +16,19 @@ from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.engine import Engine
 from qlora_dpo.talk.terminal import catch_ctrl_c
 
-CONNECTIONS = 256
-"""At once; one more is answered with 503."""
-HEADER_BYTES = 2**14
+MAX_CONNECTIONS = 256
+"""Open at the same time; the next one gets status 503."""
+MAX_HEADER_BYTES = 2**14
 HEADER_TIMEOUT_SECONDS = 15.0
-"""For a request's headers to arrive; a connection that takes longer is closed, since it holds one of CONNECTIONS."""
-MILLISECONDS_UNREAD = 60_000
-"""After which the kernel gives up a connection whose other end takes no data."""
-SECONDS_TO_END = 3
-"""For answers that are on their way when the server ends."""
+"""Time for a request's headers to arrive; a slower connection is closed, since it takes one of MAX_CONNECTIONS."""
+TCP_USER_TIMEOUT_MS = 60_000
+"""After which the kernel drops a connection whose other end acknowledges no data."""
+SHUTDOWN_TIMEOUT_SECONDS = 3
+"""Time for responses that are being sent when the server stops."""
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket on the address; raise RecipeError if it cannot be had. Port 0 is any free one."""
+    """A socket bound to the address; port 0 takes any free one. Raises RecipeError if it cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -37,7 +37,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, MILLISECONDS_UNREAD)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
         listener.bind(address)
     except OSError as error:
         listener.close()
@@ -49,36 +49,36 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 class _HeaderTimeoutProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which leaves a connection that does not ask in time."""
+    """uvicorn's HTTP/1.1 protocol with a timeout for request headers."""
 
-    asking: asyncio.TimerHandle | None = None
+    header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait_for_headers()
+        self._update_header_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._wait_for_headers()
+        self._update_header_timer()
 
-    def _wait_for_headers(self) -> None:
-        """Start the clock, once, where no request is being read or answered."""
+    def _update_header_timer(self) -> None:
+        """Run the timer while no request is in progress, and cancel it once one is."""
         if self.cycle is not None and not self.cycle.response_complete:
-            if self.asking is not None:
-                self.asking.cancel()
-            self.asking = None
-        elif self.asking is None:
-            self.asking = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self._give_up)
+            if self.header_timer is not None:
+                self.header_timer.cancel()
+            self.header_timer = None
+        elif self.header_timer is None:
+            self.header_timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self._close_if_idle)
 
-    def _give_up(self) -> None:
-        self.asking = None
+    def _close_if_idle(self) -> None:
+        self.header_timer = None
         if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
             self.transport.close()
 
 
 @contextmanager
 def serve_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
-    """Read requests in a thread of its own for as long as this is open."""
+    """Serve HTTP requests in a thread of its own while this is open."""
     config: Any = uvicorn.Config(
         app,
         http=_HeaderTimeoutProtocol,
@@ -88,31 +88,31 @@ def serve_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
         log_level="critical",
         access_log=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
-        backlog=CONNECTIONS,
-        h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
+        backlog=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=SECONDS_TO_END,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
     )
     server = uvicorn.Server(config)
-    reader = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="requests", daemon=True)
-    reader.start()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="requests", daemon=True)
+    thread.start()
     try:
-        while not server.started and reader.is_alive():
+        while not server.started and thread.is_alive():
             time.sleep(0.02)
         yield
     finally:
         server.should_exit = True
-        reader.join(SECONDS_TO_END + 2)
+        thread.join(SHUTDOWN_TIMEOUT_SECONDS + 2)
         listener.close()
 
 
 def serve_until_stopped(app: ASGIApp, engine: Engine, listener: socket.socket, ready: Callable[[], None]) -> None:
-    """Answer until Ctrl+C; those who wait then are told, and nothing is left running.
+    """Serve until Ctrl+C; waiting requests then fail with status 503, and all threads end.
 
-    The model works in the calling thread, which must be the main one: only there a chat template's time can be limited.
+    The model runs in the calling thread, which must be the main one: only there can a chat template's time be limited.
     """
     # KeyboardInterrupt is SIGTERM, or Ctrl+C pressed twice
     with suppress(KeyboardInterrupt), catch_ctrl_c() as stopping, serve_in_thread(app, listener):
         ready()
-        engine.work(stopping)
+        engine.run(stopping)

@@ -1,4 +1,4 @@
-"""What the user types: lines with editing, recall and completion, and messages of several lines."""
+"""Reads what the user types: lines with editing, history and completion, and messages of several lines."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,16 +10,16 @@ from qlora_dpo.talk.commands import COMMANDS
 from qlora_dpo.talk.sampling import SAMPLING_PARAM_NAMES
 
 FENCE = '"""'
-MOST_LINES = 1000
-MOST_OFFERED = 100
+MAX_HISTORY_LINES = 1000
+MAX_COMPLETIONS = 100
 
 
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """While open, lines can be edited and completed, and earlier ones recalled, also those of earlier chats."""
+    """While open, lines can be edited and completed, and earlier ones recalled, including those of earlier chats."""
     try:
         import readline
-    except ImportError:  # a Python without it: input() still reads lines
+    except ImportError:  # Python was built without it; input() still reads lines
         yield
         return
     terminal = sys.stdin.isatty()
@@ -27,7 +27,7 @@ def line_editing() -> Iterator[None]:
         readline.set_completer(complete_word)
         readline.set_completer_delims(" ")
         readline.parse_and_bind("tab: complete")
-        readline.set_history_length(MOST_LINES)
+        readline.set_history_length(MAX_HISTORY_LINES)
         with suppress(OSError):
             readline.read_history_file(input_history_file())
     try:
@@ -41,10 +41,10 @@ def line_editing() -> Iterator[None]:
 
 
 def read_message(first: str, more: Callable[[], str]) -> str:
-    r"""The whole message that begins with the line `first`; `more` reads a further line.
+    r"""The message that begins with the line `first`; `more` reads another line.
 
-    A line that ends in a backslash goes on in the next one; after a line that begins with three quotes all lines
-    belong to the message until one ends with three quotes.
+    A line that ends in a backslash continues in the next one. A line that begins with three quotes starts a message
+    that goes on until a line ends with three quotes.
     """
     if first.lstrip().startswith(FENCE):
         lines = [first.lstrip().removeprefix(FENCE)]
@@ -52,7 +52,7 @@ def read_message(first: str, more: Callable[[], str]) -> str:
             lines.append(more())
         lines[-1] = lines[-1].rstrip().removesuffix(FENCE)
         text = "\n".join(lines).strip("\n")
-        return f" {text}" if text.startswith("/") else text  # it is a message, whatever it begins with
+        return f" {text}" if text.startswith("/") else text  # a space keeps it from being read as a command
     lines = [first]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -61,15 +61,15 @@ def read_message(first: str, more: Callable[[], str]) -> str:
 
 
 def complete_word(word: str, state: int) -> str | None:
-    """Readline's question: what `word` may become, one answer for each `state`, then None."""
+    """Readline's completer: the candidate number `state` for `word`, None after the last one."""
     import readline
 
-    found = completion_candidates(readline.get_line_buffer()[: readline.get_begidx()], word)
-    return found[state] if state < len(found) else None
+    candidates = completion_candidates(readline.get_line_buffer()[: readline.get_begidx()], word)
+    return candidates[state] if state < len(candidates) else None
 
 
 def completion_candidates(before: str, word: str) -> list[str]:
-    """What `word` may become after the words in `before`: commands, settings, and files."""
+    """Completions of `word` after the text `before`: commands, settings and files."""
     match before.split():
         case [] if word.startswith("/") and not before:
             return [f"{name} " if COMMANDS[name][0] else name for name in COMMANDS if name.startswith(word)]
@@ -90,7 +90,7 @@ def _files(word: str) -> list[str]:
     folder, _, start = word.rpartition("/")
     home = Path(f"{folder}/" if "/" in word else ".").expanduser()
     with suppress(OSError):
-        found = sorted((each for each in home.iterdir() if each.name.startswith(start)), key=lambda each: each.name)
-        front = f"{folder}/" if "/" in word else ""
-        return [f"{front}{each.name}{'/' if each.is_dir() else ''}" for each in found[:MOST_OFFERED]]
+        paths = sorted((path for path in home.iterdir() if path.name.startswith(start)), key=lambda path: path.name)
+        prefix = f"{folder}/" if "/" in word else ""
+        return [f"{prefix}{path.name}{'/' if path.is_dir() else ''}" for path in paths[:MAX_COMPLETIONS]]
     return []

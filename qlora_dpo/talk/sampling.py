@@ -1,4 +1,4 @@
-"""How the next token is chosen and how long a reply may be: the one home of chat's defaults."""
+"""Sampling parameters of replies, with the defaults of chat and serve."""
 
 import secrets
 from dataclasses import dataclass, field, fields
@@ -9,7 +9,7 @@ from qlora_dpo.errors import RecipeError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How replies are sampled. Nothing else is applied: no top-k, no repetition penalty, no minimum length."""
+    """How replies are sampled. There is no top-k, no repetition penalty and no minimum length."""
 
     temperature: float = 0.7
     """0 takes the likeliest token every time; higher is more varied."""
@@ -18,10 +18,10 @@ class SamplingParams:
     max_new_tokens: int = 512
     """Longest reply, in tokens."""
     seed: int = field(default_factory=lambda: secrets.randbelow(2**31))
-    """Start of the random draws; absent: another one in every chat."""
+    """Seed of the random draws; by default another one in every chat."""
 
     def __post_init__(self) -> None:
-        """Refuse a value that cannot be sampled with."""
+        """Raise RecipeError for a value out of range."""
         if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
             raise RecipeError(f"temperature is {self.temperature}; it must be 0 (the likeliest token), or 0.01 to 100")
         if not 0 < self.top_p <= 1:
@@ -32,15 +32,16 @@ class SamplingParams:
             raise RecipeError(f"seed is {self.seed}; it must be 0 or more")
 
 
-SAMPLING_PARAM_NAMES = tuple(each.name for each in fields(SamplingParams))
+SAMPLING_PARAM_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
 def resolve_sampling_params(generation_config: Any, context: int | None, given: dict[str, Any]) -> SamplingParams:
-    """What the user gave, else temperature and top_p of the model's generation config, else the defaults.
+    """The parameters in `given`, else temperature and top_p of the model's generation config, else the defaults.
 
-    `context` is the model's longest text in tokens; the default reply takes at most half of it.
+    `context` is the model's longest context in tokens; by default a reply takes at most half of it.
     """
-    own = {name: getattr(generation_config, name, None) for name in ("temperature", "top_p")}
-    room: dict[str, Any] = {"max_new_tokens": min(SamplingParams.max_new_tokens, context // 2)} if context else {}
-    known = {name: value for name, value in own.items() if value is not None}
-    return SamplingParams(**{**room, **known, **{name: value for name, value in given.items() if value is not None}})
+    values: dict[str, Any] = {"max_new_tokens": min(SamplingParams.max_new_tokens, context // 2)} if context else {}
+    for name in ("temperature", "top_p"):
+        if (value := getattr(generation_config, name, None)) is not None:
+            values[name] = value
+    return SamplingParams(**values | {name: value for name, value in given.items() if value is not None})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import secrets
 import threading
 import time
@@ -18,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_dpo import __version__
+from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import QloraDpoError, RecipeError
 from qlora_dpo.talk.access import SECURITY_HEADERS, AccessPolicy
 from qlora_dpo.talk.chat_request import ChatRequest, UnknownModel, parse_chat_request
@@ -27,30 +29,32 @@ from qlora_dpo.talk.engine import Engine, Event, GenerationRequest, ReplyFailed,
 from qlora_dpo.talk.generate import TokenUsage
 from qlora_dpo.talk.sampling import SamplingParams
 
-PAGE = Path(__file__).with_name("page")
-FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css", "/icon.svg": "icon.svg"}
+PAGE_FOLDER = Path(__file__).with_name("page")
+PAGE_FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css", "/icon.svg": "icon.svg"}
 
-OPENAI_NAMES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
-"""OpenAI's `type` of an error, by status; 5xx is server_error."""
+ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
+"""OpenAI's `type` of an error, by HTTP status; 5xx is server_error."""
 
-UNREAD = (401, 403, 404, 408, 413, 415)
-"""Refusals before the body was read: the connection cannot go on in the middle of it."""
+CLOSING_STATUSES = (401, 403, 404, 408, 413, 415)
+"""Refusals sent before the body was read; the connection is closed, since the rest of the body would follow."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ClientLimits:
-    """What one client may take."""
+    """What one client may use of the server."""
 
     body_bytes: int = 2**20
     seconds_to_send: float = 20.0
-    """For a request's body to arrive."""
+    """Time for a request's body to arrive."""
     seconds_to_read: float = 60.0
-    """For a piece of an answer to be taken; a client that reads nothing for so long is left."""
+    """Time for a client to read a chunk of a response; after that it is disconnected."""
 
 
 @dataclass
 class Service:
-    """What is served: the model's engine, the ids its voices are called by, and where votes are written, if at all."""
+    """What is served: the engine, the ids of its model variants, and the file for preference votes, if there is one."""
 
     engine: Engine
     models: Mapping[str, ModelVariant]
@@ -60,11 +64,11 @@ class Service:
     limits: ClientLimits = field(default_factory=ClientLimits)
     started: int = field(default_factory=lambda: int(time.time()))
     fixed_seed: bool = False
-    """True if a request without a seed gets that of `defaults`, and so the same answer each time."""
+    """True if a request without a seed uses that of `defaults`, and so gets the same reply each time."""
 
 
 class RequestRefused(Exception):
-    """A request that is not answered."""
+    """A request that is refused, with its HTTP status and OpenAI's error code."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
         super().__init__(message)
@@ -78,7 +82,7 @@ def create_app(service: Service) -> ASGIApp:
         return await _chat(service, request)
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.models]})
+        return JSONResponse({"object": "list", "data": [_model_record(service, name) for name in service.models]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
@@ -86,10 +90,10 @@ def create_app(service: Service) -> ASGIApp:
             raise RequestRefused(
                 404, f"there is no model of that name; there are {', '.join(service.models)}", "model_not_found"
             )
-        return JSONResponse(_model(service, name))
+        return JSONResponse(_model_record(service, name))
 
     async def about(request: Request) -> Response:
-        return JSONResponse(_about(service))
+        return JSONResponse(_about_record(service))
 
     async def preferences(request: Request) -> Response:
         return await _preferences(service, request)
@@ -98,7 +102,7 @@ def create_app(service: Service) -> ASGIApp:
         return JSONResponse({"status": "ok"})
 
     async def page(request: Request) -> Response:
-        return FileResponse(PAGE / FILES[request.url.path])
+        return FileResponse(PAGE_FOLDER / PAGE_FILES[request.url.path])
 
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -107,27 +111,27 @@ def create_app(service: Service) -> ASGIApp:
         Route("/v1/about", about),
         Route("/v1/preferences", preferences, methods=["POST"]),
         Route("/health", health),
-        *(Route(path, page) for path in FILES),
+        *(Route(path, page) for path in PAGE_FILES),
     ]
     handlers: Any = {
-        RequestRefused: _refused,
-        HTTPException: _no_such_path,
-        ClientDisconnect: _nobody,
-        Exception: _broken,
+        RequestRefused: _on_refusal,
+        HTTPException: _on_http_error,
+        ClientDisconnect: _on_disconnect,
+        Exception: _on_failure,
     }
-    return _guarded(Starlette(routes=routes, exception_handlers=handlers), service)
+    return _protect(Starlette(routes=routes, exception_handlers=handlers), service)
 
 
-def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
-    """`app` behind the guard, with the headers of `HEADERS`, leaving clients that do not read."""
+def _protect(app: ASGIApp, service: Service) -> ASGIApp:
+    """`app` behind the access policy, with SECURITY_HEADERS; clients that do not read are disconnected."""
 
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+    async def protected_app(scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"  # neither lifespan nor websockets are switched on  # noqa: S101
 
-        async def send_soon(message: Message) -> None:
+        async def send_with_timeout(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *own]
+                headers = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *headers]
             try:
                 async with asyncio.timeout(service.limits.seconds_to_read):
                     await send(message)
@@ -137,121 +141,134 @@ def _guarded(app: ASGIApp, service: Service) -> ASGIApp:
         request = Request(scope)
         refusal = service.access_policy.refusal(scope["path"], request.headers.get)
         if refusal is not None:
-            await _error(*refusal)(scope, receive, send_soon)
+            await _error_response(*refusal)(scope, receive, send_with_timeout)
             return
         try:
-            await app(scope, receive, send_soon)
+            await app(scope, receive, send_with_timeout)
         except ClientDisconnect:
             return
-        except Exception as error:  # the client has been told; the others are still answered
-            service.engine.log_error(f"a request failed: {type(error).__name__}: {error}")
+        except Exception as error:  # the client has its response, and the server goes on for the others
+            logger.error(sanitize_text(f"a request failed: {type(error).__name__}: {error}"))
 
-    return guarded
+    return protected_app
 
 
 async def _chat(service: Service, request: Request) -> Response:
-    body = await _json(service, request)
+    body = await _read_json(service, request)
     seed = service.defaults.seed if service.fixed_seed else secrets.randbelow(2**31)
     try:
-        wanted = parse_chat_request(body, service.models, service.defaults, seed)
+        chat_request = parse_chat_request(body, service.models, service.defaults, seed)
     except UnknownModel as error:
         raise RequestRefused(404, str(error), "model_not_found") from error
     except RecipeError as error:
         raise RequestRefused(400, str(error), "invalid_request") from error
     events: asyncio.Queue[Event] = asyncio.Queue()
-    question = _question(wanted, events)
-    if not service.engine.queue.try_put(question):
+    generation = _generation_request(chat_request, events)
+    if not service.engine.queue.try_put(generation):
         raise RequestRefused(429, "too many questions are waiting; ask again in a moment", "queue_full")
-    watch = asyncio.create_task(_watch(request, question.cancelled, events))
+    watch = asyncio.create_task(_cancel_on_disconnect(request, generation.cancelled, events))
     try:
         first = await events.get()
         if isinstance(first, ReplyFailed):
             raise RequestRefused(first.status, first.message, first.code)
-        identity = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": wanted.model}
-        if wanted.stream:
+        identity = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": chat_request.model}
+        if chat_request.stream:
+            chunks = _stream_chunks(chat_request, identity, first, events)
             return StreamingResponse(
-                _stream(wanted, identity, first, events, question.cancelled, watch), media_type="text/event-stream"
+                _cancel_at_end(chunks, generation.cancelled, watch), media_type="text/event-stream"
             )
-        text, end = await _whole_reply(first, events)
+        text, end = await _collect_reply(first, events)
         return JSONResponse(_completion(identity, text, end))
     except BaseException:
-        question.cancelled.set()
+        generation.cancelled.set()
         raise
     finally:
-        if not wanted.stream:
+        if not chat_request.stream:
             watch.cancel()
 
 
-def _question(wanted: ChatRequest, events: asyncio.Queue[Event]) -> GenerationRequest:
+def _generation_request(chat_request: ChatRequest, events: asyncio.Queue[Event]) -> GenerationRequest:
+    """The request for the engine; its events arrive in `events`, in the thread of the running event loop."""
     loop = asyncio.get_running_loop()
 
-    def tell(event: Event) -> None:
+    def emit(event: Event) -> None:
         try:
             loop.call_soon_threadsafe(events.put_nowait, event)
         except RuntimeError:  # the loop has ended, and with it the client
             return
 
-    return GenerationRequest(wanted.voice, wanted.messages, wanted.settings, wanted.clip_to_context, wanted.stops, tell)
+    return GenerationRequest(
+        chat_request.variant,
+        chat_request.messages,
+        chat_request.sampling,
+        chat_request.clip_to_context,
+        chat_request.stop_strings,
+        emit,
+    )
 
 
-async def _watch(request: Request, gone: threading.Event, events: asyncio.Queue[Event]) -> None:
-    """Wait until the client leaves; then the model need not go on."""
+async def _cancel_on_disconnect(request: Request, cancelled: threading.Event, events: asyncio.Queue[Event]) -> None:
+    """Wait until the client disconnects, then cancel the generation."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    gone.set()
+    cancelled.set()
     events.put_nowait(ReplyFailed(499, "the client has left", "gone"))
 
 
-async def _whole_reply(first: Event, events: asyncio.Queue[Event]) -> tuple[str, ReplyFinished]:
-    said, event = list[str](), first
+async def _collect_reply(first: Event, events: asyncio.Queue[Event]) -> tuple[str, ReplyFinished]:
+    """Text and end of a reply that is not streamed; raises RequestRefused if it fails."""
+    chunks, event = list[str](), first
     while True:
         match event:
             case TextChunk(text):
-                said.append(text)
+                chunks.append(text)
             case ReplyFinished():
-                return "".join(said), event
+                return "".join(chunks), event
             case ReplyFailed(status, message, code):
                 raise RequestRefused(status, message, code)
         event = await events.get()
 
 
-async def _stream(
-    wanted: ChatRequest,
-    identity: Mapping[str, Any],
-    first: Event,
-    events: asyncio.Queue[Event],
-    gone: threading.Event,
-    watch: asyncio.Task[None],
+async def _cancel_at_end(
+    chunks: AsyncIterator[str], cancelled: threading.Event, watch: asyncio.Task[None]
 ) -> AsyncIterator[str]:
-    """Server-sent events: a chunk per piece, one with the reason of the end, one that counts if asked for, [DONE]."""
-    event = first
+    """`chunks`; however the stream ends, the generation is cancelled then."""
     try:
-        yield _chunk(identity, {"role": "assistant", "content": ""}, None)
-        while True:
-            match event:
-                case TextChunk(text):
-                    yield _chunk(identity, {"content": text}, None)
-                case ReplyFinished(reason, tally):
-                    yield _chunk(identity, {}, reason)
-                    if wanted.usage:
-                        counted = {**_as(identity, "chat.completion.chunk"), "choices": [], "usage": _usage(tally)}
-                        yield f"data: {json.dumps(counted)}\n\n"
-                    yield "data: [DONE]\n\n"
-                    return
-                case ReplyFailed(status, message, code):
-                    yield f"data: {json.dumps(_error_body(status, message, code))}\n\n"
-                    return
-            event = await events.get()
+        async for chunk in chunks:
+            yield chunk
     finally:
-        gone.set()
+        cancelled.set()
         watch.cancel()
+
+
+async def _stream_chunks(
+    chat_request: ChatRequest, identity: Mapping[str, Any], first: Event, events: asyncio.Queue[Event]
+) -> AsyncIterator[str]:
+    """Server-sent events: one per text chunk, one with finish_reason, one with the usage if requested, [DONE]."""
+    event = first
+    yield _chunk(identity, {"role": "assistant", "content": ""}, None)
+    while True:
+        match event:
+            case TextChunk(text):
+                yield _chunk(identity, {"content": text}, None)
+            case ReplyFinished(reason, usage):
+                yield _chunk(identity, {}, reason)
+                if chat_request.include_usage:
+                    head = _response_head(identity, "chat.completion.chunk")
+                    yield _server_sent({**head, "choices": [], "usage": _usage_record(usage)})
+                yield "data: [DONE]\n\n"
+                return
+            case ReplyFailed(status, message, code):
+                yield _server_sent(_error_body(status, message, code))
+                return
+        event = await events.get()
 
 
 async def _preferences(service: Service, request: Request) -> Response:
     """Append a vote to the file of `serve --collect`."""
     if service.preference_file is None:
         raise RequestRefused(404, "votes are not collected; start serve with --collect FILE", "not_collecting")
-    match await _json(service, request):
+    match await _read_json(service, request):
         case {
             "messages": [*messages],
             "chosen": {"content": str(chosen), "model": str(chosen_by)},
@@ -267,7 +284,7 @@ async def _preferences(service: Service, request: Request) -> Response:
     except RecipeError as error:
         raise RequestRefused(400, str(error), "invalid_request") from error
     except QloraDpoError as error:
-        service.engine.log_error(str(error))
+        logger.error(sanitize_text(str(error)))
         raise RequestRefused(500, str(error), "failed") from error
     return JSONResponse({"written": True})
 
@@ -276,20 +293,20 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-async def _json(service: Service, request: Request) -> Any:
-    """The body as JSON, read within the limits."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+async def _read_json(service: Service, request: Request) -> Any:
+    """The body parsed as JSON, read within the service's limits; raises RequestRefused."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
         raise RequestRefused(415, "send the body as application/json", "invalid_request")
-    most, body = service.limits.body_bytes, bytearray()
-    too_large = RequestRefused(413, f"the body is larger than {most:,} bytes", "too_large")
-    if (told := request.headers.get("content-length", "0")).isdigit() and int(told) > most:
+    max_bytes, body = service.limits.body_bytes, bytearray()
+    too_large = RequestRefused(413, f"the body is larger than {max_bytes:,} bytes", "too_large")
+    if (declared := request.headers.get("content-length", "0")).isdigit() and int(declared) > max_bytes:
         raise too_large
     try:
         async with asyncio.timeout(service.limits.seconds_to_send):
             async for part in request.stream():
                 body += part
-                if len(body) > most:
+                if len(body) > max_bytes:
                     raise too_large
     except TimeoutError as error:
         raise RequestRefused(
@@ -301,11 +318,11 @@ async def _json(service: Service, request: Request) -> Any:
         raise RequestRefused(400, "the body is not valid JSON", "invalid_request") from error
 
 
-def _about(service: Service) -> dict[str, Any]:
-    """What the page needs to know."""
+def _about_record(service: Service) -> dict[str, Any]:
+    """What the page shows: models, defaults, and whether votes are collected."""
     defaults = service.defaults
     return {
-        "models": [{"id": name, "voice": voice} for name, voice in service.models.items()],
+        "models": [{"id": name, "voice": variant} for name, variant in service.models.items()],
         "collect": service.preference_file is not None,
         "defaults": {
             "temperature": defaults.temperature,
@@ -316,58 +333,63 @@ def _about(service: Service) -> dict[str, Any]:
     }
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def _model_record(service: Service, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": service.started, "owned_by": "qlora-dpo"}
 
 
-def _as(identity: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _response_head(identity: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The keys that OpenAI's responses share; `kind` is their `object`."""
     return {"id": identity["id"], "object": kind, "created": identity["created"], "model": identity["model"]}
 
 
 def _completion(identity: Mapping[str, Any], text: str, end: ReplyFinished) -> dict[str, Any]:
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.reason}
-    return {**_as(identity, "chat.completion"), "choices": [choice], "usage": _usage(end.tally)}
+    return {**_response_head(identity, "chat.completion"), "choices": [choice], "usage": _usage_record(end.usage)}
 
 
 def _chunk(identity: Mapping[str, Any], delta: dict[str, str], reason: str | None) -> str:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-    return f"data: {json.dumps({**_as(identity, 'chat.completion.chunk'), 'choices': [choice]})}\n\n"
+    return _server_sent({**_response_head(identity, "chat.completion.chunk"), "choices": [choice]})
 
 
-def _usage(tally: TokenUsage) -> dict[str, Any]:
+def _server_sent(record: dict[str, Any]) -> str:
+    return f"data: {json.dumps(record)}\n\n"
+
+
+def _usage_record(usage: TokenUsage) -> dict[str, Any]:
     return {
-        "prompt_tokens": tally.prompt_tokens,
-        "completion_tokens": tally.completion_tokens,
-        "total_tokens": tally.prompt_tokens + tally.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": tally.cached_tokens},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
 def _error_body(status: int, message: str, code: str) -> dict[str, Any]:
-    kind = OPENAI_NAMES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _error(status: int, message: str, code: str) -> JSONResponse:
+def _error_response(status: int, message: str, code: str) -> JSONResponse:
     headers = {"retry-after": "2"} if status in (429, 503) else {}
-    if status in UNREAD:
+    if status in CLOSING_STATUSES:
         headers["connection"] = "close"
     return JSONResponse(_error_body(status, message, code), status, headers)
 
 
-async def _refused(request: Request, error: RequestRefused) -> Response:
-    return _error(error.status, error.message, error.code)
+async def _on_refusal(request: Request, error: RequestRefused) -> Response:
+    return _error_response(error.status, error.message, error.code)
 
 
-async def _no_such_path(request: Request, error: HTTPException) -> Response:
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
     sentence = "there is nothing at this address" if error.status_code == 404 else error.detail
-    return _error(error.status_code, sentence, "not_found" if error.status_code == 404 else "not_allowed")
+    return _error_response(error.status_code, sentence, "not_found" if error.status_code == 404 else "not_allowed")
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
+async def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _broken(request: Request, error: Exception) -> Response:
-    return _error(500, "the request failed; the server's terminal says why", "failed")
+async def _on_failure(request: Request, error: Exception) -> Response:
+    return _error_response(500, "the request failed; the server's terminal says why", "failed")

@@ -1,4 +1,4 @@
-"""The terminal while a reply is written: text made harmless, keys not echoed into it, Ctrl+C stops only the reply."""
+"""The terminal while a reply is written: escapes are stripped, keys are not echoed, Ctrl+C stops only the reply."""
 
 import re
 import signal
@@ -12,46 +12,46 @@ from types import FrameType
 
 from qlora_dpo.data.dialogue import sanitize_text
 
-# An escape sequence that has begun and not ended: a string such as a window title, a control sequence, or a lone ESC
+# An escape sequence without its end: a string such as a window title, a control sequence, or a lone ESC
 UNFINISHED = re.compile(
     r"(?:(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*\x1b?"
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*"
     r"|\x1b[ -/]*)\Z"
 )
-LONGEST_HELD = 1024  # characters; a model that opens a string and never closes it must not silence itself
+LONGEST_HELD = 1024  # characters; otherwise a string that the model never closes would hide the rest of its reply
 
 
 @dataclass
 class EscapeFilter:
-    """Strips terminal escapes from text that arrives in pieces, also where a sequence is split between two."""
+    """Strips terminal escapes from text that arrives in chunks, including sequences that are split over two."""
 
     held: str = ""
 
-    def feed(self, piece: str) -> str:
-        """Return what of the text so far can be shown and has not been."""
-        text = self.held + piece
-        begun = UNFINISHED.search(text)
-        cut = begun.start() if begun and len(text) - begun.start() <= LONGEST_HELD else len(text)
+    def feed(self, chunk: str) -> str:
+        """Return the new text that can be shown by now."""
+        text = self.held + chunk
+        unfinished = UNFINISHED.search(text)
+        cut = unfinished.start() if unfinished and len(text) - unfinished.start() <= LONGEST_HELD else len(text)
         self.held = text[cut:]
         return sanitize_text(text[:cut])
 
-    def rest(self) -> str:
-        """Return what was held back, for the text has ended."""
+    def flush(self) -> str:
+        """Return the text held back so far, at the end of the reply."""
         text, self.held = self.held, ""
         return sanitize_text(text)
 
 
 @contextmanager
 def catch_ctrl_c() -> Iterator[threading.Event]:
-    """While open, the first Ctrl+C sets the event that is yielded, and a second one raises KeyboardInterrupt."""
+    """Yield an event that the first Ctrl+C sets; a second Ctrl+C raises KeyboardInterrupt."""
     stopped = threading.Event()
 
-    def note(signal_number: int, frame: FrameType | None) -> None:
+    def on_interrupt(signal_number: int, frame: FrameType | None) -> None:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield stopped
     finally:
@@ -60,7 +60,7 @@ def catch_ctrl_c() -> Iterator[threading.Event]:
 
 @contextmanager
 def no_echo() -> Iterator[None]:
-    """While open, keys typed at a terminal wait for the next line instead of showing up inside the reply."""
+    """Keep keys that are typed meanwhile for the next line, instead of echoing them into the reply."""
     if not sys.stdin.isatty():
         yield
         return
