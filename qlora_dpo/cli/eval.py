@@ -279,8 +279,9 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         if not windows[name]:
             raise RecipeError(f"{name}: makes {len(ids)} tokens; --text needs two at least")
     everything = [*pair_set.encoded, *(each for some in windows.values() for each in some)]
-    padded = Packing(budget, int(opened.tokenizer.pad_token_id or 0), backend=None)
-    packing, why = choose_packing(model, everything, padded, device)
+    packing, why = choose_packing(
+        model, everything, Packing(budget, int(opened.tokenizer.pad_token_id or 0), backend=None), device
+    )
     click.echo(f"layout: {why}", err=True)
     steps = 3 * len(pair_set.encoded)
     with click.progressbar(
