@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from qlora_dpo.preference.objective import Logps, compute_losses, dpo, sft
-from qlora_dpo.recipe.objective import Sigmoid
+from qlora_dpo.preference.metrics import make_metric_sums
+from qlora_dpo.preference.objective import Logps, Losses, compute_losses, dpo, sft
+from qlora_dpo.recipe.objective import Objective, Sigmoid, reward_beta
 
+RECIPE_OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
 MARGINS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 60.0], dtype=torch.float64)
 
 
@@ -70,3 +73,25 @@ def logps() -> Logps:
     values = -20 * torch.rand(4, 4, generator=generator, dtype=torch.float64)
     tokens = torch.randint(3, 30, (4, 2), generator=generator).double()
     return Logps(values[:, 0], values[:, 1], tokens[:, 0], tokens[:, 1], values[:, 2:], values[:, 0])
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto", "simpo", "sft"])
+def test_rewards_are_scaled_by_the_beta_of_the_loss_and_by_1_where_it_has_none(loss_type: str) -> None:
+    table = RECIPE_OBJECTIVE.validate_python({"loss_type": loss_type})
+    assert reward_beta(table) == {"sigmoid": 0.1, "kto": 0.1, "simpo": 2.0, "sft": 1.0}[loss_type]
+
+
+def test_sums_of_two_steps_are_the_sums_over_their_pairs() -> None:
+    rewards_P2 = torch.tensor([[1.0, 0.5], [0.25, 0.25], [-1.0, 2.0]])
+    window, both = make_metric_sums(Sigmoid()), make_metric_sums(Sigmoid())
+    for rows in (slice(0, 2), slice(2, 3)):
+        step = make_metric_sums(Sigmoid())
+        count = len(rewards_P2[rows])
+        step.add_losses(Losses(torch.ones(count), torch.ones(count), torch.zeros(count), rewards_P2[rows]))
+        step.tokens, step.completion_tokens, step.head_tokens = 10, (3, 4), (1, 2)
+        window.add(step)
+    both.add_losses(Losses(torch.ones(3), torch.ones(3), torch.zeros(3), rewards_P2))
+    assert (window.pairs, window.tokens, window.completion_tokens, window.head_tokens) == (3, 20, (6, 8), (2, 4))
+    assert window.totals == both.totals
+    # a pair right, a tie, a pair wrong
+    assert window.means()["rewards/accuracies"] == pytest.approx(0.5)

@@ -241,14 +241,15 @@ def fails_above(monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0) ->
 
 
 def test_a_reference_pass_that_did_not_fit_goes_on_in_smaller_rows(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="qlora_dpo")
     whole = whole_run(tmp_path / "whole", SEVERAL_ROWS)
-    assert "out of memory" not in capsys.readouterr().err
+    assert "out of memory" not in caplog.text
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "another"))
     done = fails_above(monkeypatch, 120, after=1)
     again = whole_run(tmp_path / "again", SEVERAL_ROWS)
-    told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    told = [message for message in caplog.messages if "out of memory" in message]
     assert told == ["reference pass: out of memory with rows of 160 tokens; rows of 80 from here on"]
     # what was computed before it ran out is not computed again, and the held-out pairs are in the smaller rows at once
     assert again.reference_pairs_computed == sum(done) == 8 + 4 == whole.reference_pairs_computed

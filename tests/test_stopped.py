@@ -88,8 +88,8 @@ def test_stopped_before_its_first_checkpoint_a_run_keeps_what_it_has_found(
             case "reading":
                 patched.setattr(encode, "encode_pairs", stopped_after(2, encode.encode_pairs))
             case _:
-                # the guard of the adapter asks once, and then it is the second batch
-                patched.setattr(reference, "model_logps", stopped_after(3, reference.model_logps))
+                # the second batch of the reference pass
+                patched.setattr(reference, "model_logps", stopped_after(2, reference.model_logps))
         assert train(home, monkeypatch) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"qlora-dpo: stopped before the first checkpoint; what was read and what the reference answered is kept in "

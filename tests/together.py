@@ -28,9 +28,9 @@ from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.preference import reference
-from qlora_dpo.preference.reference import compute_reference_logps, model_logps, read_logp_table
+from qlora_dpo.preference.reference import compute_reference_logps, model_logps
 from qlora_dpo.preference.reference_adapter import ReferenceAdapter, clone_adapter
-from qlora_dpo.preference.reference_cache import ReferenceLogpCache
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache, read_logp_table
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.tracking.run_log import EVALUATION_SAMPLES, RunLog

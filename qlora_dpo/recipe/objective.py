@@ -291,7 +291,7 @@ ReferenceFree = Simpo | AlphaPo | Cpo | Orpo | Sft
 def reward_beta(table: Objective) -> float:
     """The factor of the implicit rewards: the objective's beta, and 1 for SFT, which has none.
 
-    `compare`, `merge` and the check of the first loss take DPO's default beta where there is none.
+    `compare` and `merge` take DPO's default beta instead, since they may be given an adapter without a recipe.
     """
     return 1.0 if isinstance(table, Sft) else table.beta
 
