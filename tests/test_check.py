@@ -94,7 +94,7 @@ def test_what_is_odd_is_a_warning_and_strict_makes_it_exit_3(place: Path, capsys
         "data: 1 row: the same pair again; keep one of them",
         "data: 1 row: held-out prompts that are trained on; set data.eval_share, or other splits",
         "data: 20 held-out pairs: the 95 % interval of an accuracy reaches 22 points to either side; hold out more",
-        "steps: train.warmup_steps = 99 is no less than the 16 steps of the run, so the learning rate never reaches "
+        "steps: train.warmup_steps = 99 is not below the 16 steps of the run, so the learning rate never reaches "
         "its peak; lower it",
     ]
     assert main(["check", *arguments, "--strict"]) == 3
@@ -113,7 +113,7 @@ def test_pairs_over_max_length_are_counted(place: Path, capsys: pytest.CaptureFi
         assert (found["tokens"]["overlong"], found["tokens"]["overlong_share"]) == (5, 0.1)
         assert found["data"]["train"]["used"] == used
         assert (
-            "tokens: 10.0% of the pairs are longer than data.max_length = 96; raise it, or see which are left with "
+            "tokens: 10.0% of the pairs are longer than data.max_length = 96; raise it, or look at the remaining ones with "
             "qlora-dpo data show"
         ) in found["warnings"]
 
@@ -158,7 +158,7 @@ def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
 def test_of_trls_engine_no_seconds_are_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "r.toml", "--set", "train.engine=trl", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["time"]  # what TRL imports may print before it
-    assert (found["seconds"], found["why_not"]) == (None, 'train.engine = "trl" computes in another way')
+    assert (found["seconds"], found["why_not"]) == (None, 'train.engine = "trl" computes differently')
 
 
 def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,10 +240,10 @@ def test_check_tells_the_time_of_a_run_on_this_machine(place: Path, capsys: pyte
 
 def test_where_nothing_can_be_timed_check_says_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = "time               not known: "
-    assert time_line(capsys, "--gpu", "t4", "--set", "model.dtype=auto") == nothing + "a probe needs the card"
+    assert time_line(capsys, "--gpu", "t4", "--set", "model.dtype=auto") == nothing + "measuring it needs the card itself"
     # an adapter on the second layer only, which one layer alone does not have
     only = "--set", r"lora.target_modules='model\.layers\.1\.mlp\.up_proj'"
     assert time_line(capsys, *only).startswith(f"{nothing}one layer alone cannot be timed: lora.target_modules = ")
     assert main(["check", "r.toml", "--json", "--gpu", "t4", "--set", "model.dtype=auto"]) == 0
     found = json.loads(capsys.readouterr().out)["time"]
-    assert (found["seconds"], found["total_seconds"], found["why_not"]) == (None, None, "a probe needs the card")
+    assert (found["seconds"], found["total_seconds"], found["why_not"]) == (None, None, "measuring it needs the card itself")

@@ -1,13 +1,12 @@
-"""What a sweep comes to, in words: which point is the best, and how sure that is."""
+"""Describes the result of a sweep: which point is best, and how certain that is."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from qlora_dpo.run_folder import Record
 from qlora_dpo.wilson import wilson_interval
 
-Record = Mapping[str, Any]
 Interval = tuple[str, float, float]
-"""What is meant (losses, accuracies), and the ends."""
+"""What it is an interval of ("losses" or "accuracies"), and its ends."""
 
 OBJECTIVE_FREE_METRICS = (
     "rewards/accuracies",
@@ -17,29 +16,29 @@ OBJECTIVE_FREE_METRICS = (
     "mean_token_accuracy",
     "kl",
 )
-"""Figures that are measured in the same way whatever the objective is."""
+"""Metrics that do not depend on the objective."""
 
 
 def format_metric(metric: str, value: float) -> str:
-    """A figure with its name: `loss 0.6512`."""
+    """A metric and its value: `loss 0.6512`."""
     return f"accuracy {value:.3f}" if metric == "rewards/accuracies" else f"{metric} {value:z.4f}"
 
 
 def metric_interval(evaluation: Record, metric: str) -> Interval | None:
-    """The 95 % interval of the loss, if that is the metric, and else of the accuracy; None where there is neither."""
-    error, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
-    if metric == "loss" and error is not None:
-        return "losses", evaluation["eval_loss"] - 1.96 * error, evaluation["eval_loss"] + 1.96 * error
-    share = evaluation.get("eval_rewards/accuracies")
-    return None if share is None or not pairs else ("accuracies", *wilson_interval(share * pairs, pairs))
+    """The 95 % interval of the loss if that is the metric, else of the accuracy; None if it was not measured."""
+    stderr, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
+    if metric == "loss" and stderr is not None:
+        return "losses", evaluation["eval_loss"] - 1.96 * stderr, evaluation["eval_loss"] + 1.96 * stderr
+    accuracy = evaluation.get("eval_rewards/accuracies")
+    return None if accuracy is None or not pairs else ("accuracies", *wilson_interval(accuracy * pairs, pairs))
 
 
 def ranking_caveats(
     best_first: Mapping[str, Record], metric: str, swept: Sequence[str], folder: object
 ) -> Iterator[str]:
-    """What to know before believing that the first point is the best, a sentence each.
+    """Reasons to doubt that the first point is the best, one sentence each.
 
-    `best_first` are the evaluations that figures are of, by the names of the points that finished; `swept` are the keys
+    `best_first` maps the names of the finished points to the evaluations that they are ranked by; `swept` are the keys
     that differ, and `folder` is that of the best point.
     """
     keys = [key for key in swept if key.startswith("objective.")]
