@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qlora_dpo.cli.quiet import quiet_libraries
-from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.evaluation.merge_texts import load_comparison_texts
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import select_device
@@ -33,7 +33,7 @@ def main() -> None:
         return load_base(source, asked.model.model_copy(update={"quantization": quantization}), here)
 
     def compare(name: str, one: PreTrainedModel, other: PreTrainedModel) -> None:
-        found = measure_merge_fidelity(one, other, texts.encoded, pad_token_id(tokenizer), here)
+        found = compare_merged(record_trained(one, texts.encoded, pad_token_id(tokenizer), here), other, here, 0.1)
         print(f"| {name} | {found.kl:.2g} | {found.top1:.4f} |", flush=True)
 
     print(f"{texts.name}\n\n| | KL, nats per token | top-1 agreement |\n| --- | --- | --- |")

@@ -123,7 +123,7 @@ def _results_section(results: Record, samples: Sequence[Record]) -> str:
     text = f"## Results\n\nOn {pairs} held-out pairs; a tie counts as one half.\n\n{results_markdown(results)}"
     if signs := results.get("signs"):
         lines = [f"- Step {sign['step']}: {escape_markdown(sign['sentence'])}.\n" for sign in signs]
-        text += "\nWarnings during the run:\n\n" + "".join(lines)
+        text += "\nSigns of trouble during the run:\n\n" + "".join(lines)
     if answers:
         text += f"\nGreedy answers to held-out prompts:\n\n{answers_markdown(answers, samples)}"
     return text

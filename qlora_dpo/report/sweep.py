@@ -44,8 +44,8 @@ def ranking_caveats(
     keys = [key for key in swept if key.startswith("objective.")]
     if keys and metric not in OBJECTIVE_FREE_METRICS:
         yield (
-            f"{metric} is measured with each point's own {' and '.join(keys)}, so it is not one yardstick for all; "
-            "--metric rewards/accuracies is"
+            f"{metric} depends on {' and '.join(keys)}, which the points do not share, so it cannot rank them fairly; "
+            "--metric rewards/accuracies can"
         )
     if len(best_first) < 2:
         return
@@ -53,10 +53,10 @@ def ranking_caveats(
     one, other = metric_interval(best, metric), metric_interval(second, metric)
     if one and other and one[1] <= other[2] and other[1] <= one[2]:
         yield (
-            f"{best['eval_pairs']} pairs do not tell it from the second, {name}: the 95 % intervals of their {one[0]} "
-            f"overlap ({one[1]:.3f}-{one[2]:.3f} and {other[1]:.3f}-{other[2]:.3f})"
+            f"{best['eval_pairs']} pairs cannot tell it apart from the second, {name}: the 95 % intervals of their "
+            f"{one[0]} overlap ({one[1]:.3f}-{one[2]:.3f} and {other[1]:.3f}-{other[2]:.3f})"
         )
     yield (
-        f"it was chosen among {len(best_first)} runs on these same pairs, so its figure flatters it; judge it on "
-        f"others: qlora-dpo eval {folder} --data FILE"
+        f"it was chosen among {len(best_first)} runs on these same pairs, so its figure is optimistic; evaluate it "
+        f"on others: qlora-dpo eval {folder} --data FILE"
     )
