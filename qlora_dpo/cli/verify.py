@@ -9,7 +9,7 @@ import click
 @click.command("verify", short_help="Check a run, an adapter or a merged model against its manifest and base.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def verify_command(folder: Path) -> None:
-    """Check every file of DIR, a run, an adapter or a merged model, against its manifest; of an adapter also the base.
+    """Check every file of DIR, a run, an adapter or a merged model, against its manifest, and the base of an adapter.
 
     \b
     qlora-dpo verify adapters/hh

@@ -53,7 +53,8 @@ def find_memory_fixes(
 ) -> tuple[MemoryFix, ...]:
     """Every single change with which `recipe` fits in `free` bytes, each as small as possible.
 
-    If no single change is enough, the shortest combination of the strongest changes that is; empty if none is.
+    If no single change is enough, the strongest ones are combined, in order, until the recipe fits; empty if it never
+    does.
     """
     fixes = []
     for changes in _candidate_changes(recipe, workload):

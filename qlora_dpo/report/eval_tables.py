@@ -94,7 +94,7 @@ def _judge_rows(judgement: Record) -> Iterator[list[str]]:
 
 
 def _fill_table(title: str, rows: Iterator[list[str]], columns: tuple[str, ...] = ("",)) -> Table:
-    """A table of labelled rows; without names of columns it has no header."""
+    """A table of labelled rows; without column names it has no header."""
     table = make_table(title, show_header=columns != ("",))
     table.add_column("")
     for column in columns:
