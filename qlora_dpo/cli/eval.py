@@ -257,6 +257,7 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.evaluation.adapter_eval import MAX_TEXT_WINDOW, EvalPairs, score_adapter, score_text, text_windows
     from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
+    from qlora_dpo.preference.pack import Packing
     from qlora_dpo.preference.packing_choice import choose_packing
     from qlora_dpo.preference.reference import ReferenceLogpCache, reference_cache_dir
     from qlora_dpo.recipe.train import TrainTable
@@ -276,7 +277,8 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         if not windows[name]:
             raise RecipeError(f"{name}: has {len(ids)} tokens; --text needs at least two")
     sequences = [*pair_set.encoded, *(window for text in windows.values() for window in text)]
-    packing, reason = choose_packing(model, sequences, row_tokens, int(opened.tokenizer.pad_token_id or 0), device)
+    padded = Packing(row_tokens, int(opened.tokenizer.pad_token_id or 0), backend=None)
+    packing, reason = choose_packing(model, sequences, padded, device)
     click.echo(f"layout: {reason}", err=True)
     pairs = EvalPairs(pair_set.encoded, read_loss_columns(pair_set.pairs, objective), objective)
     count = len(pair_set.encoded)

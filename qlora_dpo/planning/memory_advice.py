@@ -10,7 +10,7 @@ from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.planning.memory_estimate import MemoryEstimate, estimate_memory
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.meta_model import Workload, workload_of
-from qlora_dpo.training.run import PreparedData
+from qlora_dpo.training.prepare import PreparedData
 
 MIN_MAX_LENGTH = 128
 """Smallest `data.max_length` that is suggested, in tokens: below it hardly any pair is left."""

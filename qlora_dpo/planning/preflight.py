@@ -30,10 +30,11 @@ from qlora_dpo.planning.time_estimate import (
 from qlora_dpo.preference.pack import Packing, micro_batches
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.data_order import make_data_order
+from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.loss_columns import read_loss_columns
 from qlora_dpo.training.meta_model import workload_of
 from qlora_dpo.training.optim import check_optimizer
-from qlora_dpo.training.run import PreparedData, prepare_data
+from qlora_dpo.training.prepare import PreparedData, prepare_data
 
 SAMPLE_PAIRS = 256
 """Pairs that are laid out in rows to see how many tokens they share; the others are assumed to share as much."""
@@ -84,12 +85,8 @@ def run_preflight(recipe: Recipe, device: Device, free: int, *, on_this_machine:
     The time is estimated by a short measurement if `on_this_machine`, and is unknown otherwise. Raises whatever the run
     itself would raise before it loads weights.
     """
-    is_trl = recipe.train.engine == "trl"
     check_optimizer(recipe.train, device)
-    if is_trl:
-        from qlora_dpo.training.trl_engine import check_trl_supports  # TRL takes seconds to import
-
-        check_trl_supports(recipe.objective)
+    engine_of(recipe).check_objective(recipe)
     prepared = prepare_data(recipe, fetch_without_weights)
     train, heldout = prepared.train, prepared.heldout
     for pair_set in (train, heldout):
@@ -118,7 +115,7 @@ def _estimate_time(
     prepared: PreparedData, recipe: Recipe, device: Device, memory: MemoryEstimate, *, on_this_machine: bool
 ) -> TimeEstimate:
     """Seconds by part, after a short measurement on this machine; or the reason why they are unknown."""
-    is_trl = recipe.train.engine == "trl"
+    is_trl = engine_of(recipe).is_trl
     train, heldout = prepared.train.encoded, prepared.heldout.encoded
     packing = Packing(memory.row_tokens, 0, None if memory.padding_reason else device.attention)
     step_pairs = select_items(train, make_data_order(len(train), recipe.train).batch_indices(1)[:SAMPLE_PAIRS])
@@ -169,7 +166,7 @@ def _token_lengths(train: PairSet) -> TokenLengths:
 
 def _preflight_warnings(recipe: Recipe, preflight: Preflight, heldout_pairs: int) -> Iterator[str]:
     """What a user may want to change before the run, one sentence each."""
-    is_trl = recipe.train.engine == "trl"
+    is_trl = engine_of(recipe).is_trl
     bias, tokens, memory = preflight.length_bias, preflight.tokens, preflight.memory
     for finding in preflight.findings:
         yield f"data: {format_row_count(finding)}: {finding.problem}; {finding.advice}"
