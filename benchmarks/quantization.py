@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qlora_dpo.cli.quiet import quiet_libraries
-from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.evaluation.merge_texts import load_comparison_texts
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import select_device
@@ -32,7 +32,8 @@ def main() -> None:
         return load_base(source, asked.model.model_copy(update={"quantization": quantization}), here)
 
     def compare(name: str, one: PreTrainedModel, other: PreTrainedModel) -> None:
-        found = measure_merge_fidelity(one, other, texts.encoded, int(tokenizer.pad_token_id or 0), here)
+        trained = record_trained(one, texts.encoded, int(tokenizer.pad_token_id or 0), here)
+        found = compare_merged(trained, other, here, 0.1)
         print(f"| {name} | {found.kl:.2g} | {found.top1:.4f} |", flush=True)
 
     print(f"{texts.name}\n\n| | KL, nats per token | top-1 agreement |\n| --- | --- | --- |")

@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.recipe.recipe import LoadedRecipe, resolved_toml
+
+Record = Mapping[str, Any]
+"""A JSON object that a run writes: a line of metrics.jsonl or samples.jsonl, or a whole file such as run.json."""
 
 ADAPTERS_DIR = Path("adapters")
 ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"

@@ -12,7 +12,7 @@ from adapters_made import save_adapter, save_base
 
 from qlora_dpo.adapter import OpenedModel, open_adapter
 from qlora_dpo.deploy import shards
-from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.model.quantized import linear4bit_layers
 from qlora_dpo.recipe.model import Quantization
 from qlora_dpo.talk.generate import generate_greedy
@@ -45,7 +45,7 @@ def chat(opened: OpenedModel, folder: Path) -> None:
 
 
 def evaluate(opened: OpenedModel, folder: Path) -> None:
-    measure_merge_fidelity(opened.model, opened.model, jobs.pairs(4), 0, opened.device)
+    compare_merged(record_trained(opened.model, jobs.pairs(4), 0, opened.device), opened.model, opened.device, 0.1)
 
 
 def merge(opened: OpenedModel, folder: Path) -> None:

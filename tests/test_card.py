@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from huggingface_hub import ModelCard
 
 from qlora_dpo.report import card
 from qlora_dpo.report.card import code_block, model_card, parse_hub_id, pre_block, strip_local_paths
+from qlora_dpo.report.run_files import RunFiles
+from qlora_dpo.run_folder import Record
 
 HOSTILE = '</pre></td><script>alert(1)</script>\n\n# A heading\n```\n---\n| a | b |\n{{ x }} {% x %} & "quotes"'
 EVALS = [
@@ -56,7 +59,7 @@ SAMPLES = [
     }
 ]
 RECIPE = '# run as /home/alice/bin/tune\n[model]\nname = "Qwen/Qwen2-0.5B-Instruct"\n'
-EPOCHS = "| Epoch | Training Loss |\n| --- | --- |\n| 1 | 0.5 |\n"
+RECORDS = [{"kind": "train", "step": 24, "epoch": 1.0, "loss": 0.5}]
 
 
 def run(**changes: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +98,15 @@ LOCAL["command"] = (
 )
 
 
+def written(
+    run: dict[str, Any], results: dict[str, Any] = RESULTS, samples: Sequence[Record] = SAMPLES, recipe: str = RECIPE
+) -> str:
+    """The card of a run."""
+    return model_card(RunFiles(run, results, samples, RECORDS, recipe, DPO))
+
+
 def test_the_hub_reads_the_metadata_back() -> None:
-    read: Any = ModelCard(model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE, DPO))
+    read: Any = ModelCard(written(run()))
     data = read.data.to_dict()
     assert {key: data[key] for key in data if key != "model-index"} == {
         "base_model": "Qwen/Qwen2-0.5B-Instruct",
@@ -110,7 +120,7 @@ def test_the_hub_reads_the_metadata_back() -> None:
 
 
 def test_what_is_not_on_the_hub_is_not_named_as_if_it_were() -> None:
-    read: Any = ModelCard(model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, RECIPE, DPO))
+    read: Any = ModelCard(written(LOCAL))
     data = read.data.to_dict()
     assert "base_model" not in data
     assert "datasets" not in data
@@ -120,7 +130,7 @@ def test_what_is_not_on_the_hub_is_not_named_as_if_it_were() -> None:
 
 def test_no_path_of_the_machine_is_in_a_card() -> None:
     recipe = f"{RECIPE}[data]\ntrain = \"/home/alice/rules/train.jsonl\"\neval = '~/alice/eval.jsonl'\n"
-    text = model_card(LOCAL, RESULTS, SAMPLES, EPOCHS, recipe, DPO)
+    text = written(LOCAL, recipe=recipe)
     assert "alice" not in text
     assert "qlora-dpo train hh.toml -o 'hh' --set data.train=t.jsonl" in text
     assert "train = \"train.jsonl\"\neval = 'eval.jsonl'" in text
@@ -162,7 +172,7 @@ def test_hub_names_are_told_from_paths_and_packages(name: str | None, found: boo
 
 
 def test_model_text_stays_in_its_block_and_reads_as_it_was() -> None:
-    text = model_card(run(), RESULTS, SAMPLES, EPOCHS, RECIPE, DPO)
+    text = written(run())
     blocks = re.findall(r"^<pre>(.*?)</pre>$", text, flags=re.MULTILINE | re.DOTALL)
     assert [html.unescape(block) for block in blocks] == [f"Question?\n{HOSTILE}", HOSTILE, "No, but red"]
     rest = re.sub(r"^<pre>.*?</pre>$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -190,7 +200,7 @@ def test_the_whole_body_of_a_small_card() -> None:
     dense = run(
         base={"name": "./b", "hub_id": None, "quantization": "none", "note": "its weights are dequantized Q4_1"}
     )
-    text = model_card(dense, results, [], EPOCHS, RECIPE, DPO)
+    text = written(dense, results, [])
     assert text.split("---\n\n", 1)[1] == BODY
 
 
@@ -221,9 +231,10 @@ On 60 held-out pairs; a tie counts as one half.
 
 ## By epoch
 
-| Epoch | Training Loss |
-| --- | --- |
-| 1 | 0.5 |
+| Epoch | Training Loss | Validation Loss | Rewards/chosen | Rewards/rejected | Rewards/accuracies | Rewards/margins | \
+Logps/chosen | Logps/rejected | Logits/chosen | Logits/rejected |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| 1 | 0.5000 | - | - | - | - | - | - | - | - | - |
 
 ## Use
 
@@ -265,9 +276,7 @@ name = "Qwen/Qwen2-0.5B-Instruct"
 
 def test_the_code_in_a_card_is_python(tmp_path: Path) -> None:
     for each in (run(), LOCAL, {**run(), "name": 'a"b'}):
-        (code,) = re.findall(
-            r"```python\n(.*?)```", model_card(each, RESULTS, [], EPOCHS, RECIPE, DPO), flags=re.DOTALL
-        )
+        (code,) = re.findall(r"```python\n(.*?)```", written(each, samples=[]), flags=re.DOTALL)
         compile(code, str(tmp_path / "card.py"), "exec")
     assert '"Qwen/Qwen2-0.5B-Instruct", revision="c540970f9e29518b1d8f06ab8b24cba66ad77b6d"' in card._peft_code(
         run(), "adapters/hh"

@@ -22,7 +22,7 @@ from qlora_dpo.report.machine import collect_machine_info
 
 pytestmark = jobs.LIBRARIES_WARN
 
-READING = "reading data and tokenizer; what is not in the cache is downloaded, but no weights\n"
+READING = "reading data and tokenizer; whatever is not cached is downloaded, except weights\n"
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
@@ -94,7 +94,7 @@ def test_what_is_odd_is_a_warning_and_strict_makes_it_exit_3(place: Path, capsys
         "data: 1 row: the same pair again; keep one of them",
         "data: 1 row: held-out prompts that are trained on; set data.eval_share, or other splits",
         "data: 20 held-out pairs: the 95 % interval of an accuracy reaches 22 points to either side; hold out more",
-        "steps: train.warmup_steps = 99 is no less than the 16 steps of the run, so the learning rate never reaches "
+        "steps: train.warmup_steps = 99 is not below the 16 steps of the run, so the learning rate never reaches "
         "its peak; lower it",
     ]
     assert main(["check", *arguments, "--strict"]) == 3
@@ -113,8 +113,8 @@ def test_pairs_over_max_length_are_counted(place: Path, capsys: pytest.CaptureFi
         assert (found["tokens"]["overlong"], found["tokens"]["overlong_share"]) == (5, 0.1)
         assert found["data"]["train"]["used"] == used
         assert (
-            "tokens: 10.0% of the pairs are longer than data.max_length = 96; raise it, or see which are left with "
-            "qlora-dpo data show"
+            "tokens: 10.0% of the pairs are longer than data.max_length = 96; raise it, or look at the remaining ones "
+            "with qlora-dpo data show"
         ) in found["warnings"]
 
 
@@ -158,7 +158,7 @@ def test_a_run_that_has_no_room_is_refused_before_its_weights_are_read(
 def test_of_trls_engine_no_seconds_are_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "r.toml", "--set", "train.engine=trl", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["time"]  # what TRL imports may print before it
-    assert (found["seconds"], found["why_not"]) == (None, 'train.engine = "trl" computes in another way')
+    assert (found["seconds"], found["why_not"]) == (None, 'train.engine = "trl" computes differently')
 
 
 def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,9 +184,9 @@ def test_what_does_not_fit_exits_4_and_says_what_to_change(place: Path, capsys: 
         (
             ["r.toml", "--gpu", "T4"],
             2,
-            "--gpu T4: no such card is known; did you mean t4? Known are " + ", ".join(GPU_SPECS),
+            "--gpu T4: unknown GPU; did you mean t4? Known GPUs are " + ", ".join(GPU_SPECS),
         ),
-        (["r.toml", "--gpu", "?"], 2, "--gpu ?: no such card is known; known are " + ", ".join(GPU_SPECS)),
+        (["r.toml", "--gpu", "?"], 2, "--gpu ?: unknown GPU; known GPUs are " + ", ".join(GPU_SPECS)),
         (["--gpu", "t4"], 2, "--gpu needs a RECIPE; see qlora-dpo check --help"),
         (["--set", "lora.r=8"], 2, "--set needs a RECIPE; see qlora-dpo check --help"),
         (
@@ -264,7 +264,7 @@ def test_the_machine_is_a_block_to_paste(capsys: pytest.CaptureFixture[str], mon
     assert (lines[0], lines[-1], told.err) == ("```text", "```", "")
     for word in ("qlora-dpo", "processor", "memory", "gpu", "compute", "native bf16", "4-bit", "triton", "torch"):
         assert any(line.startswith(f"{word} ") for line in lines), word
-    assert "4-bit        yes: NF4 gives a weight back with an error of 9." in told.out
+    assert "4-bit        yes: NF4 reproduces a weight with an error of 9." in told.out
     for secret in (str(Path.home()), str(Path.cwd()), platform.node(), "hf_Fake"):
         assert secret not in told.out
     assert "OMP_NUM_THREADS=***" in lines
@@ -285,8 +285,8 @@ def test_packages_outside_of_what_was_tested_are_warnings(
     monkeypatch.setattr(machines.metadata, "requires", lambda name: needed)
     torch = machines.metadata.version("torch")
     expected = (
-        f"torch {torch} is not <2, which is what was tested",
-        "no-such-package is not installed; it needs >=1",
+        f"torch {torch} was not tested; the tested versions are <2",
+        "no-such-package is not installed; qlora_dpo needs >=1",
     )
     assert collect_machine_info().warnings == expected
     assert main(["check", "--strict"]) == 3

@@ -25,7 +25,7 @@ from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource, fetch_without_weights
 from qlora_dpo.planning.memory_advice import find_memory_fixes
-from qlora_dpo.planning.memory_estimate import REFERENCE_PASS_EXTRA, MemoryEstimate, estimate_memory
+from qlora_dpo.planning.memory_estimate import REFERENCE_EXTRA_PART, MemoryEstimate, estimate_memory
 from qlora_dpo.preference.logps import hidden_states, score_batch
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import Recipe, load_recipe
@@ -264,14 +264,14 @@ def test_the_reference_pass_counts_where_its_rows_are_larger_than_a_step(tmp_pat
     few, many = (Workload(100, 200, 150, tokens) for tokens in (200, 10**6))
 
     def beyond(what: Recipe, load: Workload) -> int:
-        return estimate_memory(source, what, T4, load, T4.total_bytes).bytes_by_part[REFERENCE_PASS_EXTRA]
+        return estimate_memory(source, what, T4, load, T4.total_bytes).bytes_by_part[REFERENCE_EXTRA_PART]
 
     assert beyond(what, few) == 0
     # rows of the pass hold as much as a step in full rows, of which this one has a tenth
     parts = estimate_memory(source, what, T4, many, T4.total_bytes).bytes_by_part
     full = estimate_memory(source, what, T4, Workload(100, 10**6, 150, 10**6), T4.total_bytes)
-    assert full.bytes_by_part[REFERENCE_PASS_EXTRA] == 0
-    assert 0 < parts[REFERENCE_PASS_EXTRA] <= full.needed - (sum(parts.values()) - parts[REFERENCE_PASS_EXTRA])
+    assert full.bytes_by_part[REFERENCE_EXTRA_PART] == 0
+    assert 0 < parts[REFERENCE_EXTRA_PART] <= full.needed - (sum(parts.values()) - parts[REFERENCE_EXTRA_PART])
     for table in ({"objective": {"loss_type": "simpo"}}, {"reference": {"kind": "ema"}}):
         assert beyond(jobs.recipe("nf4", model={"dtype": "auto"}, **table), many) == 0
 

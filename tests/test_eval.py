@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_dpo.cli import main
-from qlora_dpo.evaluation.adapter_eval import score_adapter
+from qlora_dpo.evaluation.adapter_eval import EvalPairs, score_adapter
 from qlora_dpo.evaluation.calibration import calibration
 from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
 from qlora_dpo.evaluation.length_bias import (
@@ -222,7 +222,10 @@ def test_the_gate_ends_with_3_and_the_figures_are_there_all_the_same(
 
 def test_training_pairs_are_named_as_such(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(made / "a"), "--data", str(made / "train.jsonl"), "--dtype", "fp32"]) == 0
-    assert "it was trained on pairs of this source: the figures say little of other pairs" in capsys.readouterr().err
+    assert (
+        "the adapter was trained on pairs of this source: the figures say little about others"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_adapter_from_elsewhere_is_judged_with_dpo_on_pairs_that_are_named(
@@ -309,9 +312,7 @@ def test_eval_says_what_trainings_own_evaluation_says(objective: dict[str, Any],
     asked: list[int] = []
     found = score_adapter(
         model,
-        pairs,
-        columns,
-        what.objective,
+        EvalPairs(pairs, columns, what.objective),
         plain_packing,
         lambda each: ReferenceLogpCache(tmp_path / (each.name if each else "plain")),
         jobs.CPU,

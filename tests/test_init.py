@@ -44,7 +44,7 @@ def test_every_template_takes_another_model_and_other_data(empty_folder: Path, n
     Path("pairs.jsonl").write_text("", encoding="utf-8")
     text = written("mine.toml", "--template", name, "--model", "org/base", "--data", "pairs.jsonl")
     assert text.startswith(
-        f"# From the template {name} with another model and other data; what is expected below is the template's.\n#\n"
+        f"# From the template {name} with another model and other data; expected results below are the template's.\n#\n"
     )
     recipe, before = load_recipe("mine.toml").recipe, load_recipe(str(shipped_recipes()[name])).recipe
     assert (recipe.model.name, recipe.model.revision, recipe.model.sha256) == ("org/base", None, None)
@@ -75,7 +75,7 @@ def test_nothing_is_written_over_a_file(empty_folder: Path, capsys: pytest.Captu
     for name in ("recipe.toml", "link.toml"):
         assert main(["init", name]) == 2
         assert capsys.readouterr().err == (
-            f"qlora-dpo: {name}: is there already, and nothing is written over a file; name another one\n"
+            f"qlora-dpo: {name}: exists already and is not overwritten; name another file\n"
         )
     assert Path("recipe.toml").read_text(encoding="utf-8") == "mine"
     assert sorted(file.name for file in empty_folder.iterdir()) == ["link.toml", "recipe.toml"]
@@ -93,7 +93,7 @@ def test_paths_start_where_the_user_is_and_are_written_as_the_recipe_sees_them(
     assert 'train = "org/pairs"\n' in written("hub.toml", "--data", "org/pairs")
     assert capsys.readouterr().err == ""
     written("later.toml", "--data", "later.jsonl")
-    assert capsys.readouterr().err == "later.jsonl: is not there yet\n"
+    assert capsys.readouterr().err == "later.jsonl: does not exist yet\n"
 
 
 def test_a_package_model_of_a_shipped_recipe_keeps_its_sha256(empty_folder: Path) -> None:

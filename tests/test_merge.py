@@ -21,7 +21,7 @@ from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy import shards
 from qlora_dpo.deploy.merge_card import BaseWeights
 from qlora_dpo.errors import ModelError, RunError
-from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.evaluation.merge_texts import FALLBACK_SENTENCES, load_comparison_texts
 from qlora_dpo.model.lora import adapter_disabled
 from qlora_dpo.model.quantized import dequantized, linear4bit_layers
@@ -106,7 +106,9 @@ def test_every_weight_is_the_float32_sum_rounded_once(
 def test_in_bf16_it_agrees_with_the_trained_model_as_promised(place: Path, tmp_path: Path) -> None:
     opened, full = merged(place / "nf4", tmp_path / "m")
     texts = load_comparison_texts(place / "nf4", opened.recipe, opened.tokenizer)
-    found = measure_merge_fidelity(opened.model, full.float(), texts.encoded, 0, opened.device)
+    found = compare_merged(
+        record_trained(opened.model, texts.encoded, 0, opened.device), full.float(), opened.device, 0.1
+    )
     assert found.kl <= 0.001
     assert found.top1 >= 0.99
 
@@ -396,7 +398,7 @@ def test_a_foreign_adapter_with_rank_patterns_is_merged_as_peft_merges_it(own: P
 def test_a_model_agrees_with_itself_and_its_kl_is_zero(place: Path) -> None:
     opened = merging.open_for_merge(place / "nf4")
     pairs = load_comparison_texts(place / "nf4", opened.recipe, opened.tokenizer).encoded
-    found = measure_merge_fidelity(opened.model, opened.model, pairs, 0, opened.device)
+    found = compare_merged(record_trained(opened.model, pairs, 0, opened.device), opened.model, opened.device, 0.1)
     assert (found.kl, found.top1, found.pairs) == (0.0, 1.0, 12)
     assert found.trained_accuracy == found.merged_accuracy
     assert found.tokens == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
@@ -425,7 +427,7 @@ def test_the_figures_are_those_of_the_full_logits_one_sequence_at_a_time(place: 
             for name in right:
                 reward = [logps[name][side] - logps["reference"][side] for side in (0, 1)]
                 right[name] += reward[0] > reward[1]
-    found = measure_merge_fidelity(opened.model, other, pairs, 0, opened.device)
+    found = compare_merged(record_trained(opened.model, pairs, 0, opened.device), other, opened.device, 0.1)
     assert found.kl == pytest.approx(kl / tokens, rel=1e-4)
     assert found.top1 == same / tokens
     assert found.trained_accuracy == right["trained"] / 12
@@ -437,7 +439,12 @@ def test_an_untrained_adapter_has_an_accuracy_of_one_half_as_all_pairs_tie(tmp_p
     save_adapter(tmp_path / "a", tmp_path / "base", size=0.0)
     opened = merging.open_for_merge(tmp_path / "a")
     pairs = load_comparison_texts(tmp_path / "a", opened.recipe, opened.tokenizer).encoded
-    assert measure_merge_fidelity(opened.model, opened.model, pairs, 0, opened.device).trained_accuracy == 0.5
+    assert (
+        compare_merged(
+            record_trained(opened.model, pairs, 0, opened.device), opened.model, opened.device, 0.1
+        ).trained_accuracy
+        == 0.5
+    )
 
 
 def test_without_its_data_a_run_is_compared_on_its_samples_and_no_accuracy_is_claimed(

@@ -189,7 +189,7 @@ def test_the_line_tells_the_whole_and_its_parts() -> None:
     )
     parts = {"reference": 180.0, "steps": 3600.0, "evaluations": 420.0}
     assert time_text.time_estimate_line(TimeEstimate(done, parts, 2.0)) == (
-        "about 1 h 10 min: reference 3 min where it is not cached, 250 steps 1 h, 5 evaluations 7 min (probe of 2.0 s "
+        "about 1 h 10 min: reference 3 min unless cached, 250 steps 1 h, 5 evaluations 7 min (probe of 2.0 s "
         "on this machine)"
     )
     del parts["reference"]
@@ -240,10 +240,16 @@ def test_check_tells_the_time_of_a_run_on_this_machine(place: Path, capsys: pyte
 
 def test_where_nothing_can_be_timed_check_says_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = "time               not known: "
-    assert time_line(capsys, "--gpu", "t4", "--set", "model.dtype=auto") == nothing + "a probe needs the card"
+    assert (
+        time_line(capsys, "--gpu", "t4", "--set", "model.dtype=auto") == nothing + "measuring it needs the card itself"
+    )
     # an adapter on the second layer only, which one layer alone does not have
     only = "--set", r"lora.target_modules='model\.layers\.1\.mlp\.up_proj'"
     assert time_line(capsys, *only).startswith(f"{nothing}one layer alone cannot be timed: lora.target_modules = ")
     assert main(["check", "r.toml", "--json", "--gpu", "t4", "--set", "model.dtype=auto"]) == 0
     found = json.loads(capsys.readouterr().out)["time"]
-    assert (found["seconds"], found["total_seconds"], found["why_not"]) == (None, None, "a probe needs the card")
+    assert (found["seconds"], found["total_seconds"], found["why_not"]) == (
+        None,
+        None,
+        "measuring it needs the card itself",
+    )

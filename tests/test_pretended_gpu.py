@@ -40,7 +40,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.sources import ModelSource
-from qlora_dpo.planning.room import assess_fit
+from qlora_dpo.planning.memory_advice import assess_fit
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import LossColumns, dpo
 from qlora_dpo.preference.pack import Packing, collate

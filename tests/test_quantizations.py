@@ -18,7 +18,7 @@ from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy.merge_card import describe_base
 from qlora_dpo.errors import ModelError
-from qlora_dpo.evaluation.merge_fidelity import measure_merge_fidelity
+from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora
@@ -169,7 +169,7 @@ def test_it_trains_reopens_and_merges_onto_what_was_trained(kind: str, quantizat
     merged = merging.merge_adapter(opened, tmp_path / "merged", "trained", "fp32", lambda written: FIGURES)
     assert merged.quantization == quantization
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    found = measure_merge_fidelity(model, full, jobs.pairs(4), 0, jobs.CPU)
+    found = compare_merged(record_trained(model, jobs.pairs(4), 0, jobs.CPU), full, jobs.CPU, 0.1)
     assert abs(found.kl) < 1e-6  # float32 logits of two orders of summing
     torch.testing.assert_close(logits(full), logits(model), rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The report of a run: a card that names the objective, plots that are always the same, and a page that asks nobody."""
+"""The report of a run: a card that names the objective, plots that are always the same, and a page that needs no network."""
 
 import base64
 import json

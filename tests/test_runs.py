@@ -145,7 +145,7 @@ def test_listing_runs_needs_no_torch(home: Path) -> None:
             2,
             "diff takes two runs, as in: qlora-dpo runs diff adapters/hh adapters/hh-fast; see qlora-dpo runs --help",
         ),
-        (["diff", "adapters/a", "x"], 2, "x: holds no run; name the folder of one, as in adapters/hh"),
+        (["diff", "adapters/a", "x"], 2, "x: holds no run; name the folder of a run, as in adapters/hh"),
         (
             ["broken"],
             1,

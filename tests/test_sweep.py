@@ -161,11 +161,11 @@ def test_the_end_is_the_table_of_runs_and_how_sure_the_best_is(swept: Said) -> N
         "",
         f"best: {ranked[0]}, loss {figures[ranked[0]]:.4f} on 4 held-out pairs "
         f"(objective.beta = {best['objective.beta']}, lora.use_dora = {dora})",
-        "  loss is measured with each point's own objective.beta, so it is not one yardstick for all; --metric "
-        "rewards/accuracies is",
-        f"  4 pairs do not tell it from the second, {ranked[1]}: the 95 % intervals of their losses overlap "
+        "  loss depends on objective.beta, which the points do not share, so it cannot rank them fairly; --metric "
+        "rewards/accuracies can",
+        f"  4 pairs cannot tell it apart from the second, {ranked[1]}: the 95 % intervals of their losses overlap "
         f"({ends[0]} and {ends[1]})",
-        "  it was chosen among 4 runs on these same pairs, so its figure flatters it; judge it on others: "
+        "  it was chosen among 4 runs on these same pairs, so its figure is optimistic; evaluate it on others: "
         f"qlora-dpo eval adapters/{folder} --data FILE",
         "",
         f"{chat}   # talk to it",
@@ -181,7 +181,7 @@ def test_a_finished_sweep_resumes_to_its_table_by_another_figure_too(swept: Said
     assert found["best"] == by_kl[0]["name"] == found["runs"][0]["name"]
     assert found["recipe"] == "adapters/r-sweep/best.toml"
     assert tomllib.loads(Path(found["recipe"]).read_text())["train"]["learning_rate"] == 0.01
-    assert not [each for each in found["cautions"] if "yardstick" in each]
+    assert not [each for each in found["cautions"] if "cannot rank" in each]
 
 
 def test_a_figure_that_no_run_has_is_named(swept: Said) -> None:
@@ -442,20 +442,20 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
         return {**figures, "eval_pairs": pairs}
 
     apart = {"a": evaluated(0.84, 0.4), "b": evaluated(0.65, 0.43)}
-    flatters = (
-        "it was chosen among 2 runs on these same pairs, so its figure flatters it; judge it on others: "
+    optimistic = (
+        "it was chosen among 2 runs on these same pairs, so its figure is optimistic; evaluate it on others: "
         "qlora-dpo eval s/a --data FILE"
     )
-    assert list(ranking_caveats(apart, "rewards/accuracies", ["objective.beta"], "s/a")) == [flatters]
+    assert list(ranking_caveats(apart, "rewards/accuracies", ["objective.beta"], "s/a")) == [optimistic]
     assert list(ranking_caveats(apart, "loss", ["lora.r"], "s/a")) == [
-        "400 pairs do not tell it from the second, b: the 95 % intervals of their losses overlap (0.361-0.439 and "
-        "0.391-0.469)",
-        flatters,
+        "400 pairs cannot tell it apart from the second, b: the 95 % intervals of their losses overlap (0.361-0.439 "
+        "and 0.391-0.469)",
+        optimistic,
     ]
     few = {"a": evaluated(0.84, 0.4, pairs=25), "b": evaluated(0.64, 0.43, pairs=25)}
     # Wilson's intervals of 21 and of 16 among 25
     assert next(ranking_caveats(few, "rewards/accuracies", [], "s/a")) == (
-        "25 pairs do not tell it from the second, b: the 95 % intervals of their accuracies overlap (0.653-0.936 and "
-        "0.445-0.798)"
+        "25 pairs cannot tell it apart from the second, b: the 95 % intervals of their accuracies overlap (0.653-0.936 "
+        "and 0.445-0.798)"
     )
     assert list(ranking_caveats({"a": evaluated(0.84, 0.4)}, "loss", ["lora.r"], "s/a")) == []

@@ -1,4 +1,4 @@
-"""`qlora-dpo eval`: the figures of an adapter on all of its held-out pairs, and a gate."""
+"""`qlora-dpo eval`: the metrics of an adapter on held-out pairs, and a gate."""
 
 import json
 import sys
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from qlora_dpo.talk.judge import Judge
 
 
-@click.command("eval", short_help="Judge an adapter on its held-out pairs.")
+@click.command("eval", short_help="Evaluate an adapter on its held-out pairs.")
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
-@click.option("--data", metavar="FILE", help="Other pairs than the run's: a file, folder or hub data set.")
+@click.option("--data", metavar="FILE", help="Pairs to use instead of the run's: a file, folder or hub data set.")
 @click.option("--split", metavar="NAME", help="Another split of a hub data set or folder. [the recipe's]")
-@click.option("--max-pairs", metavar="N", type=click.IntRange(min=1), help="Draw N pairs. [all]")
+@click.option("--max-pairs", metavar="N", type=click.IntRange(min=1), help="Evaluate N pairs drawn at random. [all]")
 @click.option("--max-length", metavar="N", type=click.IntRange(min=1), help="Longest pair, in tokens. [the recipe's]")
 @click.option(
     "--text",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Plain text of which base and tuned model's perplexity is compared: what is forgotten.",
+    help="Plain text on which to compare the perplexity of base and tuned model, to see forgetting.",
 )
 @click.option(
     "--min-accuracy", metavar="X", type=click.FloatRange(0, 1), help="Exit with 3 if the accuracy is below X."
@@ -37,40 +37,42 @@ if TYPE_CHECKING:
 @click.option(
     "--judge",
     metavar="CMD|URL",
-    help="Let an OpenAI-compatible server, or a command that reads stdin, judge answers of tuned and base model.",
+    help="OpenAI-compatible server, or command that reads stdin, to compare answers of tuned and base model.",
 )
-@click.option("--judge-model", metavar="NAME", help="The server's model that judges.")
+@click.option("--judge-model", metavar="NAME", help="Model of the server to use as judge.")
 @click.option(
     "--judge-prompts",
     metavar="N",
     default=50,
     show_default=True,
     type=click.IntRange(min=1),
-    help="How many held-out prompts are answered and judged, each in two requests.",
+    help="Number of held-out prompts to answer and judge, with two requests each.",
 )
 @click.option(
-    "--tasks", metavar="NAME,...", help="Tasks of lm-eval for base and tuned model (needs the extra `tasks`)."
+    "--tasks", metavar="NAME,...", help="Tasks of lm-eval to run on base and tuned model (needs the extra `tasks`)."
 )
-@click.option("--task-limit", metavar="N", type=click.IntRange(min=1), help="Rows of each task. [all]")
+@click.option(
+    "--task-limit", metavar="N", type=click.IntRange(min=1), help="Largest number of rows of each task. [all]"
+)
 @click.option(
     "--task-path",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Tasks of your own, as YAML files, which can run code.",
+    help="Folder with tasks of your own as YAML files; they can run code.",
 )
 @click.option(
     "--max-new-tokens",
     default=256,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Longest answer that is judged, in tokens.",
+    help="Longest answer to judge, in tokens.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
     default="auto",
     show_default=True,
-    help="What both models compute in.",
+    help="Compute dtype of both models.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def eval_command(
@@ -87,11 +89,11 @@ def eval_command(
     tasks: str | None,
     **judge_and_task_options: Any,
 ) -> None:
-    """Judge ADAPTER on all held-out pairs of its run, against its base; absent: the newest adapter.
+    """Evaluate ADAPTER, by default the newest one, and its base on all held-out pairs of its run.
 
-    Accuracy with its 95 % interval, by length and with length taken out, loss, margin, calibration, KL to the base, and
-    perplexity on the chosen answers. With --judge, also how often the tuned model's greedy answers win
-    against the base's; OPENAI_API_KEY goes to the server if it is set.
+    Prints accuracy with its 95 % interval, by length and controlled for length, loss, margin, calibration, KL to the
+    base, and perplexity on the chosen answers; with --judge also how often the tuned model's greedy answers win against
+    the base's. OPENAI_API_KEY is sent to the judge's server if it is set.
 
     \b
     qlora-dpo eval adapters/hh
@@ -106,9 +108,9 @@ def eval_command(
 
     if judge is None and judge_and_task_options["judge_model"] is not None:
         raise click.UsageError("--judge-model needs --judge")
-    asked = make_judge(judge, judge_and_task_options["judge_model"]) if judge is not None else None
-    names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
-    manager = make_task_manager(names, judge_and_task_options["task_path"]) if names else None
+    judge_client = make_judge(judge, judge_and_task_options["judge_model"]) if judge is not None else None
+    task_names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+    manager = make_task_manager(task_names, judge_and_task_options["task_path"]) if task_names else None
     folder = newest_adapter() if adapter is None else adapter.expanduser()
     _check_is_adapter(folder)
     contents = {str(file): _read_plain_text(file) for file in texts}
@@ -116,34 +118,28 @@ def eval_command(
     if max_length is not None:
         table = table.model_copy(update={"max_length": max_length})
     opened = open_adapter(folder, dtype)
-    side = _load_eval_pairs(opened, table, part)
-    found = _compute_metrics(opened, side, contents)
-    if asked is not None:
-        found["judge"] = _judge_completions(
-            opened, side, asked, judge_and_task_options["judge_prompts"], judge_and_task_options["max_new_tokens"]
-        )
+    pair_set = _load_eval_pairs(opened, table, part)
+    metrics = _compute_metrics(opened, pair_set, contents)
+    if judge_client is not None:
+        max_prompts, max_new_tokens = judge_and_task_options["judge_prompts"], judge_and_task_options["max_new_tokens"]
+        metrics["judge"] = _judge_completions(opened, pair_set, judge_client, max_prompts, max_new_tokens)
     if manager is not None:
         model, tokenizer, device = opened.model, opened.tokenizer, opened.device
-        found["tasks"] = evaluate_tasks(
-            model, tokenizer, device, manager, names, judge_and_task_options["task_limit"], _echo_stderr
-        )
+        limit = judge_and_task_options["task_limit"]
+        metrics["tasks"] = evaluate_tasks(model, tokenizer, device, manager, task_names, limit)
     if as_json:
-        click.echo(json.dumps({"adapter": str(folder), **found}, ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps({"adapter": str(folder), **metrics}, ensure_ascii=False, allow_nan=False))
     else:
         from rich.console import Console
 
         from qlora_dpo.report.eval_tables import eval_metric_tables
 
-        Console().print(eval_metric_tables(found))
-    if min_accuracy is not None and found["accuracy"] < min_accuracy:
+        Console().print(eval_metric_tables(metrics))
+    if min_accuracy is not None and metrics["accuracy"] < min_accuracy:
         raise GateError(
-            f"{folder}: the accuracy {found['accuracy']:.4f} of {found['pairs']} pairs is below --min-accuracy "
+            f"{folder}: the accuracy {metrics['accuracy']:.4f} of {metrics['pairs']} pairs is below --min-accuracy "
             f"{min_accuracy:g}"
         )
-
-
-def _echo_stderr(words: str) -> None:
-    click.echo(words, err=True)
 
 
 def _check_is_adapter(folder: Path) -> None:
@@ -151,14 +147,15 @@ def _check_is_adapter(folder: Path) -> None:
     from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
-        what = "is no adapter" if folder.is_dir() else "there is no such folder"
+        problem = "is no adapter" if folder.is_dir() else "there is no such folder"
         raise RecipeError(
-            f"{folder}: {what}; eval compares an adapter with its base, so name the folder of a run, as in adapters/hh"
+            f"{folder}: {problem}; eval compares an adapter with its base, so name the folder of a run, as in "
+            "adapters/hh"
         )
 
 
 def _read_plain_text(file: Path) -> str:
-    """The text of `file`; raises RecipeError if there is none."""
+    """The text of `file`; raises RecipeError if it is empty, not UTF-8 or cannot be read."""
     from qlora_dpo.errors import RecipeError
 
     try:
@@ -175,36 +172,36 @@ def _read_plain_text(file: Path) -> str:
 def _eval_data_table(
     folder: Path, recipe: "Recipe | None", data: str | None, split: str | None, max_pairs: int | None
 ) -> "tuple[DataTable, Any]":
-    """What to read, and as which part; raises RecipeError where the options do not fit together."""
+    """The data to read, and as which part; raises RecipeError for options that contradict each other."""
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.recipe.data import DataTable
     from qlora_dpo.recipe.tables import DATA_SUFFIXES
 
-    own = recipe.data if recipe is not None else None
+    run_data = recipe.data if recipe is not None else None
     if data is None:
-        if own is None:
+        if run_data is None:
             raise RecipeError(f"{folder}: comes without a recipe, so its held-out pairs are not known; add --data")
-        if split is not None and own.effective_eval_share is not None:
+        if split is not None and run_data.effective_eval_share is not None:
             raise RecipeError(
-                "--split: this run holds out a share of its training pairs, which have no split; leave it"
+                "--split: this run holds out a share of its training pairs, which have no split; leave it out"
             )
-        chosen = {"eval_split": split} if split else {}
-        return own.model_copy(update={"max_eval_samples": max_pairs, **chosen}), "eval"
+        eval_split = {"eval_split": split} if split else {}
+        return run_data.model_copy(update={"max_eval_samples": max_pairs, **eval_split}), "eval"
     if split is not None and data.endswith(DATA_SUFFIXES):
         raise RecipeError(f"--split {split}: {data} is one file and has no splits; leave it out")
-    place = Path(data).expanduser()
-    name = str(place.resolve()) if place.exists() else data
-    start = own or DataTable(train=name, eval=f"{name}/")
-    default = "train" if place.is_file() or data.endswith(DATA_SUFFIXES) else start.eval_split
-    return start.model_copy(
+    path = Path(data).expanduser()
+    name = str(path.resolve()) if path.exists() else data
+    table = run_data or DataTable(train=name, eval=f"{name}/")
+    default_split = "train" if path.is_file() or data.endswith(DATA_SUFFIXES) else table.eval_split
+    return table.model_copy(
         update={
             "train": name,
-            "train_split": split or default,
-            "eval": f"{name}/",  # all of them are read, none held out
+            "train_split": split or default_split,
+            "eval": f"{name}/",  # any other name, so that no share of the pairs is held out
             "eval_share": None,
             "format": "auto",
             "max_train_samples": max_pairs,
-            "revision": start.revision if own and name in (own.train, own.eval) else None,
+            "revision": table.revision if run_data and name in (run_data.train, run_data.eval) else None,
         }
     ), "train"
 
@@ -218,46 +215,47 @@ def _load_eval_pairs(opened: "OpenedModel", table: "DataTable", part: Any) -> "P
     pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(_objective_or_default(opened)))
     click.echo("\n".join(pairs.audit.lines()), err=True)
     check_bad_share(pairs.audit, table.max_bad_share)
-    trained = opened.recipe.data if opened.recipe is not None else None
-    if part == "train" and trained and (trained.train, trained.train_split) == (table.train, table.train_split):
-        click.echo("it was trained on pairs of this source: the figures say little of other pairs", err=True)
+    run_data = opened.recipe.data if opened.recipe is not None else None
+    if part == "train" and run_data and (run_data.train, run_data.train_split) == (table.train, table.train_split):
+        click.echo("the adapter was trained on pairs of this source: the figures say little about others", err=True)
     return pairs
 
 
 def _judge_completions(
     opened: "OpenedModel", pair_set: "PairSet", judge: "Judge", max_prompts: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Win rates on the answers to the first prompts, each prompt once."""
+    """Win rates of the tuned model's answers to the first `max_prompts` distinct prompts."""
     from qlora_dpo.model.lora import adapter_disabled
     from qlora_dpo.talk.generate import generate_greedy
     from qlora_dpo.talk.judge import CompletionPair, judge_pairs, judge_prompts, pairs_to_judge
 
     prompts = list({json.dumps(pair.prompt): pair.prompt for pair in pair_set.pairs}.values())[:max_prompts]
-    click.echo(f"base and tuned model answer {len(prompts)} prompts", err=True)
+    click.echo(f"answering {len(prompts)} prompts with base and tuned model", err=True)
     with opened.device.autocast():
         tuned = generate_greedy(opened.model, opened.tokenizer, prompts, max_new_tokens)
         with adapter_disabled(opened.model):
             base = generate_greedy(opened.model, opened.tokenizer, prompts, max_new_tokens)
-    duels = [CompletionPair(each, a.text, b.text) for each, a, b in zip(prompts, tuned, base, strict=True)]
-    asked = pairs_to_judge(duels)
-    characters = sum(len(question) for duel in asked for question in judge_prompts(duel))
-    equal = f"; {len(duels) - len(asked)} prompts have equal answers and need none" if len(asked) < len(duels) else ""
-    click.echo(f"the judge gets {2 * len(asked)} requests with {characters:,} characters in all{equal}", err=True)
-    with click.progressbar(length=2 * len(asked), label="judging", file=sys.stderr) as bar:
-        return judge_pairs(duels, judge, bar.update)
+    pairs = [CompletionPair(prompt, a.text, b.text) for prompt, a, b in zip(prompts, tuned, base, strict=True)]
+    different = pairs_to_judge(pairs)
+    requests, equal = 2 * len(different), len(pairs) - len(different)
+    characters = sum(len(request) for pair in different for request in judge_prompts(pair))
+    note = f"; {equal} prompts have equal answers and need none" if equal else ""
+    click.echo(f"the judge gets {requests} requests with {characters:,} characters in all{note}", err=True)
+    with click.progressbar(length=requests, label="judging", file=sys.stderr) as bar:
+        return judge_pairs(pairs, judge, bar.update)
 
 
 def _objective_or_default(opened: "OpenedModel") -> "Objective":
-    """The run's objective; DPO for an adapter that was made elsewhere."""
+    """The run's objective; DPO for an adapter that was trained elsewhere."""
     from qlora_dpo.recipe.objective import Sigmoid
 
     return opened.recipe.objective if opened.recipe is not None else Sigmoid()
 
 
 def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
-    """Every figure, with what it was measured on and how."""
+    """Every metric, with the data, objective and dtype that it was measured with."""
     from qlora_dpo.errors import RecipeError
-    from qlora_dpo.evaluation.adapter_eval import MAX_TEXT_WINDOW, score_adapter, score_text, text_windows
+    from qlora_dpo.evaluation.adapter_eval import MAX_TEXT_WINDOW, EvalPairs, score_adapter, score_text, text_windows
     from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
     from qlora_dpo.preference.pack import Packing
     from qlora_dpo.preference.packing_choice import choose_packing
@@ -270,33 +268,32 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
     model, device, objective = opened.model, opened.device, _objective_or_default(opened)
     assert opened.folder is not None  # noqa: S101 - an adapter has one
     table = read_run_metadata(opened.folder)[0]
-    budget = (opened.recipe.train if opened.recipe is not None else TrainTable()).row_tokens
+    row_tokens = (opened.recipe.train if opened.recipe is not None else TrainTable()).row_tokens
     window = min(MAX_TEXT_WINDOW, context_tokens(model) or MAX_TEXT_WINDOW)
     windows: dict[str, list[EncodedPair]] = {}
     for name, text in contents.items():
         ids = opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         windows[name] = text_windows(tuple(ids), window)
         if not windows[name]:
-            raise RecipeError(f"{name}: makes {len(ids)} tokens; --text needs two at least")
-    everything = [*pair_set.encoded, *(each for some in windows.values() for each in some)]
-    padded = Packing(budget, int(opened.tokenizer.pad_token_id or 0), backend=None)
-    packing, why = choose_packing(model, everything, padded, device)
-    click.echo(f"layout: {why}", err=True)
-    steps = 3 * len(pair_set.encoded)
+            raise RecipeError(f"{name}: has {len(ids)} tokens; --text needs at least two")
+    sequences = [*pair_set.encoded, *(window for text in windows.values() for window in text)]
+    padded = Packing(row_tokens, int(opened.tokenizer.pad_token_id or 0), backend=None)
+    packing, reason = choose_packing(model, sequences, padded, device)
+    click.echo(f"layout: {reason}", err=True)
+    pairs = EvalPairs(pair_set.encoded, read_loss_columns(pair_set.pairs, objective), objective)
+    count = len(pair_set.encoded)
     with click.progressbar(
-        length=steps, label=f"asking base and tuned model of {len(pair_set.encoded)} pairs", file=sys.stderr
+        length=3 * count, label=f"scoring {count} pairs with base and tuned model", file=sys.stderr
     ) as bar:
-        found = score_adapter(
+        scores = score_adapter(
             model,
-            pair_set.encoded,
-            read_loss_columns(pair_set.pairs, objective),
-            objective,
+            pairs,
             packing,
-            lambda counted: ReferenceLogpCache(reference_cache_dir(opened.source, table, device, counted)),
+            lambda weighting: ReferenceLogpCache(reference_cache_dir(opened.source, table, device, weighting)),
             device,
             bar.update,
         )
-    texts = {name: score_text(model, some, packing, device) for name, some in windows.items()}
+    texts = {name: score_text(model, text, packing, device) for name, text in windows.items()}
     return {
         "data": {
             "source": pair_set.audit.source,
@@ -306,5 +303,5 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         },
         "objective": objective.model_dump(exclude_none=True),
         "computed_in": f"{device.compute_dtype} on {device.type.upper()}",
-        **compute_eval_metrics(found, pair_set.encoded, objective, texts),
+        **compute_eval_metrics(scores, pair_set.encoded, objective, texts),
     }

@@ -1,4 +1,4 @@
-"""`qlora-dpo report`: model card, plots and report.html of a run, written anew."""
+"""`qlora-dpo report`: writes model card, plots and report.html of a run."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import click
 @click.command("report", short_help="Write model card, plots and report.html of a run.")
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 def report_command(adapter: Path | None) -> None:
-    """Write README.md, plots/ and report.html of ADAPTER from what its run logged; absent: the newest adapter.
+    """Write README.md, plots/ and report.html of ADAPTER, by default the newest one, from what its run logged.
 
-    `train` does so at its end; this writes them anew. report.html is one file and asks no network.
+    `train` does this at its end; use this command to write them again. report.html is one file and needs no network.
 
     \b
     qlora-dpo report adapters/hh
@@ -27,7 +27,7 @@ def report_command(adapter: Path | None) -> None:
 
 
 def _base_folder(folder: Path) -> Path | None:
-    """The folder of the base, which may name a licence; None if it is not at hand."""
+    """The folder of the base, whose card may name a licence; None if it cannot be fetched."""
     from qlora_dpo.errors import QloraDpoError
     from qlora_dpo.model.sources import fetch_model
     from qlora_dpo.run_folder import read_run_metadata

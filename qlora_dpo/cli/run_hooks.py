@@ -19,7 +19,7 @@ from qlora_dpo.data.progress import ProgressCallback
 from qlora_dpo.errors import DoesNotFitError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
-from qlora_dpo.planning.room import assess_fit
+from qlora_dpo.planning.memory_advice import assess_fit
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.tracking.progress import show_reading_progress

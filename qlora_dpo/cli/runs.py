@@ -1,4 +1,4 @@
-"""`qlora-dpo runs`: all runs of a folder in a table, or what tells two of them apart."""
+"""`qlora-dpo runs`: lists the runs of a folder, or compares two of them."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,18 @@ import click
 SORT_CHOICES = ("finished", "name", "loss", "accuracy", "margin", "kl", "minutes")
 
 
-@click.command("runs", short_help="List runs with their figures, or tell two of them apart.")
-@click.argument("words", metavar="[DIR | diff A B]", nargs=-1)
+@click.command("runs", short_help="List runs with their results, or compare two of them.")
+@click.argument("arguments", metavar="[DIR | diff A B]", nargs=-1)
 @click.option(
     "--sort",
     type=click.Choice(SORT_CHOICES),
     default="finished",
     show_default=True,
-    help="What to sort by, the best first.",
+    help="Key to sort by, best first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def runs_command(words: tuple[str, ...], sort: str, as_json: bool) -> None:
-    """List the runs in DIR with their held-out figures; absent: adapters. With `diff`: what tells runs A and B apart.
+def runs_command(arguments: tuple[str, ...], sort: str, as_json: bool) -> None:
+    """List the runs in DIR, by default adapters, with their held-out results; `diff` shows how runs A and B differ.
 
     \b
     qlora-dpo runs --sort accuracy
@@ -29,44 +29,42 @@ def runs_command(words: tuple[str, ...], sort: str, as_json: bool) -> None:
 
     from qlora_dpo.report.runs import diff_runs, find_runs, run_diff_table, runs_table, sort_runs, summarize_run
 
-    if words[:1] == ("diff",):
-        one, other = _two_run_folders(words[1:])
-        found = diff_runs(one, other)
+    if arguments[:1] == ("diff",):
+        diff = diff_runs(*_two_run_folders(arguments[1:]))
         if as_json:
-            click.echo(json.dumps(found, ensure_ascii=False))
+            click.echo(json.dumps(diff, ensure_ascii=False))
         else:
-            Console().print(run_diff_table(found))
+            Console().print(run_diff_table(diff))
         return
-    folders = find_runs(_runs_folder(words))
+    home = _runs_folder(arguments)
+    folders = find_runs(home)
     if not folders:
         from qlora_dpo.errors import RunError
 
-        raise RunError(
-            f"{_runs_folder(words)}: holds no runs; train one first: qlora-dpo train recipes/quickstart.toml"
-        )
-    listed = sort_runs([summarize_run(each) for each in folders], sort)
+        raise RunError(f"{home}: holds no runs; train one first: qlora-dpo train recipes/quickstart.toml")
+    runs = sort_runs([summarize_run(folder) for folder in folders], sort)
     if as_json:
-        click.echo(json.dumps({"runs": listed}, ensure_ascii=False))
+        click.echo(json.dumps({"runs": runs}, ensure_ascii=False))
     else:
         console = Console()
-        console.print(runs_table(listed, console.width))
+        console.print(runs_table(runs, console.width))
 
 
-def _runs_folder(words: tuple[str, ...]) -> Path:
-    """The folder of the runs."""
-    if len(words) > 1:
-        raise click.UsageError(f"name one folder, or write: qlora-dpo runs diff {' '.join(words[:2])}")
-    return Path(words[0]).expanduser() if words else Path("adapters")
+def _runs_folder(arguments: tuple[str, ...]) -> Path:
+    """The folder whose runs are listed."""
+    if len(arguments) > 1:
+        raise click.UsageError(f"name one folder, or write: qlora-dpo runs diff {' '.join(arguments[:2])}")
+    return Path(arguments[0]).expanduser() if arguments else Path("adapters")
 
 
-def _two_run_folders(words: tuple[str, ...]) -> tuple[Path, Path]:
-    """The two runs that are told apart; each must be one."""
+def _two_run_folders(arguments: tuple[str, ...]) -> tuple[Path, Path]:
+    """The folders of the two runs to compare; raises RecipeError if one of them holds no run."""
     from qlora_dpo.errors import RecipeError
 
-    if len(words) != 2:
+    if len(arguments) != 2:
         raise click.UsageError("diff takes two runs, as in: qlora-dpo runs diff adapters/hh adapters/hh-fast")
-    one, other = (Path(word).expanduser() for word in words)
-    for each in (one, other):
-        if not (each / "resolved.toml").is_file():
-            raise RecipeError(f"{each}: holds no run; name the folder of one, as in adapters/hh")
+    one, other = (Path(argument).expanduser() for argument in arguments)
+    for folder in (one, other):
+        if not (folder / "resolved.toml").is_file():
+            raise RecipeError(f"{folder}: holds no run; name the folder of a run, as in adapters/hh")
     return one, other

@@ -1,4 +1,4 @@
-"""`qlora-dpo sweep`: a recipe and some of its keys with several values become a folder of runs and the best recipe."""
+"""`qlora-dpo sweep`: trains a recipe with every combination of some values, and writes the best recipe."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from qlora_dpo.recipe.grid import GridPoint, SweepAxis
 
 
-@click.command("sweep", short_help="Train a recipe with every combination of some values, and say which is best.")
+@click.command("sweep", short_help="Train a recipe with every combination of some values, and show which is best.")
 @click.argument("recipe_file", metavar="RECIPE")
 @click.option(
     "--over",
     metavar="KEY=[VALUE,...]",
     multiple=True,
     callback=translate_aliases,
-    help="A key of the recipe and its values: lora.r=[8,16]. Given several times: every combination.",
+    help="Key of the recipe and its values: lora.r=[8,16]. If repeated, all combinations are trained.",
 )
 @set_option
-@click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder [adapters/NAME-sweep]")
-@click.option("--metric", metavar="NAME", help="Held-out figure of the best. [train.metric_for_best_model]")
-@click.option("--resume", is_flag=True, help="Go on with the sweep in the folder; finished runs stay.")
+@click.option(
+    "-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the runs [adapters/NAME-sweep]"
+)
+@click.option("--metric", metavar="NAME", help="Held-out metric to rank by. [train.metric_for_best_model]")
+@click.option("--resume", is_flag=True, help="Continue the sweep in the folder; finished runs are kept.")
 @click.option("--dry-run", is_flag=True, help="Print the grid and stop before anything is loaded.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def sweep_command(
@@ -38,7 +40,7 @@ def sweep_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train RECIPE with every combination of the values in --over: a run each, with one base and one reference cache.
+    """Train RECIPE with every combination of the values in --over: one run each, sharing base and reference cache.
 
     \b
     qlora-dpo sweep recipes/hh.toml --over 'objective.beta=[0.05,0.1]' --over 'lora.r=[8,16]'
@@ -58,25 +60,25 @@ def sweep_command(
 
     from qlora_dpo.training.sweep import parse_metric
 
-    by = parse_metric(metric or first.recipe.train.metric_for_best_model)
-    click.echo("\n".join(_grid_lines(points, axes, folder, by)), err=not dry_run)
+    ranking_metric = parse_metric(metric or first.recipe.train.metric_for_best_model)
+    click.echo("\n".join(_grid_lines(points, axes, folder, ranking_metric)), err=not dry_run)
     if dry_run:
         return
 
     from qlora_dpo.cli.sweep_points import open_sweep, report_sweep, train_points
 
-    with open_sweep(folder, axes, points, by, resume=resume) as begun:
-        train_points(begun, points)
-        report_sweep(begun, points, as_json=as_json)
+    with open_sweep(folder, axes, points, ranking_metric, resume=resume) as sweep:
+        train_points(sweep, points)
+        report_sweep(sweep, points, as_json=as_json)
 
 
 def _grid_lines(points: "Sequence[GridPoint]", axes: "Sequence[SweepAxis]", folder: Path, metric: str) -> list[str]:
-    """What the sweep will do: the recipe, and each point with what it sets."""
+    """The plan of the sweep: recipe, grid and output, and each point with the values that it sets."""
     width = max(len(point.name) for point in points)
-    size = " x ".join(str(len(axis.values)) for axis in axes)
+    shape = " x ".join(str(len(axis.values)) for axis in axes)
     return [
         f"recipe      {points[0].loaded.path}",
-        f"grid        {f'{size} = ' if len(axes) > 1 else ''}{len(points)} runs; the best by {metric}",
+        f"grid        {f'{shape} = ' if len(axes) > 1 else ''}{len(points)} runs; the best by {metric}",
         f"output      {folder}",
         *(f"  {point.name:<{width}}  {point.description}" for point in points),
     ]

@@ -1,4 +1,4 @@
-"""`qlora-dpo verify`: is a run, an adapter or a merged model still what was written?"""
+"""`qlora-dpo verify`: checks that a run, an adapter or a merged model is still as it was written."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,24 +17,26 @@ def verify_command(folder: Path) -> None:
     from qlora_dpo.errors import RecipeError, RunError
 
     folder = folder.expanduser()
-    wrong, parts = 0, 0
+    damaged, parts = 0, 0
     for part, damage in _damage_by_part(folder):
         click.echo(f"{part}: {damage or 'as it was written'}")
-        wrong, parts = wrong + bool(damage), parts + 1
+        damaged, parts = damaged + bool(damage), parts + 1
     if not parts:
-        found = "holds no adapter, no checkpoint and no merged model" if folder.is_dir() else "there is no such folder"
-        raise RecipeError(f"{folder}: {found}; name the folder of a run or of a merged model")
-    if wrong:
+        problem = (
+            "holds no adapter, no checkpoint and no merged model" if folder.is_dir() else "there is no such folder"
+        )
+        raise RecipeError(f"{folder}: {problem}; name the folder of a run or of a merged model")
+    if damaged:
         raise RunError(
-            f"{folder}: {wrong} of {parts} parts cannot be trusted; take them from a backup, or make them again"
+            f"{folder}: {damaged} of {parts} parts cannot be trusted; take them from a backup, or make them again"
         )
 
 
 def _damage_by_part(folder: Path) -> Iterator[tuple[str, str]]:
-    """Each part of `folder`, and what is wrong with it; empty if nothing is."""
+    """The parts of `folder`, each with a description of its damage, empty if it is intact."""
     from qlora_dpo.manifest import find_damage
     from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
-    from qlora_dpo.training.checkpoint import integrity as training
+    from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
 
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         yield "adapter", find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)
@@ -43,12 +45,12 @@ def _damage_by_part(folder: Path) -> Iterator[tuple[str, str]]:
         yield "merged model", find_damage(folder, required="config.json")
     elif (folder / "export.json").is_file():
         yield "export", find_damage(folder, required="export.json")
-    for each in sorted((folder / "checkpoints").glob("step-*")):
-        yield f"checkpoints/{each.name}", training.checkpoint_damage(each)
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*")):
+        yield f"checkpoints/{checkpoint.name}", checkpoint_damage(checkpoint)
 
 
 def _base_damage(folder: Path) -> str:
-    """Why the base that is there now is not the one the adapter was trained on; it is fetched if it is not cached."""
+    """Why the base, fetched if it is not cached, is not the one that the adapter was trained on; empty if it is."""
     from qlora_dpo.data.dialogue import sanitize_text
     from qlora_dpo.errors import QloraDpoError
     from qlora_dpo.model.sources import fetch_model

@@ -1,1 +1,1 @@
-"""An adapter judged on held-out pairs and benchmarks, and how faithful a merged model is."""
+"""Evaluates an adapter on held-out pairs and benchmarks, and how faithful a merged model is."""

@@ -1,4 +1,4 @@
-"""Examines an adapter: what it and its base say about every held-out pair, and about plain text.
+"""Scores held-out pairs and plain text with an adapter and with its base.
 
 P pairs. Log-probabilities are sums over an answer, in nats; 2 columns: chosen, rejected.
 """
@@ -23,98 +23,107 @@ from qlora_dpo.preference.token_weights import TokenWeighting, make_token_weight
 from qlora_dpo.recipe.objective import Objective, reward_beta
 
 MAX_TEXT_WINDOW = 1024
-"""Tokens of plain text that a model reads at once, if its positions reach so far."""
+"""Tokens of plain text in one window, unless the model's context is shorter."""
 
 AdvanceFn = Callable[[int], None]
 
 
 @dataclass(frozen=True)
+class EvalPairs:
+    """Held-out pairs, the columns that the objective reads, and the objective itself."""
+
+    encoded: Sequence[EncodedPair]
+    columns: LossColumns
+    objective: Objective
+
+
+@dataclass(frozen=True)
 class AdapterScores:
-    """Every pair's figures in float64 on the CPU, in the order of the pairs."""
+    """Scores of every pair, in float64 on the CPU and in the order of the pairs."""
 
     loss_P: Tensor
     preference_P: Tensor
     rewards_P2: Tensor
-    """Implicit rewards as the objective has them; beta times log(pi/pi_ref) for most."""
+    """Implicit rewards as the objective defines them; beta * log(pi/pi_ref) for most."""
     correct_P: Tensor
-    """1 if the chosen answer has the higher reward, 0 if the rejected one has, one half for a tie."""
+    """1 if the chosen answer has the higher reward, 0 if the rejected one has it, 0.5 for a tie."""
     tie_P: Tensor
     tuned_logp_P2: Tensor
     base_logp_P2: Tensor
-    """Log-probabilities of whole answers."""
+    """Log-probabilities of whole answers, with every token counted once."""
     tokens_P2: Tensor
     kl: float
     """KL(tuned || base) on chosen answers, in nats per token."""
 
     @property
     def margins(self) -> Tensor:
-        """By how much the reward of the chosen answer is higher, (P,)."""
+        """Chosen less rejected reward, (P,)."""
         return self.rewards_P2[:, 0] - self.rewards_P2[:, 1]
 
 
 @torch.no_grad()
 def score_adapter(
     model: nn.Module,
-    pairs: Sequence[EncodedPair],
-    columns: LossColumns,
-    table: Objective,
+    pairs: EvalPairs,
     packing: Packing,
     open_cache: Callable[[TokenWeighting | None], ReferenceLogpCache],
     device: Device,
     advance: AdvanceFn = lambda pairs: None,
 ) -> AdapterScores:
-    """Ask `model`, in evaluation mode, with its adapter on and off; `advance` is told of each pair three times.
+    """Score `pairs` with `model`, which is in evaluation mode, with its adapter enabled and disabled.
 
-    `open_cache` gives the place where the base's answers are kept for a way of counting tokens.
+    `open_cache` returns the cache of the base's log-probabilities for a token weighting. `advance` is called with
+    numbers of pairs that sum to three times their total.
     """
-    weighed = make_token_weighting(table)
-    counts = replace(packing, token_weighting=weighed)
-    reference_P2 = compute_reference_logps(model, pairs, open_cache(weighed), counts, device, advance)
+    encoded, objective = pairs.encoded, pairs.objective
+    weighting = make_token_weighting(objective)
+    weighted_packing = replace(packing, token_weighting=weighting)
+    reference_P2 = compute_reference_logps(model, encoded, open_cache(weighting), weighted_packing, device, advance)
     base_P2 = reference_P2
-    if weighed is not None:
-        base_P2 = compute_reference_logps(model, pairs, open_cache(None), packing, device)
-    parts, order, whole = list[Logps](), list[int](), list[Tensor]()
-    for group in micro_batches(pairs, packing):
-        some = [pairs[index] for index in group]
+    if weighting is not None:
+        base_P2 = compute_reference_logps(model, encoded, open_cache(None), packing, device)
+    parts, order, unweighted = list[Logps](), list[int](), list[Tensor]()
+    for group in micro_batches(encoded, packing):
+        group_pairs = [encoded[index] for index in group]
         scores = score_batch(
             model,
-            collate(some, counts).to(device.torch_device),
+            collate(group_pairs, weighted_packing).to(device.torch_device),
             device,
             metrics=False,
-            wpo_weights=uses_wpo_weighting(table),
+            wpo_weights=uses_wpo_weighting(objective),
         )
-        beside = columns.select(group).to(device.torch_device)
-        parts.append(scores.with_reference(reference_P2[group].to(device.torch_device), beside))
-        if weighed is not None:
-            whole.append(model_logps(model, some, packing, device))
+        columns = pairs.columns.select(group).to(device.torch_device)
+        parts.append(scores.with_reference(reference_P2[group].to(device.torch_device), columns))
+        if weighting is not None:
+            unweighted.append(model_logps(model, group_pairs, packing, device))
         order += group
         advance(len(group))
-    back = torch.tensor(order).argsort()
-    everything = concat_logps(parts)
-    losses = compute_losses(everything, table)
-    tuned_P2 = torch.stack([everything.chosen_logp_P, everything.rejected_logp_P], 1).cpu()
-    rewards_P2 = losses.rewards_P2.cpu()[back]
-    # as training's own figures judge them: in float32
+    original_order = torch.tensor(order).argsort()
+    logps = concat_logps(parts)
+    losses = compute_losses(logps, objective)
+    tuned_P2 = torch.cat(unweighted) if unweighted else torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
+    rewards_P2 = losses.rewards_P2.cpu()[original_order]
+    # in float32, as the evaluations during training
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    tie_P = margin_P.abs() <= reward_beta(table) * TIE_MARGIN
-    kl = kl_to_base(model, pairs, packing, device, max_pairs=None)
-    advance(len(pairs))
+    tie_P = margin_P.abs() <= reward_beta(objective) * TIE_MARGIN
+    kl = kl_to_base(model, encoded, packing, device, max_pairs=None)
+    advance(len(encoded))
     return AdapterScores(
-        loss_P=losses.total_P.cpu()[back].double(),
-        preference_P=losses.preference_P.cpu()[back].double(),
+        loss_P=losses.total_P.cpu()[original_order].double(),
+        preference_P=losses.preference_P.cpu()[original_order].double(),
         rewards_P2=rewards_P2.double(),
         correct_P=torch.where(tie_P, 0.5, (margin_P > 0).double()),
         tie_P=tie_P,
-        tuned_logp_P2=(torch.cat(whole) if whole else tuned_P2)[back].double(),
+        tuned_logp_P2=tuned_P2.cpu()[original_order].double(),
         base_logp_P2=base_P2.double(),
-        tokens_P2=torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs]),
+        tokens_P2=torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in encoded]),
         kl=kl,
     )
 
 
 @dataclass(frozen=True)
 class TextLogps:
-    """How well base and tuned model foretell a text: log-probabilities in nats, summed over its scored tokens."""
+    """Log-probabilities of a text under base and tuned model, in nats, summed over its scored tokens."""
 
     base_logp: float
     tuned_logp: float
@@ -122,22 +131,23 @@ class TextLogps:
 
 
 def text_windows(ids: TokenIds, window: int) -> list[EncodedPair]:
-    """A text in windows of `window` tokens that know nothing of each other, each as an answer to its first token.
+    """Split a text into independent windows of `window` tokens, each encoded as an answer to its first token.
 
-    The other answer, the window's beginning, costs a packed row nothing. A last window of one token is left out.
+    The rejected answer is the window's second token, which adds nothing to a packed row. A last window of one token is
+    dropped.
     """
     windows = [ids[start : start + window] for start in range(0, len(ids), window)]
-    parts = [(each[:1], each[1:], each[1:2]) for each in windows if len(each) > 1]
+    parts = [(tokens[:1], tokens[1:], tokens[1:2]) for tokens in windows if len(tokens) > 1]
     return [EncodedPair(*part, number, digest_ids(*part)) for number, part in enumerate(parts, 1)]
 
 
 @torch.no_grad()
 def score_text(model: nn.Module, windows: Sequence[EncodedPair], packing: Packing, device: Device) -> TextLogps:
-    """Ask `model` about the `text_windows` a text with its adapter on and off."""
+    """Score the `text_windows` of a text with the adapter enabled and disabled."""
     base = tuned = 0.0
     for group in micro_batches(windows, packing):
-        some = [windows[index] for index in group]
-        tuned += float(model_logps(model, some, packing, device)[:, 0].double().sum())
+        group_windows = [windows[index] for index in group]
+        tuned += float(model_logps(model, group_windows, packing, device)[:, 0].double().sum())
         with adapter_disabled(model):
-            base += float(model_logps(model, some, packing, device)[:, 0].double().sum())
-    return TextLogps(base, tuned, sum(len(each.chosen) for each in windows))
+            base += float(model_logps(model, group_windows, packing, device)[:, 0].double().sum())
+    return TextLogps(base, tuned, sum(len(window.chosen) for window in windows))

@@ -1,4 +1,4 @@
-"""The figures of an adapter on held-out pairs, as `qlora-dpo eval --json` prints them."""
+"""Computes the metrics of an adapter on held-out pairs, as `qlora-dpo eval --json` prints them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ from qlora_dpo.wilson import wilson_interval
 
 
 def compute_eval_metrics(
-    scores: AdapterScores, pairs: Sequence[EncodedPair], table: Objective, texts: Mapping[str, TextLogps]
+    scores: AdapterScores, pairs: Sequence[EncodedPair], objective: Objective, texts: Mapping[str, TextLogps]
 ) -> dict[str, Any]:
-    """Every figure by name: shares from 0 to 1, nats, tokens. Intervals are at 95 %, of shares Wilson's."""
-    count, right = len(pairs), float(scores.correct_P.sum())
+    """Every metric by name: shares from 0 to 1, nats or tokens; intervals of shares are Wilson's at 95 %."""
+    count, correct = len(pairs), float(scores.correct_P.sum())
     logps = {"tuned": scores.tuned_logp_P2, "base": scores.base_logp_P2}
     return {
         "pairs": count,
-        "accuracy": right / count,
-        "accuracy_interval": wilson_interval(right, count),
+        "accuracy": correct / count,
+        "accuracy_interval": wilson_interval(correct, count),
         "ties": int(scores.tie_P.sum()),
         "loss": float(scores.loss_P.mean()),
         "loss_stderr": _stderr(scores.loss_P),
@@ -38,17 +38,17 @@ def compute_eval_metrics(
         "margin": float(scores.margins.mean()),
         "margin_stderr": _stderr(scores.margins),
         "rewards": _column_means(scores.rewards_P2),
-        "logps": {who: _column_means(each_P2) for who, each_P2 in logps.items()},
+        "logps": {who: _column_means(logp_P2) for who, logp_P2 in logps.items()},
         "kl": scores.kl,
         "calibration": asdict(calibration(scores.margins, scores.correct_P)),
-        # an unpaired answer stands beside that of another prompt: their lengths have nothing to do with each other
-        "length": None if table.loss_type == "kto" else _length_metrics(scores, pairs),
+        # an unpaired answer is matched with that of another prompt, so their lengths are unrelated
+        "length": None if objective.loss_type == "kto" else _length_metrics(scores, pairs),
         "perplexity": {
-            who: math.exp(-float(each_P2[:, 0].sum()) / int(scores.tokens_P2[:, 0].sum()))
-            for who, each_P2 in logps.items()
+            who: math.exp(-float(logp_P2[:, 0].sum()) / int(scores.tokens_P2[:, 0].sum()))
+            for who, logp_P2 in logps.items()
         }
         | {"tokens": int(scores.tokens_P2[:, 0].sum())},
-        "texts": {name: _text_perplexity(each) for name, each in texts.items()},
+        "texts": {name: _text_perplexity(text_logps) for name, text_logps in texts.items()},
     }
 
 
@@ -59,10 +59,12 @@ def _length_metrics(scores: AdapterScores, pairs: Sequence[EncodedPair]) -> dict
         "pull": controlled.length_coefficient,
         "baselines": length_baselines(pairs),
         "by_difference": {
-            name: _length_bin_metrics(each)
-            for name, each in accuracy_by_length_difference(scores.tokens_P2, scores.correct_P).items()
+            name: _length_bin_metrics(length_bin)
+            for name, length_bin in accuracy_by_length_difference(scores.tokens_P2, scores.correct_P).items()
         },
-        "by_length": [_length_bin_metrics(each) for each in accuracy_by_length(scores.tokens_P2, scores.correct_P)],
+        "by_length": [
+            _length_bin_metrics(length_bin) for length_bin in accuracy_by_length(scores.tokens_P2, scores.correct_P)
+        ],
     }
 
 
@@ -76,11 +78,11 @@ def _length_bin_metrics(length_bin: LengthBin) -> dict[str, Any]:
     }
 
 
-def _text_perplexity(fit: TextLogps) -> dict[str, float]:
+def _text_perplexity(text_logps: TextLogps) -> dict[str, float]:
     return {
-        "base": math.exp(-fit.base_logp / fit.tokens),
-        "tuned": math.exp(-fit.tuned_logp / fit.tokens),
-        "tokens": fit.tokens,
+        "base": math.exp(-text_logps.base_logp / text_logps.tokens),
+        "tuned": math.exp(-text_logps.tuned_logp / text_logps.tokens),
+        "tokens": text_logps.tokens,
     }
 
 

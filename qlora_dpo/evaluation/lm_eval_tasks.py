@@ -1,10 +1,11 @@
-"""Tasks of lm-eval (Gao et al.), the harness behind most leaderboards, for base and tuned model side by side.
+"""Runs tasks of lm-eval (Gao et al.), the harness behind most leaderboards, on base and tuned model.
 
-lm-eval is an extra; its tasks name their own data sets, which come from the hub or, for tasks of one's own, from files.
+lm-eval is an extra; its tasks name their own data sets, which come from the hub or, for custom tasks, from files.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from qlora_dpo.errors import RecipeError, SourceError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_disabled
 
+logger = logging.getLogger(__name__)
+
 INSTALL_COMMAND = "pip install 'qlora_dpo[tasks]'"
 BATCH_SIZE = 8
 
 
 def make_task_manager(names: Sequence[str], folder: Path | None) -> Any:
-    """lm-eval's list of tasks, with those of `folder` among them.
+    """lm-eval's task manager, which also knows the tasks in `folder`.
 
-    Raises RecipeError if lm-eval is not installed, or has no task of a name.
+    Raises RecipeError if lm-eval is not installed, or has no task with one of the names.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -46,16 +49,15 @@ def evaluate_tasks(
     manager: Any,
     names: Sequence[str],
     limit: int | None,
-    log_info: Callable[[str], None],
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Every metric of every task: base, tuned, and their standard errors where lm-eval has them.
+    """Every metric of every task for base and tuned model, with standard errors where lm-eval reports them.
 
-    `limit` is the most rows of each task. Raises SourceError where a task's data cannot be had.
+    At most `limit` rows of each task are used. Raises SourceError if a task's data cannot be read.
     """
-    log_info(f"lm-eval: {', '.join(names)} by the base")
+    logger.info(f"lm-eval: {', '.join(names)} with the base")
     with adapter_disabled(model):
         base = _simple_evaluate(model, tokenizer, device, manager, names, limit)
-    log_info(f"lm-eval: {', '.join(names)} by the tuned model")
+    logger.info(f"lm-eval: {', '.join(names)} with the tuned model")
     tuned = _simple_evaluate(model, tokenizer, device, manager, names, limit)
     return {
         task: {
@@ -65,10 +67,10 @@ def evaluate_tasks(
                 "base_stderr": _metric_stderr(base[task], metric),
                 "tuned_stderr": _metric_stderr(tuned[task], metric),
             }
-            for metric, value in figures.items()
+            for metric, value in metrics.items()
             if not metric.partition(",")[0].endswith("_stderr")
         }
-        for task, figures in base.items()
+        for task, metrics in base.items()
     }
 
 
@@ -81,23 +83,22 @@ def _simple_evaluate(
     try:
         with device.autocast():
             wrapped = HFLM(pretrained=model.get_base_model(), tokenizer=tokenizer, batch_size=BATCH_SIZE)
-            found = simple_evaluate(
+            results = simple_evaluate(
                 wrapped, tasks=list(names), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).splitlines() or [""])[0]
+        first_line = sanitize_text((str(error).splitlines() or [""])[0])
         raise SourceError(
-            f"--tasks {', '.join(names)}: cannot be run ({type(error).__name__}: {sanitize_text(first)[:200]}); its data "
-            "must be in the cache, on the hub, or named as a file in a task of your own"
+            f"--tasks {', '.join(names)}: cannot be run ({type(error).__name__}: {first_line[:200]}); its data must be "
+            "in the cache, on the hub, or named as a file in a task of your own"
         ) from error
-    results = (found or {})["results"]
     return {
-        task: {key: float(value) for key, value in figures.items() if "," in key and isinstance(value, int | float)}
-        for task, figures in results.items()
+        task: {key: float(value) for key, value in metrics.items() if "," in key and isinstance(value, int | float)}
+        for task, metrics in (results or {})["results"].items()
     }
 
 
-def _metric_stderr(figures: dict[str, float], metric: str) -> float | None:
-    """The standard error of `metric,filter`."""
-    name, _, kind = metric.partition(",")
-    return figures.get(f"{name}_stderr,{kind}")
+def _metric_stderr(metrics: dict[str, float], metric: str) -> float | None:
+    """The standard error of `metric`, which is a `name,filter`."""
+    name, _, filter_ = metric.partition(",")
+    return metrics.get(f"{name}_stderr,{filter_}")

@@ -1,4 +1,4 @@
-"""The texts on which two models are compared: held-out pairs of the run, else its samples, else a few sentences."""
+"""Chooses texts to compare two models on: held-out pairs of the run, else its samples, else a few sentences."""
 
 import json
 import random
@@ -17,8 +17,8 @@ from qlora_dpo.recipe.tables import is_local_path
 
 MAX_PAIRS = 64
 MAX_TOKENS = 6_000
-"""Of both sequences of all pairs: three float32 passes of a 135M model take a minute on two cores, and a
-KL over a thousand answer tokens has two good digits."""
+"""Tokens in both sequences of all pairs: three float32 passes of a 135M model take a minute on two cores, and a KL over
+a thousand answer tokens has two significant digits."""
 
 FALLBACK_SENTENCES = (
     (
@@ -34,12 +34,12 @@ FALLBACK_SENTENCES = (
     ),
     ("She asked him where the station was,", " and he pointed down the street.", " but it had been closed for years."),
 )
-"""Beginnings with two ways to go on, for an adapter that nothing else is known of."""
+"""Beginnings with two continuations each, for an adapter whose data are unknown."""
 
 
 @dataclass(frozen=True)
 class ComparisonTexts:
-    """Pairs to compare two models on. `why_no_accuracy` is empty if they are the run's held-out pairs."""
+    """Pairs to compare two models on; `why_no_accuracy` is empty if they are the run's held-out pairs."""
 
     encoded: Sequence[EncodedPair]
     name: str
@@ -47,53 +47,53 @@ class ComparisonTexts:
 
 
 def load_comparison_texts(folder: Path, recipe: Recipe | None, tokenizer: Any) -> ComparisonTexts:
-    """Held-out pairs of the run, at most `MAX_PAIRS` and about `MAX_TOKENS`; without them the next best texts."""
+    """Held-out pairs of the run, up to `MAX_PAIRS` and about `MAX_TOKENS`; if there are none, the next best texts."""
     why = "the adapter comes without a recipe"
     if recipe is not None:
-        wanted = min(recipe.data.max_eval_samples or MAX_PAIRS, MAX_PAIRS)
-        table = recipe.data.model_copy(update={"max_eval_samples": wanted})
+        count = min(recipe.data.max_eval_samples or MAX_PAIRS, MAX_PAIRS)
+        table = recipe.data.model_copy(update={"max_eval_samples": count})
         try:
             encoded = load_pairs(table, "eval", tokenizer, recipe.train.seed).encoded
         except QloraDpoError as error:
             why = f"the held-out pairs cannot be read ({_strip_folders(str(error), recipe)})"
         else:
-            some = sample_within_tokens(encoded, recipe.train.seed)
-            return ComparisonTexts(some, f"{len(some)} held-out pairs of the run")
+            pairs = sample_within_tokens(encoded, recipe.train.seed)
+            return ComparisonTexts(pairs, f"{len(pairs)} held-out pairs of the run")
     if sampled := _load_samples(folder / "samples.jsonl", tokenizer):
         return ComparisonTexts(sampled, f"{len(sampled)} sample prompts of the run", why)
     return ComparisonTexts(_encode_sentences(tokenizer), f"{len(FALLBACK_SENTENCES)} built-in sentences", why)
 
 
 def _strip_folders(text: str, recipe: Recipe) -> str:
-    """`text` without the folders that the recipe's data lies in: it goes into a card that others read."""
-    for name in (recipe.data.train, recipe.data.eval, *(each.source for each in recipe.data.mix or ())):
+    """`text` without the folders of the recipe's data, since it goes into a card that others read."""
+    for name in (recipe.data.train, recipe.data.eval, *(source.source for source in recipe.data.mix or ())):
         if name is not None and is_local_path(name):
             text = text.replace(name, Path(name).name)
     return text
 
 
 def sample_within_tokens(pairs: Sequence[EncodedPair], seed: int) -> list[EncodedPair]:
-    """Pairs in the order of a draw until `MAX_TOKENS` are reached; always at least one."""
-    taken: list[EncodedPair] = []
+    """Pairs drawn at random until `MAX_TOKENS` are reached; at least one."""
+    sample: list[EncodedPair] = []
     tokens = 0
     order = random.Random(seed).sample(pairs, len(pairs))  # noqa: S311 - a draw of samples, no secret
     for pair in order:
         tokens += 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-        if taken and tokens > MAX_TOKENS:
+        if sample and tokens > MAX_TOKENS:
             break
-        taken.append(pair)
-    return taken
+        sample.append(pair)
+    return sample
 
 
 def _load_samples(file: Path, tokenizer: Any) -> list[EncodedPair]:
-    """The prompts of samples.jsonl, each with the tuned and the base model's answer; empty if there are none."""
+    """The prompts of samples.jsonl with the answers of tuned and base model as pairs; empty if there are none."""
     if not file.is_file():
         return []
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:MAX_PAIRS]]
         pairs = [
-            Pair(prompt=tuple(each["prompt"]), chosen=each["tuned"], rejected=each["base"], row=row, extra={})
-            for row, each in enumerate(records, start=1)
+            Pair(prompt=tuple(record["prompt"]), chosen=record["tuned"], rejected=record["base"], row=row, extra={})
+            for row, record in enumerate(records, start=1)
         ]
         results = encode_pairs(pairs, tokenizer, detect_chat_format(tokenizer))
     except (QloraDpoError, ValueError, KeyError, TypeError):

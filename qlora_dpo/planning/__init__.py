@@ -1,1 +1,1 @@
-"""What a run will take before it starts: memory, time, and advice (`check`)."""
+"""Estimates what a run will take before it starts: memory, time, and advice (`check`)."""

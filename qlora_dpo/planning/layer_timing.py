@@ -1,4 +1,4 @@
-"""How fast this machine is with a model, found out without its weights: one layer of random ones is timed.
+"""Measures how fast this machine runs a model, by timing one layer with random weights.
 
 V vocabulary.
 """
@@ -33,91 +33,92 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 
 MAX_VOCAB_SIZE = {"cpu": 2**14, "cuda": 2**17}
-"""Words of the probe's vocabulary at most. The head works in tiles of fewer, so its time grows with their number."""
+"""Largest vocabulary of the timed model. The head works in smaller tiles, so its time is scaled to the full one."""
 MAX_PASS_SECONDS = 0.3
-"""How long a pass may take; one that would take longer is timed on fewer pairs."""
+"""Longest pass to time, in seconds; a slower one is timed on fewer pairs."""
 MIN_TIMING_SECONDS, MAX_REPEATS = 0.4, 9
-"""A pass is repeated for so long, or so often."""
+"""A pass is repeated until either is reached."""
 
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """Seconds of the parts of a pass; `step` is a forward pass that keeps what its backward pass needs, and that."""
+    """Seconds by part of a pass; a `step` is a forward and a backward pass."""
 
     layer_forward: float
-    """Of one layer, for one token."""
+    """One layer, per token."""
     layer_step: float
     head_forward: float
-    """Of embeddings, last norm and head, for one state that predicts an answer token."""
+    """Embeddings, last norm and head, per hidden state that predicts an answer token."""
     head_step: float
     probe_seconds: float
-    """What finding that out took."""
+    """Seconds that the measurement took."""
 
 
 def measure_layer_timing(
     source: ModelSource, recipe: Recipe, device: Device, pairs: Sequence[EncodedPair], packing: Packing, *, dense: bool
 ) -> LayerTiming:
-    """Time one layer and the head on the largest row of `pairs`, as a run on `device` would compute them.
+    """Time one layer and the head on the largest row of `pairs`, computed as in a run on `device`.
 
-    All layers are taken to be as fast as the first. With `dense`, its weights are kept in the compute dtype.
-    Raises RuntimeError for a model whose layers are not found, and whatever the model raises.
+    All layers are assumed to be as fast as the first. With `dense`, its weights are dequantized once and kept in the
+    compute dtype. Raises RuntimeError for a model whose layers are not found, and whatever the model raises.
     """
-    began = time.monotonic()
-    model, share = _build_one_layer_model(source, recipe, device, packing, dense)
+    start = time.monotonic()
+    model, vocab_scale = _build_one_layer_model(source, recipe, device, packing, dense)
     rows = [[pairs[index] for index in group] for group in micro_batches(pairs, packing)]
     row = max(rows, key=lambda row: pair_lengths(row).sum())
 
     def collate_pairs(count: int) -> MicroBatch:
-        batch, words = collate(row[:count], packing), model.get_input_embeddings().num_embeddings
-        narrow = replace(batch, input_ids_BL=batch.input_ids_BL % words, target_N=batch.target_N % words)
-        return narrow.to(device.torch_device)
+        batch, vocab_size = collate(row[:count], packing), model.get_input_embeddings().num_embeddings
+        clipped = replace(batch, input_ids_BL=batch.input_ids_BL % vocab_size, target_N=batch.target_N % vocab_size)
+        return clipped.to(device.torch_device)
 
     with _malloc_as_in_training(device):
-        one = collate_pairs(1)
-        _median_seconds(partial(_run_layers, model, one, device, backward=True), device, 1)
-        alone = _median_seconds(partial(_run_layers, model, one, device, backward=True), device, 1)
-        batch, states = collate_pairs(max(1, int(MAX_PASS_SECONDS / alone))), collate_pairs(_pairs_per_head_chunk(row))
-        forward, step = (partial(_run_layers, model, batch, device, backward=each) for each in (False, True))
-        whole = _median_seconds(forward, device), _median_seconds(step, device)
+        one_pair = collate_pairs(1)
+        _median_seconds(partial(_run_layers, model, one_pair, device, backward=True), device, 1)
+        pair_seconds = _median_seconds(partial(_run_layers, model, one_pair, device, backward=True), device, 1)
+        batch = collate_pairs(max(1, int(MAX_PASS_SECONDS / pair_seconds)))
+        head_batch = collate_pairs(_pairs_per_head_chunk(row))
+        forward, step = (partial(_run_layers, model, batch, device, backward=backward) for backward in (False, True))
+        total = _median_seconds(forward, device), _median_seconds(step, device)
         with _without_layers(model):
             rest = _median_seconds(forward, device), _median_seconds(step, device)
             head = [
-                _median_seconds(partial(_run_layers_and_head, model, states, device, backward=each), device)
-                for each in (False, True)
+                _median_seconds(partial(_run_layers_and_head, model, head_batch, device, backward=backward), device)
+                for backward in (False, True)
             ]
-    tokens, answers = batch.input_ids_BL.numel(), len(states.state_R)
+    tokens, states = batch.input_ids_BL.numel(), len(head_batch.state_R)
     return LayerTiming(
-        layer_forward=_layer_seconds(whole[0], rest[0]) / tokens,
-        layer_step=_layer_seconds(whole[1], rest[1]) / tokens,
-        head_forward=head[0] * share / answers,
-        head_step=head[1] * share / answers,
-        probe_seconds=time.monotonic() - began,
+        layer_forward=_layer_seconds(total[0], rest[0]) / tokens,
+        layer_step=_layer_seconds(total[1], rest[1]) / tokens,
+        head_forward=head[0] * vocab_scale / states,
+        head_step=head[1] * vocab_scale / states,
+        probe_seconds=time.monotonic() - start,
     )
 
 
 def _pairs_per_head_chunk(row: Sequence[EncodedPair]) -> int:
-    """How many pairs fill a chunk of the head with states."""
-    ends = np.cumsum(pair_lengths(row)[:, 1:].sum(axis=1))
-    return int(np.searchsorted(ends, STATES_PER_CHUNK)) + 1
+    """Number of pairs whose states fill one chunk of the head."""
+    states_so_far = np.cumsum(pair_lengths(row)[:, 1:].sum(axis=1))
+    return int(np.searchsorted(states_so_far, STATES_PER_CHUNK)) + 1
 
 
 def _layer_seconds(total: float, rest: float) -> float:
-    """The layer's part. The rest is a copy and a norm, so only a hiccup can make it the larger one."""
+    """The layer's share of `total`. The rest is a copy and a norm, so it is larger only through a hiccup in timing."""
     return total - rest if total > rest else total
 
 
 def _build_one_layer_model(
     source: ModelSource, recipe: Recipe, device: Device, packing: Packing, dense: bool
 ) -> tuple[Any, float]:
-    """The model with one layer, random weights and the adapter, and how many times more words it should have."""
+    """The model with one layer, random weights and the adapter, and how many times larger its vocabulary really is."""
     config = copy.deepcopy(AutoConfig.from_pretrained(source.folder, trust_remote_code=False))
-    text = config.get_text_config()
-    layers, words = text.num_hidden_layers, text.vocab_size
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == layers:  # the kind of each layer
-            setattr(text, name, value[:1])
-    text.num_hidden_layers, text.vocab_size = 1, min(words, MAX_VOCAB_SIZE[device.type])
-    text.pad_token_id = None  # it may be none of the words that are left
+    text_config = config.get_text_config()
+    num_layers, vocab_size = text_config.num_hidden_layers, text_config.vocab_size
+    for name, value in vars(text_config).items():
+        if isinstance(value, list) and len(value) == num_layers:  # one entry per layer, such as `layer_types`
+            setattr(text_config, name, value[:1])
+    text_config.num_hidden_layers, text_config.vocab_size = 1, min(vocab_size, MAX_VOCAB_SIZE[device.type])
+    text_config.pad_token_id = None  # it may lie outside the smaller vocabulary
     with device.torch_device:
         base: Any = AutoModelForCausalLM.from_config(config, dtype=device.weight_dtype, trust_remote_code=False)
     base.config.use_cache = False
@@ -132,9 +133,9 @@ def _build_one_layer_model(
     fuse_lora(model, device.torch_dtype)
     if layer_stack(model) is None:
         raise RuntimeError("its layers are not in one list")
-    # what comes before the second layer of a real model needs a gradient too
+    # as the input of every layer but the first does in a real model
     base.get_input_embeddings().register_forward_hook(_require_grad_hook)
-    return model.train(), words / text.vocab_size
+    return model.train(), vocab_size / text_config.vocab_size
 
 
 def _require_grad_hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ def _require_grad_hook(module: nn.Module, inputs: object, output: torch.Tensor) 
 
 
 def _quantize_linears(base: Any, table: ModelTable, device: Device) -> None:
-    """Store the linear layers but the head as `load_base` would."""
+    """Quantize all linear layers except the head, as `load_base` would."""
     head = base.get_output_embeddings()
     for parent in list(base.modules()):
         for name, layer in list(parent.named_children()):
@@ -152,32 +153,37 @@ def _quantize_linears(base: Any, table: ModelTable, device: Device) -> None:
 
 
 def _quantized_linear(layer: nn.Linear, table: ModelTable, device: Device) -> nn.Module:
-    sizes, made = (layer.in_features, layer.out_features, layer.bias is not None), Any
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    quantized: Any
     if table.quantization == "int8":
-        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-        made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        quantized.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     else:
-        kind, double = table.quantization, table.double_quant
-        made = bnb.nn.Linear4bit(*sizes, device.torch_dtype, double, kind, device="meta")
-        made.weight = bnb.nn.Params4bit(
-            layer.weight.data, requires_grad=False, quant_type=kind, compress_statistics=double, module=made
+        quant_type, double_quant = table.quantization, table.double_quant
+        quantized = bnb.nn.Linear4bit(*sizes, device.torch_dtype, double_quant, quant_type, device="meta")
+        quantized.weight = bnb.nn.Params4bit(
+            layer.weight.data,
+            requires_grad=False,
+            quant_type=quant_type,
+            compress_statistics=double_quant,
+            module=quantized,
         )
-    made.bias = layer.bias
-    quantized: nn.Module = made.to(device.torch_device)
-    return quantized
+    quantized.bias = layer.bias
+    moved: nn.Module = quantized.to(device.torch_device)
+    return moved
 
 
 def _run_layers(model: Any, batch: MicroBatch, device: Device, *, backward: bool) -> None:
-    """A pass through all but the head."""
+    """One pass through everything except the head."""
     with torch.set_grad_enabled(backward):
-        end_TD = hidden_states(model, batch, device)
+        hidden_TD = hidden_states(model, batch, device)
     if backward:
-        end_TD.sum().backward()
+        hidden_TD.sum().backward()
         model.zero_grad()
 
 
 def _run_layers_and_head(model: Any, batch: MicroBatch, device: Device, *, backward: bool) -> None:
-    """A pass through embeddings, layers, if there are any, and head."""
+    """One pass through embeddings, the layers that the model has at the time, and the head."""
     with torch.set_grad_enabled(backward):
         scores = score_batch(model, batch, device)
     if backward:
@@ -187,15 +193,15 @@ def _run_layers_and_head(model: Any, batch: MicroBatch, device: Device, *, backw
 
 @contextmanager
 def _without_layers(model: Any) -> Iterator[None]:
-    holder = layer_stack(model)
-    layers, holder.layers = holder.layers, nn.ModuleList()
+    stack = layer_stack(model)
+    layers, stack.layers = stack.layers, nn.ModuleList()
     yield
-    holder.layers = layers
+    stack.layers = layers
 
 
 @contextmanager
 def _malloc_as_in_training(device: Device) -> Iterator[None]:
-    """Inside, the C library keeps what is freed, as in a run on a CPU."""
+    """On a CPU, lets malloc retain freed memory inside the block, as during training."""
     if device.type == "cpu":
         malloc_retain()
     try:
@@ -209,17 +215,17 @@ def _malloc_as_in_training(device: Device) -> Iterator[None]:
 
 
 def _median_seconds(fn: Callable[[], None], device: Device, repeats: int = MAX_REPEATS) -> float:
-    """Median seconds of `work`, after one time that does not count where there are several."""
+    """Median seconds of a call of `fn`, after one warm-up call unless `repeats` is 1."""
     if repeats > 1:
         fn()
-    taken = list[float]()
-    while not taken or (len(taken) < repeats and sum(taken) < MIN_TIMING_SECONDS):
+    seconds = list[float]()
+    while not seconds or (len(seconds) < repeats and sum(seconds) < MIN_TIMING_SECONDS):
         _synchronize(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         fn()
         _synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def _synchronize(device: Device) -> None:

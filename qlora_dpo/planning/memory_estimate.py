@@ -1,4 +1,4 @@
-"""What a run needs of memory, by part, at the moment most is needed; no weight is loaded."""
+"""Estimates the peak memory of a run, by part, without loading any weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,110 +23,113 @@ from qlora_dpo.training.row_plan import (
 )
 
 RESERVED_BYTES = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
-"""Bytes that the libraries take before the first step: on a GPU CUDA's context and cuBLAS; on a CPU what grows beside
-all tensors from a process that has read its data to one that has taken a step (benchmarks/README.md)."""
-REFERENCE_PASS_EXTRA = "reference pass, beyond what a step takes"
+"""Bytes that the libraries take before the first step: on a GPU, CUDA's context and cuBLAS; on a CPU, the growth that
+is not tensors between having read the data and having taken a step (benchmarks/README.md)."""
+REFERENCE_EXTRA_PART = "reference pass, beyond what a step takes"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part at the moment most are needed, in the order in which they are told."""
+    """Bytes by part at peak memory, in the order in which they are shown."""
 
     bytes_by_part: Mapping[str, int]
     free_bytes: int
-    """Bytes that a run can have on the device."""
+    """Bytes of the device that a run can use."""
     recomputed_layers: int
-    """Layers whose activations the backward pass computes again."""
+    """Layers whose activations are recomputed in the backward pass."""
     num_layers: int
     trainable_parameters: int
     """Parameters of the adapter."""
     base_parameters: int
     """Parameters of the base."""
     row_tokens: int
-    """Tokens that go through the model at once, at most."""
+    """Largest number of tokens in one forward pass."""
     process_bytes: int = 0
-    """Bytes that the process held before: Python, its libraries and the data, all of it no longer free. 0 on a GPU."""
+    """Bytes that the process already holds: Python, libraries and data, not part of `free_bytes`. 0 on a GPU."""
     loading_bytes: int = 0
-    """Bytes on top of `own` while the weights are read, the mapped file included; it is given back when asked for."""
+    """Bytes beyond `process_bytes` while weights are read, including the mapped file, which the system can reclaim."""
     padding_reason: str = ""
-    """Why pairs would go through the model in padded batches; empty if in packed rows."""
+    """Why the pairs would be padded batches; empty for packed rows."""
     smaller_rows_reason: str = ""
-    """Why rows would be smaller than where memory allows; empty if they are not, or if the recipe says how large."""
+    """Why rows would be smaller than the default; empty if they are not, or if the recipe sets their size."""
     caches_dequantized: bool = False
-    """True if there is room for the linear layers in the compute dtype, so that they are converted once."""
+    """True if the linear layers fit in the compute dtype, so that they are dequantized only once."""
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes that the system counts for the process at most, or that lie on the GPU."""
+        """Peak of the process's resident memory on a CPU, or of what lies on the GPU."""
         return self.process_bytes + max(self.loading_bytes, self.needed)
 
     @property
     def needed(self) -> int:
-        """Bytes of all parts."""
+        """Sum of all parts, in bytes."""
         return sum(self.bytes_by_part.values())
 
     @property
     def fits(self) -> bool:
-        """True if all parts are there at once."""
+        """True if all parts fit in the free bytes at once."""
         return self.needed <= self.free_bytes
 
 
 def estimate_memory(
     source: ModelSource, recipe: Recipe, device: Device, workload: Workload, free_bytes: int
 ) -> MemoryEstimate:
-    """What the recipe needs on `device`, of which `free` bytes are free.
+    """Estimate what the recipe needs on `device`, where `free_bytes` are free.
 
-    Raises ModelError for a config that transformers does not know, and RecipeError for an adapter that does not fit.
+    Raises ModelError for a config that transformers does not know, and RecipeError for an adapter that does not fit
+    the model.
     """
-    shapes, table = measure_footprint(source, recipe, device, workload), recipe.train
-    least = workload.longest_pair_tokens(padded=bool(shapes.padding_reason))
-    parts = {**shapes.weight_bytes, **adapter_bytes(shapes, recipe)}
+    footprint, table = measure_footprint(source, recipe, device, workload), recipe.train
+    longest = workload.longest_pair_tokens(padded=bool(footprint.padding_reason))
+    parts = {**footprint.weight_bytes, **adapter_bytes(footprint, recipe)}
     reserve = {
         "framework's reserve" + (", CUDA's context" if device.type == "cuda" else ""): RESERVED_BYTES[device.type]
     }
-    room = max(0, free_bytes - sum(parts.values()) - sum(reserve.values()))
-    converted = conversion_bytes(shapes, recipe, device)
-    left = dense_weight_budget(shapes, table, least, room, device)
-    dense = bool(converted) and shapes.dense_bytes + shapes.head_copy_bytes <= left and not processes.is_sharded()
-    if dense:
-        beside = {f"linear layers in {device.compute_dtype}, converted once": shapes.dense_bytes}
+    headroom = max(0, free_bytes - sum(parts.values()) - sum(reserve.values()))
+    converted = conversion_bytes(footprint, recipe, device)
+    dense_budget = dense_weight_budget(footprint, table, longest, headroom, device)
+    fits_dense = footprint.dense_bytes + footprint.head_copy_bytes <= dense_budget
+    caches_dequantized = bool(converted) and fits_dense and not processes.is_sharded()
+    if caches_dequantized:
+        conversion = {f"linear layers in {device.compute_dtype}, converted once": footprint.dense_bytes}
     else:
-        beside = {"one layer's weights in the compute dtype": converted} if converted else {}
-    # decided for a full row, also where a step has less
-    rows = choose_row_plan(shapes, table, least, max(0, room - sum(beside.values())))
-    row = max(least, min(rows.tokens, workload.step_tokens))
-    step = step_bytes(shapes, row, rows.recomputed_layers)
-    parts |= (
-        beside
-        | step
-        | {REFERENCE_PASS_EXTRA: _reference_extra_bytes(sum(step.values()), shapes, recipe, rows, workload, device)}
-        | reserve
-    )
-    own, loading = 0, 0
+        conversion = {"one layer's weights in the compute dtype": converted} if converted else {}
+    # decided for a full row, even if a step has fewer tokens
+    rows = choose_row_plan(footprint, table, longest, max(0, headroom - sum(conversion.values())))
+    row_tokens = max(longest, min(rows.tokens, workload.step_tokens))
+    step = step_bytes(footprint, row_tokens, rows.recomputed_layers)
+    extra = _reference_extra_bytes(sum(step.values()), footprint, recipe, rows, workload, device)
+    parts |= conversion | step | {REFERENCE_EXTRA_PART: extra} | reserve
+    process_bytes, loading_bytes = 0, 0
     if device.type == "cpu":
-        # what is read counts as the process's own as long as the file is mapped
-        own, loading = memory.rss_bytes(), sum(shapes.weight_bytes.values()) + shapes.file_bytes
-    told = (
-        shapes.num_layers,
-        shapes.num_trainable,
-        shapes.num_parameters,
-        row,
-        own,
-        loading,
-        shapes.padding_reason,
-        rows.reason,
-        dense,
+        # pages of a mapped file count towards the process as long as it is mapped
+        process_bytes = memory.rss_bytes()
+        loading_bytes = sum(footprint.weight_bytes.values()) + footprint.file_bytes
+    return MemoryEstimate(
+        bytes_by_part=parts,
+        free_bytes=free_bytes,
+        recomputed_layers=rows.recomputed_layers,
+        num_layers=footprint.num_layers,
+        trainable_parameters=footprint.num_trainable,
+        base_parameters=footprint.num_parameters,
+        row_tokens=row_tokens,
+        process_bytes=process_bytes,
+        loading_bytes=loading_bytes,
+        padding_reason=footprint.padding_reason,
+        smaller_rows_reason=rows.reason,
+        caches_dequantized=caches_dequantized,
     )
-    return MemoryEstimate(parts, free_bytes, rows.recomputed_layers, *told)
 
 
 def _reference_extra_bytes(
-    step: int, shapes: ModelFootprint, recipe: Recipe, rows: RowPlan, load: Workload, device: Device
+    step: int, footprint: ModelFootprint, recipe: Recipe, rows: RowPlan, workload: Workload, device: Device
 ) -> int:
-    """Bytes that the reference pass takes more than a step; 0 if it is computed along with steps, by another model that
-    is gone by then, or not at all.
+    """Bytes that the reference pass takes beyond a step's.
+
+    0 if the reference is computed during steps, by another model that is freed before training, or not at all.
     """
     if not needs_reference(recipe.objective) or isinstance(recipe.reference, EmaReference | ModelReference):
         return 0
-    tokens = reference_row_tokens(shapes, rows, load.longest_pair_tokens(padded=bool(shapes.padding_reason)), device)
-    return max(0, reference_bytes(shapes, min(tokens, load.reference_tokens or tokens)) - step)
+    longest = workload.longest_pair_tokens(padded=bool(footprint.padding_reason))
+    tokens = reference_row_tokens(footprint, rows, longest, device)
+    return max(0, reference_bytes(footprint, min(tokens, workload.reference_tokens or tokens)) - step)

@@ -1,1 +1,1 @@
-"""What a finished run says about itself: tables, samples side by side, the model card, the next commands."""
+"""Presents finished runs: tables, samples side by side, plots, model card, report page and the next commands."""

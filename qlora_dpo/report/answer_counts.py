@@ -1,13 +1,15 @@
-"""Counts what base and tuned model answered, group by group: how often a pattern occurs, and how long they speak."""
+"""Counts the answers of base and tuned model by group: how often a pattern occurs, and how long they are."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from qlora_dpo.run_folder import Record
 
-def count_answers(samples: Sequence[Mapping[str, Any]], pattern: str | None) -> list[dict[str, Any]]:
-    """One record per group, in order of appearance: prompts, mean tokens, and the share of answers with `pattern`."""
-    groups: dict[str | None, list[Mapping[str, Any]]] = {}
+
+def count_answers(samples: Sequence[Record], pattern: str | None) -> list[dict[str, Any]]:
+    """One record per group, in order of appearance: prompts, mean tokens, and share of answers that match `pattern`."""
+    groups: dict[str | None, list[Record]] = {}
     for sample in samples:
         groups.setdefault(sample["group"], []).append(sample)
     return [
@@ -23,7 +25,7 @@ def count_answers(samples: Sequence[Mapping[str, Any]], pattern: str | None) -> 
     ]
 
 
-def _matching_share(members: Sequence[Mapping[str, Any]], model: str, pattern: str | None) -> float | None:
+def _matching_share(members: Sequence[Record], model: str, pattern: str | None) -> float | None:
     if pattern is None:
         return None
     return sum(re.search(pattern, member[model]) is not None for member in members) / len(members)

@@ -1,4 +1,4 @@
-"""A description of the machine and of what follows from it, to paste into a bug report; nothing tells whose it is."""
+"""Describes this machine and what it can do, without private data, to paste into a bug report."""
 
 import os
 import platform
@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 
 from qlora_dpo import __version__
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.model import device, memory
+from qlora_dpo.model import memory
+from qlora_dpo.model.device import Device, cpu_has_bf16, select_device
 from qlora_dpo.redact import redact_secrets
 
 REPORTED_PACKAGES = (
@@ -21,13 +22,13 @@ REPORTED_PACKAGES = (
     *("huggingface_hub", "numpy", "triton", "wandb"),
 )
 REPORTED_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_MODE")
-"""Variables of the environment that change what a run does and hold no names."""
+"""Environment variables that affect a run and hold nothing private."""
 NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
 class Capability:
-    """Whether this machine does something, and how that is known."""
+    """Whether this machine supports something, and how that was determined."""
 
     what: str
     yes: bool
@@ -36,7 +37,7 @@ class Capability:
 
 @dataclass(frozen=True)
 class MachineInfo:
-    """Hardware, packages and verdicts."""
+    """Hardware, packages and capabilities."""
 
     version: str
     python: str
@@ -51,27 +52,27 @@ class MachineInfo:
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """A block to paste, in fences of Markdown."""
-        told = [
+        """Lines of a fenced Markdown block to paste."""
+        lines = [
             f"qlora-dpo    {self.version}, Python {self.python}, {self.system}",
             f"processor    {self.processor}",
             f"memory       {self.memory_bytes / 2**30:.1f} GiB, {self.free_bytes / 2**30:.1f} GiB free",
-            *(f"gpu          {each}" for each in self.cards or ("none",)),
-            *(f"{each.what:<12} {'yes' if each.yes else 'no'}: {each.why}" for each in self.verdicts),
-            *(f"{name:<16} {number}" for name, number in self.packages.items()),
+            *(f"gpu          {card}" for card in self.cards or ("none",)),
+            *(f"{verdict.what:<12} {'yes' if verdict.yes else 'no'}: {verdict.why}" for verdict in self.verdicts),
+            *(f"{name:<16} {version}" for name, version in self.packages.items()),
             *(f"{name}={value}" for name, value in self.switches.items()),
-            *(f"warning      {each}" for each in self.warnings),
+            *(f"warning      {warning}" for warning in self.warnings),
         ]
-        return [redact_secrets(line) for line in ("```text", *told, "```")]
+        return [redact_secrets(line) for line in ("```text", *lines, "```")]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as one object."""
+        """The same as one JSON object."""
         return asdict(self)
 
 
 def collect_machine_info() -> MachineInfo:
-    """Look at this machine."""
-    here = device.select_device()
+    """Examine this machine."""
+    device = select_device()
     cards = tuple(map(_describe_gpu, range(torch.cuda.device_count())))
     return MachineInfo(
         version=__version__,
@@ -79,23 +80,22 @@ def collect_machine_info() -> MachineInfo:
         system=f"{platform.system()} {platform.machine()}",
         processor=_describe_processor(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        free_bytes=memory.free_bytes(here),
+        free_bytes=memory.free_bytes(device),
         cards=cards,
         packages={name: _installed_version(name) for name in REPORTED_PACKAGES},
         switches={name: os.environ[name] for name in REPORTED_VARIABLES if name in os.environ},
-        verdicts=tuple(_probe_capabilities(here)),
+        verdicts=tuple(_probe_capabilities(device)),
         warnings=tuple(_version_warnings()),
     )
 
 
 def _describe_processor() -> str:
-    """Model, cores and what matters of its instructions."""
-    able = torch.cpu.get_capabilities()
+    """Model, number of cores and relevant instruction sets."""
+    capabilities = torch.cpu.get_capabilities()
     known = {"avx2": "AVX2", "avx512_f": "AVX512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
-    has = [words for name, words in known.items() if able.get(name)]
-    return (
-        f"{_processor_model_name()}, {os.cpu_count()} cores, {', '.join(has) or 'none of ' + ', '.join(known.values())}"
-    )
+    present = ", ".join(label for name, label in known.items() if capabilities.get(name))
+    instructions = present or f"none of {', '.join(known.values())}"
+    return f"{_processor_model_name()}, {os.cpu_count()} cores, {instructions}"
 
 
 def _processor_model_name() -> str:
@@ -103,8 +103,8 @@ def _processor_model_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()
 
 
 def _describe_gpu(index: int) -> str:
@@ -113,28 +113,29 @@ def _describe_gpu(index: int) -> str:
     return f"{properties.name}, capability ({properties.major}, {properties.minor}), {size:.1f} GiB"
 
 
-def _probe_capabilities(here: device.Device) -> Iterator[Capability]:
-    yield Capability("compute", True, f"{here.compute_dtype}, {here.dtype_reason}")
-    native = here.triton if here.type == "cuda" else device.cpu_has_bf16()
-    yield Capability("native bf16", native, "asked of the GPU" if here.type == "cuda" else "asked of the CPU")
-    yield _probe_four_bit(here)
-    yield Capability("triton", here.triton, "capability (8, 0) and up" if here.triton else "needs capability (8, 0)")
-    yield Capability("attention", True, f"{here.attention}: {here.attention_reason}")
+def _probe_capabilities(device: Device) -> Iterator[Capability]:
+    yield Capability("compute", True, f"{device.compute_dtype}, {device.dtype_reason}")
+    native = device.triton if device.type == "cuda" else cpu_has_bf16()
+    yield Capability("native bf16", native, f"reported by the {'GPU' if device.type == 'cuda' else 'CPU'}")
+    yield _probe_four_bit(device)
+    yield Capability(
+        "triton", device.triton, "capability (8, 0) and up" if device.triton else "needs capability (8, 0)"
+    )
+    yield Capability("attention", True, f"{device.attention}: {device.attention_reason}")
 
 
-def _probe_four_bit(here: device.Device) -> Capability:
-    """Quantize a small weight to NF4 and read it back: normal numbers lose about 9 % of their L2 norm."""
+def _probe_four_bit(device: Device) -> Capability:
+    """Quantize a small weight to NF4 and back; for normally distributed values the error is about 9 % of the norm."""
     try:
         import bitsandbytes as bnb
 
-        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(here.torch_device)
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device.torch_device)
         codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = float((bnb.functional.dequantize_4bit(codes, state) - weight).norm() / weight.norm())
     except (ImportError, RuntimeError, ValueError, QloraDpoError) as problem:
-        return Capability(
-            "4-bit", False, f"bitsandbytes fails: {(str(problem).splitlines() or [type(problem).__name__])[0]}"
-        )
-    return Capability("4-bit", error < 0.15, f"NF4 gives a weight back with an error of {error:.1%}")
+        first_line = (str(problem).splitlines() or [type(problem).__name__])[0]
+        return Capability("4-bit", False, f"bitsandbytes fails: {first_line}")
+    return Capability("4-bit", error < 0.15, f"NF4 reproduces a weight with an error of {error:.1%}")
 
 
 def _installed_version(name: str) -> str:
@@ -145,16 +146,16 @@ def _installed_version(name: str) -> str:
 
 
 def _version_warnings() -> Iterator[str]:
-    """Packages that are missing or outside of the versions that this release is made for."""
+    """Packages that are missing, or whose versions were not tested with this release."""
     try:
-        needed = metadata.requires("qlora_dpo") or []
+        requirements = metadata.requires("qlora_dpo") or []
     except metadata.PackageNotFoundError:
         return  # run from its folder, without being installed
-    for each in map(Requirement, needed):
-        if each.marker is not None and not each.marker.evaluate({"extra": ""}):
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = _installed_version(each.name)
-        if found == NOT_INSTALLED:
-            yield f"{each.name} is not installed; it needs {each.specifier}"
-        elif not each.specifier.contains(found, prereleases=True):
-            yield f"{each.name} {found} is not {each.specifier}, which is what was tested"
+        version = _installed_version(requirement.name)
+        if version == NOT_INSTALLED:
+            yield f"{requirement.name} is not installed; qlora_dpo needs {requirement.specifier}"
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield f"{requirement.name} {version} was not tested; the tested versions are {requirement.specifier}"

@@ -1,7 +1,6 @@
-"""Calls an objective by its name, in words and as tags of the model hub."""
+"""Names objectives, for people and as tags of the model hub."""
 
-from collections.abc import Mapping
-from typing import Any
+from qlora_dpo.run_folder import Record
 
 OBJECTIVE_NAMES = {
     "sigmoid": "DPO",
@@ -33,15 +32,13 @@ OBJECTIVE_NAMES = {
 }
 DPO = "DPO"
 
-Record = Mapping[str, Any]
-
 
 def describe_objective(objective: Record) -> str:
-    """The loss as its paper calls it, with beta, and SFT beside it if there is any: `DPO (beta 0.1) plus 1 * SFT`."""
+    """The loss by its usual name, with beta and a weighted SFT term if it has them: `DPO (beta 0.1) plus 1 * SFT`."""
     losses = objective.get("losses")
     if losses:
         name = "a sum of " + ", ".join(
-            f"{weight:g} * {OBJECTIVE_NAMES.get(each, each)}" for each, weight in losses.items()
+            f"{weight:g} * {OBJECTIVE_NAMES.get(loss, loss)}" for loss, weight in losses.items()
         )
     else:
         name = OBJECTIVE_NAMES.get(objective["loss_type"], f"the loss {objective['loss_type']}")
@@ -50,7 +47,7 @@ def describe_objective(objective: Record) -> str:
 
 
 def objective_tags(objective: Record) -> list[str]:
-    """What the hub finds a model by: the loss, and `dpo` for DPO itself and what is named after it."""
+    """Tags for the model hub: the loss, and `dpo` for DPO and its variants."""
     loss = objective["loss_type"]
-    kin = loss == "sigmoid" or DPO in OBJECTIVE_NAMES.get(loss, "")
-    return [*(["dpo"] if kin else []), *([loss.replace("_", "-")] if loss not in ("sigmoid", "sum") else [])]
+    is_dpo = loss == "sigmoid" or DPO in OBJECTIVE_NAMES.get(loss, "")
+    return [*(["dpo"] if is_dpo else []), *([loss.replace("_", "-")] if loss not in ("sigmoid", "sum") else [])]

@@ -1,14 +1,15 @@
-"""Draws what a run logged as SVG and PNG: the same records give the same bytes of SVG, without a date in them."""
+"""Draws the figures that a run logged, as SVG and PNG; equal records give equal bytes."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_dpo.run_folder import Record
 from qlora_dpo.wilson import wilson_interval
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
-"""Two of Okabe and Ito's colours, which all kinds of sight tell apart, and grey for what needs no model."""
+"""Two of Okabe and Ito's colours, which are safe for colour-blind readers, and grey for baselines without a model."""
 RC_PARAMS = {
     "svg.hashsalt": "qlora_dpo",
     "svg.fonttype": "path",
@@ -21,15 +22,14 @@ RC_PARAMS = {
     "legend.frameon": False,
 }
 SUBPLOT_EDGES = {"left": 0.155, "right": 0.97, "top": 0.9, "bottom": 0.155}
-"""Where the axes end, in shares of a picture: room for the widest numbers, without measuring them in each."""
+"""Edges of the axes, as shares of the figure: fixed, with space for the widest tick labels, to save measuring them."""
 
-Record = Mapping[str, Any]
 Points = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture in both formats."""
+    """One figure in both formats."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class PlotLine:
-    """A series of the records: `key` without its prefix, of training steps or of evaluations."""
+    """One line of a plot: metric `key`, without prefix, of records of `kind` "train" or "eval"."""
 
     key: str
     label: str
@@ -47,19 +47,19 @@ class PlotLine:
     kind: str
 
     def points(self, records: Sequence[Record]) -> Points:
-        """Steps and values, without what was not finite or not measured."""
+        """Steps and values, skipping those that were not finite or not measured."""
         name = f"eval_{self.key}" if self.kind == "eval" else self.key
-        some = [record for record in records if record["kind"] == self.kind and record.get(name) is not None]
-        return [record["step"] for record in some], [record[name] for record in some]
+        present = [record for record in records if record["kind"] == self.kind and record.get(name) is not None]
+        return [record["step"] for record in present], [record[name] for record in present]
 
 
 def train_and_eval_lines(key: str) -> tuple[PlotLine, PlotLine]:
-    """The same figure of training and of held-out pairs."""
+    """One metric on training pairs and on held-out pairs."""
     return PlotLine(key, "training", ORANGE, "train"), PlotLine(key, "held out", BLUE, "eval")
 
 
 def chosen_and_rejected_lines(key: str) -> tuple[PlotLine, PlotLine]:
-    """The figure of chosen and rejected answers, held out."""
+    """One metric on chosen and on rejected answers of held-out pairs."""
     return PlotLine(f"{key}/chosen", "chosen", BLUE, "eval"), PlotLine(f"{key}/rejected", "rejected", ORANGE, "eval")
 
 
@@ -76,7 +76,7 @@ PLOTS: dict[str, tuple[str, str, tuple[PlotLine, ...]]] = {
 
 
 def draw_plots(records: Sequence[Record], results: Record) -> list[Plot]:
-    """Every plot that the records have figures for, in a fixed order."""
+    """All plots for which the records have values, in a fixed order."""
     return [
         _draw_plot(name, title, unit, lines, records, results)
         for name, (title, unit, lines) in PLOTS.items()
@@ -114,14 +114,14 @@ def _draw_plot(
 
 
 def _draw_intervals_and_baselines(axes: Any, records: Sequence[Record], results: Record) -> None:
-    """Whiskers around every held-out accuracy, and what picking by length scores."""
+    """Draw 95 % intervals around every held-out accuracy, and the accuracy of picking by length."""
     key = "eval_rewards/accuracies"
     for record in records:
         if record["kind"] == "eval" and record.get(key) is not None and record.get("eval_pairs"):
-            ends = wilson_interval(record[key] * record["eval_pairs"], record["eval_pairs"])
-            axes.vlines(record["step"], *ends, color=BLUE, alpha=0.5, linewidth=1)
+            interval = wilson_interval(record[key] * record["eval_pairs"], record["eval_pairs"])
+            axes.vlines(record["step"], *interval, color=BLUE, alpha=0.5, linewidth=1)
     baselines = results.get("baselines") or {}
     if baselines:
-        which = max(baselines, key=lambda name: baselines[name])
-        axes.axhline(baselines[which], color=GREY, linestyle=":", linewidth=1, label=f"pick the {which}")
+        best = max(baselines, key=lambda name: baselines[name])
+        axes.axhline(baselines[best], color=GREY, linestyle=":", linewidth=1, label=f"pick the {best}")
     axes.set_ylim(0, 1.02)

@@ -1,23 +1,21 @@
-"""Lists runs with their figures, and tells two of them apart: recipes, data, results. Needs no torch."""
+"""Lists runs with their figures, and compares two of them: recipes, data, results. Needs no torch."""
 
-import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
 from qlora_dpo.report.objective_names import describe_objective
+from qlora_dpo.report.run_files import read_json, read_json_lines
+from qlora_dpo.report.tables import MISSING_CELL, make_table
+from qlora_dpo.run_folder import METRICS, Record
 from qlora_dpo.wilson import wilson_interval
-
-Record = Mapping[str, Any]
 
 SORT_DESCENDING = {
     "finished": False,
@@ -28,7 +26,7 @@ SORT_DESCENDING = {
     "kl": False,
     "minutes": False,
 }
-"""What a list can be sorted by; True where the highest comes first."""
+"""Keys that runs can be sorted by; True where the highest value comes first."""
 METRIC_KEYS = {
     "loss": "eval_loss",
     "accuracy": "eval_rewards/accuracies",
@@ -47,29 +45,28 @@ COLUMN_FORMATS = {
     "minutes": "{:.1f}",
 }
 COLUMN_HEADINGS = {"learning_rate": "learning\nrate", "minutes": "min"}
-"""Shorter than the names of the columns: every letter is one less for the name and the objective."""
-EMPTY_CELL = "-"
+"""Headings shorter than the column's name: every character they save goes to the name and the objective."""
 OTHER_COLUMNS_WIDTH, MIN_NAME_WIDTH = 72, 12
-"""Columns that a table of runs needs beside the name, and what the name gets in a terminal that has not so many."""
+"""Characters that all columns but the name take, and the least that the name gets in a narrow terminal."""
 
 
 def find_runs(home: Path) -> list[Path]:
-    """The folders of `home` that hold a run, by name; a run that goes on or was killed counts."""
-    return sorted(each.parent for each in home.glob("*/resolved.toml"))
+    """The folders in `home` that hold a run, sorted by name, including runs in progress and killed ones."""
+    return sorted(file.parent for file in home.glob("*/resolved.toml"))
 
 
 def summarize_run(folder: Path) -> dict[str, Any]:
-    """One run in a few figures: those of the evaluation that its adapter comes from, else of the last one.
+    """The main figures of a run, at the evaluation that its adapter was saved at, or at the last one.
 
-    Raises RunError if a file of it is damaged.
+    Raises RunError if one of its files is damaged.
     """
     try:
         recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
-        run, results = (_read_json(folder / name) for name in ("run.json", "results.json"))
-        evals = results.get("evals") or _read_evals(folder / "metrics.jsonl")
+        run, results = (read_json(folder / name) for name in ("run.json", "results.json"))
+        evals = results.get("evals") or _read_evals(folder)
         by_step = {record["step"]: record for record in evals}
         shown = by_step.get(run.get("adapter_step"), evals[-1] if evals else {})
-        share, pairs = shown.get(METRIC_KEYS["accuracy"]), shown.get("eval_pairs")
+        accuracy, pairs = shown.get(METRIC_KEYS["accuracy"]), shown.get("eval_pairs")
         seconds = (run.get("seconds") or {}).get("total")
         return {
             "name": folder.resolve().name,
@@ -84,7 +81,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
             "steps": run.get("steps", shown.get("step")),
             "adapter_step": shown.get("step"),
             **{name: shown.get(key) for name, key in METRIC_KEYS.items()},
-            "accuracy_interval": wilson_interval(share * pairs, pairs) if share is not None and pairs else None,
+            "accuracy_interval": wilson_interval(accuracy * pairs, pairs) if accuracy is not None and pairs else None,
             "minutes": None if seconds is None else round(seconds / 60, 2),
             "signs": [sign["name"] for sign in results.get("signs") or []],
         }
@@ -95,17 +92,17 @@ def summarize_run(folder: Path) -> dict[str, Any]:
 
 
 def sort_runs(runs: Sequence[Record], key: str) -> list[Record]:
-    """Runs by `key`, the best first where one is better; what a run does not have puts it last."""
-    having = [run for run in runs if run[key] is not None]
+    """Runs sorted by `key`, the best first; runs without a value for it come last."""
+    present = [run for run in runs if run[key] is not None]
     return [
-        *sorted(having, key=lambda run: run[key], reverse=SORT_DESCENDING[key]),
-        *(r for r in runs if r[key] is None),
+        *sorted(present, key=lambda run: run[key], reverse=SORT_DESCENDING[key]),
+        *(run for run in runs if run[key] is None),
     ]
 
 
 def runs_table(runs: Sequence[Record], width: int) -> RenderableType:
-    """A row a run, and a note for each with signs of trouble or without an end, for a terminal of so many columns."""
-    table = _make_table()
+    """One row per run for a terminal of `width` characters, and a note for each run with warnings or unfinished."""
+    table = make_table()
     table.padding = (0, 1, 0, 0)
     for column in COLUMN_FORMATS:
         table.add_column(
@@ -127,25 +124,26 @@ def runs_table(runs: Sequence[Record], width: int) -> RenderableType:
 
 
 def diff_runs(one: Path, other: Path) -> dict[str, Any]:
-    """What differs between two runs: keys of their recipes, fingerprints, and the figures of both."""
+    """Differences between two runs: keys of their recipes, fingerprints, and the figures of both."""
     first, second = summarize_run(one), summarize_run(other)
-    recipes = [_flatten(tomllib.loads((each / "resolved.toml").read_text(encoding="utf-8"))) for each in (one, other)]
-    facts = [_run_metadata(_read_json(each / "run.json")) for each in (one, other)]
+    folders = one, other
+    recipes = [_flatten(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))) for folder in folders]
+    metadata = [_run_metadata(read_json(folder / "run.json")) for folder in folders]
     return {
         "runs": [first["name"], second["name"]],
         "recipe": dict(_differences(*recipes)),
-        "data": dict(_differences(*facts)),
+        "data": dict(_differences(*metadata)),
         "results": {
             name: [first[name], second[name]]
             for name in (*METRIC_KEYS, "accuracy_interval", "eval_pairs", "steps", "minutes", "signs")
         },
-        "same_held_out_pairs": _is_equal(facts, "data.fingerprint_eval"),
+        "same_held_out_pairs": _is_equal(metadata, "data.fingerprint_eval"),
     }
 
 
 def run_diff_table(diff: Record) -> RenderableType:
-    """Both runs side by side, what is equal left out but for the results."""
-    table = _make_table()
+    """Both runs side by side: what differs in recipe and data, and all results."""
+    table = make_table()
     for heading in ("", *diff["runs"]):
         table.add_column(Text(sanitize_text(heading)), overflow="fold")
     for title in ("recipe", "data", "results"):
@@ -155,23 +153,24 @@ def run_diff_table(diff: Record) -> RenderableType:
         for name, values in diff[title].items():
             table.add_row(Text(f"  {name}"), *(Text(_format_value(value)) for value in values))
     same = diff["same_held_out_pairs"]
-    words = {
+    note = {
         True: "both were evaluated on the same held-out pairs",
         False: "they were evaluated on different held-out pairs: their figures cannot be compared",
         None: "it is not known whether both were evaluated on the same held-out pairs",
     }[same]
-    return Group(table, Text(words, style="" if same else "yellow"))
+    return Group(table, Text(note, style="" if same else "yellow"))
 
 
 def _run_metadata(run: Record) -> dict[str, Any]:
-    """What a run was made of and with, by dotted names."""
-    kept = {name: run.get(name) or {} for name in ("base", "data", "tokenizer", "versions", "device")}
-    return {**_flatten(kept), "git_commit": run.get("git_commit")}
+    """Base, data, tokenizer, versions, device and git commit of a run, by dotted names."""
+    tables = {name: run.get(name) or {} for name in ("base", "data", "tokenizer", "versions", "device")}
+    return {**_flatten(tables), "git_commit": run.get("git_commit")}
 
 
-def _is_equal(facts: Sequence[Record], key: str) -> bool | None:
-    both = [each.get(key) for each in facts]
-    return None if None in both else both[0] == both[1]
+def _is_equal(metadata: Sequence[Record], key: str) -> bool | None:
+    """Whether both runs have the same value; None if one of them has none."""
+    values = [table.get(key) for table in metadata]
+    return None if None in values else values[0] == values[1]
 
 
 def _differences(one: Record, other: Record) -> Iterator[tuple[str, list[Any]]]:
@@ -180,30 +179,22 @@ def _differences(one: Record, other: Record) -> Iterator[tuple[str, list[Any]]]:
             yield key, [one.get(key), other.get(key)]
 
 
-def _flatten(tables: Record, start: str = "") -> dict[str, Any]:
-    """Nested tables by dotted names."""
-    found: dict[str, Any] = {}
+def _flatten(tables: Record, prefix: str = "") -> dict[str, Any]:
+    """Values of nested tables by dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in tables.items():
-        found |= _flatten(value, f"{start}{name}.") if isinstance(value, dict) and value else {f"{start}{name}": value}
-    return found
+        is_table = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{name}.") if is_table else {f"{prefix}{name}": value}
+    return flat
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def _read_evals(file: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run that has no results yet; a last line that is cut off is left out."""
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [
-        record for record in (json.loads(line) for line in lines if line.endswith("\n")) if record["kind"] == "eval"
-    ]
+def _read_evals(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run that has no results yet."""
+    return [record for record in read_json_lines(folder / METRICS) if record["kind"] == "eval"]
 
 
 def _wrap_name(name: str, max_width: int) -> str:
-    """A name in lines of at most so many letters, broken after an underscore, where a sweep's point has them."""
+    """`name` in lines of up to `max_width` characters, broken after underscores, which separate a sweep's values."""
     lines = [""]
     for part in re.findall(r"[^_]*_|[^_]+", name):
         if lines[-1] and len(lines[-1] + part) > max_width:
@@ -213,7 +204,7 @@ def _wrap_name(name: str, max_width: int) -> str:
 
 
 def _format_cell(value: Any, form: str) -> str:
-    return EMPTY_CELL if value is None else sanitize_text(form.format(value))
+    return MISSING_CELL if value is None else sanitize_text(form.format(value))
 
 
 def _format_value(value: Any) -> str:
@@ -226,7 +217,3 @@ def _format_value(value: Any) -> str:
             return ", ".join(map(_format_value, value)) or "none"
         case _:
             return sanitize_text(str(value))
-
-
-def _make_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, show_edge=False)

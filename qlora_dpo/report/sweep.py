@@ -1,13 +1,12 @@
-"""What a sweep comes to, in words: which point is the best, and how sure that is."""
+"""Describes the result of a sweep: which point is best, and how certain that is."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from qlora_dpo.run_folder import Record
 from qlora_dpo.wilson import wilson_interval
 
-Record = Mapping[str, Any]
 Interval = tuple[str, float, float]
-"""What is meant (losses, accuracies), and the ends."""
+"""What it is an interval of ("losses" or "accuracies"), and its ends."""
 
 OBJECTIVE_FREE_METRICS = (
     "rewards/accuracies",
@@ -17,36 +16,36 @@ OBJECTIVE_FREE_METRICS = (
     "mean_token_accuracy",
     "kl",
 )
-"""Figures that are measured in the same way whatever the objective is."""
+"""Metrics that do not depend on the objective."""
 
 
 def format_metric(metric: str, value: float) -> str:
-    """A figure with its name: `loss 0.6512`."""
+    """A metric and its value: `loss 0.6512`."""
     return f"accuracy {value:.3f}" if metric == "rewards/accuracies" else f"{metric} {value:z.4f}"
 
 
 def metric_interval(evaluation: Record, metric: str) -> Interval | None:
-    """The 95 % interval of the loss, if that is the metric, and else of the accuracy; None where there is neither."""
-    error, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
-    if metric == "loss" and error is not None:
-        return "losses", evaluation["eval_loss"] - 1.96 * error, evaluation["eval_loss"] + 1.96 * error
-    share = evaluation.get("eval_rewards/accuracies")
-    return None if share is None or not pairs else ("accuracies", *wilson_interval(share * pairs, pairs))
+    """The 95 % interval of the loss if that is the metric, else of the accuracy; None if it was not measured."""
+    stderr, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
+    if metric == "loss" and stderr is not None:
+        return "losses", evaluation["eval_loss"] - 1.96 * stderr, evaluation["eval_loss"] + 1.96 * stderr
+    accuracy = evaluation.get("eval_rewards/accuracies")
+    return None if accuracy is None or not pairs else ("accuracies", *wilson_interval(accuracy * pairs, pairs))
 
 
 def ranking_caveats(
     best_first: Mapping[str, Record], metric: str, swept: Sequence[str], folder: object
 ) -> Iterator[str]:
-    """What to know before believing that the first point is the best, a sentence each.
+    """Reasons to doubt that the first point is the best, one sentence each.
 
-    `best_first` are the evaluations that figures are of, by the names of the points that finished; `swept` are the keys
+    `best_first` maps the names of the finished points to the evaluations that they are ranked by; `swept` are the keys
     that differ, and `folder` is that of the best point.
     """
     keys = [key for key in swept if key.startswith("objective.")]
     if keys and metric not in OBJECTIVE_FREE_METRICS:
         yield (
-            f"{metric} is measured with each point's own {' and '.join(keys)}, so it is not one yardstick for all; "
-            "--metric rewards/accuracies is"
+            f"{metric} depends on {' and '.join(keys)}, which the points do not share, so it cannot rank them fairly; "
+            "--metric rewards/accuracies can"
         )
     if len(best_first) < 2:
         return
@@ -54,10 +53,10 @@ def ranking_caveats(
     one, other = metric_interval(best, metric), metric_interval(second, metric)
     if one and other and one[1] <= other[2] and other[1] <= one[2]:
         yield (
-            f"{best['eval_pairs']} pairs do not tell it from the second, {name}: the 95 % intervals of their {one[0]} "
-            f"overlap ({one[1]:.3f}-{one[2]:.3f} and {other[1]:.3f}-{other[2]:.3f})"
+            f"{best['eval_pairs']} pairs cannot tell it apart from the second, {name}: the 95 % intervals of their "
+            f"{one[0]} overlap ({one[1]:.3f}-{one[2]:.3f} and {other[1]:.3f}-{other[2]:.3f})"
         )
     yield (
-        f"it was chosen among {len(best_first)} runs on these same pairs, so its figure flatters it; judge it on "
-        f"others: qlora-dpo eval {folder} --data FILE"
+        f"it was chosen among {len(best_first)} runs on these same pairs, so its figure is optimistic; evaluate it "
+        f"on others: qlora-dpo eval {folder} --data FILE"
     )

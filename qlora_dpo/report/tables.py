@@ -1,10 +1,10 @@
-"""The tables at the end of a run: step 0 against best and last, the answers by group, and the table per epoch."""
+"""Makes the tables of a run: results at step 0, best and last; answers by group; figures by epoch."""
 
 import html
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dpo.data.dialogue import sanitize_text
+from qlora_dpo.run_folder import Record
 from qlora_dpo.wilson import wilson_interval
-
-Record = Mapping[str, Any]
 
 EPOCH_COLUMNS = {
     "Validation Loss": ("eval_loss", "{:z.4f}"),
@@ -28,13 +27,14 @@ EPOCH_COLUMNS = {
     "Logits/rejected": ("eval_logits/rejected", "{:z.4f}"),
 }
 MISSING_CELL = "-"
+"""Shown where a value was not measured."""
 MATCHING_COLUMNS = ["base matching", "tuned matching"]
 MATCHING_NOTE = "matching: the share of answers that contain samples.count_matching"
 TRUNCATED_NOTE = ">= : the token limit stopped some of these answers, so the true mean is higher"
 
 
 def shown_steps(results: Record) -> list[tuple[str, Record]]:
-    """The evaluations of the results table with their headings; one that is both best and last comes once."""
+    """Heading and evaluation of each column of the results table; one that is both best and last appears once."""
     by_step = {record["step"]: record for record in results["evals"]}
     roles: dict[int, list[str]] = {}
     for role in ("first", "best", "last"):
@@ -47,7 +47,7 @@ def shown_steps(results: Record) -> list[tuple[str, Record]]:
 
 
 def result_rows(results: Record) -> list[tuple[str, list[str]]]:
-    """Every row of the results table: its label and one cell for each of `shown_steps`."""
+    """Label and cells of each row of the results table; one cell for each of `shown_steps`."""
     shown = [record for _, record in shown_steps(results)]
     with_sft = any("eval_sft_loss" in record for record in shown)
     rows = [
@@ -57,7 +57,7 @@ def result_rows(results: Record) -> list[tuple[str, list[str]]]:
             [_format_metric(record, "eval_preference_loss", "{:z.4f}") for record in shown] if with_sft else [],
         ),
         ("accuracy", [_format_metric(record, "eval_rewards/accuracies", "{:.3f}") for record in shown]),
-        ("  95 % interval", [_format_interval(record) for record in shown]),
+        ("  95 % interval", [_accuracy_interval(record) for record in shown]),
         ("  ties", [_format_ties(record) for record in shown]),
         ("margin", [_format_metric(record, "eval_rewards/margins", "{:+z.3f}") for record in shown]),
         ("chosen reward", [_format_metric(record, "eval_rewards/chosen", "{:+z.3f}") for record in shown]),
@@ -69,7 +69,7 @@ def result_rows(results: Record) -> list[tuple[str, list[str]]]:
 
 
 def baseline_rows(results: Record) -> list[tuple[str, str]]:
-    """The accuracies that need no model, on the same pairs."""
+    """Accuracies of picking by length, which need no model, on the same pairs."""
     baselines = results.get("baselines") or {}
     return [
         (f"pick-the-{which} accuracy", f"{baselines[which]:.3f}")
@@ -81,7 +81,7 @@ def baseline_rows(results: Record) -> list[tuple[str, str]]:
 def results_table(results: Record) -> Table:
     """Held-out figures at step 0, at the best and at the last evaluation, with the baselines to beat."""
     shown = shown_steps(results)
-    table = _make_table(f"Held-out pairs: {results['pairs']['eval']}")
+    table = make_table(f"Held-out pairs: {results['pairs']['eval']}")
     table.add_column("")
     for heading, _ in shown:
         table.add_column(_wrap_heading(heading), justify="right", no_wrap=True)
@@ -94,7 +94,7 @@ def results_table(results: Record) -> Table:
 
 
 def truncated_groups(samples: Iterable[Record]) -> set[tuple[str, str]]:
-    """The (group, "base" or "tuned") of which some answer was stopped by the token limit."""
+    """Each (group, "base" or "tuned") with an answer that was stopped by the token limit."""
     return {
         (_group_label(sample), who)
         for sample in samples
@@ -104,35 +104,37 @@ def truncated_groups(samples: Iterable[Record]) -> set[tuple[str, str]]:
 
 
 def answer_cells(answers: Sequence[Record], samples: Iterable[Record]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Columns, rows and footnotes of the answers table. A mean over answers that were cut off is marked ">="."""
-    stopped = truncated_groups(samples)
-    matching = any(each.get("tuned_matching") is not None for each in answers)
-    columns = ["group", "prompts", *(MATCHING_COLUMNS if matching else []), "base tokens", "tuned tokens"]
+    """Columns, rows and footnotes of the answers table; a mean over answers that were cut off is marked ">="."""
+    truncated = truncated_groups(samples)
+    has_matching = any(counts.get("tuned_matching") is not None for counts in answers)
+    columns = ["group", "prompts", *(MATCHING_COLUMNS if has_matching else []), "base tokens", "tuned tokens"]
     rows = []
-    for each in answers:
-        group = _group_label(each)
-        shares = [_format_percent(each.get(f"{who}_matching")) for who in ("base", "tuned")] if matching else []
-        tokens = [f"{'>= ' if (group, who) in stopped else ''}{each[f'{who}_tokens']:.1f}" for who in ("base", "tuned")]
-        rows.append([group, str(each["prompts"]), *shares, *tokens])
-    marked = any(">= " in cell for row in rows for cell in row[1:])
-    notes = ([MATCHING_NOTE] if matching else []) + ([TRUNCATED_NOTE] if marked else [])
+    for counts in answers:
+        group = _group_label(counts)
+        shares = [_format_percent(counts.get(f"{who}_matching")) for who in ("base", "tuned")] if has_matching else []
+        tokens = [
+            f"{'>= ' if (group, who) in truncated else ''}{counts[f'{who}_tokens']:.1f}" for who in ("base", "tuned")
+        ]
+        rows.append([group, str(counts["prompts"]), *shares, *tokens])
+    is_marked = any(">= " in cell for row in rows for cell in row[1:])
+    notes = ([MATCHING_NOTE] if has_matching else []) + ([TRUNCATED_NOTE] if is_marked else [])
     return columns, rows, notes
 
 
 def answers_table(answers: Sequence[Record], samples: Iterable[Record] = ()) -> RenderableType:
-    """What base and tuned model answered to the held-out prompts, counted by group; tokens are means."""
+    """Counts of the answers of base and tuned model to the held-out prompts, by group; tokens are means."""
     columns, rows, notes = answer_cells(answers, samples)
-    table = _make_table("Greedy answers to held-out prompts")
+    table = make_table("Greedy answers to held-out prompts")
     for column in columns:
-        right: Literal["left", "right"] = "left" if column == "group" else "right"
-        table.add_column(column.replace(" ", "\n"), justify=right, no_wrap=column != "group", overflow="fold")
+        justify: Literal["left", "right"] = "left" if column == "group" else "right"
+        table.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=column != "group", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return Group(table, *(Text(note, style="dim") for note in [*notes, ""]))
 
 
 def results_markdown(results: Record) -> str:
-    """The results table for a model card."""
+    """The results table in markdown, for a model card."""
     shown = shown_steps(results)
     rows = [[label.strip(), *cells] for label, cells in result_rows(results)]
     rows += [[label, *[value] * len(shown)] for label, value in baseline_rows(results)]
@@ -140,21 +142,21 @@ def results_markdown(results: Record) -> str:
 
 
 def answers_markdown(answers: Sequence[Record], samples: Iterable[Record] = ()) -> str:
-    """The answers table for a model card, with its footnotes."""
+    """The answers table in markdown, for a model card, with its footnotes."""
     columns, rows, notes = answer_cells(answers, samples)
     return "\n".join([markdown_table(columns, rows), *(f"{escape_markdown(note)}\n" for note in notes)])
 
 
 def epoch_table(records: Sequence[Record]) -> str:
-    """The table per epoch in markdown, from the records of metrics.jsonl."""
+    """The table by epoch in markdown, from the records of metrics.jsonl."""
     return markdown_table(["Epoch", "Training Loss", *EPOCH_COLUMNS], epoch_rows(records))
 
 
 def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
-    """The cells of the table per epoch.
+    """The cells of the table by epoch.
 
-    A training loss is the mean over the epoch's steps: each logged loss counts by the steps it covers. Validation
-    values are those at the epoch's end; where the last evaluation was earlier, its step is named.
+    A training loss is the mean over the epoch's steps: each logged loss is weighted by the steps it covers. Validation
+    values are those at the epoch's end; if the last evaluation was earlier, its step is named.
     """
     train = [record for record in records if record["kind"] == "train"]
     evals = [record for record in records if record["kind"] == "eval"]
@@ -167,15 +169,34 @@ def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table whose cells cannot break out of it."""
+    """A markdown table; its cells are escaped, so that none can break out of it."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(escape_markdown(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def escape_markdown(text: str) -> str:
-    """Text on one line without meaning to markdown or HTML."""
+    """`text` on one line, with everything escaped that markdown or HTML would interpret."""
     line = html.escape(" ".join(sanitize_text(text).split()), quote=False)
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def make_table(title: str | None = None, *, show_header: bool = True) -> Table:
+    """An empty table in the style of all tables here; one without a title has no outer edge either."""
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD if show_header else box.SIMPLE,
+        show_header=show_header,
+        show_edge=title is not None,
+        header_style="",
+        pad_edge=False,
+    )
+
+
+def format_interval(low: float, high: float) -> str:
+    """Both ends of an interval of shares: `0.377-0.623`."""
+    return f"{low:.3f}-{high:.3f}"
 
 
 def _epoch_loss(train: Sequence[Record], start: float, stop: float) -> str:
@@ -200,14 +221,8 @@ def _epoch_values(evals: Sequence[Record], start: float, stop: float) -> list[st
     return cells
 
 
-def _make_table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="", pad_edge=False
-    )
-
-
 def _wrap_heading(heading: str) -> str:
-    """`step 36 (best)` as two lines, so that three columns fit into 80."""
+    """`step 36 (best)` on two lines, so that three such columns fit into 80 characters."""
     step, _, role = heading.partition(" (")
     return f"{role.rstrip(')')}\n{step}" if role else f"\n{step}"
 
@@ -217,12 +232,11 @@ def _format_metric(record: Record, key: str, form: str) -> str:
     return MISSING_CELL if value is None else form.format(value)
 
 
-def _format_interval(record: Record) -> str:
-    share, pairs = record.get("eval_rewards/accuracies"), record.get("eval_pairs")
-    if share is None or not pairs:
+def _accuracy_interval(record: Record) -> str:
+    accuracy, pairs = record.get("eval_rewards/accuracies"), record.get("eval_pairs")
+    if accuracy is None or not pairs:
         return MISSING_CELL
-    low, high = wilson_interval(share * pairs, pairs)
-    return f"{low:.3f}-{high:.3f}"
+    return format_interval(*wilson_interval(accuracy * pairs, pairs))
 
 
 def _format_ties(record: Record) -> str:

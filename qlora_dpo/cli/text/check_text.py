@@ -1,4 +1,4 @@
-"""What `qlora-dpo check RECIPE` shows: one table, or the same as one JSON object."""
+"""The output of `qlora-dpo check RECIPE`: a table, or the same as one JSON object."""
 
 import shlex
 import sys
@@ -21,22 +21,22 @@ OK, WARNING, DOES_NOT_FIT = "ok", "warning", "no"
 VERDICT_STYLES = {OK: "green", WARNING: "yellow", DOES_NOT_FIT: "red", "": ""}
 
 CheckRow = tuple[str, str, str]
-"""Which part, its verdict, and what is said; a verdict is empty where a line goes on with the one before."""
+"""Part, verdict and text; part and verdict are empty in a line that continues the one above."""
 
 
 def print_check(loaded: LoadedRecipe, preflight: Preflight) -> None:
-    """Print the table: fitted to a terminal, and a line a row through a pipe."""
-    rows = [(part, verdict, sanitize_text(told)) for part, verdict, told in _rows(loaded, preflight)]
+    """Print the table, wrapped to the width of a terminal; without a terminal, one line per row."""
+    rows = [(part, verdict, sanitize_text(text)) for part, verdict, text in _rows(loaded, preflight)]
     console = Console()
     if not console.is_terminal:
-        sys.stdout.write("".join(f"{part:<9} {verdict:<8} {told}\n" for part, verdict, told in rows))
+        sys.stdout.write("".join(f"{part:<9} {verdict:<8} {text}\n" for part, verdict, text in rows))
         return
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     for _ in range(2):
         table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for part, verdict, told in rows:
-        table.add_row(Text(part, "bold"), Text(verdict, VERDICT_STYLES[verdict]), Text(told))
+    for part, verdict, text in rows:
+        table.add_row(Text(part, "bold"), Text(verdict, VERDICT_STYLES[verdict]), Text(text))
     console.print(table)
 
 
@@ -44,38 +44,38 @@ def _rows(loaded: LoadedRecipe, preflight: Preflight) -> Iterator[CheckRow]:
     yield from _recipe_rows(loaded, preflight)
     yield from _data_rows(preflight)
     yield from _token_rows(loaded, preflight)
-    padded = [f"padded batches, since {preflight.memory.padding_reason}"] if preflight.memory.padding_reason else []
-    yield from _group_rows(
-        "device", OK, [line.partition(" ")[2].strip() for line in preflight.device.describe()] + padded
-    )
+    device_lines = [line.partition(" ")[2].strip() for line in preflight.device.describe()]
+    if preflight.memory.padding_reason:
+        device_lines.append(f"padded batches, since {preflight.memory.padding_reason}")
+    yield from _group_rows("device", OK, device_lines)
     yield from _memory_rows(preflight)
     yield "time", "" if preflight.time.unknown_reason else OK, time_text.time_estimate_line(preflight.time)
 
 
 def _recipe_rows(loaded: LoadedRecipe, preflight: Preflight) -> Iterator[CheckRow]:
     model, lora, train = loaded.recipe.model, loaded.recipe.lora, loaded.recipe.train
-    kind = QUANTIZATION_NAMES.get(model.quantization, "not quantized")
-    told = [
+    storage = QUANTIZATION_NAMES.get(model.quantization, "not quantized")
+    lines = [
         f"{loaded.path}: {loaded.recipe.objective.loss_type}, {preflight.steps:,} steps of {train.batch_size} pairs, "
         f"learning rate {train.learning_rate:g}",
-        f"{model.name}: {preflight.memory.base_parameters / 1e6:,.0f} M parameters, {kind}",
-        f"adapter of rank {lora.r}: {preflight.memory.trainable_parameters / 1e6:,.2f} M parameters are trained",
+        f"{model.name}: {preflight.memory.base_parameters / 1e6:,.0f} M parameters, {storage}",
+        f"adapter of rank {lora.r}: {preflight.memory.trainable_parameters / 1e6:,.2f} M trainable parameters",
     ]
-    yield from _group_rows("recipe", _verdict(preflight, "steps"), told)
+    yield from _group_rows("recipe", _verdict(preflight, "steps"), lines)
 
 
 def _data_rows(preflight: Preflight) -> Iterator[CheckRow]:
-    told = [f"{_audit_line(preflight.train)}; {preflight.train.format}", f"held out: {_audit_line(preflight.heldout)}"]
-    for each in preflight.findings:
-        numbers = ", ".join(map(str, each.rows[:FINDING_ROWS_SHOWN])) + (
-            ", ..." if len(each.rows) > FINDING_ROWS_SHOWN else ""
+    lines = [f"{_audit_line(preflight.train)}; {preflight.train.format}", f"held out: {_audit_line(preflight.heldout)}"]
+    for finding in preflight.findings:
+        numbers = ", ".join(map(str, finding.rows[:FINDING_ROWS_SHOWN])) + (
+            ", ..." if len(finding.rows) > FINDING_ROWS_SHOWN else ""
         )
-        where = f"row{'s' if len(each.rows) > 1 else ''} {numbers}"
-        told.append(f"{format_row_count(each)}: {each.problem} ({where}); {each.advice}")
+        rows = f"row{'s' if len(finding.rows) > 1 else ''} {numbers}"
+        lines.append(f"{format_row_count(finding)}: {finding.problem} ({rows}); {finding.advice}")
     if preflight.length_bias:
-        told.append(preflight.length_bias.describe())
-    told += [each.removeprefix("data: ") for each in preflight.warnings if "held-out pairs:" in each]
-    yield from _group_rows("data", _verdict(preflight, "data"), told)
+        lines.append(preflight.length_bias.describe())
+    lines += [warning.removeprefix("data: ") for warning in preflight.warnings if "held-out pairs:" in warning]
+    yield from _group_rows("data", _verdict(preflight, "data"), lines)
 
 
 def _audit_line(audit: Audit) -> str:
@@ -87,22 +87,22 @@ def _audit_line(audit: Audit) -> str:
 
 def _token_rows(loaded: LoadedRecipe, preflight: Preflight) -> Iterator[CheckRow]:
     tokens, limit = preflight.tokens, loaded.recipe.data.max_length
-    told = [
-        f"{name}: {' / '.join(f'{each:,}' for each in numbers)} (median / 95 % / longest)"
-        for name, numbers in (
+    lines = [
+        f"{name}: {' / '.join(f'{quantile:,}' for quantile in quantiles)} (median / 95 % / longest)"
+        for name, quantiles in (
             *((part, preflight.train.tokens[part]) for part in ("prompt", "chosen", "rejected")),
             ("longest sequence of a pair", tokens.sequence),
             ("pair, its prompt once", tokens.pair),
         )
     ]
-    what = "left out" if loaded.recipe.data.overlong == "drop" else "cut at the front"
-    told.append(
+    treatment = "left out" if loaded.recipe.data.overlong == "drop" else "cut at the front"
+    lines.append(
         f"{tokens.overlong_pairs:,} pairs ({tokens.overlong_share:.1%}) longer than max_length = {limit:,}"
-        + (f", {what}" if tokens.overlong_pairs else "")
+        + (f", {treatment}" if tokens.overlong_pairs else "")
     )
     mean = tokens.epoch_tokens / max(1, preflight.train.used)
-    told.append(f"{tokens.epoch_tokens:,} in an epoch, {mean * loaded.recipe.train.batch_size:,.0f} in a step")
-    yield from _group_rows("tokens", _verdict(preflight, "tokens"), told)
+    lines.append(f"{tokens.epoch_tokens:,} per epoch, {mean * loaded.recipe.train.batch_size:,.0f} per step")
+    yield from _group_rows("tokens", _verdict(preflight, "tokens"), lines)
 
 
 def _memory_rows(preflight: Preflight) -> Iterator[CheckRow]:
@@ -111,28 +111,28 @@ def _memory_rows(preflight: Preflight) -> Iterator[CheckRow]:
 
 
 def _group_rows(part: str, verdict: str, lines: Sequence[str]) -> Iterator[CheckRow]:
-    """Several lines about one part; its name and verdict stand before the first."""
-    for number, each in enumerate(lines):
-        yield (part, verdict, each) if number == 0 else ("", "", each)
+    """One row per line about a part; its name and verdict are in the first row only."""
+    for number, line in enumerate(lines):
+        yield (part, verdict, line) if number == 0 else ("", "", line)
 
 
 def _verdict(preflight: Preflight, part: str) -> str:
-    return WARNING if any(each.startswith(f"{part}: ") for each in preflight.warnings) else OK
+    return WARNING if any(warning.startswith(f"{part}: ") for warning in preflight.warnings) else OK
 
 
 def first_warning(warnings: Sequence[str]) -> str:
-    """The first warning, and how many more there are."""
+    """The first warning, and the number of further ones."""
     return warnings[0] + (f"; and {len(warnings) - 1} more" if len(warnings) > 1 else "")
 
 
 def train_command_line(loaded: LoadedRecipe) -> str:
-    """The line to type if all is well."""
-    words = ["qlora-dpo", "train", str(loaded.path), *(w for each in loaded.overrides for w in ("--set", each))]
-    return f"next: {shlex.join(words)}"
+    """The command that trains the recipe, to type next."""
+    options = [word for override in loaded.overrides for word in ("--set", override)]
+    return f"next: {shlex.join(['qlora-dpo', 'train', str(loaded.path), *options])}"
 
 
 def check_record(loaded: LoadedRecipe, preflight: Preflight) -> dict[str, Any]:
-    """All figures of the table."""
+    """The content of the table as one JSON object."""
     memory, device, tokens = preflight.memory, preflight.device, preflight.tokens
     names = ("p50", "p95", "max")
     return {
@@ -146,14 +146,19 @@ def check_record(loaded: LoadedRecipe, preflight: Preflight) -> dict[str, Any]:
             "train": _audit_record(preflight.train),
             "eval": _audit_record(preflight.heldout),
             "findings": [
-                {"what": each.problem, "count": len(each.rows), "rows": list(each.rows), "advice": each.advice}
-                for each in preflight.findings
+                {
+                    "what": finding.problem,
+                    "count": len(finding.rows),
+                    "rows": list(finding.rows),
+                    "advice": finding.advice,
+                }
+                for finding in preflight.findings
             ],
             "length": preflight.length_bias
             and {"chosen_longer": preflight.length_bias.chosen_longer, "effect": preflight.length_bias.effect_size},
         },
         "tokens": {
-            **{part: dict(zip(names, each, strict=True)) for part, each in preflight.train.tokens.items()},
+            **{part: dict(zip(names, quantiles, strict=True)) for part, quantiles in preflight.train.tokens.items()},
             "sequence": dict(zip(names, tokens.sequence, strict=True)),
             "pair": dict(zip(names, tokens.pair, strict=True)),
             "epoch": tokens.epoch_tokens,
@@ -181,7 +186,7 @@ def check_record(loaded: LoadedRecipe, preflight: Preflight) -> dict[str, Any]:
             "padded": memory.padding_reason,
             "fits": memory.fits,
             "ways_to_fit": [
-                {"lines": list(way.recipe_lines), "needed_bytes": way.needed_bytes} for way in preflight.memory_fixes
+                {"lines": list(fix.recipe_lines), "needed_bytes": fix.needed_bytes} for fix in preflight.memory_fixes
             ],
         },
         "time": time_text.time_record(preflight.time),

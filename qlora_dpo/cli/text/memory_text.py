@@ -1,4 +1,4 @@
-"""What a run takes of memory, in words: for `check` a line a part, for `train` one line, and why one does not fit."""
+"""Texts about the memory of a run: lines by part for `check`, one line for `train`, and why a run does not fit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from qlora_dpo.planning.memory_estimate import MemoryEstimate
 
 GIB = 2**30
 MIN_SHOWN_BYTES = 0.01 * GIB
-"""Bytes of a part below which `train` counts it to the others."""
+"""Smaller parts are added up as "others" in the line that `train` shows."""
 
 
 def memory_lines(memory: MemoryEstimate) -> list[str]:
-    """The verdict, then each part, then what the process takes beside it."""
+    """The verdict, each part, and the peak of the process."""
     fits = "fits" if memory.fits else "does not fit"
     return [
         f"{fits}: {memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free",
@@ -28,26 +28,27 @@ def _process_lines(memory: MemoryEstimate) -> list[str]:
         return []
     loading = ", while the weights are read" if memory.loading_bytes > memory.needed else ""
     return [
-        f"the process: {memory.peak_bytes / GIB:.2f} GiB at most{loading}, with the {memory.process_bytes / GIB:.2f} GiB of Python, "
-        "its libraries and the data, which are taken already"
+        f"the process: {memory.peak_bytes / GIB:.2f} GiB at most{loading}, including {memory.process_bytes / GIB:.2f} "
+        "GiB of Python, libraries and data, which are in use already"
     ]
 
 
 def memory_line(memory: MemoryEstimate) -> str:
-    """The plan, from its largest part down."""
+    """The estimate in one line, with its parts from the largest down."""
     shown = sorted(
         ((size, part) for part, size in memory.bytes_by_part.items() if size >= MIN_SHOWN_BYTES), reverse=True
     )
     others = memory.needed - sum(size for size, _ in shown)
-    told = [f"{part} {size / GIB:.2f}" for size, part in shown] + ([f"others {others / GIB:.2f}"] if others else [])
-    return f"memory      {memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free: {'; '.join(told)}"
+    parts = [f"{part} {size / GIB:.2f}" for size, part in shown] + ([f"others {others / GIB:.2f}"] if others else [])
+    total = f"{memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free"
+    return f"memory      {total}: {'; '.join(parts)}"
 
 
 def does_not_fit_message(path: Path, memory: MemoryEstimate, fixes: Sequence[MemoryFix], device: Device) -> str:
-    """What is missing, and what to change about it, each with what the run needs then."""
-    told = [f"{' with '.join(way.recipe_lines)} ({way.needed_bytes / GIB:.1f} GiB)" for way in fixes]
-    change = f"set {', or '.join(told)}, or" if told else "no line of the recipe makes it fit;"
+    """How much memory is missing, and what to change, each with what the run would need then."""
+    changes = [f"{' with '.join(fix.recipe_lines)} ({fix.needed_bytes / GIB:.1f} GiB)" for fix in fixes]
+    advice = f"set {', or '.join(changes)}, or" if changes else "no line of the recipe makes it fit;"
     return (
         f"{path}: needs {memory.needed / GIB:.1f} GiB and {device.name} has {memory.free_bytes / GIB:.1f} GiB free; "
-        f"{change} take a smaller model or a larger card"
+        f"{advice} take a smaller model or a larger card"
     )

@@ -1,4 +1,4 @@
-"""What a run takes of time, in words and as `check --json` has it."""
+"""Texts about the time of a run, and the same as `check --json` prints it."""
 
 from typing import Any
 
@@ -9,24 +9,25 @@ TENTHS_BELOW = 10
 
 
 def time_estimate_line(time: TimeEstimate) -> str:
-    """The whole time, then each part."""
+    """The total, then each part; or why it is not known."""
     if time.unknown_reason:
         return f"not known: {time.unknown_reason}"
-    done, told = time.pass_counts, list[str]()
+    counts, parts = time.pass_counts, list[str]()
     for part, seconds in time.seconds_by_part.items():
-        what = {
+        label = {
             "reference": "reference",
-            "steps": f"{done.steps:,} steps" if done.steps > 1 else "1 step",
-            "evaluations": f"{done.evaluations:,} evaluations",
+            "steps": f"{counts.steps:,} steps" if counts.steps > 1 else "1 step",
+            "evaluations": f"{counts.evaluations:,} evaluations",
         }[part]
-        told.append(f"{what} {format_duration(seconds)}" + (" where it is not cached" if part == "reference" else ""))
-    if done.uses_reference_model:
-        told.append("and the reference, which is another model")
-    return f"about {format_duration(time.total_seconds)}: {', '.join(told)} (probe of {format_duration(time.probe_seconds)} on this machine)"
+        parts.append(f"{label} {format_duration(seconds)}" + (" unless cached" if part == "reference" else ""))
+    if counts.uses_reference_model:
+        parts.append("and the reference, which is another model")
+    probe = f"probe of {format_duration(time.probe_seconds)} on this machine"
+    return f"about {format_duration(time.total_seconds)}: {', '.join(parts)} ({probe})"
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as they are told: to tenths where there are few, and in the two largest units from two minutes on."""
+    """A duration for people: tenths of a second below 10 s, and at most two units from two minutes on."""
     if round(seconds) < TENTHS_BELOW:
         return f"{max(0.1, seconds):.1f} s"
     if round(seconds) < 2 * MINUTE:
@@ -42,17 +43,17 @@ def format_duration(seconds: float) -> str:
 
 
 def time_record(time: TimeEstimate) -> dict[str, Any]:
-    """The same figures; `seconds` is null where they are not known."""
-    done = time.pass_counts
+    """The estimate as a JSON object; `seconds` is null if unknown."""
+    counts = time.pass_counts
     return {
         "seconds": dict(time.seconds_by_part) if time.seconds_by_part else None,
         "total_seconds": time.total_seconds if time.seconds_by_part else None,
         "probe_seconds": time.probe_seconds,
         "why_not": time.unknown_reason,
-        "evaluations": done.evaluations,
+        "evaluations": counts.evaluations,
         "pairs": {
-            "trained": done.trained_pairs,
-            "reference": done.reference_train_pairs + done.reference_heldout_pairs,
-            "evaluated": done.evaluated_pairs,
+            "trained": counts.trained_pairs,
+            "reference": counts.reference_train_pairs + counts.reference_heldout_pairs,
+            "evaluated": counts.evaluated_pairs,
         },
     }
