@@ -43,7 +43,8 @@ def check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(home).free
     if free < needed:
         raise SourceError(
-            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; {_free_space_advice(target)}"
+            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; "
+            f"{_free_space_advice(target)}"
         )
 
 

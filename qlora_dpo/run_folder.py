@@ -16,7 +16,7 @@ from qlora_dpo.files import atomic_write
 from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.recipe.recipe import LoadedRecipe, resolved_toml
+from qlora_dpo.recipe.recipe import LoadedRecipe, read_stored_recipe, resolved_toml
 
 HOME = Path("adapters")
 ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
@@ -117,7 +117,7 @@ def read_run_metadata(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, 
     """What the folder says of its base: the model table, run.json and the resolved recipe, where they exist."""
     try:
         if (folder / "run.json").is_file() and (folder / "resolved.toml").is_file():
-            recipe = Recipe.model_validate(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
+            recipe = read_stored_recipe(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return _as_trained(recipe.model, run["base"].get("revision")), run, recipe
         config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))

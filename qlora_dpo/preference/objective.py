@@ -36,6 +36,7 @@ from qlora_dpo.recipe.objective import (
     Sigmoid,
     Simpo,
     WeightedSum,
+    reward_beta,
 )
 
 MIN_BETA = 1e-3
@@ -264,13 +265,6 @@ def f_score(ratio_P: Tensor, table: FDivergenceLoss) -> Tensor:
             assert_never(never)
 
 
-def beta_at(table: Objective, step: int, total_steps: int) -> float:
-    """The beta of optimizer step `step`, counted from 1."""
-    start: float = getattr(table, "beta", 1.0)
-    end = getattr(table, "beta_end", None)
-    return start if end is None or total_steps < 2 else start + (end - start) * (step - 1) / (total_steps - 1)
-
-
 def needs_reference(table: Objective) -> bool:
     """False for losses that know the policy alone."""
     return not isinstance(table, ReferenceFree)
@@ -288,7 +282,7 @@ def needs_whole_step(table: Objective) -> bool:
 
 def compute_losses(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
     """The recipe's loss per pair; `beta` is that of the step, the table's if absent."""
-    strength: float = getattr(table, "beta", 1.0) if beta is None else beta
+    strength = reward_beta(table) if beta is None else beta
     ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
     if needs_reference(table):
         ratio_P2 = ratio_P2 - logps.reference_P2
@@ -313,7 +307,7 @@ def _reward(ratio_P2: Tensor, tokens_P2: Tensor, table: Objective) -> Tensor:
     """The implicit reward before beta: log-ratios, or mean log-probabilities where the loss compares those."""
     match table:
         case AlphaPo():
-            return alpha_reward(ratio_P2 / tokens_P2, table.alpha)
+            return alpha_reward(ratio_P2 / tokens_P2, table.alphapo_alpha)
         case Simpo() | Orpo() | Sft():
             return ratio_P2 / tokens_P2
         case _:
@@ -341,7 +335,7 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
         case WeightedSum():
             parts = [
                 weight * _beta_only_loss(name, ratio_P2, ratio_P2, tokens_P2, beta)
-                for name, weight in table.losses.items()
+                for name, weight in table.loss_weights.items()
             ]
             return torch.stack(parts).sum(0)
         case Aot() if table.loss_type == "aot":
@@ -363,7 +357,7 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
         case Simpo():
             return simpo(mean_P2[:, 0] - mean_P2[:, 1], beta, table.simpo_gamma, table.label_smoothing)
         case AlphaPo():
-            shaped_P2 = alpha_reward(mean_P2, table.alpha)
+            shaped_P2 = alpha_reward(mean_P2, table.alphapo_alpha)
             return simpo(shaped_P2[:, 0] - shaped_P2[:, 1], beta, table.simpo_gamma)
         case Cpo():
             return dpo(margin_P, beta, table.label_smoothing)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qlora_dpo.recipe.data import MixTable
+from qlora_dpo.recipe.former_keys import describe_former_key
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, PlainLoss, loss_types
 from qlora_dpo.recipe.reference import REFERENCE_TABLES
 
@@ -74,7 +75,6 @@ FOREIGN_KEYS = {
     "rl": ("axolotl's", "objective.loss_type"),
     "rlhf_type": ("ms-swift's", "objective.loss_type"),
     "cpo_alpha": ("TRL's", "objective.sft_weight"),
-    "loss_weights": ("TRL's", 'objective.losses, beside loss_type = "sum"'),
     "simpo_gamma_beta_ratio": ("SimPO's scripts'", "objective.simpo_gamma (beta times that)"),
     "lora_model_dir": ("axolotl's", "lora.init_from"),
     "adapter_name_or_path": ("LLaMA-Factory's", "lora.init_from"),
@@ -204,7 +204,8 @@ def _describe_problem(keys: tuple[str, ...], problems: list[dict[str, Any]], rec
         case "missing":
             return f'[{keys[0]}] needs the key "{keys[1]}"'
         case "value_error" if keys == ("lora", "init_lora_weights"):
-            return f'{name} is {_display_value(first["input"])}; it must be {first["ctx"]["error"]}: "default" or "gaussian"'
+            value, right = _display_value(first["input"]), first["ctx"]["error"]
+            return f'{name} is {value}; it must be {right}: "default" or "gaussian"'
         case "value_error" if len(keys) == 1:
             return f"[{name}] {first['ctx']['error']}"
         case _:
@@ -266,6 +267,8 @@ def _unused_reference_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
 
 def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
     place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
+    if former := describe_former_key(".".join(keys)):
+        return former
     if key in UNSUPPORTED_KEYS:
         return f'{place} has no key "{key}": {UNSUPPORTED_KEYS[key]}'
     if key in FOREIGN_KEYS:

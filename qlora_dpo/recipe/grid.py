@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe import Recipe, load_recipe
+from qlora_dpo.recipe.former_keys import describe_former_key, upgrade_stored_recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe, check_keys
 
 MAX_NAME_LENGTH = 64
@@ -26,7 +27,7 @@ UNSWEEPABLE_KEYS = {
     "train.metric_for_best_model": "decides what is best, so it must be one for all",
     **{
         f"reference.{key}": "would need another model beside the base"
-        for key in ("name", "revision", "sha256", "quantization", "double_quant")
+        for key in ("name", "revision", "sha256", "quantization")
     },
 }
 """Keys that the points of a grid share, by how they begin, and what each point would need otherwise."""
@@ -80,6 +81,8 @@ def parse_axes(over: Sequence[str]) -> tuple[SweepAxis, ...]:
         raise RecipeError(f"--over {twice}: is given twice; write all its values in one list")
     check_keys(keys, extra_keys=(), option="--over")
     for key in keys:
+        if former := describe_former_key(key):
+            raise RecipeError(f"--over {key}: {former}")
         for start, why in UNSWEEPABLE_KEYS.items():
             if key.startswith(start):
                 raise RecipeError(
@@ -127,8 +130,8 @@ def to_toml(value: Any) -> str:
 
 
 def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes or two grids, a few words for each key."""
-    one, other = dict(_flatten(was)), dict(_flatten(now))
+    """What differs between a stored recipe or grid and the present one, a few words for each key."""
+    one, other = dict(_flatten(upgrade_stored_recipe(was, keep_changed=True))), dict(_flatten(now))
     return [
         f"{key} was {_display_value(one, key)}, is {_display_value(other, key)}"
         for key in sorted(one.keys() | other.keys())
@@ -180,8 +183,8 @@ def _check_shareable(recipe: Recipe, values: Mapping[str, Any]) -> None:
     mixed = any(each.weight or each.max_samples for each in data.mix or ())
     if "train.seed" in values and (data.max_train_samples or data.max_eval_samples or mixed):
         raise RecipeError(
-            f"--over train.seed: pairs are drawn with it here ({', '.join(SAMPLING_KEYS)}), so each run would have others; "
-            "leave out those keys, or begin a sweep for each seed: --set train.seed=VALUE -o DIR"
+            f"--over train.seed: pairs are drawn with it here ({', '.join(SAMPLING_KEYS)}), so each run would have "
+            "others; leave out those keys, or begin a sweep for each seed: --set train.seed=VALUE -o DIR"
         )
 
 

@@ -26,8 +26,6 @@ class ReferenceLoss(PairwiseLoss):
 
     beta: PositiveFloat = 0.1
     """How strongly the policy is held to the reference."""
-    beta_end: PositiveFloat | None = None
-    """beta moves from `beta` to this value in a straight line over the run; absent: it stays."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """Weight of the tokens beyond the length of the shorter answer (LD-DPO); absent: 1."""
 
@@ -158,8 +156,6 @@ class SamPo(PairwiseLoss):
     """The loss."""
     beta: PositiveFloat = 0.1
     """How strongly the policy is held to the reference."""
-    beta_end: PositiveFloat | None = None
-    """beta moves from `beta` to this value in a straight line over the run; absent: it stays."""
 
 
 class WeightedSum(ReferenceLoss):
@@ -167,7 +163,7 @@ class WeightedSum(ReferenceLoss):
 
     loss_type: Literal["sum"]
     """The loss."""
-    losses: Annotated[
+    loss_weights: Annotated[
         dict[
             Literal[
                 "sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sigmoid_norm"
@@ -176,7 +172,7 @@ class WeightedSum(ReferenceLoss):
         ],
         Field(min_length=1),
     ]
-    """Weights by loss, as in `losses = { sigmoid = 0.8, bco_pair = 0.2 }`; they share `beta`."""
+    """Weights by loss, as in `loss_weights = { sigmoid = 0.8, bco_pair = 0.2 }`; they share `beta`."""
 
 
 class Simpo(PairwiseLoss):
@@ -201,7 +197,7 @@ class AlphaPo(PairwiseLoss):
     """Scale of the rewards."""
     simpo_gamma: NonNegativeFloat = 1.0
     """The margin by which the chosen reward must be ahead."""
-    alpha: float = 0.25
+    alphapo_alpha: float = 0.25
     """Shape of the reward (1 - p^-alpha) / alpha; 0 is SimPO."""
 
 
@@ -296,3 +292,8 @@ def loss_types(table: type[RecipeTable]) -> tuple[str, ...]:
 def objective_table(loss_type: object) -> type[RecipeTable] | None:
     """The table that `loss_type` chooses; None if it is none."""
     return next((table for table in OBJECTIVE_TABLES if loss_type in loss_types(table)), None)
+
+
+def reward_beta(table: "Objective") -> float:
+    """The factor of the implicit rewards: the table's `beta`, or 1 for `sft`, which has none."""
+    return 1.0 if isinstance(table, Sft) else table.beta

@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.errors import describe_errors
+from qlora_dpo.recipe.former_keys import REMOVED_KEYS, describe_former_key, upgrade_stored_recipe
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, Objective, ReferenceFree, Sigmoid
 from qlora_dpo.recipe.reference import REFERENCE_TABLES, AdapterReference, EmaReference, ModelReference, Reference
@@ -25,7 +26,9 @@ from qlora_dpo.redact import find_secret_line
 MAX_RECIPE_BYTES = 2**16
 """A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
 MAX_ERRORS_SHOWN = 20
-"""Mistakes that are told at once."""
+"""Most mistakes that one message lists."""
+STORED_RECIPE_NAMES = ("resolved.toml", "best.toml")
+"""Recipes with every default written out, by a run and by a sweep: an older version may have written them."""
 
 
 class Recipe(RecipeTable):
@@ -118,10 +121,17 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """
     file = find_recipe(path)
     text, values = _read_toml(path, file)
+    if file.name in STORED_RECIPE_NAMES:
+        values = upgrade_stored_recipe(values, keep_changed=True)
     _check_no_secrets(path, text, overrides)
     set_by_hand = {".".join(keys) for keys in (_apply_override(values, each) for each in overrides)}
     recipe = _validate(path, text, values, overrides)
     return LoadedRecipe(_with_absolute_paths(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
+
+
+def read_stored_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that a finished run of this or an older version stored; raises ValidationError if it is damaged."""
+    return Recipe.model_validate(upgrade_stored_recipe(values))
 
 
 def check_recipe(path: str, text: str) -> None:
@@ -151,17 +161,22 @@ def _check_no_secrets(path: str, text: str, overrides: Sequence[str]) -> None:
 
 
 def check_keys(keys: Sequence[str], extra_keys: Sequence[str], option: str) -> None:
-    """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `extra_keys`."""
-    tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
+    """Raise RecipeError if one of `keys`, the values of `option`, is neither a recipe's key nor one of `extra_keys`.
+
+    Removed keys pass, since the checkpoint of an older version can differ in one of them.
+    """
+    tables = {name: get_args(field.annotation) or (field.annotation,) for name, field in Recipe.model_fields.items()}
     tables |= {"objective": OBJECTIVE_TABLES, "reference": REFERENCE_TABLES}
-    known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _table_keys(table)] + list(
-        extra_keys
-    )
+    known = [f"{name}.{key}" for name, models in tables.items() for model in models for key in _table_keys(model)]
+    known += extra_keys
     for key in keys:
-        if key not in known:
-            near = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
-            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *extra_keys))}"
-            raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
+        if key in known or key in REMOVED_KEYS:
+            continue
+        if former := describe_former_key(key):
+            raise RecipeError(f"{option} {key}: {former}")
+        near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
+        guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *extra_keys))}"
+        raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
 
 
 def _table_keys(table: Any) -> Iterator[str]:

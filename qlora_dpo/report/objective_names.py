@@ -38,10 +38,10 @@ Record = Mapping[str, Any]
 
 def describe_objective(objective: Record) -> str:
     """The loss as its paper calls it, with beta, and SFT beside it if there is any: `DPO (beta 0.1) plus 1 * SFT`."""
-    losses = objective.get("losses")
-    if losses:
+    loss_weights = objective.get("loss_weights")
+    if loss_weights:
         name = "a sum of " + ", ".join(
-            f"{weight:g} * {OBJECTIVE_NAMES.get(each, each)}" for each, weight in losses.items()
+            f"{weight:g} * {OBJECTIVE_NAMES.get(each, each)}" for each, weight in loss_weights.items()
         )
     else:
         name = OBJECTIVE_NAMES.get(objective["loss_type"], f"the loss {objective['loss_type']}")

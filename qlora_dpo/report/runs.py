@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
+from qlora_dpo.recipe.former_keys import upgrade_stored_recipe
 from qlora_dpo.report.objective_names import describe_objective
 from qlora_dpo.wilson import wilson_interval
 
@@ -64,7 +65,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     Raises RunError if a file of it is damaged.
     """
     try:
-        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+        recipe = upgrade_stored_recipe(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
         run, results = (_read_json(folder / name) for name in ("run.json", "results.json"))
         evals = results.get("evals") or _read_evals(folder / "metrics.jsonl")
         by_step = {record["step"]: record for record in evals}
@@ -129,7 +130,14 @@ def runs_table(runs: Sequence[Record], width: int) -> RenderableType:
 def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     """What differs between two runs: keys of their recipes, fingerprints, and the figures of both."""
     first, second = summarize_run(one), summarize_run(other)
-    recipes = [_flatten(tomllib.loads((each / "resolved.toml").read_text(encoding="utf-8"))) for each in (one, other)]
+    recipes = [
+        _flatten(
+            upgrade_stored_recipe(
+                tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")), keep_changed=True
+            )
+        )
+        for folder in (one, other)
+    ]
     facts = [_run_metadata(_read_json(each / "run.json")) for each in (one, other)]
     return {
         "runs": [first["name"], second["name"]],

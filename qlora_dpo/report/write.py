@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.files import atomic_write
-from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.recipe import read_stored_recipe
 from qlora_dpo.report.card import model_card
 from qlora_dpo.report.plots import draw_plots
 from qlora_dpo.report.run_page import render_run_page
@@ -32,7 +32,7 @@ def write_report(folder: Path, base: Path | None) -> list[Path]:
         run, results = (_read_json(folder / name) for name in ("run.json", "results.json"))
         records, samples = (_read_json_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
         resolved = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
-        objective = Recipe.model_validate(resolved).objective.model_dump(exclude_none=True)
+        objective = read_stored_recipe(resolved).objective.model_dump(exclude_none=True)
         recipe = folder / "recipe.toml"
         text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
         plots = draw_plots(records, results)

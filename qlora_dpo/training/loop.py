@@ -380,7 +380,7 @@ def _log_new_warnings(context: TrainContext, state: TrainState, run_log: RunLog)
         state.evals, context.data_order.total_steps, length_baselines(context.heldout.pairs), state.skipped_steps
     )
     told = {sign["name"] for sign in state.signs}
-    for name, sentence in find_warnings(course, context.recipe.watch).items():
+    for name, sentence in find_warnings(course).items():
         if name in told:
             continue
         state.signs.append({"step": state.step, "name": name, "sentence": sentence})

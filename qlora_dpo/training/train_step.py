@@ -20,7 +20,6 @@ from qlora_dpo.preference.objective import (
     Logps,
     LossColumns,
     Losses,
-    beta_at,
     compute_losses,
     concat_logps,
     dynamic_beta,
@@ -31,7 +30,7 @@ from qlora_dpo.preference.objective import (
 )
 from qlora_dpo.preference.pack import MicroBatch, collate, micro_batches
 from qlora_dpo.preference.reference import batch_reference_logps
-from qlora_dpo.recipe.objective import BetaDpo
+from qlora_dpo.recipe.objective import BetaDpo, reward_beta
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
 from qlora_dpo.training.checkpoint.save import TrainState
 
@@ -227,7 +226,7 @@ def _compute_losses(
 ) -> tuple[Losses, Tensor]:
     """The losses of some pairs at this step's beta, and how much their log-probabilities move each (P,)."""
     table = context.recipe.objective
-    beta = beta_at(table, state.step + 1, context.data_order.total_steps)
+    beta = reward_beta(table)
     if isinstance(table, BetaDpo):
         ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1).detach() - logps.reference_P2
         beta, state.margin_mean = dynamic_beta(ratio_P2[:, 0] - ratio_P2[:, 1], state.margin_mean, table, beta)
