@@ -27,7 +27,7 @@ def manifest_files(folder: Path) -> list[str]:
 
 
 def find_damage(folder: Path, required: str) -> str:
-    """What is damaged in a folder, in a few words; empty if `required` is listed and every file matches its manifest."""
+    """What is damaged in a folder, in a few words; empty if `required` and all listed files are intact."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():

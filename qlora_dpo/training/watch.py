@@ -10,9 +10,9 @@ from qlora_dpo.wilson import wilson_interval
 
 MIN_LOSS_CHANGE = 1e-3
 """A held-out loss that has moved by less, a quarter of the run or more after its start, has not moved."""
-MAX_DISPLACEMENT = 0.25
+MAX_DISPLACEMENT_NATS = 0.25
 """Nats per token that the chosen answers may lose since step 0 while the margin grows."""
-MAX_KL = 0.5
+MAX_KL_NATS = 0.5
 """Nats per token of KL divergence between the policy and the base on chosen answers."""
 MAX_LENGTH_CORRELATION = 0.8
 """Correlation, positive or negative, between the margins and how much longer the chosen answers are."""
@@ -51,13 +51,13 @@ def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
             "take fewer epochs or a lower train.learning_rate, or set train.load_best_model_at_end = true",
         )
     lost = first["eval_logps/chosen_per_token"] - now["eval_logps/chosen_per_token"]
-    if lost > MAX_DISPLACEMENT and now["eval_rewards/margins"] > first["eval_rewards/margins"]:
+    if lost > MAX_DISPLACEMENT_NATS and now["eval_rewards/margins"] > first["eval_rewards/margins"]:
         yield (
             "likelihood_displacement",
             f"the chosen answers have lost {lost:.2f} nats a token since step 0 while the margin grew: both answers "
             'become unlikely; add objective.sft_weight, or try loss_type = "dpop" or a higher objective.beta',
         )
-    if now["eval_kl"] > MAX_KL:
+    if now["eval_kl"] > MAX_KL_NATS:
         yield (
             "kl",
             f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, so other abilities "
