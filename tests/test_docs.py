@@ -31,6 +31,9 @@ PAGES = sorted(
 )
 
 
+ROOMS = sorted(path.name for path in (ROOT / "qlora_dpo").iterdir() if (path / "__init__.py").is_file())
+
+
 def blocks(page: Path) -> list[str]:
     """The page's code blocks."""
     return re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
@@ -76,6 +79,23 @@ def test_every_recipe_named_in_the_documents_exists() -> None:
     for page in PAGES:
         for name in re.findall(r"\brecipes/[\w./-]+\.toml", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_every_path_of_the_package_named_in_the_documents_exists() -> None:
+    comments = [ROOT / "pyproject.toml", ROOT / "setup.cfg", *(ROOT / "docs").glob("*.py")]
+    for page in (*PAGES, *comments):
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"qlora_dpo/[\w./-]*\w/?", text)
+        named += [f"qlora_dpo/{name}" for name in re.findall(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/\w+\.py", text)]
+        for name in named if page.name != "CHANGELOG.md" else ():
+            assert (ROOT / name).exists() or "*" in name, f"{page.name}: {name}"
+
+
+def test_every_test_named_in_the_documents_exists() -> None:
+    known = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    for page in PAGES:
+        for name in re.findall(r"\btest_\w+\.py\b", page.read_text(encoding="utf-8")):
+            assert name in known, f"{page.name}: {name}"
 
 
 def test_every_link_within_the_documents_leads_somewhere() -> None:
