@@ -1,4 +1,4 @@
-"""The recipe's table of the signs of trouble that a run looks for."""
+"""The table [watch]: the signs of trouble that end a run."""
 
 from typing import Literal
 
@@ -19,10 +19,10 @@ WarningName = Literal[
 
 
 class WatchTable(RecipeTable):
-    """Signs of trouble. A run looks for all of them at every evaluation, tells each once and keeps it in its report."""
+    """Signs of trouble. A run checks all of them at every evaluation, reports each once and lists it in its report."""
 
     stop: list[WarningName] = Field(default=[])
-    """Signs that end the run: `eval_loss_rises` (while the training loss falls), `likelihood_displacement`, `kl`,
-    `accuracy_in_noise` (of a coin or of the answers' length, in the second half of the run), `length_correlation`,
-    `vanishing_gradient`, `stuck` (at the first loss), `skipped_steps` (fp16). The adapter is written as it is then, and
-    the command ends with exit code 3."""
+    """The signs that end the run: `eval_loss_rises` (while the training loss falls), `likelihood_displacement`, `kl`,
+    `accuracy_in_noise` (no better than a coin or the completions' length, in the second half of the run),
+    `length_correlation`, `vanishing_gradient`, `stuck` (at the initial loss), `skipped_steps` (fp16). The adapter is
+    then written as it is, and the command exits with code 3."""
