@@ -14,8 +14,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 FOLDERS = sorted({path.parent for path in MODULES})
 MAX_FILES = 25
-ALLOWED_TWICE = {"Record"}
-"""Names that several modules may define: the alias of a mapping's type."""
+ALLOWED_TWICE = {"Record", "logger"}
+"""Names that several modules may define: the alias of a mapping's type, and each module's own logger."""
 
 
 def dotted(path: Path) -> str:

@@ -36,7 +36,6 @@ from qlora_dpo.recipe.objective import (
     Sigmoid,
     Simpo,
     WeightedSum,
-    reward_beta,
 )
 
 MIN_BETA = 1e-3
@@ -282,7 +281,7 @@ def needs_whole_step(table: Objective) -> bool:
 
 def compute_losses(logps: Logps, table: Objective, beta: float | None = None) -> Losses:
     """The recipe's loss per pair; `beta` is that of the step, the table's if absent."""
-    strength = reward_beta(table) if beta is None else beta
+    strength: float = getattr(table, "beta", 1.0) if beta is None else beta
     ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1)
     if needs_reference(table):
         ratio_P2 = ratio_P2 - logps.reference_P2

@@ -295,6 +295,7 @@ def objective_table(loss_type: object) -> type[RecipeTable] | None:
     return next((table for table in OBJECTIVE_TABLES if loss_type in loss_types(table)), None)
 
 
-def reward_beta(table: "Objective") -> float:
-    """The factor of the implicit rewards: the table's `beta`, or 1 for `sft`, which has none."""
-    return 1.0 if isinstance(table, Sft) else table.beta
+def reward_beta(table: Objective) -> float:
+    """The beta that scales rewards; 0.1, DPO's own default, for an objective that has none."""
+    beta: float = getattr(table, "beta", 0.1)
+    return beta
