@@ -131,7 +131,7 @@ def lines() -> Iterator[str]:
         ("and again in parts, for a reading that is killed", PAIRS * m.kept_bytes, "the same"),
         ("memory that grows with the pairs, a process", PAIRS * m.resident_bytes, f"{m.resident_bytes:,.0f} a row"),
         ("the same, a node", GPUS_PER_NODE * PAIRS * m.resident_bytes, f"{GPUS_PER_NODE} processes"),
-        ("answers of the reference, on disk", PAIRS * ANSWER_BYTES, f"{ANSWER_BYTES} a pair"),
+        ("reference log-probabilities, on disk", PAIRS * ANSWER_BYTES, f"{ANSWER_BYTES} a pair"),
         ("their journal between two saves", 60 * PAIRS / epoch_seconds(QWEN_05B) * RECORD_BYTES, "a minute, 0.5B"),
     ):
         yield f"| {name} | {shown_bytes(size)} | {how} |"

@@ -1,14 +1,14 @@
-"""Errors a user can act on: one sentence each, with the exit code the command line ends with."""
+"""Errors that a user can act on: one sentence each, with the exit code of the command line."""
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_GATE, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 OOM_MESSAGES = (
     *("out of memory", "not enough memory", "defaultcpuallocator: can't allocate", "cannot allocate memory"),
-    # a full card often says so first in a product or an attention, whose libraries allocate for themselves
+    # a full GPU often fails first in a matrix product or attention, whose libraries allocate their own memory
     *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
     *("cudnn_status_internal_error_device_allocation_failed", "cudnn_status_internal_error_host_allocation_failed"),
 )
-"""What such errors say, in lower-case letters."""
+"""Parts of the messages of out-of-memory errors, in lower case."""
 REDUCE_MEMORY_ADVICE = (
     "lower train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing = true, and close other "
     "programs that hold memory"
@@ -16,13 +16,13 @@ REDUCE_MEMORY_ADVICE = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for Python's own MemoryError, torch's OutOfMemoryError, and errors of torch, the GPU's libraries and the
-    system that say so in words.
+    """True for MemoryError, for torch's OutOfMemoryError, and for errors of torch, the GPU libraries and the operating
+    system whose message says so.
     """
-    # by its name, since this file is read before torch is imported
-    torchs = any(f"{kind.__module__}.{kind.__name__}" == "torch.OutOfMemoryError" for kind in type(error).__mro__)
-    told = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in OOM_MESSAGES)
-    return isinstance(error, MemoryError) or torchs or told
+    # compared by name, since this module is imported before torch
+    from_torch = any(f"{kind.__module__}.{kind.__name__}" == "torch.OutOfMemoryError" for kind in type(error).__mro__)
+    message = str(error).lower() if isinstance(error, RuntimeError | OSError) else ""
+    return isinstance(error, MemoryError) or from_torch or any(part in message for part in OOM_MESSAGES)
 
 
 class QloraDpoError(Exception):
@@ -32,7 +32,7 @@ class QloraDpoError(Exception):
 
 
 class RecipeError(QloraDpoError):
-    """The recipe or the command line asks for something that does not exist or does not fit together."""
+    """The recipe or the command line names something that does not exist, or combines what cannot be combined."""
 
     exit_code = EXIT_USAGE
 
@@ -42,11 +42,11 @@ class DataError(QloraDpoError):
 
 
 class ModelError(QloraDpoError):
-    """A model, tokenizer or adapter cannot be loaded, or does not do what training relies on."""
+    """A model, tokenizer or adapter cannot be loaded, or lacks a property that training relies on."""
 
 
 class SourceError(QloraDpoError):
-    """A hub, a package index or a disk did not give what was asked for."""
+    """A hub, a package index or a disk did not deliver a file, or could not take one."""
 
 
 class RunError(QloraDpoError):
@@ -54,7 +54,7 @@ class RunError(QloraDpoError):
 
 
 class ProcessEndedError(RunError):
-    """Another of the processes that train together has ended, so this one cannot go on."""
+    """Another rank of a distributed run has ended, so this one cannot continue."""
 
 
 class GateError(QloraDpoError):
@@ -64,7 +64,7 @@ class GateError(QloraDpoError):
 
 
 class DoesNotFitError(QloraDpoError):
-    """The plan needs more memory or disk than there is."""
+    """The run would need more memory or disk than is available."""
 
     exit_code = EXIT_DOES_NOT_FIT
 

@@ -1,4 +1,4 @@
-"""Writes files and folders whole or not at all, and knows where cached things live."""
+"""Atomic writes of files and folders, their SHA-256, and the place of the cache."""
 
 import errno
 import hashlib
@@ -15,15 +15,15 @@ from qlora_dpo.errors import SourceError
 
 
 def cache_home() -> Path:
-    """The folder for converted models and reference log-probabilities: $QLORA_DPO_CACHE, or in the user's cache."""
-    if own := os.environ.get("QLORA_DPO_CACHE"):
-        return Path(own).expanduser()
+    """The cache folder: $QLORA_DPO_CACHE, or `qlora_dpo` in the user's cache folder."""
+    if folder := os.environ.get("QLORA_DPO_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora_dpo"
 
 
 @contextmanager
 def translate_disk_errors(target: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a SourceError that names `target`."""
+    """Raise SourceError, naming `target`, for the OSError of a full or read-only disk."""
     try:
         yield
     except OSError as error:
@@ -38,12 +38,13 @@ def translate_disk_errors(target: Path) -> Iterator[None]:
 
 
 def check_disk_space(target: Path, needed: int) -> None:
-    """Raise SourceError if the disk that `target` will lie on has fewer than `needed` bytes free."""
+    """Raise SourceError if the disk of `target`, which need not exist yet, has fewer than `needed` bytes free."""
     home = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(home).free
     if free < needed:
         raise SourceError(
-            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; {_free_space_advice(target)}"
+            f"{target}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free; "
+            f"{_free_space_advice(target)}"
         )
 
 
@@ -53,7 +54,7 @@ def _free_space_advice(target: Path) -> str:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it to `path`."""
+    """Write `path` under a temporary name, flush it to disk, and rename it: readers see all of it or nothing."""
     data = content.encode() if isinstance(content, str) else content
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +73,13 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, whole or not at all; NaN and infinity are refused."""
+    """Write `value` atomically as indented JSON; raises ValueError for NaN and infinity."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to fill; rename it to `path` at the end, remove it after any error."""
+    """Yield a temporary folder beside `path`, which is renamed to `path` at the end, or removed after any error."""
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

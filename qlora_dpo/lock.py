@@ -1,4 +1,4 @@
-"""Lets one process at a time into a run directory, and says who is in it."""
+"""A lock on a run folder: one process at a time may write there, and its name is in the lock file."""
 
 import fcntl
 import json
@@ -17,43 +17,43 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def lock_folder(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep other processes out of `folder`, which is made if it is not there.
+    """Hold the lock of `folder`, which is created if it does not exist.
 
-    The kernel drops the lock when its owner dies, however it dies; then `log` is told from whom it was taken over.
-    Raises RunError, which names the owner, if a process that lives holds it.
+    The kernel releases the lock when its owner dies, however it dies; `log` then gets a sentence that names that owner.
+    Raises RunError, naming the owner, if a living process holds the lock.
     """
     with translate_disk_errors(folder):
         handle = _acquire(folder)
     try:
-        if before := _lock_owner(handle):
-            log(f"{folder}: taken over from {before}, which ended without leaving")
-        me = {
+        if previous := _lock_owner(handle):
+            log(f"{folder}: taken over from {previous}, which ended without leaving")
+        owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         with translate_disk_errors(folder):
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(me).encode(), 0)
+            os.pwrite(handle, json.dumps(owner).encode(), 0)
         yield
     finally:
-        # removed while it is still held, so that nobody waits on a file that is no longer there
+        # removed while it is still locked, so that no process waits for a file that is already deleted
         (folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(handle)
 
 
 def _acquire(folder: Path) -> int:
-    """The open lock file of `folder`, locked."""
+    """Open and lock the lock file of `folder`; returns its file descriptor."""
     path = folder / LOCK_FILE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another run that failed has just removed its empty folder
+        except FileNotFoundError:  # another run failed and has just removed its empty folder
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the file may have been removed by its owner between opening and locking it
+            # its owner may have removed the file after it was opened here
             if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
                 return handle
         except BlockingIOError as error:
@@ -68,7 +68,7 @@ def _acquire(folder: Path) -> int:
 
 
 def _lock_owner(handle: int) -> str:
-    """Who wrote the lock file, in words; empty if nobody did."""
+    """The process that wrote the lock file, as a phrase; empty if the file is empty or damaged."""
     try:
         owner = json.loads(os.pread(handle, 4096, 0))
         return f"process {int(owner['pid'])} on {str(owner['host'])[:64]} (since {str(owner['since'])[:32]})"

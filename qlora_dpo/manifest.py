@@ -1,4 +1,4 @@
-"""A list of a folder's files with bytes and SHA-256, written last: what it does not confirm is damaged."""
+"""The manifest of a folder: its files with their bytes and SHA-256, written last, so that damage is found."""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:
-    """List `files` of `folder` in its manifest."""
+    """Write the manifest of `folder`, which lists `files`."""
     write_json(
         folder / MANIFEST,
         {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(files)},
@@ -18,7 +18,7 @@ def write_manifest(folder: Path, files: Iterable[Path]) -> None:
 
 
 def find_damage(folder: Path, required: str) -> str:
-    """What is wrong with a folder, in a few words; empty if every file is as its manifest says and `required` is one."""
+    """The first damage in `folder`, as a phrase; empty if all listed files are intact and `required` is one of them."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():

@@ -1,4 +1,4 @@
-"""Takes secrets out of what is written or printed: the environment's, the hub login's, and what looks like one."""
+"""Removes secrets from texts that are written or printed: those of the environment and of the hub login, and tokens."""
 
 import os
 import re
@@ -10,7 +10,7 @@ _SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _LIKELY_SECRET = re.compile(
     # hub, OpenAI, GitHub, GitLab, Slack, AWS, Google
     r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[A-Za-z0-9_-]{16,}"
-    r"|(?<=://)[^/\s@]+(?=@)"  # user and password in an address
+    r"|(?<=://)[^/\s@]+(?=@)"  # user and password in a URL
     r"|(?<=[?&]token=)[^&\s]+|(?<=[?&]key=)[^&\s]+",
     re.IGNORECASE,
 )
@@ -19,24 +19,24 @@ _CERTAIN_SECRET = re.compile(
     r"|\bsk-[A-Za-z0-9_-]{40,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{35}|://[^/\s:@]*:[^/\s@]+@"
 )
 MIN_SECRET_LENGTH = 8
-"""Characters of a value that counts as a secret: a shorter one would be found in ordinary words."""
+"""Characters of the shortest value that counts as a secret: a shorter one would occur in ordinary words."""
 
 
 def redact_secrets(text: str) -> str:
-    """`text` with *** for every secret in it."""
+    """`text` with every secret replaced by ***."""
     for secret in sorted(_known_secrets(), key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return _LIKELY_SECRET.sub(REDACTED, text)
 
 
 def find_secret_line(text: str) -> int | None:
-    """The first line, from 1, that surely holds a token or an address with a password; None if there is none."""
-    found = _CERTAIN_SECRET.search(text)
-    return text.count("\n", 0, found.start()) + 1 if found else None
+    """The first line, counted from 1, that certainly has a token or a URL with a password; None if no line has."""
+    secret = _CERTAIN_SECRET.search(text)
+    return text.count("\n", 0, secret.start()) + 1 if secret else None
 
 
 def _known_secrets() -> Iterator[str]:
-    """Values of environment variables that are named like secrets and do not name a file, and the hub login's token."""
+    """The token of the hub login, and values (not paths) of environment variables that are named like secrets."""
     for name, value in os.environ.items():
         if _SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_LENGTH and not value.startswith(("/", "~")):
             yield value

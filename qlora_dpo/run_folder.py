@@ -16,7 +16,7 @@ from qlora_dpo.files import atomic_write
 from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.recipe.recipe import LoadedRecipe, resolved_toml
+from qlora_dpo.recipe.recipe import LoadedRecipe, read_stored_recipe, resolved_toml
 
 Record = Mapping[str, Any]
 """A JSON object that a run writes: a line of metrics.jsonl or samples.jsonl, or a whole file such as run.json."""
@@ -119,7 +119,7 @@ def read_run_metadata(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, 
     """The folder's [model] table, run.json and resolved recipe; the last two are None for an adapter made elsewhere."""
     try:
         if (folder / "run.json").is_file() and (folder / "resolved.toml").is_file():
-            recipe = Recipe.model_validate(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
+            recipe = read_stored_recipe(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return _at_revision(recipe.model, run["base"].get("revision")), run, recipe
         config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
-"""The interval in which a share lies, given how often it was met among how many."""
+"""Wilson's confidence interval of a share."""
 
 import math
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval for a share (Wilson 1927); 95 % with the default `z`. A tie may count as half a success.
+    """The score interval of the share `successes / n` (Wilson 1927), 95 % by default. A tie may be half a success.
 
-    Unlike share +- z * standard error it stays within 0 and 1, and it is not empty at 0 or n successes.
+    Unlike share +- z * standard error, it stays within 0 and 1, and it has a width at 0 and at n successes.
     """
     if n == 0:
         return 0.0, 1.0

@@ -72,15 +72,14 @@ def test_the_best_is_the_lowest_loss_and_the_highest_accuracy() -> None:
 
 
 def test_patience_is_counted_as_transformers_counts_it() -> None:
-    def ends(*losses: float, threshold: float = 0.0) -> bool:
-        table = TrainTable(early_stopping_patience=2, early_stopping_threshold=threshold)
-        return out_of_patience(evals(*losses), table)
+    def ends(*losses: float) -> bool:
+        return out_of_patience(evals(*losses), TrainTable(early_stopping_patience=2))
 
     assert not ends(0.69, 0.6, 0.65)
     assert ends(0.69, 0.6, 0.65, 0.6)  # as good is no better
     assert not ends(0.69, 0.6, 0.65, 0.59)
     assert not ends(0.69, 0.6, 0.65, 0.59, 0.7)
-    assert ends(0.69, 0.6, 0.595, 0.591, threshold=0.01)  # never better by enough than the lowest so far
+    assert ends(0.69, 0.6, 0.65, 0.62)  # better than the one before, but not than the best one
     assert not out_of_patience(evals(0.1, 0.2, 0.3, 0.4), TrainTable())
 
 

@@ -355,7 +355,6 @@ def test_every_key_of_a_recipe_that_changes_is_refused_by_name_or_free(key: str)
         "train.eval_steps",
         "train.save_steps",
         "train.early_stopping_patience",
-        "train.early_stopping_threshold",
     }
     assert list(save._resume_differences(was, now)) == ([] if free else [key])
 

@@ -5,11 +5,16 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 
 from qlora_dpo.cli import commands
+from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.data import MixTable
+from qlora_dpo.recipe.objective import OBJECTIVE_TABLES
+from qlora_dpo.recipe.reference import REFERENCE_TABLES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -24,6 +29,9 @@ PAGES = sorted(
         *(ROOT / "recipes").glob("**/*.md"),
     ]
 )
+
+
+ROOMS = sorted(path.name for path in (ROOT / "qlora_dpo").iterdir() if (path / "__init__.py").is_file())
 
 
 def blocks(page: Path) -> list[str]:
@@ -73,10 +81,49 @@ def test_every_recipe_named_in_the_documents_exists() -> None:
             assert (ROOT / name).is_file(), f"{page.name}: {name}"
 
 
+def test_every_path_of_the_package_named_in_the_documents_exists() -> None:
+    comments = [ROOT / "pyproject.toml", ROOT / "setup.cfg", *(ROOT / "docs").glob("*.py")]
+    for page in (*PAGES, *comments):
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"qlora_dpo/[\w./-]*\w/?", text)
+        named += [f"qlora_dpo/{name}" for name in re.findall(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/\w+\.py", text)]
+        for name in named if page.name != "CHANGELOG.md" else ():
+            assert (ROOT / name).exists() or "*" in name, f"{page.name}: {name}"
+
+
+def test_every_test_named_in_the_documents_exists() -> None:
+    known = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    for page in PAGES:
+        for name in re.findall(r"\btest_\w+\.py\b", page.read_text(encoding="utf-8")):
+            assert name in known, f"{page.name}: {name}"
+
+
 def test_every_link_within_the_documents_leads_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_key_of_a_recipe_stands_in_a_shipped_recipe_or_in_a_guide() -> None:
+    guides = [page for page in PAGES if page.name not in ("recipe.md", "cli.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+    shown = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in (*guides, *(ROOT / "recipes").glob("*.toml"), ROOT / "docs/losses.md")
+    )
+    words = set(re.findall(r"\w+", shown))
+    assert [key for key in _every_key() if key.rpartition(".")[2] not in words] == []
+
+
+def _every_key() -> list[str]:
+    tables = {name: get_args(field.annotation) or (field.annotation,) for name, field in Recipe.model_fields.items()}
+    tables |= {"objective": OBJECTIVE_TABLES, "reference": REFERENCE_TABLES, "data.mix": (MixTable,)}
+    found = [
+        f"{name}.{key}"
+        for name, models in tables.items()
+        for model in models
+        for key in getattr(model, "model_fields", ())
+    ]
+    return sorted(set(found))
 
 
 def test_the_readme_has_the_two_commands_that_ci_runs() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.preference.logps import score_batch
-from qlora_dpo.preference.objective import Logps, LossColumns, beta_at, compute_losses, concat_logps, dynamic_beta
+from qlora_dpo.preference.objective import Logps, LossColumns, compute_losses, concat_logps, dynamic_beta
 from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, BetaDpo, Objective, loss_types
@@ -31,7 +31,7 @@ READER: TypeAdapter[Any] = TypeAdapter(Objective)
 ALL = [name for table in OBJECTIVE_TABLES for name in loss_types(table)]
 NEEDED: dict[str, dict[str, Any]] = {
     "robust": {"label_smoothing": 0.1},
-    "sum": {"losses": {"sigmoid": 0.8, "bco_pair": 0.2}},
+    "sum": {"loss_weights": {"sigmoid": 0.8, "bco_pair": 0.2}},
     "odpo": {"score_columns": ["better", "worse"]},
 }
 
@@ -105,7 +105,7 @@ WORKED: dict[str, tuple[Any, float]] = {
     "simpo": (table("simpo", beta=2.0, simpo_gamma=0.5), math.log1p(math.exp(-(0.8 - 0.5)))),
     # (1 - e^(0.5 * 2)) / 0.5 and (1 - e^(0.5 * 2.4)) / 0.5
     "alphapo": (
-        table("alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.5),
+        table("alphapo", beta=2.0, simpo_gamma=0.5, alphapo_alpha=0.5),
         math.log1p(math.exp(-(2 * ((1 - math.exp(1)) / 0.5 - (1 - math.exp(1.2)) / 0.5) - 0.5))),
     ),
     "cpo": (table("cpo", beta=0.5, sft_weight=0.0), math.log1p(math.exp(-2))),
@@ -120,7 +120,7 @@ WORKED: dict[str, tuple[Any, float]] = {
     "kto, bad": (table("kto", beta=0.5, undesirable_weight=3.0), 3 / (1 + math.exp(-0.5))),
     "margin": (table("sigmoid", beta=0.5, margin_column="m"), math.log1p(math.exp(-(1.5 - 0.7)))),
     "sum": (
-        table("sum", beta=0.5, losses={"hinge": 2.0, "bco_pair": 0.5}),
+        table("sum", beta=0.5, loss_weights={"hinge": 2.0, "bco_pair": 0.5}),
         0.5 * (math.log1p(math.exp(-0.5)) + math.log1p(math.exp(-1))),
     ),
 }
@@ -184,7 +184,7 @@ AS_DPO = {
     "R-DPO with alpha 0": table("rdpo", length_alpha=0.0),
     "ODPO with alpha 0": table("odpo", odpo_alpha=0.0),
     "alpha divergence at 1": table("sigmoid", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0),
-    "a sum of one": table("sum", losses={"sigmoid": 1.0}),
+    "a sum of one": table("sum", loss_weights={"sigmoid": 1.0}),
 }
 
 
@@ -199,8 +199,10 @@ def test_at_its_limit_a_loss_is_dpo(case: str) -> None:
 def test_alphapo_is_simpo_as_alpha_goes_to_0() -> None:
     logps = replace(random_logps(), reference_P2=torch.zeros(6, 2, dtype=torch.float64))
     simpo = compute_losses(logps, table("simpo")).total_P
-    torch.testing.assert_close(compute_losses(logps, table("alphapo", alpha=0.0)).total_P, simpo)
-    torch.testing.assert_close(compute_losses(logps, table("alphapo", alpha=1e-7)).total_P, simpo, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compute_losses(logps, table("alphapo", alphapo_alpha=0.0)).total_P, simpo)
+    torch.testing.assert_close(
+        compute_losses(logps, table("alphapo", alphapo_alpha=1e-7)).total_P, simpo, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_orpo_is_finite_where_an_answer_is_all_but_certain() -> None:
@@ -238,13 +240,6 @@ def test_the_loss_of_a_pair_is_multiplied_by_its_weight(name: str) -> None:
     torch.testing.assert_close(
         compute_losses(weighed, table(name)).total_P, weight_P * compute_losses(logps, table(name)).total_P
     )
-
-
-def test_beta_moves_in_a_straight_line() -> None:
-    what = table("sigmoid", beta=0.1, beta_end=0.5)
-    assert [beta_at(what, step, 5) for step in (1, 3, 5)] == [0.1, pytest.approx(0.3), 0.5]
-    assert beta_at(table("sigmoid", beta=0.1), 3, 5) == 0.1
-    assert beta_at(table("orpo"), 1, 1) == 0.1
 
 
 def test_dynamic_beta_follows_the_margins_as_the_authors_code_does() -> None:

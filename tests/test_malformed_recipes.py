@@ -37,8 +37,8 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
     "unlike any key": (
         BOTH + "[objective]\nzzz = 1\n",
         [
-            ':6: [objective] has no key "zzz"; it has sft_weight, use_weighting, weight_column, beta, beta_end, '
-            "ld_alpha, f_divergence_type, f_alpha_divergence_coef, loss_type, label_smoothing, margin_column"
+            ':6: [objective] has no key "zzz"; it has sft_weight, use_weighting, weight_column, beta, ld_alpha, '
+            "f_divergence_type, f_alpha_divergence_coef, loss_type, label_smoothing, margin_column"
         ],
     ),
     "key of another table": (
@@ -250,8 +250,8 @@ TEXTS: dict[str, tuple[str, list[str]]] = {
         [":1: model.name is 3; it must be a string in quotes"],
     ),
     "keys after a text of many lines": (
-        MODEL + DATA + '[samples]\ncount_matching = """\nr = 1\n"""\nshow = "x"\n',
-        [':9: samples.show is the string "x"; it must be a whole number'],
+        MODEL + DATA + '[samples]\ncount_matching = """\nr = 1\n"""\nprompts = "x"\n',
+        [':9: samples.prompts is the string "x"; it must be a whole number'],
     ),
     "several mistakes at once": (
         MODEL + 'dtype = "fp8"\n[data]\ntrian = "org/pairs"\n[lora]\nr = 0\n',

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 
 LOSSES: dict[str, list[str]] = {loss: [] for table in OBJECTIVE_TABLES for loss in loss_types(table)} | {
     "robust": ["objective.label_smoothing=0.1"],
-    "sum": ["objective.losses={ sigmoid = 0.8, bco_pair = 0.2 }"],
+    "sum": ["objective.loss_weights={ sigmoid = 0.8, bco_pair = 0.2 }"],
     "odpo": ['objective.score_columns=["better", "worse"]'],
     "kto": ['data.train="./answers.jsonl"'],
 }
@@ -30,7 +30,7 @@ REFERENCES = {
     "base": ['reference.kind="base"'],
     "adapter": ['reference.kind="adapter"', 'reference.path="./starts/{adapter}-{quantization}"'],
     "model": ['reference.kind="model"', 'reference.name="./other"', 'reference.quantization="none"'],
-    "nf4_model": ['reference.kind="model"', 'reference.name="./other"', "reference.double_quant=false"],
+    "nf4_model": ['reference.kind="model"', 'reference.name="./other"'],
     "ema": ['reference.kind="ema"', "reference.ref_model_sync_steps=1"],
 }
 ADAPTERS = {

@@ -329,7 +329,7 @@ def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path
 LOSSES = [loss for table in OBJECTIVE_TABLES for loss in loss_types(table)]
 NEEDED: dict[str, dict[str, Any]] = {
     "robust": {"label_smoothing": 0.1},
-    "sum": {"losses": {"sigmoid": 0.8, "ipo": 0.2}},
+    "sum": {"loss_weights": {"sigmoid": 0.8, "ipo": 0.2}},
     "dpop": {"dpop_lambda": 1.0},
 }
 """Keys of a loss that have no default; and 50 nats a nat, the default of DPO-Positive, would magnify any rounding."""

@@ -104,7 +104,7 @@ def test_the_home_of_nobody_is_refused(key: str, empty_folder: Path) -> None:
     Path("a.toml").write_text(BOTH)
     with pytest.raises(RecipeError) as error:
         load_recipe("a.toml", [f"{key}=~nobody-here/x"])
-    assert str(error.value) == f"{key} is ~nobody-here/x, and there is no such home folder; write the whole path"
+    assert str(error.value) == f"{key} is ~nobody-here/x, and there is no such home folder; write the full path"
 
 
 def test_the_policy_starts_from_the_reference_unless_told_otherwise() -> None:

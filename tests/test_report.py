@@ -166,7 +166,7 @@ def test_every_loss_has_a_name() -> None:
         ({"loss_type": "sft"}, "SFT", ["sft"]),
         ({"loss_type": "beta_dpo", "beta": 0.1}, "beta-DPO (beta 0.1)", ["dpo", "beta-dpo"]),
         (
-            {"loss_type": "sum", "losses": {"sigmoid": 1.0, "ipo": 0.5}, "beta": 0.1},
+            {"loss_type": "sum", "loss_weights": {"sigmoid": 1.0, "ipo": 0.5}, "beta": 0.1},
             "a sum of 1 * DPO, 0.5 * IPO (beta 0.1)",
             [],
         ),

@@ -265,13 +265,6 @@ def f_score(ratio_P: Tensor, table: FDivergenceLoss) -> Tensor:
             assert_never(never)
 
 
-def beta_at(table: Objective, step: int, total_steps: int) -> float:
-    """The beta of optimizer step `step`, counted from 1."""
-    start = reward_beta(table)
-    end = getattr(table, "beta_end", None)
-    return start if end is None or total_steps < 2 else start + (end - start) * (step - 1) / (total_steps - 1)
-
-
 def needs_reference(table: Objective) -> bool:
     """False for losses that read only the policy's log-probabilities."""
     return not isinstance(table, ReferenceFree)
@@ -314,7 +307,7 @@ def _reward(ratio_P2: Tensor, tokens_P2: Tensor, table: Objective) -> Tensor:
     """The implicit reward before beta: log-ratios, or mean log-probabilities for losses that compare those."""
     match table:
         case AlphaPo():
-            return alpha_reward(ratio_P2 / tokens_P2, table.alpha)
+            return alpha_reward(ratio_P2 / tokens_P2, table.alphapo_alpha)
         case Simpo() | Orpo() | Sft():
             return ratio_P2 / tokens_P2
         case _:
@@ -342,7 +335,7 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
         case WeightedSum():
             parts = [
                 weight * _beta_only_loss(name, ratio_P2, ratio_P2, tokens_P2, beta)
-                for name, weight in table.losses.items()
+                for name, weight in table.loss_weights.items()
             ]
             return torch.stack(parts).sum(0)
         case Aot() if table.loss_type == "aot":
@@ -364,7 +357,7 @@ def _preference_loss(logps: Logps, ratio_P2: Tensor, tokens_P2: Tensor, table: O
         case Simpo():
             return simpo(mean_P2[:, 0] - mean_P2[:, 1], beta, table.simpo_gamma, table.label_smoothing)
         case AlphaPo():
-            shaped_P2 = alpha_reward(mean_P2, table.alpha)
+            shaped_P2 = alpha_reward(mean_P2, table.alphapo_alpha)
             return simpo(shaped_P2[:, 0] - shaped_P2[:, 1], beta, table.simpo_gamma)
         case Cpo():
             return dpo(margin_P, beta, table.label_smoothing)

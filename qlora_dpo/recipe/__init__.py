@@ -1,4 +1,4 @@
-"""All that decides a run: the tables of a recipe, its reader, and the sentences for a wrong one."""
+"""Everything that decides a run: the tables of a recipe, its reader, and the error messages for a wrong recipe."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""The recipe's table of the preference pairs."""
+"""The table [data]: the preference pairs and how they are tokenized."""
 
 from typing import Annotated, Literal
 
@@ -20,66 +20,67 @@ FormatName = Literal[
 
 
 class MixTable(RecipeTable):
-    """One source of a mixture; the recipe has a table of this name for each."""
+    """One source of a mixture; a recipe has one such table per source."""
 
     source: NonEmptyStr
-    """A hub data set, local file, pattern or folder, as `data.train`."""
+    """A hub data set, local file, pattern or folder, as in `data.train`."""
     split: NonEmptyStr = "train"
-    """Split of a hub data set or folder."""
+    """The split of a hub data set or folder."""
     revision: NonEmptyStr | None = None
     """A branch, tag or commit of a hub data set."""
     config: NonEmptyStr | None = None
-    """Configuration of a hub data set that has several."""
+    """The configuration of a hub data set that has several."""
     data_dir: NonEmptyStr | None = None
-    """Folder of a hub data set whose files are read."""
+    """The folder of a hub data set whose files are read."""
     format: FormatName = "auto"
-    """The shape of this source's rows; `auto` recognises it and says so."""
+    """The preference format of this source's rows; `auto` detects it and reports it."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default={})
-    """Names of columns here, and what this source calls them."""
+    """Our names of columns, and the names that this source has for them."""
     weight: PositiveFloat | None = None
-    """Pairs of this source for each pair that another source with weight 1 gives. No pair is repeated: the source that
-    runs out first decides how many there are. Absent, in all tables: every pair is used."""
+    """How many pairs of this source are used for each pair of a source with weight 1. No pair is repeated: the source
+    that runs out first decides how many there are. Absent, in all tables: every pair is used."""
     max_samples: PositiveInt | None = None
-    """Use at most this many pairs of this source, those that are held out from it included; drawn with `train.seed`."""
+    """Use at most this many pairs of this source, including its held-out pairs; drawn with `train.seed`."""
 
 
 class DataTable(RecipeTable):
-    """The preference pairs, and how they become tokens."""
+    """The preference pairs, and how they are tokenized."""
 
     train: NonEmptyStr | None = None
-    """A hub data set (`Dahoas/full-hh-rlhf`), a local file (.jsonl, .json, each also .gz, .csv, .parquet), a pattern
-    that files match (`./part-*.jsonl`) or a folder of them. Paths in a recipe start at the recipe's own folder, paths
-    given with `--set` at the current one. Needed, unless there are `[[data.mix]]` tables."""
+    """A hub data set (`Dahoas/full-hh-rlhf`), a local file (.jsonl, .json, both also as .gz, .csv, .parquet), a pattern
+    (`./part-*.jsonl`) or a folder of files. Paths in a recipe are relative to the recipe's folder, paths given with
+    `--set` to the current one. Required unless there are `[[data.mix]]` tables."""
     mix: list[MixTable] | None = None
-    """Train on a mixture: a `[[data.mix]]` table for each source, instead of `train`."""
+    """Train on a mixture: one `[[data.mix]]` table per source, instead of `train`."""
     train_split: NonEmptyStr = "train"
-    """Split of a hub data set or folder to train on."""
+    """The split of a hub data set or folder to train on."""
     eval: NonEmptyStr | None = None
-    """Where the held-out pairs are; absent: the same source as `train`."""
+    """The source of the held-out pairs; absent: the same as `train`."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Hold out the pairs of this share of the prompts of `train`, so that no prompt stands on both sides. Absent: 0.1
-    where `train` is a file, a pattern or a mixture and there is no `eval`, else the split `eval_split` is held out."""
+    """Hold out the pairs of this share of the prompts of `train`, so that no prompt is both trained on and held out.
+    Absent: 0.1 if `train` is a file, a pattern or a mixture and there is no `eval`; otherwise the split `eval_split` is
+    held out."""
     eval_split: NonEmptyStr = "test"
-    """Split of a hub data set or folder that is held out."""
+    """The split of a hub data set or folder that is held out."""
     revision: NonEmptyStr | None = None
     """A branch, tag or commit of a hub data set."""
     config: NonEmptyStr | None = None
-    """Configuration of a hub data set that has several."""
+    """The configuration of a hub data set that has several."""
     data_dir: NonEmptyStr | None = None
-    """Folder of a hub data set whose files are read (`helpful-base` of `Anthropic/hh-rlhf`)."""
+    """The folder of a hub data set whose files are read (`helpful-base` of `Anthropic/hh-rlhf`)."""
     format: FormatName = "auto"
-    """The shape of the rows; `auto` recognises it and says so."""
+    """The preference format of the rows; `auto` detects it and reports it."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default={})
-    """Names of columns here, and what the data calls them: `{ prompt = "question", chosen = "good" }`."""
+    """Our names of columns, and the names that the data has for them: `{ prompt = "question", chosen = "good" }`."""
     ranked_pairs: Literal["all", "best_worst"] = "all"
-    """Which ranked answers to one prompt make pairs: each two of different rank, or the best and the worst."""
+    """Which ranked completions of a prompt become pairs: any two of different rank, or the best and the worst."""
     max_length: PositiveInt = 512
-    """Longest prompt plus answer, in tokens."""
+    """Maximum length of prompt plus completion, in tokens."""
     overlong: Literal["drop", "cut_prompt", "error"] = "drop"
-    """What happens to a pair longer than `max_length`: left out, its prompt cut at the front, or the run refused."""
+    """What happens to a pair longer than `max_length`: drop it, cut the front of its prompt, or refuse the run."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The run is refused if more than this share of the rows are no usable pairs (equal or empty answers, broken roles,
-    ...); pairs longer than `max_length` do not count."""
+    """The run is refused if more than this share of the rows are not usable pairs (equal or empty completions, invalid
+    roles, ...); pairs longer than `max_length` do not count as such."""
     max_train_samples: PositiveInt | None = None
     """Train on this many pairs, drawn with `train.seed`; absent: all."""
     max_eval_samples: PositiveInt | None = None
@@ -97,13 +98,15 @@ class DataTable(RecipeTable):
         for key in ("train", "train_split", *(() if self.eval else for_eval)):
             if getattr(self, key) != DataTable.model_fields[key].default:
                 raise ValueError(f"has both {key} and [[data.mix]] tables; each table of a mixture has its own keys")
-        weighted = [each for each in self.mix if each.weight is not None]
+        weighted = [table for table in self.mix if table.weight is not None]
         if weighted and len(weighted) < len(self.mix):
             raise ValueError("mixes tables with and without a weight; give each [[data.mix]] one, or none")
-        for each in self.mix:
+        for table in self.mix:
             for key in ("revision", "config", "data_dir"):
-                if getattr(each, key) is not None and is_local_path(each.source):
-                    raise ValueError(f"mixes {each.source} with a {key}, which only a hub data set takes; leave it out")
+                if getattr(table, key) is not None and is_local_path(table.source):
+                    raise ValueError(
+                        f"mixes {table.source} with a {key}, which only a hub data set takes; leave it out"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -131,13 +134,13 @@ class DataTable(RecipeTable):
 
     @property
     def effective_eval_share(self) -> float | None:
-        """The share of the training prompts that is held out; None if the held-out pairs have a place."""
+        """The share of the training prompts that is held out; None if the held-out pairs have a source or split."""
         if self.eval_share is not None or self.eval is not None:
             return self.eval_share
-        whole = self.train is None or self.train.endswith(DATA_SUFFIXES) or is_glob(self.train)
-        return 0.1 if whole else None
+        has_no_splits = self.train is None or self.train.endswith(DATA_SUFFIXES) or is_glob(self.train)
+        return 0.1 if has_no_splits else None
 
     @property
     def train_description(self) -> str:
-        """What is trained on, in words: the source, or all sources of a mixture."""
-        return self.train or " + ".join(each.source for each in self.mix or ())
+        """The source of the training pairs, or all sources of a mixture, for a message."""
+        return self.train or " + ".join(table.source for table in self.mix or ())

@@ -1,4 +1,4 @@
-"""Changes keys in the text of a recipe, and leaves every other line and comment as it is."""
+"""Edits keys in the text of a recipe, and leaves every other line and comment unchanged."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,10 +8,9 @@ from qlora_dpo.recipe.errors import key_lines
 
 
 def edit_table(text: str, table: str, values: Mapping[str, str], removed: Collection[str] = ()) -> str:
-    """`text` with the keys `values` of `[table]`, which stands in it, and no longer with the keys `removed`.
+    """`text` with the keys `values` set in its table `[table]`, and the keys `removed` deleted from it.
 
-    What is said behind an old value in its line is about that value, and goes with it. Values of several lines are not
-    understood.
+    A comment on the line of an old value is about that value and goes too. Values of several lines are not supported.
     """
     lines, where = text.splitlines(), key_lines(text)
     gone = [where[table, key] for key in removed if (table, key) in where and key not in values]

@@ -1,4 +1,4 @@
-"""Turns what pydantic found wrong in a recipe into sentences with file, line, key and what to write instead."""
+"""Turns pydantic's errors about a recipe into sentences with file, line, key and what to write instead."""
 
 import difflib
 import json
@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qlora_dpo.recipe.data import MixTable
+from qlora_dpo.recipe.former_keys import describe_former_key
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, PlainLoss, loss_types
 from qlora_dpo.recipe.reference import REFERENCE_TABLES
 
@@ -74,7 +75,6 @@ FOREIGN_KEYS = {
     "rl": ("axolotl's", "objective.loss_type"),
     "rlhf_type": ("ms-swift's", "objective.loss_type"),
     "cpo_alpha": ("TRL's", "objective.sft_weight"),
-    "loss_weights": ("TRL's", 'objective.losses, beside loss_type = "sum"'),
     "simpo_gamma_beta_ratio": ("SimPO's scripts'", "objective.simpo_gamma (beta times that)"),
     "lora_model_dir": ("axolotl's", "lora.init_from"),
     "adapter_name_or_path": ("LLaMA-Factory's", "lora.init_from"),
@@ -99,7 +99,7 @@ UNSUPPORTED_KEYS = {
 }
 """Keys of other tools that have no counterpart, and why."""
 MIX_PATH = ("data", "mix")
-"""Where the tables of a mixture are."""
+"""The table and key of a mixture."""
 
 TYPE_NAMES = {
     "int_type": "a whole number",
@@ -118,26 +118,30 @@ TYPE_NAMES = {
 def describe_errors(
     error: ValidationError, recipe: type[BaseModel], path: str, text: str, overrides: Sequence[str]
 ) -> Iterator[str]:
-    """Yield one line for every key that is wrong, in the order of the file."""
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for each in error.errors(include_url=False):
-        unknown = each["type"] in ("union_tag_invalid", "union_tag_not_found")
-        keys = (str(each["loc"][0]), DISCRIMINATORS[str(each["loc"][0])]) if unknown else _error_keys(each["loc"])
-        found.setdefault(keys, []).append(dict(each))
+    """Yield one line for every wrong key, in the order of the file."""
+    problems_of: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for problem in error.errors(include_url=False):
+        table, unknown_kind = str(problem["loc"][0]), problem["type"] in ("union_tag_invalid", "union_tag_not_found")
+        keys = (table, DISCRIMINATORS[table]) if unknown_kind else _error_keys(problem["loc"])
+        problems_of.setdefault(keys, []).append(dict(problem))
     lines = key_lines(text)
     placed = []
-    for keys, problems in found.items():
+    for keys, problems in problems_of.items():
         line = lines.get(keys) or lines.get(keys[:3]) or lines.get(keys[:1]) or 0
-        by_hand = [each for each in overrides if tuple(each.split("=")[0].replace(" ", "").split("."))[:2] == keys[:2]]
-        where = f"--set {by_hand[-1]}" if by_hand else f"{path}:{line}" if line else path
+        set_by_hand = [override for override in overrides if _override_keys(override)[:2] == keys[:2]]
+        where = f"--set {set_by_hand[-1]}" if set_by_hand else f"{path}:{line}" if line else path
         placed.append((line, f"{where}: {_describe_problem(keys, problems, recipe)}"))
     return (sentence for _, sentence in sorted(placed))
 
 
-def _error_keys(place: Sequence[str | int]) -> tuple[str, ...]:
-    """Table and key of an error's place; pydantic puts the kind of objective or reference between them.
+def _override_keys(override: str) -> tuple[str, ...]:
+    return tuple(override.split("=")[0].replace(" ", "").split("."))
 
-    Of a mixture's tables, which of them it is and the key in it are told as well.
+
+def _error_keys(place: Sequence[str | int]) -> tuple[str, ...]:
+    """Table and key of an error's location, in which pydantic puts the kind of objective or reference between them.
+
+    For a table of a mixture its number and the key in it follow.
     """
     if tuple(place[:2]) == MIX_PATH and len(place) > 2:
         return (*MIX_PATH, *map(str, place[2:4]))
@@ -146,7 +150,7 @@ def _error_keys(place: Sequence[str | int]) -> tuple[str, ...]:
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """The line, counted from 1, on which each table and each of its keys stands in TOML `text`."""
+    """The line, counted from 1, of each table and each of its keys in TOML `text`."""
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     counts: dict[tuple[str, ...], int] = {}
@@ -179,7 +183,7 @@ def _describe_problem(keys: tuple[str, ...], problems: list[dict[str, Any]], rec
     first = problems[0]
     name = ".".join(keys)
     if keys[:2] == MIX_PATH and len(keys) > 2:
-        return _describe_mix_problem(keys[3:], [{**each, "loc": each["loc"][3:]} for each in problems])
+        return _describe_mix_problem(keys[3:], [{**problem, "loc": problem["loc"][3:]} for problem in problems])
     if keys[:1] == ("objective",):
         if first["type"] == "union_tag_invalid":
             return _unknown_loss(first["input"].get("loss_type"))
@@ -204,7 +208,8 @@ def _describe_problem(keys: tuple[str, ...], problems: list[dict[str, Any]], rec
         case "missing":
             return f'[{keys[0]}] needs the key "{keys[1]}"'
         case "value_error" if keys == ("lora", "init_lora_weights"):
-            return f'{name} is {_display_value(first["input"])}; it must be {first["ctx"]["error"]}: "default" or "gaussian"'
+            value, right = _display_value(first["input"]), first["ctx"]["error"]
+            return f'{name} is {value}; it must be {right}: "default" or "gaussian"'
         case "value_error" if len(keys) == 1:
             return f"[{name}] {first['ctx']['error']}"
         case _:
@@ -212,7 +217,7 @@ def _describe_problem(keys: tuple[str, ...], problems: list[dict[str, Any]], rec
 
 
 def _describe_mix_problem(keys: tuple[str, ...], problems: list[dict[str, Any]]) -> str:
-    """What is wrong with one table of a mixture, or with one of its keys."""
+    """The sentence about one table of a mixture, or about one of its keys."""
     first = problems[0]
     match first["type"]:
         case "extra_forbidden" if keys[0] in FOREIGN_KEYS:
@@ -226,37 +231,37 @@ def _describe_mix_problem(keys: tuple[str, ...], problems: list[dict[str, Any]])
         case "missing":
             return f'[[data.mix]] needs the key "{keys[0]}"'
         case _:
-            what = f"{keys[0]} in [[data.mix]]" if keys else "[[data.mix]]"
-            return f"{what} is {_display_value(first['input'])}; it must be {_expected(problems)}"
+            name = f"{keys[0]} in [[data.mix]]" if keys else "[[data.mix]]"
+            return f"{name} is {_display_value(first['input'])}; it must be {_expected(problems)}"
 
 
-def _unknown_loss(found: object) -> str:
+def _unknown_loss(loss_type: object) -> str:
     known = [name for table in OBJECTIVE_TABLES for name in loss_types(table)]
-    close = difflib.get_close_matches(str(found), known, n=1)
+    close = difflib.get_close_matches(str(loss_type), known, n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"it must be one of {', '.join(known)}"
-    return f"objective.loss_type is {_display_value(found)}; {hint}"
+    return f"objective.loss_type is {_display_value(loss_type)}; {hint}"
 
 
 def _unused_loss_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
-    """A key of [objective] that its loss does not read: which losses do, or what may have been meant."""
-    own = next(
+    """The sentence about a key of [objective] that its loss does not read: which losses do, or what was meant."""
+    chosen = next(
         table for table in OBJECTIVE_TABLES if kind in (*loss_types(table), "plain" if table is PlainLoss else "")
     )
     readers = [name for table in OBJECTIVE_TABLES if key in table.model_fields for name in loss_types(table)]
     if readers:
-        loss = "this loss" if own is PlainLoss else f'loss_type = "{loss_types(own)[0]}"'
+        loss = "this loss" if chosen is PlainLoss else f'loss_type = "{loss_types(chosen)[0]}"'
         verb = "does" if len(readers) == 1 else "do"
         return f'[objective] has "{key}", which {loss} does not read; {", ".join(readers)} {verb}'
-    return _unknown_key(("objective", key), list(own.model_fields), recipe)
+    return _unknown_key(("objective", key), list(chosen.model_fields), recipe)
 
 
 def _reference_tables() -> dict[str, type[BaseModel]]:
-    """The tables of [reference] by their kind."""
+    """The tables of [reference] by `kind`."""
     return {table.model_fields["kind"].annotation.__args__[0]: table for table in REFERENCE_TABLES}  # type: ignore[union-attr]
 
 
 def _unused_reference_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
-    """A key of [reference] that its kind does not read: which kinds do, or what may have been meant."""
+    """The sentence about a key of [reference] that its kind does not read: which kinds do, or what was meant."""
     kinds = _reference_tables()
     if readers := [name for name, table in kinds.items() if key in table.model_fields]:
         verb = "does" if len(readers) == 1 else "do"
@@ -266,6 +271,8 @@ def _unused_reference_key(key: str, kind: str, recipe: type[BaseModel]) -> str:
 
 def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel]) -> str:
     place, key = (f"[{keys[0]}]", keys[1]) if len(keys) > 1 else ("a recipe", keys[0])
+    if former := describe_former_key(".".join(keys)):
+        return former
     if key in UNSUPPORTED_KEYS:
         return f'{place} has no key "{key}": {UNSUPPORTED_KEYS[key]}'
     if key in FOREIGN_KEYS:
@@ -286,15 +293,15 @@ def _unknown_key(keys: tuple[str, ...], known: list[str], recipe: type[BaseModel
 
 
 def _table_fields(annotation: Any) -> list[str]:
-    """Keys of a table, also where its annotation is `Table | None`."""
-    for each in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            return list(each.model_fields)
+    """The keys of a table whose annotation is `Table` or `Table | None`; empty for a union of tables."""
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return list(kind.model_fields)
     return []
 
 
 def _expected(problems: list[dict[str, Any]]) -> str:
-    """What would be right; a union's alternatives are joined by "or"."""
+    """The right values; the alternatives of a union are joined by "or"."""
     return " or ".join(dict.fromkeys(_expected_by_problem(problem) for problem in problems))
 
 
@@ -325,7 +332,7 @@ def _expected_by_problem(problem: dict[str, Any]) -> str:
 
 
 def _display_value(value: object) -> str:
-    """The value as the recipe's author would recognise it, on one line and not too long."""
+    """The value as the author of the recipe would recognize it, on one short line."""
     match value:
         case bool():
             return str(value).lower()

@@ -1,4 +1,4 @@
-"""What a recipe asks for that is no part of every installation, looked for before anything heavy is loaded."""
+"""The optional packages that a recipe needs, looked up before anything heavy is loaded."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from qlora_dpo.recipe import Recipe
 
 
 def check_extras(recipe: Recipe) -> None:
-    """Raise RecipeError with the command that installs what is missing."""
+    """Raise RecipeError, with the command to install it, if an optional package is missing."""
     for key, package, extra in _required_extras(recipe):
         if find_spec(package) is None:
             raise RecipeError(
@@ -18,7 +18,7 @@ def check_extras(recipe: Recipe) -> None:
 
 
 def _required_extras(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    """Key of the recipe, package that it needs, and our extra that has it."""
+    """The recipe's key, the package that it needs, and the extra of this project that installs it."""
     track = recipe.track
     if recipe.train.optim == "schedule_free_adamw":
         yield 'train.optim = "schedule_free_adamw"', "schedulefree", "schedule-free"

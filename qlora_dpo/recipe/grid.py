@@ -1,4 +1,4 @@
-"""A grid of recipes: one recipe, some of its keys with several values each, and every combination of them."""
+"""A grid of recipes: one recipe with every combination of several values for some of its keys."""
 
 import itertools
 import json
@@ -10,10 +10,11 @@ from typing import Any
 
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe import Recipe, load_recipe
+from qlora_dpo.recipe.former_keys import describe_former_key, upgrade_stored_recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe, check_keys
 
 MAX_NAME_LENGTH = 64
-"""Characters that the name of a run may have."""
+"""Most characters of a run's name."""
 NEEDS_OTHER_BASE = "would need another base"
 NEEDS_OTHER_PAIRS = "would need other pairs, held-out ones too, and figures of different pairs cannot be compared"
 NO_EFFECT = "changes no figure of a run"
@@ -26,10 +27,10 @@ UNSWEEPABLE_KEYS = {
     "train.metric_for_best_model": "decides what is best, so it must be one for all",
     **{
         f"reference.{key}": "would need another model beside the base"
-        for key in ("name", "revision", "sha256", "quantization", "double_quant")
+        for key in ("name", "revision", "sha256", "quantization")
     },
 }
-"""Keys that the points of a grid share, by how they begin, and what each point would need otherwise."""
+"""Keys, by prefix, that all points of a grid share, each with the reason."""
 SHORT_NAMES = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -39,13 +40,13 @@ SHORT_NAMES = {
     "lora_dropout": "dropout",
     "target_modules": "modules",
 }
-"""What long keys are called in the names of points, which stand in the first column of tables."""
+"""Abbreviations of long keys in the names of points, which are the first column of tables."""
 SAMPLING_KEYS = ("data.max_train_samples", "data.max_eval_samples", "max_samples or weight in [[data.mix]]")
 
 
 @dataclass(frozen=True)
 class SweepAxis:
-    """A key of the recipe and the values that it takes."""
+    """A key of the recipe and its values."""
 
     key: str
     values: tuple[Any, ...]
@@ -53,7 +54,7 @@ class SweepAxis:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One combination: its name, which is that of its folder, what it sets, and the recipe that comes of it."""
+    """One combination: its name, which is its folder's too, the values that it sets, and the resulting recipe."""
 
     name: str
     values: Mapping[str, Any]
@@ -61,41 +62,43 @@ class GridPoint:
 
     @property
     def description(self) -> str:
-        """What it sets, as one would write it: `objective.beta = 0.1, lora.r = 8`."""
+        """The values in TOML: `objective.beta = 0.1, lora.r = 8`."""
         return ", ".join(f"{key} = {to_toml(value)}" for key, value in self.values.items())
 
     @property
     def set_options(self) -> tuple[str, ...]:
-        """The same for `--set`."""
+        """The values as arguments of `--set`."""
         return tuple(f"{key}={to_toml(value)}" for key, value in self.values.items())
 
 
 def parse_axes(over: Sequence[str]) -> tuple[SweepAxis, ...]:
-    """The axes that `--over KEY=[VALUE, ...]` asks for; raises RecipeError for what is none."""
+    """The axes of `--over KEY=[VALUE, ...]` options; raises RecipeError if one is invalid."""
     if not over:
         raise RecipeError("a sweep needs a key with several values: --over objective.beta=[0.05, 0.1, 0.3]")
-    found = tuple(map(_parse_axis, over))
-    keys = [axis.key for axis in found]
+    axes = tuple(map(_parse_axis, over))
+    keys = [axis.key for axis in axes]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RecipeError(f"--over {twice}: is given twice; write all its values in one list")
     check_keys(keys, extra_keys=(), option="--over")
     for key in keys:
+        if former := describe_former_key(key):
+            raise RecipeError(f"--over {key}: {former}")
         for start, why in UNSWEEPABLE_KEYS.items():
             if key.startswith(start):
                 raise RecipeError(
                     f"--over {key}: a sweep has one base and one set of pairs for all its runs, and this key {why}; "
                     f"leave it out, or begin a sweep for each value: --set {key}=VALUE -o DIR"
                 )
-    return found
+    return axes
 
 
 def expand_grid(recipe_file: str, sets: Sequence[str], over: Sequence[SweepAxis]) -> list[GridPoint]:
-    """Every combination of the values in `over`, the last axis fastest, with `--set` values below.
+    """Every combination of the values of `over`, on top of the `--set` values; the last axis varies fastest.
 
-    Raises RecipeError for a combination that is no recipe, and for one that cannot share base and pairs.
+    Raises RecipeError for a combination that is not a valid recipe or cannot share base and pairs with the others.
     """
     for axis in over:
-        if any(each.partition("=")[0].strip() == axis.key for each in sets):
+        if any(assignment.partition("=")[0].strip() == axis.key for assignment in sets):
             raise RecipeError(f"{axis.key}: stands in --set and in --over; leave one out")
     combinations = [
         {axis.key: value for axis, value in zip(over, values, strict=True)}
@@ -118,7 +121,7 @@ def to_toml(value: Any) -> str:
         case list():
             return f"[{', '.join(map(to_toml, value))}]"
         case dict():
-            return "{ " + ", ".join(f"{json.dumps(key)} = {to_toml(each)}" for key, each in value.items()) + " }"
+            return "{ " + ", ".join(f"{json.dumps(key)} = {to_toml(item)}" for key, item in value.items()) + " }"
         case float():
             short = f"{value:g}"
             return short if float(short) == value and not short.lstrip("-").isdigit() else repr(value)
@@ -127,12 +130,12 @@ def to_toml(value: Any) -> str:
 
 
 def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes or two grids, a few words for each key."""
-    one, other = dict(_flatten(was)), dict(_flatten(now))
+    """The keys in which a stored recipe or grid differs from the present one, each with both values."""
+    before, after = dict(_flatten(upgrade_stored_recipe(was, keep_changed=True))), dict(_flatten(now))
     return [
-        f"{key} was {_display_value(one, key)}, is {_display_value(other, key)}"
-        for key in sorted(one.keys() | other.keys())
-        if one.get(key) != other.get(key)
+        f"{key} was {_display_value(before, key)}, is {_display_value(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
     ]
 
 
@@ -156,37 +159,37 @@ def _parse_axis(text: str) -> SweepAxis:
 
 
 def _load_point(recipe_file: str, sets: Sequence[str], values: Mapping[str, Any]) -> LoadedRecipe:
-    """The recipe of one combination; a mistake in it is told as one of `--over`."""
-    own = [f"{key}={to_toml(value)}" for key, value in values.items()]
+    """The recipe of one combination; an error message about one of its values names `--over`."""
+    assignments = [f"{key}={to_toml(value)}" for key, value in values.items()]
     try:
-        loaded = load_recipe(recipe_file, (*sets, *own))
+        loaded = load_recipe(recipe_file, (*sets, *assignments))
     except RecipeError as error:
-        told = str(error)
-        for each in own:
-            told = told.replace(f"--set {each}:", f"--over {each}:")
-        raise RecipeError(told) from error
+        message = str(error)
+        for assignment in assignments:
+            message = message.replace(f"--set {assignment}:", f"--over {assignment}:")
+        raise RecipeError(message) from error
     _check_shareable(loaded.recipe, values)
     return loaded
 
 
 def _check_shareable(recipe: Recipe, values: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a recipe whose runs cannot have the same base or the same pairs."""
+    """Raise RecipeError for a point of the grid that would need a base or pairs of its own."""
     if recipe.train.engine == "trl":
         raise RecipeError(
             'train.engine is "trl", which wants a base loaded anew for each run; sweep with "qlora_dpo", or see '
             "docs/sweeps.md for one process a run"
         )
     data = recipe.data
-    mixed = any(each.weight or each.max_samples for each in data.mix or ())
+    mixed = any(table.weight or table.max_samples for table in data.mix or ())
     if "train.seed" in values and (data.max_train_samples or data.max_eval_samples or mixed):
         raise RecipeError(
-            f"--over train.seed: pairs are drawn with it here ({', '.join(SAMPLING_KEYS)}), so each run would have others; "
-            "leave out those keys, or begin a sweep for each seed: --set train.seed=VALUE -o DIR"
+            f"--over train.seed: pairs are drawn with it here ({', '.join(SAMPLING_KEYS)}), so each run would have "
+            "others; leave out those keys, or begin a sweep for each seed: --set train.seed=VALUE -o DIR"
         )
 
 
 def name_points(over: Sequence[SweepAxis], combinations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder name for each combination: `02_beta-0.1_lr-1e-05`. Its number keeps it apart when cut."""
+    """A folder name for each combination: `02_beta-0.1_lr-1e-05`. The number keeps a truncated name unique."""
     last = {axis.key: axis.key.rpartition(".")[2] for axis in over}
     short = {key: SHORT_NAMES.get(name, name) for key, name in last.items()}
     for key, name in short.items():
@@ -202,8 +205,8 @@ def name_points(over: Sequence[SweepAxis], combinations: Sequence[Mapping[str, A
 
 
 def _filename_safe(value: Any) -> str:
-    """`value` in the characters that a folder's name may have."""
-    text = value if isinstance(value, str) else to_toml(value).replace("e+", "e")  # 1e+30 is not to read as 1e-30
+    """`value` with the characters that a folder's name may have."""
+    text = value if isinstance(value, str) else to_toml(value).replace("e+", "e")  # so that 1e+30 does not become 1e-30
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
 
 

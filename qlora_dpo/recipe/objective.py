@@ -1,4 +1,4 @@
-"""The table [objective]: a set of keys for each `loss_type`, so that a key which that loss does not read is refused."""
+"""The table [objective]: each `loss_type` has its own set of keys; a key that the loss does not read is refused."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,34 +11,32 @@ PLAIN_LOSSES = ("hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
 
 
 class PairwiseLoss(RecipeTable):
-    """What every loss over pairs can have beside it."""
+    """The keys that every loss over pairs has."""
 
     sft_weight: NonNegativeFloat = 0.0
-    """Weight of the negative log-likelihood per token of the chosen answer (RPO), added to the loss."""
+    """Weight of the negative log-likelihood per token of the chosen completion (RPO), which is added to the loss."""
     use_weighting: bool = False
-    """Weigh each pair by how likely the model is to write its answers itself (WPO)."""
+    """Weight each pair by the probability of its completions under the policy (WPO)."""
     weight_column: NonEmptyStr | None = None
-    """A column of numbers by which each pair's loss is multiplied; absent: 1 for all."""
+    """The column of numbers by which each pair's loss is multiplied; absent: 1 for all."""
 
 
 class ReferenceLoss(PairwiseLoss):
-    """What every loss that compares with the reference can have."""
+    """The keys that every loss with a reference has."""
 
     beta: PositiveFloat = 0.1
-    """How strongly the policy is held to the reference."""
-    beta_end: PositiveFloat | None = None
-    """beta moves from `beta` to this value in a straight line over the run; absent: it stays."""
+    """How strongly the policy is kept close to the reference."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Weight of the tokens beyond the length of the shorter answer (LD-DPO); absent: 1."""
+    """Weight of the tokens beyond the length of the shorter completion (LD-DPO); absent: 1."""
 
 
 class FDivergenceLoss(ReferenceLoss):
-    """Losses that take another divergence than the reverse KL."""
+    """Losses that can use another divergence than the reverse KL."""
 
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """The divergence that holds the policy to the reference (f-DPO)."""
+    """The divergence that keeps the policy close to the reference (f-DPO)."""
     f_alpha_divergence_coef: PositiveFloat | None = None
-    """The alpha of `alpha_divergence`, 0.5 if absent; 1 is the reverse KL. Read only with that."""
+    """The alpha of `alpha_divergence`, and read only with that; absent: 0.5. At 1 it is the reverse KL."""
 
     @model_validator(mode="after")
     def _check_coefficient(self) -> "FDivergenceLoss":
@@ -48,14 +46,14 @@ class FDivergenceLoss(ReferenceLoss):
 
 
 class Sigmoid(FDivergenceLoss):
-    """DPO (Rafailov et al. 2023), with smoothed labels conservative DPO."""
+    """DPO (Rafailov et al. 2023); with smoothed labels, conservative DPO."""
 
     loss_type: Literal["sigmoid"] = "sigmoid"
     """The loss."""
     label_smoothing: LabelSmoothing = 0.0
-    """The share of pairs assumed to be labelled the wrong way round."""
+    """The share of pairs that are assumed to have swapped labels."""
     margin_column: NonEmptyStr | None = None
-    """A column of numbers, in nats, by which the chosen reward must be ahead; absent: 0."""
+    """The column of numbers, in nats, by which the chosen reward must exceed the rejected one; absent: 0."""
 
 
 class Robust(FDivergenceLoss):
@@ -64,7 +62,7 @@ class Robust(FDivergenceLoss):
     loss_type: Literal["robust"]
     """The loss."""
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5)]
-    """The share of pairs labelled the wrong way round."""
+    """The share of pairs that have swapped labels."""
 
 
 class ExoPair(FDivergenceLoss):
@@ -73,11 +71,11 @@ class ExoPair(FDivergenceLoss):
     loss_type: Literal["exo_pair"]
     """The loss."""
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
-    """The share of pairs labelled the wrong way round; it cannot be 0."""
+    """The share of pairs that have swapped labels; it cannot be 0."""
 
 
 class PlainLoss(FDivergenceLoss):
-    """Losses without keys of their own: IPO, hinge (SLiC), NCA, BCO, SPPO, APO, length-normalized DPO, Cal-DPO."""
+    """Losses that have no keys of their own: IPO, hinge (SLiC), NCA, BCO, SPPO, APO, length-normalized DPO, Cal-DPO."""
 
     loss_type: Literal[
         "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sigmoid_norm", "cal_dpo"
@@ -92,12 +90,12 @@ class PlainLoss(FDivergenceLoss):
 
 
 class Aot(ReferenceLoss):
-    """Alignment by optimal transport (Melnyk et al. 2024): margins are compared in order, over the pairs of a step."""
+    """Alignment by optimal transport (Melnyk et al. 2024): sorted margins are compared, over the pairs of a step."""
 
     loss_type: Literal["aot", "aot_unpaired"]
     """The loss."""
     label_smoothing: LabelSmoothing = 0.0
-    """The share of pairs assumed to be labelled the wrong way round."""
+    """The share of pairs that are assumed to have swapped labels."""
 
 
 class Discopop(FDivergenceLoss):
@@ -106,11 +104,11 @@ class Discopop(FDivergenceLoss):
     loss_type: Literal["discopop"]
     """The loss."""
     discopop_tau: PositiveFloat = 0.05
-    """Temperature of the blend of its two parts."""
+    """The temperature at which its two parts are blended."""
 
 
 class Dpop(ReferenceLoss):
-    """DPO-Positive (Pal et al. 2024): the chosen answer may not become less likely than under the reference."""
+    """DPO-Positive (Pal et al. 2024): a chosen completion that is less likely than under the reference is penalized."""
 
     loss_type: Literal["dpop"]
     """The loss."""
@@ -119,47 +117,45 @@ class Dpop(ReferenceLoss):
 
 
 class Rdpo(ReferenceLoss):
-    """R-DPO (Park et al. 2024): what a chosen answer's greater length explains is not learned as a preference."""
+    """R-DPO (Park et al. 2024): a preference that the greater length of a completion explains is not learned."""
 
     loss_type: Literal["rdpo"]
     """The loss."""
     length_alpha: NonNegativeFloat = 0.01
-    """Nats per token of difference in length; 0 is DPO."""
+    """Nats per token by which the completions differ in length; 0 is DPO."""
 
 
 class Odpo(ReferenceLoss):
-    """DPO with an offset (Amini et al. 2024): the margin must exceed what the scores differ by."""
+    """DPO with an offset (Amini et al. 2024): the margin must exceed an offset that grows with the scores' gap."""
 
     loss_type: Literal["odpo"]
     """The loss."""
     score_columns: Annotated[list[NonEmptyStr], Field(min_length=2, max_length=2)] = Field(
         default=["score_chosen", "score_rejected"]
     )
-    """The columns with the scores of the chosen and the rejected answer."""
+    """The columns with the scores of the chosen and the rejected completion."""
     odpo_alpha: NonNegativeFloat = 1.0
-    """Weight of the logarithm of the difference; 0 is DPO."""
+    """Weight of the logarithm of the scores' difference; 0 is DPO."""
 
 
 class BetaDpo(ReferenceLoss):
-    """beta-DPO (Wu et al. 2024): beta follows the margins of each step's pairs. Without the paper's data filter."""
+    """beta-DPO (Wu et al. 2024), without its data filter: beta is set from the margins of each step's pairs."""
 
     loss_type: Literal["beta_dpo"]
     """The loss."""
     beta_alpha: NonNegativeFloat = 0.6
-    """How strongly beta follows; 0 is DPO."""
+    """How strongly beta depends on the margins; 0 is DPO."""
     beta_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """How slowly the running mean follows that margins are compared with."""
+    """Momentum of the running mean that the margins are compared with."""
 
 
 class SamPo(PairwiseLoss):
-    """SamPO (Lu et al. 2024): as many tokens of the longer answer count as the shorter one has, drawn at random."""
+    """SamPO (Lu et al. 2024): of the longer completion, only as many random tokens count as the shorter one has."""
 
     loss_type: Literal["sampo"]
     """The loss."""
     beta: PositiveFloat = 0.1
-    """How strongly the policy is held to the reference."""
-    beta_end: PositiveFloat | None = None
-    """beta moves from `beta` to this value in a straight line over the run; absent: it stays."""
+    """How strongly the policy is kept close to the reference."""
 
 
 class WeightedSum(ReferenceLoss):
@@ -167,7 +163,7 @@ class WeightedSum(ReferenceLoss):
 
     loss_type: Literal["sum"]
     """The loss."""
-    losses: Annotated[
+    loss_weights: Annotated[
         dict[
             Literal[
                 "sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sigmoid_norm"
@@ -176,7 +172,7 @@ class WeightedSum(ReferenceLoss):
         ],
         Field(min_length=1),
     ]
-    """Weights by loss, as in `losses = { sigmoid = 0.8, bco_pair = 0.2 }`; they share `beta`."""
+    """Weights by loss, as in `loss_weights = { sigmoid = 0.8, bco_pair = 0.2 }`; all use the same `beta`."""
 
 
 class Simpo(PairwiseLoss):
@@ -185,77 +181,78 @@ class Simpo(PairwiseLoss):
     loss_type: Literal["simpo"]
     """The loss."""
     beta: PositiveFloat = 2.0
-    """Scale of the rewards."""
+    """The scale of the rewards."""
     simpo_gamma: NonNegativeFloat = 1.0
-    """The margin by which the chosen reward must be ahead."""
+    """The target margin between the chosen and the rejected reward."""
     label_smoothing: LabelSmoothing = 0.0
-    """The share of pairs assumed to be labelled the wrong way round."""
+    """The share of pairs that are assumed to have swapped labels."""
 
 
 class AlphaPo(PairwiseLoss):
-    """AlphaPO (Gupta et al. 2025): SimPO with another shape of reward."""
+    """AlphaPO (Gupta et al. 2025): SimPO with a reward of another shape."""
 
     loss_type: Literal["alphapo"]
     """The loss."""
     beta: PositiveFloat = 2.0
-    """Scale of the rewards."""
+    """The scale of the rewards."""
     simpo_gamma: NonNegativeFloat = 1.0
-    """The margin by which the chosen reward must be ahead."""
-    alpha: float = 0.25
-    """Shape of the reward (1 - p^-alpha) / alpha; 0 is SimPO."""
+    """The target margin between the chosen and the rejected reward."""
+    alphapo_alpha: float = 0.25
+    """The alpha of the reward (1 - p^-alpha) / alpha; 0 is SimPO."""
 
 
 class Cpo(PairwiseLoss):
-    """CPO (Xu et al. 2024): log-probabilities without a reference, beside the likelihood of the chosen answer."""
+    """CPO (Xu et al. 2024): DPO without a reference, plus the likelihood of the chosen completion."""
 
     loss_type: Literal["cpo"]
     """The loss."""
     beta: PositiveFloat = 0.1
-    """Scale of the rewards."""
+    """The scale of the rewards."""
     sft_weight: NonNegativeFloat = 1.0
-    """Weight of the negative log-likelihood per token of the chosen answer (`cpo_alpha`)."""
+    """Weight of the negative log-likelihood per token of the chosen completion (`cpo_alpha`)."""
     label_smoothing: LabelSmoothing = 0.0
-    """The share of pairs assumed to be labelled the wrong way round."""
+    """The share of pairs that are assumed to have swapped labels."""
 
 
 class Orpo(PairwiseLoss):
-    """ORPO (Hong et al. 2024): the likelihood of the chosen answer and the odds against the rejected one."""
+    """ORPO (Hong et al. 2024): the likelihood of the chosen completion and its odds against the rejected one."""
 
     loss_type: Literal["orpo"]
     """The loss."""
     beta: PositiveFloat = 0.1
     """Weight of the odds ratio (the paper's lambda)."""
     sft_weight: NonNegativeFloat = 1.0
-    """Weight of the negative log-likelihood per token of the chosen answer."""
+    """Weight of the negative log-likelihood per token of the chosen completion."""
 
 
 class Kto(RecipeTable):
-    """KTO (Ethayarajh et al. 2024): answers that are labelled good or bad by themselves."""
+    """KTO (Ethayarajh et al. 2024): single completions that are labelled good or bad."""
 
     loss_type: Literal["kto"]
     """The loss."""
     beta: PositiveFloat = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept close to the reference."""
     desirable_weight: NonNegativeFloat = 1.0
-    """Weight of the answers whose label is true."""
+    """Weight of the completions whose label is true."""
     undesirable_weight: NonNegativeFloat = 1.0
-    """Weight of the answers whose label is false."""
+    """Weight of the completions whose label is false."""
     weight_column: NonEmptyStr | None = None
-    """A column of numbers by which each answer's loss is multiplied; absent: 1 for all."""
+    """The column of numbers by which each completion's loss is multiplied; absent: 1 for all."""
 
 
 class Sft(RecipeTable):
-    """The negative log-likelihood per token of the chosen answer alone; what comes before DPO."""
+    """The negative log-likelihood per token of the chosen completion; the supervised stage before DPO."""
 
     loss_type: Literal["sft"]
     """The loss."""
     weight_column: NonEmptyStr | None = None
-    """A column of numbers by which each pair's loss is multiplied; absent: 1 for all."""
+    """The column of numbers by which each pair's loss is multiplied; absent: 1 for all."""
 
 
 def _objective_tag(value: Any) -> str:
-    found = value.get("loss_type", "sigmoid") if isinstance(value, dict) else getattr(value, "loss_type", "sigmoid")
-    return str(next((group for types, group in _LOSS_GROUPS.items() if found in types), found))
+    is_table = isinstance(value, dict)
+    loss = value.get("loss_type", "sigmoid") if is_table else getattr(value, "loss_type", "sigmoid")
+    return str(next((group for losses, group in _LOSS_GROUPS.items() if loss in losses), loss))
 
 
 _LOSS_GROUPS = {PLAIN_LOSSES: "plain", ("aot", "aot_unpaired"): "aot"}
@@ -297,10 +294,10 @@ def reward_beta(table: Objective) -> float:
 
 
 def loss_types(table: type[RecipeTable]) -> tuple[str, ...]:
-    """The values of `loss_type` that choose `table`."""
+    """The values of `loss_type` that select `table`."""
     return tuple(table.model_fields["loss_type"].annotation.__args__)  # type: ignore[union-attr]
 
 
 def objective_table(loss_type: object) -> type[RecipeTable] | None:
-    """The table that `loss_type` chooses; None if it is none."""
+    """The table that `loss_type` selects; None if there is no such loss."""
     return next((table for table in OBJECTIVE_TABLES if loss_type in loss_types(table)), None)

@@ -1,8 +1,8 @@
-"""All that decides a run, as one frozen value: the recipe's tables, keys, defaults and the reader that checks them."""
+"""The recipe as one frozen value: its tables, keys and defaults, and the reader that checks them."""
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.errors import describe_errors
+from qlora_dpo.recipe.former_keys import REMOVED_KEYS, describe_former_key, upgrade_stored_recipe
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, Objective, ReferenceFree, Sigmoid
 from qlora_dpo.recipe.reference import REFERENCE_TABLES, AdapterReference, EmaReference, ModelReference, Reference
@@ -23,13 +24,15 @@ from qlora_dpo.recipe.watch import WatchTable
 from qlora_dpo.redact import find_secret_line
 
 MAX_RECIPE_BYTES = 2**16
-"""A longer file is no recipe but data or a model that was named by mistake, and could keep the TOML reader busy."""
+"""A longer file is not a recipe but data or a model named by mistake, and parsing it as TOML could take long."""
 MAX_ERRORS_SHOWN = 20
-"""Mistakes that are told at once."""
+"""Most mistakes that one message lists."""
+STORED_RECIPE_NAMES = ("resolved.toml", "best.toml")
+"""Recipes with every default written out, by a run and by a sweep: an older version may have written them."""
 
 
 class Recipe(RecipeTable):
-    """A whole recipe. Only `[model] name` and `[data] train` have no default."""
+    """A complete recipe. Only `[model] name` and `[data] train` have no default."""
 
     model: ModelTable
     lora: LoraTable = LoraTable()
@@ -59,14 +62,14 @@ class Recipe(RecipeTable):
 
     @property
     def init_from(self) -> str | None:
-        """The folder of the adapter that training starts from; None: a new adapter."""
+        """The folder of the adapter that training starts from; None for a new adapter."""
         if self.lora.init_from is None and isinstance(self.reference, AdapterReference):
             return self.reference.path
         return self.lora.init_from
 
     @property
     def starts_as_reference(self) -> bool:
-        """True if the untrained policy is the reference, so that the first loss is known: every log-ratio is 0."""
+        """True if policy and reference are equal before training: every log-ratio is 0, so the first loss is known."""
         match self.reference:
             case AdapterReference():
                 return self.init_from == self.reference.path
@@ -80,7 +83,7 @@ class Recipe(RecipeTable):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A checked recipe with the text and name it came from."""
+    """A validated recipe with its file, text and `--set` values."""
 
     recipe: Recipe
     path: Path
@@ -89,43 +92,50 @@ class LoadedRecipe:
 
     @property
     def name(self) -> str:
-        """The run's name: the recipe file's, without its ending."""
+        """The name of the run: the recipe's file name without its suffix."""
         return self.path.stem
 
 
 def find_recipe(path: str) -> Path:
     """Return the recipe file at `path`, or the shipped recipe of that name; raise RecipeError if there is none."""
     try:
-        given = Path(path).expanduser()
-        is_file, is_folder = given.is_file(), given.is_dir()
+        file = Path(path).expanduser()
+        is_file, is_folder = file.is_file(), file.is_dir()
     except (OSError, RuntimeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if is_file:
-        return given
+        return file
     if path and is_folder:
-        raise RecipeError(f"{path}: is a folder; name a recipe file in it, for example {given / 'quickstart.toml'}")
-    shipped = [home / given.name for home in recipe_folders() if (home / given.name).is_file()]
-    if shipped and str(given.parent) in (".", "recipes"):
+        raise RecipeError(f"{path}: is a folder; name a recipe file in it, for example {file / 'quickstart.toml'}")
+    shipped = [home / file.name for home in recipe_folders() if (home / file.name).is_file()]
+    if shipped and str(file.parent) in (".", "recipes"):
         return shipped[0]
-    known = sorted({f"recipes/{file.name}" for home in recipe_folders() for file in home.glob("*.toml")})
+    known = sorted({f"recipes/{known.name}" for home in recipe_folders() for known in home.glob("*.toml")})
     raise RecipeError(f"{path}: there is no such recipe; shipped with this version: {', '.join(known) or 'none'}")
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read and check the recipe at `path` with `--set` values on top.
+    """Read and validate the recipe at `path`, with the `--set` values `overrides` on top.
 
-    Raises RecipeError naming every problem at once, each with file and line.
+    Raises RecipeError with all mistakes at once, each with its file and line.
     """
     file = find_recipe(path)
     text, values = _read_toml(path, file)
+    if file.name in STORED_RECIPE_NAMES:
+        values = upgrade_stored_recipe(values, keep_changed=True)
     _check_no_secrets(path, text, overrides)
-    set_by_hand = {".".join(keys) for keys in (_apply_override(values, each) for each in overrides)}
+    set_by_hand = {".".join(keys) for keys in (_apply_override(values, override) for override in overrides)}
     recipe = _validate(path, text, values, overrides)
     return LoadedRecipe(_with_absolute_paths(recipe, file.resolve().parent, set_by_hand), file, text, tuple(overrides))
 
 
+def read_stored_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that a finished run of this or an older version stored; raises ValidationError if it is damaged."""
+    return Recipe.model_validate(upgrade_stored_recipe(values))
+
+
 def check_recipe(path: str, text: str) -> None:
-    """Raise RecipeError, as `load_recipe` would of the file `path`, unless `text` is a recipe."""
+    """Raise RecipeError if `text` is not a valid recipe, as `load_recipe` would for a file `path` with that text."""
     _check_no_secrets(path, text, ())
     _validate(path, text, tomllib.loads(text), ())
 
@@ -134,13 +144,14 @@ def _validate(path: str, text: str, values: dict[str, Any], overrides: Sequence[
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        told = list(describe_errors(error, Recipe, path, text, overrides))
-        more = [f"{path}: {len(told) - MAX_ERRORS_SHOWN:,} more mistakes"] if len(told) > MAX_ERRORS_SHOWN else []
-        raise RecipeError("\n".join(told[:MAX_ERRORS_SHOWN] + more)) from error
+        sentences = list(describe_errors(error, Recipe, path, text, overrides))
+        hidden = len(sentences) - MAX_ERRORS_SHOWN
+        more = [f"{path}: {hidden:,} more mistakes"] if hidden > 0 else []
+        raise RecipeError("\n".join(sentences[:MAX_ERRORS_SHOWN] + more)) from error
 
 
 def _check_no_secrets(path: str, text: str, overrides: Sequence[str]) -> None:
-    """Raise RecipeError if a token stands in the recipe, which is copied into every run and its model card."""
+    """Raise RecipeError if the recipe contains a token, since it is copied into every run and its model card."""
     line = find_secret_line(text)
     place = f"{path}:{line}" if line else "--set" if any(map(find_secret_line, overrides)) else ""
     if place:
@@ -151,17 +162,22 @@ def _check_no_secrets(path: str, text: str, overrides: Sequence[str]) -> None:
 
 
 def check_keys(keys: Sequence[str], extra_keys: Sequence[str], option: str) -> None:
-    """Raise RecipeError if one of `keys`, which `option` was given, is neither a key of a recipe nor one of `extra_keys`."""
-    tables = {name: get_args(each.annotation) or (each.annotation,) for name, each in Recipe.model_fields.items()}
+    """Raise RecipeError if one of `keys`, the values of `option`, is neither a recipe's key nor one of `extra_keys`.
+
+    Removed keys pass, since the checkpoint of an older version can differ in one of them.
+    """
+    tables = {name: get_args(field.annotation) or (field.annotation,) for name, field in Recipe.model_fields.items()}
     tables |= {"objective": OBJECTIVE_TABLES, "reference": REFERENCE_TABLES}
-    known = [f"{name}.{key}" for name, each in tables.items() for table in each for key in _table_keys(table)] + list(
-        extra_keys
-    )
+    known = [f"{name}.{key}" for name, models in tables.items() for model in models for key in _table_keys(model)]
+    known += extra_keys
     for key in keys:
-        if key not in known:
-            near = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
-            guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *extra_keys))}"
-            raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
+        if key in known or key in REMOVED_KEYS:
+            continue
+        if former := describe_former_key(key):
+            raise RecipeError(f"{option} {key}: {former}")
+        near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1)
+        guess = f"; did you mean {near[0]}?" if near else f"; write {' or '.join(('TABLE.KEY', *extra_keys))}"
+        raise RecipeError(f"{option} {key}: a recipe has no such key{guess}")
 
 
 def _table_keys(table: Any) -> Iterator[str]:
@@ -174,7 +190,7 @@ def resolved_toml(recipe: Recipe) -> str:
 
 
 def _read_toml(path: str, file: Path) -> tuple[str, dict[str, Any]]:
-    """The recipe's text and its TOML values; `path` is how the user called `file`."""
+    """The text and the TOML values of `file`, which the user called `path`."""
     try:
         if file.stat().st_size > MAX_RECIPE_BYTES:
             raise RecipeError(f"{path}: has {file.stat().st_size:,} bytes; a recipe is a small TOML file")
@@ -186,14 +202,14 @@ def _read_toml(path: str, file: Path) -> tuple[str, dict[str, Any]]:
         raise RecipeError(f"{path}: is nested too deeply to be a recipe") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: is not valid TOML: {error}") from error
-    except ValueError as error:  # more digits than Python takes for a number
+    except ValueError as error:  # a number with more digits than Python reads
         raise RecipeError(f"{path}: holds a number with too many digits") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _apply_override(values: dict[str, Any], assignment: str) -> list[str]:
-    """Put one `--set TABLE.KEY=VALUE` into `values` and return its keys. A bare word counts as a string."""
+    """Put one `--set TABLE.KEY=VALUE` into `values` and return its keys. A bare word is a string."""
     name, equals, value_text = assignment.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or not all(keys):
@@ -209,7 +225,7 @@ def _apply_override(values: dict[str, Any], assignment: str) -> list[str]:
 
 
 def _parse_value(assignment: str, text: str) -> Any:
-    """The TOML value in `text`; what is no TOML and does not look like a string, list or table is a bare word."""
+    """The TOML value in `text`; invalid TOML that does not look like a string, list or table is a bare word."""
     try:
         if "\n" in text:
             raise ValueError("it has more than one line")
@@ -223,31 +239,40 @@ def _parse_value(assignment: str, text: str) -> Any:
 
 
 def _with_absolute_paths(recipe: Recipe, home: Path, set_by_hand: set[str]) -> Recipe:
-    """Make local paths absolute: those of the recipe from its own folder, those of `--set` from the current one."""
+    """Make local paths absolute: those of the recipe from its folder `home`, those of `--set` from the current one."""
 
-    def folder(key: str, name: str) -> str:
+    def absolute(key: str, name: str) -> str:
         start = Path.cwd() if key in set_by_hand else home
         try:
             return str((start / Path(name).expanduser()).resolve())
         except RuntimeError as error:
-            raise RecipeError(f"{key} is {name}, and there is no such home folder; write the whole path") from error
+            raise RecipeError(f"{key} is {name}, and there is no such home folder; write the full path") from error
 
-    def place(key: str, name: str) -> str:
-        return folder(key, name) if is_local_path(name) else name
+    def absolute_if_local(key: str, name: str) -> str:
+        return absolute(key, name) if is_local_path(name) else name
 
     names = {"train": recipe.data.train, "eval": recipe.data.eval}
-    data: dict[str, Any] = {key: place(f"data.{key}", name) for key, name in names.items() if name is not None}
+    data: dict[str, Any] = {
+        key: absolute_if_local(f"data.{key}", name) for key, name in names.items() if name is not None
+    }
     if recipe.data.mix is not None:
-        data["mix"] = [each.model_copy(update={"source": place("data.mix", each.source)}) for each in recipe.data.mix]
+        data["mix"] = [
+            table.model_copy(update={"source": absolute_if_local("data.mix", table.source)})
+            for table in recipe.data.mix
+        ]
     changed: dict[str, RecipeTable] = {
         "data": recipe.data.model_copy(update=data),
-        "model": recipe.model.model_copy(update={"name": place("model.name", recipe.model.name)}),
+        "model": recipe.model.model_copy(update={"name": absolute_if_local("model.name", recipe.model.name)}),
     }
     if recipe.lora.init_from is not None:
-        changed["lora"] = recipe.lora.model_copy(update={"init_from": folder("lora.init_from", recipe.lora.init_from)})
+        changed["lora"] = recipe.lora.model_copy(
+            update={"init_from": absolute("lora.init_from", recipe.lora.init_from)}
+        )
     match recipe.reference:
         case AdapterReference(path=path):
-            changed["reference"] = recipe.reference.model_copy(update={"path": folder("reference.path", path)})
+            changed["reference"] = recipe.reference.model_copy(update={"path": absolute("reference.path", path)})
         case ModelReference(name=name):
-            changed["reference"] = recipe.reference.model_copy(update={"name": place("reference.name", name)})
+            changed["reference"] = recipe.reference.model_copy(
+                update={"name": absolute_if_local("reference.name", name)}
+            )
     return recipe.model_copy(update=changed)

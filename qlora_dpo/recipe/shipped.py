@@ -1,18 +1,18 @@
-"""The recipes that come with this version: where they lie, what they are called, and what each is for."""
+"""The shipped recipes: their folders, their names, and what each is for."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def recipe_folders() -> Iterator[Path]:
-    """Where shipped recipes can lie: beside the package in a checkout, inside it when installed from a wheel."""
+    """Where shipped recipes can be: beside the package in a checkout, inside it when installed from a wheel."""
     package = Path(__file__).parents[1]
     yield package.parent / "recipes"
     yield package / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Every shipped recipe by name, in the order of the names."""
+    """The file of every shipped recipe, sorted by name."""
     files = {file.stem: file for home in reversed(list(recipe_folders())) for file in home.glob("*.toml")}
     return dict(sorted(files.items()))
 
@@ -23,6 +23,6 @@ def accelerate_configs() -> list[Path]:
 
 
 def recipe_purpose(file: Path) -> str:
-    """What a shipped recipe is for: its first line."""
+    """What a shipped recipe is for: its first comment line."""
     with file.open(encoding="utf-8") as lines:
         return lines.readline().removeprefix("#").strip()

@@ -1,4 +1,4 @@
-"""What every table of a recipe is, and the kinds of its values."""
+"""The base class of every table of a recipe, and the types of its values."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class RecipeTable(BaseModel):
-    """A recipe table: frozen, strictly typed, and without room for keys that nothing reads."""
+    """A table of a recipe: frozen, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -22,10 +22,10 @@ class RecipeTable(BaseModel):
 
 
 def is_local_path(name: str) -> bool:
-    """True if `name` is a path rather than a hub name: it starts with /, ./, ../ or ~, or has a data file's ending."""
+    """True if `name` is a path and not a hub name: it starts with /, ./, ../ or ~, or has a data file's suffix."""
     return name in (".", "..") or name.startswith(("/", "./", "../", "~")) or name.endswith(DATA_SUFFIXES)
 
 
 def is_glob(name: str) -> bool:
-    """True if `name` is a local path with `*`, `?` or `[...]`, which stands for all files that match."""
+    """True if `name` is a local path with `*`, `?` or `[...]`: a pattern for several files."""
     return is_local_path(name) and any(letter in name for letter in "*?[")

@@ -1,11 +1,11 @@
-"""The recipe's tables of the optimization, of the samples after it and of its tracking."""
+"""The tables [train], [samples] and [track]: the optimization, the prompts that are sampled, and the trackers."""
 
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_dpo.recipe.tables import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveInt, RecipeTable
+from qlora_dpo.recipe.tables import NonEmptyStr, NonNegativeInt, PositiveInt, RecipeTable
 
 MetricName = Literal[
     "loss",
@@ -23,13 +23,13 @@ MetricName = Literal[
     "mean_token_accuracy",
     "kl",
 ]
-"""What an evaluation measures, under TRL's names."""
+"""The metrics of an evaluation, under TRL's names."""
 LOWER_IS_BETTER: set[MetricName] = {
     *("loss", "preference_loss", "sft_loss", "rewards/rejected", "logps/rejected", "logits/rejected", "entropy", "kl")
 }
 
 DEFAULT_ROW_TOKENS = 2048
-"""Tokens of a row where memory allows and the recipe says no others."""
+"""Tokens of a row if memory allows it and the recipe does not set `train.micro_batch_tokens`."""
 
 
 class TrainTable(RecipeTable):
@@ -46,34 +46,34 @@ class TrainTable(RecipeTable):
         "paged_adamw_8bit",
         "paged_adamw_32bit",
     ] = "adamw_torch"
-    """The optimizer. Those in 8 bits and the paged ones are bitsandbytes' and need a CUDA GPU. `schedule_free_adamw`
-    keeps a running mean of its steps; it needs `pip install 'qlora_dpo[schedule-free]'` and a constant schedule."""
+    """The optimizer. The 8-bit and paged ones are bitsandbytes' and need a CUDA GPU. `schedule_free_adamw` keeps a
+    running mean of the weights; it needs `pip install 'qlora_dpo[schedule-free]'` and a constant schedule."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    """Peak learning rate."""
+    """The peak learning rate."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
     ] = "linear"
-    """How the learning rate moves after the warm-up."""
+    """The schedule of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay; norms that are trained as whole copies have none."""
+    """AdamW's decoupled weight decay; norms that are trained as full copies have none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this L2 norm."""
+    """Gradients are clipped to this L2 norm."""
     batch_size: PositiveInt = 16
     """Pairs per optimizer step."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens that go through the model at once, a shared prompt counted once; changes memory and speed, no result.
-    `auto` takes 2048, or half of them, a quarter and so on where memory asks for it, before a layer is recomputed."""
+    """Tokens that go through the model at once, with shared prompts counted once; affects memory and speed, but not the
+    result. `auto` takes 2048, or a half, a quarter, ... of that if memory requires it, before layers are recomputed."""
     num_train_epochs: PositiveInt = 1
     """Passes over the training pairs."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; absent: after the last epoch."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: a third slower, much less memory. `auto` does so for as few layers as
-    memory asks for, `true` for all of them, `false` for none."""
+    """Recompute activations in the backward pass: a third slower, with much less memory. `auto` does so for as few
+    layers as memory requires, `true` for all layers, `false` for none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the adapter's first weights, the order of the pairs and the draw of samples."""
+    """The seed of the adapter's initial weights, of the order of the pairs and of sampled subsets."""
     logging_steps: PositiveInt = 10
     """Optimizer steps between two logged lines."""
     eval_steps: PositiveInt | None = None
@@ -81,18 +81,16 @@ class TrainTable(RecipeTable):
     save_steps: PositiveInt | None = None
     """Optimizer steps between two checkpoints; absent: after each epoch but the last."""
     metric_for_best_model: MetricName = "loss"
-    """The held-out figure by which one evaluation is better than another. Of losses, of the rejected answers' figures,
-    of `entropy` and `kl` less is better, of all others more."""
+    """The held-out metric that decides which evaluation is best. Losses, metrics of the rejected completions, `entropy`
+    and `kl` are better when lower, all others when higher."""
     load_best_model_at_end: bool = False
-    """Write the adapter of the best evaluation rather than that of the last step."""
+    """Write the adapter of the best evaluation instead of the one of the last step."""
     early_stopping_patience: PositiveInt | None = None
-    """Stop when this many evaluations in a row are no better than the best one; absent: never."""
-    early_stopping_threshold: NonNegativeFloat = 0.0
-    """By how much an evaluation must be better to count."""
+    """Stop after this many evaluations in a row that are not better than the best one; absent: never."""
 
     @property
     def row_tokens(self) -> int:
-        """`micro_batch_tokens` before anyone has looked at the memory."""
+        """`micro_batch_tokens` as a number: `auto` is the default, before memory is taken into account."""
         return DEFAULT_ROW_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     @field_validator("metric_for_best_model", mode="before")
@@ -119,21 +117,19 @@ class TrainTable(RecipeTable):
 
 
 class SamplesTable(RecipeTable):
-    """Held-out prompts that base and tuned model answer greedily after training, and on the way."""
+    """Held-out prompts for which base and tuned model generate greedy completions, after training and during it."""
 
     prompts: NonNegativeInt = 3
-    """How many held-out prompts are answered and written to samples.jsonl."""
+    """How many held-out prompts get completions in samples.jsonl; the first 3 are shown at the end."""
     at_evaluations: PositiveInt | None = None
-    """How many held-out prompts the model answers at every evaluation too, step 0 included, into
-    evaluation_samples.jsonl and the trackers; absent: none. Changes no step."""
-    show: NonNegativeInt = 3
-    """How many of them are shown side by side at the end."""
+    """How many held-out prompts get a completion at every evaluation too, including step 0, in evaluation_samples.jsonl
+    and in the trackers; absent: none. It does not affect training."""
     max_new_tokens: PositiveInt = 96
-    """Longest answer, in tokens."""
+    """Maximum length of a completion, in tokens."""
     group_by: NonEmptyStr | None = None
-    """A column of the held-out rows by which the answers are counted."""
+    """The column of the held-out rows by which completions are grouped and counted."""
     count_matching: NonEmptyStr | None = None
-    """A regular expression; the share of answers that contain it is reported by group."""
+    """A regular expression; the share of completions that match it is reported for each group."""
 
     @field_validator("count_matching")
     @classmethod
@@ -146,15 +142,15 @@ class SamplesTable(RecipeTable):
 
 
 class TrackTable(RecipeTable):
-    """Experiment tracking, by as many of these as are named; what they are told is what metrics.jsonl holds."""
+    """Experiment trackers, any number of them; they receive what metrics.jsonl holds."""
 
     wandb: NonEmptyStr | None = None
     """The Weights & Biases project; offline when not logged in."""
     tensorboard: bool | NonEmptyStr = False
-    """`true` writes TensorBoard's event files into the run's folder; a folder's name writes them into a folder of the
-    run's name in there. Needs `pip install 'qlora_dpo[tensorboard]'`."""
+    """`true` writes TensorBoard's event files into the run folder; with a folder's name they go there, into a subfolder
+    with the run's name. Needs `pip install 'qlora_dpo[tensorboard]'`."""
     trackio: NonEmptyStr | None = None
-    """The Trackio project, in Trackio's database on this machine. Needs `pip install 'qlora_dpo[trackio]'`."""
+    """The Trackio project, in the Trackio database on this machine. Needs `pip install 'qlora_dpo[trackio]'`."""
 
     @model_validator(mode="after")
     def _check_any_tracker(self) -> "TrackTable":

@@ -35,10 +35,10 @@ DPO = "DPO"
 
 def describe_objective(objective: Record) -> str:
     """The loss by its usual name, with beta and a weighted SFT term if it has them: `DPO (beta 0.1) plus 1 * SFT`."""
-    losses = objective.get("losses")
-    if losses:
+    loss_weights = objective.get("loss_weights")
+    if loss_weights:
         name = "a sum of " + ", ".join(
-            f"{weight:g} * {OBJECTIVE_NAMES.get(loss, loss)}" for loss, weight in losses.items()
+            f"{weight:g} * {OBJECTIVE_NAMES.get(loss, loss)}" for loss, weight in loss_weights.items()
         )
     else:
         name = OBJECTIVE_NAMES.get(objective["loss_type"], f"the loss {objective['loss_type']}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.recipe import read_stored_recipe
 from qlora_dpo.run_folder import METRICS, Record
 
 
@@ -39,7 +39,7 @@ def read_run_files(folder: Path) -> RunFiles:
         samples=read_json_lines(folder / "samples.jsonl"),
         records=read_json_lines(folder / METRICS),
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        objective=Recipe.model_validate(resolved).objective.model_dump(exclude_none=True),
+        objective=read_stored_recipe(resolved).objective.model_dump(exclude_none=True),
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import RunError
+from qlora_dpo.recipe.former_keys import upgrade_stored_recipe
 from qlora_dpo.report.objective_names import describe_objective
 from qlora_dpo.report.run_files import read_json, read_json_lines
 from qlora_dpo.report.tables import MISSING_CELL, make_table
@@ -61,7 +62,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     Raises RunError if one of its files is damaged.
     """
     try:
-        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+        recipe = upgrade_stored_recipe(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
         run, results = (read_json(folder / name) for name in ("run.json", "results.json"))
         evals = results.get("evals") or _read_evals(folder)
         by_step = {record["step"]: record for record in evals}
@@ -123,12 +124,17 @@ def runs_table(runs: Sequence[Record], width: int) -> RenderableType:
     return Group(table, *(Text(sanitize_text(note), style="yellow") for note in notes))
 
 
+def _stored_recipe(folder: Path) -> dict[str, Any]:
+    """resolved.toml with the names of this version; removed keys that were changed stay, since they are differences."""
+    values = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+    return upgrade_stored_recipe(values, keep_changed=True)
+
+
 def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     """Differences between two runs: keys of their recipes, fingerprints, and the figures of both."""
     first, second = summarize_run(one), summarize_run(other)
-    folders = one, other
-    recipes = [_flatten(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))) for folder in folders]
-    metadata = [_run_metadata(read_json(folder / "run.json")) for folder in folders]
+    recipes = [_flatten(_stored_recipe(folder)) for folder in (one, other)]
+    metadata = [_run_metadata(read_json(folder / "run.json")) for folder in (one, other)]
     return {
         "runs": [first["name"], second["name"]],
         "recipe": dict(_differences(*recipes)),

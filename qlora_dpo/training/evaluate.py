@@ -179,7 +179,7 @@ def _watch(context: TrainContext, state: TrainState, run_log: RunLog) -> None:
         state.evals, context.data_order.total_steps, length_baselines(context.heldout.pairs), state.skipped_steps
     )
     reported = {sign["name"] for sign in state.signs}
-    for name, sentence in find_warnings(history, context.recipe.watch).items():
+    for name, sentence in find_warnings(history).items():
         if name in reported:
             continue
         state.signs.append({"step": state.step, "name": name, "sentence": sentence})

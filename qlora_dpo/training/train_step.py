@@ -19,7 +19,6 @@ from qlora_dpo.preference.objective import (
     Logps,
     LossColumns,
     Losses,
-    beta_at,
     compute_losses,
     concat_logps,
     dynamic_beta,
@@ -288,11 +287,11 @@ def _live_reference(step: _Step, known_P2: Tensor, batch: MicroBatch) -> tuple[T
 def _losses(step: _Step, logps: Logps, accumulated: _Accumulated) -> tuple[Losses, Tensor]:
     """The losses of some pairs at this step's beta, and how strongly each depends on its log-probabilities (P,)."""
     table = step.context.recipe.objective
-    beta = beta_at(table, step.number, step.context.data_order.total_steps)
+    beta: float | None = None
     if isinstance(table, BetaDpo):
         ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1).detach() - logps.reference_P2
         margin_P = ratio_P2[:, 0] - ratio_P2[:, 1]
-        beta, accumulated.margin_mean = dynamic_beta(margin_P, accumulated.margin_mean, table, beta)
+        beta, accumulated.margin_mean = dynamic_beta(margin_P, accumulated.margin_mean, table, table.beta)
     losses = compute_losses(logps, table, beta)
     accumulated.metrics.add_losses(losses)
     return losses, loss_gradients(losses, logps)

@@ -126,9 +126,7 @@ def check_trl_supports(table: Objective) -> None:
     elif isinstance(table, Sigmoid) and table.label_smoothing:
         why = "label_smoothing, which TRL's sigmoid loss ignores"
     else:
-        unknown = [
-            key for key in ("beta_end", "weight_column", "margin_column") if getattr(table, key, None) is not None
-        ]
+        unknown = [key for key in ("weight_column", "margin_column") if getattr(table, key, None) is not None]
         why = f"{unknown[0]}, which TRL's DPOTrainer does not have" if unknown else ""
     if why:
         raise RecipeError(f'[objective] has {why}; leave it out, or set train.engine = "qlora_dpo"')
@@ -137,7 +135,7 @@ def check_trl_supports(table: Objective) -> None:
 def _objective_args(table: Any) -> dict[str, Any]:
     """An objective that `check_trl_supports` has passed, as arguments of DPOConfig."""
     weights = (
-        {str(name): share for name, share in table.losses.items()}
+        {str(name): share for name, share in table.loss_weights.items()}
         if isinstance(table, WeightedSum)
         else {table.loss_type: 1.0}
     )

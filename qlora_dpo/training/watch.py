@@ -5,11 +5,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.recipe.watch import WarningName, WatchTable
+from qlora_dpo.recipe.watch import WarningName
 from qlora_dpo.wilson import wilson_interval
 
 MIN_LOSS_CHANGE = 1e-3
 """A held-out loss that has moved by less, a quarter of the run or more after its start, has not moved."""
+MAX_DISPLACEMENT_NATS = 0.25
+"""Nats per token that the chosen answers may lose since step 0 while the margin grows."""
+MAX_KL_NATS = 0.5
+"""Nats per token of KL divergence between the policy and the base on chosen answers."""
+MAX_LENGTH_CORRELATION = 0.8
+"""Correlation, positive or negative, between the margins and how much longer the chosen answers are."""
+MAX_VANISHING_SHARE = 0.5
+"""Share of the pairs since the last evaluation whose gradient is less than a twentieth of the first step's."""
+MAX_SKIPPED_SHARE = 0.1
+"""Share of the steps that may be skipped since their scaled gradients overflow in fp16."""
 
 EvalRecord = Mapping[str, Any]
 
@@ -25,12 +35,12 @@ class RunHistory:
     skipped_steps: int = 0
 
 
-def find_warnings(history: RunHistory, table: WatchTable) -> dict[WarningName, str]:
+def find_warnings(history: RunHistory) -> dict[WarningName, str]:
     """The signs that the newest evaluation shows, each with its sentence."""
-    return dict(_iter_warnings(history, table)) if history.evals[-1]["step"] > history.evals[0]["step"] else {}
+    return dict(_iter_warnings(history)) if history.evals[-1]["step"] > history.evals[0]["step"] else {}
 
 
-def _iter_warnings(history: RunHistory, table: WatchTable) -> Iterator[tuple[WarningName, str]]:
+def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
     first, now = history.evals[0], history.evals[-1]
     done = now["step"] / history.total_steps
     if (best := _best_before_overfitting(history.evals)) is not None:
@@ -41,13 +51,13 @@ def _iter_warnings(history: RunHistory, table: WatchTable) -> Iterator[tuple[War
             "take fewer epochs or a lower train.learning_rate, or set train.load_best_model_at_end = true",
         )
     lost = first["eval_logps/chosen_per_token"] - now["eval_logps/chosen_per_token"]
-    if lost > table.displacement_nats and now["eval_rewards/margins"] > first["eval_rewards/margins"]:
+    if lost > MAX_DISPLACEMENT_NATS and now["eval_rewards/margins"] > first["eval_rewards/margins"]:
         yield (
             "likelihood_displacement",
             f"the chosen answers have lost {lost:.2f} nats a token since step 0 while the margin grew: both answers "
             'become unlikely; add objective.sft_weight, or try loss_type = "dpop" or a higher objective.beta',
         )
-    if now["eval_kl"] > table.kl_nats:
+    if now["eval_kl"] > MAX_KL_NATS:
         yield (
             "kl",
             f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, so other abilities "
@@ -59,13 +69,13 @@ def _iter_warnings(history: RunHistory, table: WatchTable) -> Iterator[tuple[War
             f"the held-out accuracy {now['eval_rewards/accuracies']:.3f} of {now['eval_pairs']} pairs cannot be told "
             f"from {rival}; hold out more pairs, or train longer",
         )
-    if abs(now.get("eval_length_correlation", 0.0)) > table.length_correlation:
+    if abs(now.get("eval_length_correlation", 0.0)) > MAX_LENGTH_CORRELATION:
         yield (
             "length_correlation",
             f"the margins follow length (correlation {now['eval_length_correlation']:+.2f} with how much longer the "
             'chosen answer is): length is what is learned; try loss_type = "sampo", "rdpo" or "sigmoid_norm"',
         )
-    if now.get("eval_vanishing", 0.0) > table.vanishing_share:
+    if now.get("eval_vanishing", 0.0) > MAX_VANISHING_SHARE:
         yield (
             "vanishing_gradient",
             f"{now['eval_vanishing']:.0%} of the pairs since the last evaluation had less than a twentieth of the "
@@ -77,7 +87,7 @@ def _iter_warnings(history: RunHistory, table: WatchTable) -> Iterator[tuple[War
             f"the held-out loss {now['eval_loss']:.4f} is still that of step {first['step']}; raise "
             "train.learning_rate (5e-6 to 1e-4 are usual), or look at the labels with `qlora-dpo data lint`",
         )
-    if history.skipped_steps > table.skipped_share * now["step"]:
+    if history.skipped_steps > MAX_SKIPPED_SHARE * now["step"]:
         yield (
             "skipped_steps",
             f"{history.skipped_steps} of {now['step']} steps were skipped, since their gradients overflowed in fp16; "

@@ -29,6 +29,9 @@ from qlora_dpo.training.prepare import PreparedData, timed
 from qlora_dpo.training.run import TrainingResult
 from qlora_dpo.training.run_metadata import build_run_metadata, round_seconds
 
+SAMPLES_SHOWN = 3
+"""Prompts whose answers are shown at the end; samples.jsonl has all of them."""
+
 SampleRecords = list[dict[str, Any]]
 
 
@@ -115,7 +118,7 @@ def print_result(folder: Path, results: dict[str, Any], samples: SampleRecords, 
         console.print(f"step {sign['step']}: {sign['sentence']}", style="yellow", markup=False, highlight=False)
     if recipe.samples.group_by or recipe.samples.count_matching:
         console.print(answers_table(results["answers"], samples))
-    console.print(samples_view(samples, recipe.samples.show))
+    console.print(samples_view(samples, SAMPLES_SHOWN))
     click.echo(format_next_commands(folder))
 
 

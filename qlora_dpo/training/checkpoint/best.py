@@ -36,16 +36,13 @@ def best_step(evals: Sequence[dict[str, Any]], metric: MetricName) -> int:
 
 
 def out_of_patience(evals: Sequence[dict[str, Any]], table: TrainTable) -> bool:
-    """True if as many evaluations in a row as `early_stopping_patience` were no better than the best one before.
-
-    Better means by more than `early_stopping_threshold`, as transformers' EarlyStoppingCallback has it.
-    """
+    """True if as many evaluations in a row as `early_stopping_patience` were no better than the best one before."""
     if table.early_stopping_patience is None:
         return False
     lowest, waited = float("inf"), 0
     for record in evals:
         now = metric_to_minimize(record, table.metric_for_best_model)
-        better = lowest - now > table.early_stopping_threshold
+        better = lowest - now > 0
         lowest, waited = min(lowest, now), 0 if better else waited + 1
     return waited >= table.early_stopping_patience
 

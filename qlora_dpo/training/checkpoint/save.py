@@ -15,6 +15,7 @@ from qlora_dpo.errors import RunError
 from qlora_dpo.files import atomic_folder, check_disk_space, write_json
 from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model.lora import nonfinite_names, trainable_parameters
+from qlora_dpo.recipe.former_keys import upgrade_stored_recipe
 from qlora_dpo.recipe.tables import is_local_path
 from qlora_dpo.training.checkpoint.best import prune_best
 from qlora_dpo.training.checkpoint.integrity import STATE_FILE, checkpoint_damage
@@ -195,7 +196,7 @@ def load_ema_reference(folder: Path, ema_reference: Mapping[str, Tensor]) -> Non
 
 def _resume_differences(state: TrainState, current: TrainState) -> dict[str, str]:
     """What differs between a checkpoint and the current run, one phrase per difference, by its name for --allow."""
-    was, now = _flatten(state.recipe), _flatten(current.recipe)
+    was, now = _flatten(upgrade_stored_recipe(state.recipe, keep_changed=True)), _flatten(current.recipe)
     if now.get(ROW_TOKENS_KEY) == "auto":
         was[ROW_TOKENS_KEY] = "auto"  # the run goes on with the checkpoint's row size
     changed = {
