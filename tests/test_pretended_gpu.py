@@ -50,7 +50,6 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
-from qlora_dpo.report import write
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import loop, reference_pass
 from qlora_dpo.training import run as run_module
@@ -63,13 +62,6 @@ pytestmark = jobs.LIBRARIES_WARN
 
 LN_2 = 0.6931471805599453
 HOUSE_RULES = Path(__file__).parents[1] / "recipes" / "house_rules"
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        write, "draw_plots", lambda *some: []
-    )  # a third of the time of a tiny run, and nobody looks at them
 
 
 # whole commands: train, stop and resume, and what is done with the adapter
@@ -113,7 +105,6 @@ def train_stop_and_resume(card: str, home: Path) -> Trained:
     workplace.furnish(home, RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(write, "draw_plots", lambda *some: [])
         with pretended_gpu(card):
             assert main(["train", "tiny.toml", "-o", "whole"]) == 0
         with pretended_gpu(card):
