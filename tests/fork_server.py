@@ -5,7 +5,7 @@ cold start of a command takes 8 CPU-seconds, nearly all of them imports. The com
 folder, environment, arguments, signals and exit, as a new process would.
 
 Libraries read most variables when they are imported, so there is a server for each environment, but for the variables
-in CALL_TIME, which are read when they are needed, and those in RELOCATED, whose values are replaced in the child.
+in CALL_TIME, which are read when they are needed, and those in RELOCATED and SWITCHES, which are set anew in the child.
 """
 
 import atexit
@@ -34,8 +34,14 @@ CALL_TIME = (
 )
 """Beginnings of the names of variables that nothing reads at import."""
 
+SWITCHES = {
+    "HF_HUB_OFFLINE": ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"),
+    "HF_HUB_DISABLE_XET": ("huggingface_hub.constants.HF_HUB_DISABLE_XET",),
+}
+"""Variables that are on or off, and the constants that a child sets for them."""
+
 RELOCATED = {"HF_HOME": f"/tmp/qlora-dpo-relocated-{'0' * 16}", "HF_ENDPOINT": "http://127.0.0.1:9/relocated"}
-"""Read by huggingface_hub, datasets and transformers at import, with the placeholders that a server imports them with."""
+"""Read by huggingface_hub, datasets and transformers at import: the placeholders with which a server imports them."""
 
 PRELOAD = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib.pyplot")
 
@@ -48,7 +54,7 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="qlora-dpo-fork-", dir="/tmp")
         self.address = f"{self.folder.name}/socket"
-        with open(f"{self.folder.name}/log", "wb") as log:
+        with Path(self.folder.name, "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, self.address],
                 env={**environment, **RELOCATED},
@@ -81,7 +87,11 @@ class ForkServer:
 def server_for(environment: Mapping[str, str]) -> ForkServer:
     """The running server of an environment, or a new one."""
     key = tuple(
-        sorted(item for item in environment.items() if item[0] not in RELOCATED and not item[0].startswith(CALL_TIME))
+        sorted(
+            (name, value)
+            for name, value in environment.items()
+            if name not in RELOCATED and name not in SWITCHES and not name.startswith(CALL_TIME)
+        )
     )
     server = _SERVERS.pop(key, None)
     if server is None or server.process.poll() is not None:
@@ -200,6 +210,10 @@ def _relocate(places: list[tuple[Any, Any, Any]], environment: Mapping[str, str]
         for mark, own in values.items():
             text = text.replace(mark, own)
         container[key] = type(value)(text)
+    for name, constants in SWITCHES.items():
+        for constant in constants:
+            module, _, attribute = constant.rpartition(".")
+            setattr(sys.modules[module], attribute, environment.get(name, "").upper() in ("1", "ON", "YES", "TRUE"))
 
 
 def _serve(address: str) -> dict[str, Any]:

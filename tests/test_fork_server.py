@@ -17,10 +17,12 @@ ENVIRONMENT = {
     "HF_HOME": "/tmp/of-this-command",
     "HF_ENDPOINT": "http://127.0.0.1:1234",
     "QLORA_DPO_CACHE": "cache of this command",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_XET": "",
 }
 PROCESS = """
 import json, os, random, signal, sys, threading, warnings
-import huggingface_hub.constants as hub, torch
+import datasets.config, huggingface_hub.constants as hub, torch
 from huggingface_hub import hf_api
 signals = {number: signal.getsignal(number) for number in signal.valid_signals()}
 print(json.dumps({
@@ -31,6 +33,8 @@ print(json.dumps({
     "python threads": threading.active_count(), "torch threads": torch.get_num_threads(),
     "path": sys.path, "cache": hub.HF_HUB_CACHE, "token": hub.HF_TOKEN_PATH,
     "endpoint": hub.ENDPOINT, "api": hf_api.api.endpoint, "main": sys.modules["__main__"].__name__,
+    "offline": [hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_XET],
+    "datasets": [str(datasets.config.HF_DATASETS_CACHE), datasets.config.HF_ENDPOINT],
     "buffered": [sys.stdout.line_buffering, sys.stderr.line_buffering], "encoding": sys.stdout.encoding,
 }))
 """
