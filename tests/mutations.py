@@ -573,7 +573,8 @@ def serve(connection: Connection, home: Path) -> None:
     os.environ.update(PYTHONPATH=str(home), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ.update(WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", HF_HOME=str(home.with_name("hf")))
     os.chdir(home)
-    sys.path[:] = [str(home), *(path for path in sys.path if path and Path(path) not in (HOME, HOME / "tests"))]
+    ours = [path for path in sys.path if Path(path) == HOME or Path(path).is_relative_to(HOME / "tests")]
+    sys.path[:] = [str(home), *(path for path in sys.path if path and path not in ours)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in PRELOAD:
