@@ -13,6 +13,7 @@ that fails is run again without the mistake: if it fails then too, the fork is t
 import argparse
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -634,8 +635,8 @@ def run_cold(home: Path, tests: list[str]) -> Outcome:
 
 def first_failure(report: str) -> str:
     """The test that pytest's summary names first; "" if none failed."""
-    lines = [line.split(" ", 1)[1] for line in report.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return lines[0].partition(" - ")[0] if lines else ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", report, re.MULTILINE)
+    return found[1] if found else ""
 
 
 if __name__ == "__main__":
