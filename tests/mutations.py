@@ -484,13 +484,15 @@ def main() -> int:
     return 0 if run_mutants(mutants, options.workers, say) else 1
 
 
-def run_mutants(mutants: Sequence[Mutant], workers: int, say: Callable[[str], None]) -> bool:
-    """Try each mutant; True if all were found."""
+def run_mutants(
+    mutants: Sequence[Mutant], workers: int, say: Callable[[str], None], preload: Sequence[str] = PRELOAD
+) -> bool:
+    """Try each mutant in workers that have imported `preload`; True if all were found."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         idle: Queue[Worker] = Queue()
         for number in range(workers):
-            idle.put(Worker(copy_checkout(Path(work, str(number)))))
+            idle.put(Worker(copy_checkout(Path(work, str(number))), preload))
 
         def found(mutant: Mutant) -> bool:
             worker = idle.get()
@@ -522,12 +524,12 @@ def copy_checkout(folder: Path) -> Path:
 class Worker:
     """A copy of the checkout, and a process that forks to run its tests."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, preload: Sequence[str]) -> None:
         self.home = home
         self.sound: dict[str, bool] = {}  # a test that failed: whether it passes without the mistake
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, home), daemon=False)
+        self.process = context.Process(target=serve, args=(theirs, home, preload))
         self.process.start()
         theirs.close()
 
@@ -566,7 +568,7 @@ class Worker:
         self.process.join(60)
 
 
-def serve(connection: Connection, home: Path) -> None:
+def serve(connection: Connection, home: Path, preload: Sequence[str]) -> None:
     """Import the libraries, and run the tests that are asked for, each time in a fork."""
     import importlib
     import warnings
@@ -578,7 +580,7 @@ def serve(connection: Connection, home: Path) -> None:
     sys.path[:] = [str(home), *(path for path in sys.path if path and path not in ours)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in PRELOAD:
+        for name in preload:
             importlib.import_module(name)
     assert not any(name.partition(".")[0] == "qlora_dpo" for name in sys.modules)
     while True:
