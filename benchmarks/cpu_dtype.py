@@ -24,7 +24,6 @@ from qlora_dpo.model.sources import fetch_model
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import recipe
-from qlora_dpo.training.run import pad_token_id
 
 ROUNDS = 7
 
@@ -36,7 +35,7 @@ def main() -> None:
     source = fetch_model(asked.model)
     tokenizer = load_tokenizer(source)
     pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[:8]
-    packing = Packing(2048, pad_token_id(tokenizer), "spans")
+    packing = Packing(2048, int(tokenizer.pad_token_id or 0), "spans")
     batch = collate(pairs, packing)
     devices = {name: select_device(name) for name in ("bf16", "fp32")}
     models = {}

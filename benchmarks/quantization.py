@@ -18,7 +18,6 @@ from qlora_dpo.model.quantized import quantized_layers
 from qlora_dpo.model.sources import fetch_model
 from qlora_dpo.recipe import recipe
 from qlora_dpo.recipe.model import QUANTIZATION_NAMES
-from qlora_dpo.training.run import pad_token_id
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
         return load_base(source, asked.model.model_copy(update={"quantization": quantization}), here)
 
     def compare(name: str, one: PreTrainedModel, other: PreTrainedModel) -> None:
-        found = measure_merge_fidelity(one, other, texts.encoded, pad_token_id(tokenizer), here)
+        found = measure_merge_fidelity(one, other, texts.encoded, int(tokenizer.pad_token_id or 0), here)
         print(f"| {name} | {found.kl:.2g} | {found.top1:.4f} |", flush=True)
 
     print(f"{texts.name}\n\n| | KL, nats per token | top-1 agreement |\n| --- | --- | --- |")

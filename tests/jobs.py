@@ -1,8 +1,10 @@
 """Small training jobs: a saved tiny Qwen2, pairs of random token ids, and everything a run is made of."""
 
 import functools
+import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,10 @@ from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.checkpoint.state import TrainState
+from qlora_dpo.training.context import PreferenceDataset, TrainContext
 from qlora_dpo.training.data_order import make_data_order
-from qlora_dpo.training.evaluate import PreferenceDataset
-from qlora_dpo.training.loop import TrainContext
-from qlora_dpo.training.run import data_fingerprint
+from qlora_dpo.training.prepare import data_fingerprint
 
 # PEFT 0.21 and TRL 1.16 call things in transformers 5.23 by their older names
 LIBRARIES_WARN = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is:FutureWarning")
@@ -160,3 +161,28 @@ def all_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
 def column(records: Sequence[dict[str, Any]], name: str) -> list[float]:
     """One name of all records."""
     return [record[name] for record in records]
+
+
+class _Sentences(logging.Handler):
+    """Appends every sentence to a list."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        super().__init__(logging.INFO)
+        self.sentences = sentences
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.sentences.append(record.getMessage())
+
+
+@contextmanager
+def logged_sentences(sentences: list[str] | None = None) -> Iterator[list[str]]:
+    """The sentences that the package logs inside, in their order."""
+    found, logger = [] if sentences is None else sentences, logging.getLogger("qlora_dpo")
+    handler, level = _Sentences(found), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -20,7 +20,8 @@ from qlora_dpo.recipe.train import TrainTable
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training.checkpoint.best import best_step, load_best, out_of_patience
 from qlora_dpo.training.checkpoint.integrity import best_adapter_dir
-from qlora_dpo.training.checkpoint.save import TrainState, newest_valid
+from qlora_dpo.training.checkpoint.save import newest_valid
+from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -165,7 +166,7 @@ def test_trls_engine_stops_early_too_and_keeps_the_best(tmp_path: Path) -> None:
     model: PeftModel = jobs.fresh(what)
     job = jobs.job(model, what, tmp_path)
     with RunLog(tmp_path, job.data_order.total_steps) as tracker:
-        _, state = train_with_trl(model, job, jobs.start(job), tracker, jobs.tiny.tokenizer())
+        state = train_with_trl(model, job, jobs.start(job), tracker, jobs.tiny.tokenizer())
     losses = [record["eval_loss"] for record in state.evals]
     assert len(losses) == losses.index(min(losses)) + 3 < 7
     assert state.best is not None

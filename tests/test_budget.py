@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from qlora_dpo.model import memory
-from qlora_dpo.model.memory import ActivationBytes, checkpointable_layers, set_gradient_checkpointing
+from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
+from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import MicroBatch, collate
 
@@ -40,7 +41,7 @@ def test_what_a_token_keeps_is_measured_whatever_the_row_is() -> None:
     for count in (6, 24):
         batch = collate(jobs.pairs(count), jobs.PACKED)
         tokens = batch.input_ids_BL.numel()
-        found.append(memory.measure_activation_bytes(model.get_base_model(), partial(logps_of, model, batch), tokens))
+        found.append(measure_activation_bytes(model.get_base_model(), partial(logps_of, model, batch), tokens))
     # width 64, inner width 128: dozens of float32 vectors of either size, and not hundreds
     assert 2_000 < found[0].layer < 20_000
     assert found[1].layer == pytest.approx(found[0].layer, rel=0.2)
@@ -57,7 +58,7 @@ def test_free_memory_is_what_the_machine_and_the_group_leave(monkeypatch: pytest
     assert memory.free_bytes(jobs.CPU) == 5
 
 
-@pytest.mark.parametrize(("spare", "how"), [(-1, "in every layer visit"), (0, "once")])
+@pytest.mark.parametrize(("spare", "how"), [(-1, "at each use"), (0, "once")])
 def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> None:
     base = architectures.made(architectures.CONFIGS["llama"]).to(torch.float64)
     need = memory.dense_bytes(base, torch.float32)
@@ -74,7 +75,7 @@ def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> No
 
 PAGES_TAKEN_ANEW = """
 import resource, sys, torch
-from qlora_dpo.model.memory import malloc_retain
+from qlora_dpo.model.malloc import malloc_retain
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":
     malloc_retain()

@@ -24,7 +24,8 @@ from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint import save
 from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
-from qlora_dpo.training.checkpoint.save import TrainState, newest_valid
+from qlora_dpo.training.checkpoint.save import newest_valid
+from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -286,6 +287,20 @@ def test_a_checkpoint_of_another_version_is_named(stopped: Path, tmp_path: Path)
     assert str(error.value) == (
         f"{tmp_path / newest.name}: was saved by another version of qlora_dpo; go on with that one"
     )
+
+
+def test_a_checkpoint_with_the_field_names_of_version_0_1_opens(stopped: Path, tmp_path: Path) -> None:
+    newest, _ = newest_valid(stopped)
+    shutil.copytree(newest, tmp_path / newest.name)
+    values = save.json.loads((newest / "state.json").read_text())
+    since = values["since_eval"]
+    former = {**values, "first_slope": 0.25, "since_eval": {**since, "vanished": 2}}
+    del former["first_step_grad"], former["since_eval"]["small_grad_pairs"]
+    (tmp_path / newest.name / "state.json").write_text(save.json.dumps(former))
+    model = jobs.fresh(jobs.recipe("nf4"))
+    optimizer = torch.optim.AdamW(jobs.trainable_parameters(model).values())
+    state = save.load_checkpoint(tmp_path / newest.name, TrainState.from_json(values), model, optimizer)
+    assert (state.first_step_grad, state.since_eval.small_grad_pairs) == (0.25, 2)
 
 
 def test_every_generator_goes_on_where_it_stood() -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from qlora_dpo.cli.text.memory_text import memory_lines
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model import memory
+from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device, device_for_gpu
 from qlora_dpo.model.distributed import processes
@@ -90,7 +90,7 @@ def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, 
     what = jobs.recipe(quantization)
     model = jobs.fresh(what, place).train()
     batch = collate(from_shapes.DUMMY_PAIRS, Packing(10**6, 0, backend))
-    found = memory.measure_activation_bytes(
+    found = measure_activation_bytes(
         model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel()
     )
     base = from_shapes.build_on_meta(jobs.source(), place)
@@ -161,7 +161,7 @@ def test_every_part_that_a_reader_looks_for_is_told() -> None:
 
 @pytest.mark.parametrize("count", [5, 7])
 def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int) -> None:
-    def told(few: int) -> memory.ActivationBytes:
+    def told(few: int) -> ActivationBytes:
         from_shapes.PROBE_LAYERS = few
         base = from_shapes.build_on_meta(folder(tmp_path, half_billion(layers=count)), T4)
         from_shapes.attention.enable_packed_attention(base)
@@ -311,8 +311,8 @@ def test_a_large_vocabulary_adds_nothing_to_what_a_token_keeps_in_fp16(quantizat
     from_shapes.fuse_lora(model, place.torch_dtype)
     batch = collate([pair], Packing(10**6, 0, place.attention))
     tokens = batch.input_ids_BL.numel()
-    body = memory.measure_activation_bytes(loaded, partial(hidden_states, model.train(), batch, place), tokens)
-    with_head = memory.measure_activation_bytes(loaded, lambda: score_batch(model, batch, place).chosen_logp_P, tokens)
+    body = measure_activation_bytes(loaded, partial(hidden_states, model.train(), batch, place), tokens)
+    with_head = measure_activation_bytes(loaded, lambda: score_batch(model, batch, place).chosen_logp_P, tokens)
     found = from_shapes.measure_footprint(source, what, place, Workload(64, 512, 96))
     assert found.activations.layer == pytest.approx(body.layer, rel=0.1)
     # what `train` once took for it: a copy of the head, divided by the tokens of a few pairs

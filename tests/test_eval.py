@@ -36,7 +36,8 @@ from qlora_dpo.preference.objective import LossColumns
 from qlora_dpo.preference.reference import ReferenceLogpCache, compute_reference_logps
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.report.eval_tables import eval_metric_tables
-from qlora_dpo.training.evaluate import PreferenceDataset, evaluate
+from qlora_dpo.training.context import PreferenceDataset
+from qlora_dpo.training.evaluate import evaluate
 
 pytestmark = LIBRARIES_WARN
 

@@ -24,7 +24,7 @@ from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
 from qlora_dpo.recipe.reference import REFERENCE_TABLES
 from qlora_dpo.tracking.run_log import RunLog
-from qlora_dpo.training.evaluate import PreferenceDataset
+from qlora_dpo.training.context import PreferenceDataset
 from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN

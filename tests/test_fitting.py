@@ -18,7 +18,7 @@ from qlora_dpo.model.memory import checkpointable_layers
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import evaluate, train_step
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -39,12 +39,11 @@ def train(
     job = jobs.job(model, what, folder)
     newest = save.newest_valid(folder)[0] if resume else None
 
-    def note(sentence: str) -> None:
-        told.extend([sentence] if "out of memory" in sentence else [])
-
-    with RunLog(folder, job.data_order.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "info", note)
-        state = train_loop(model, job, jobs.start(job), tracker, newest)
+    with RunLog(folder, job.data_order.total_steps) as tracker, jobs.logged_sentences() as sentences:
+        try:
+            state = train_loop(model, job, jobs.start(job), tracker, newest)
+        finally:
+            told.extend(sentence for sentence in sentences if "out of memory" in sentence)
     return model, state, read_metrics(folder / METRICS), told
 
 
@@ -166,10 +165,11 @@ def test_another_error_is_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.
 CAPPED = """
 import resource, sys
 from pathlib import Path
-import jobs, torch
-from qlora_dpo.data.encoded import EncodedPair, digest
-from qlora_dpo.training.evaluate import Side
-from qlora_dpo.training.loop import fit
+import jobs, logging, torch
+logging.basicConfig(level=logging.INFO)
+from qlora_dpo.data.encoded import EncodedPair, digest_ids
+from qlora_dpo.training.context import PreferenceDataset
+from qlora_dpo.training.loop import train_loop
 from qlora_dpo.tracking.run_log import RunLog
 from dataclasses import replace
 torch.set_num_threads(1)
@@ -178,19 +178,19 @@ def ids(count):
     return tuple(torch.randint(2, 200, (count,), generator=generator).tolist())
 def pair(row):
     parts = ids(8), ids(500), ids(500)
-    return EncodedPair(*parts, row, digest(*parts))
+    return EncodedPair(*parts, row, digest_ids(*parts))
 pairs = [pair(row) for row in range(32)]
 what = jobs.recipe(train={"batch_size": 16, "max_steps": 2, "micro_batch_tokens": 16_384})
 folder = Path(sys.argv[1])
 model = jobs.fresh(what)
 job = jobs.job(model, what, folder, train=32)
-job = replace(job, train=Side(pairs, torch.zeros(32, 2)))
+job = replace(job, train=PreferenceDataset(pairs, torch.zeros(32, 2)))
 with RunLog(folder, 2) as tracker:
     small = replace(job, packing=replace(job.packing, token_budget=600))
-    fit(model, small, jobs.start(job), tracker)  # so that the threads and buffers of a first run are there
+    train_loop(model, small, jobs.start(job), tracker)  # so that the threads and buffers of a first run are there
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
-    state = fit(model, job, jobs.start(job), tracker)
+    state = train_loop(model, job, jobs.start(job), tracker)
 print(state.step, state.row_tokens)
 """
 

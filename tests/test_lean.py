@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qlora_dpo.model import memory
+from qlora_dpo.model.activation_memory import measure_activation_bytes
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.quantized import cache_dequantized, dense_weight, dequantized, linear4bit_layers
@@ -119,12 +119,12 @@ def test_gradients_of_the_adapter_are_float32_in_bf16() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({}, "lora: 14 of 14 layers in one function"),
-        ({"lora_dropout": 0.1}, "lora: 0 of 14 layers in one function, the others by PEFT: dropout"),
-        ({"use_dora": True}, "lora: 0 of 14 layers in one function, the others by PEFT: DoraLinearVariant"),
+        ({}, "lora: 14 of 14 layers are fused"),
+        ({"lora_dropout": 0.1}, "lora: 0 of 14 layers are fused, the others are left to PEFT: dropout"),
+        ({"use_dora": True}, "lora: 0 of 14 layers are fused, the others are left to PEFT: DoraLinearVariant"),
         (
             {"lora_bias": True, "target_modules": ["q_proj"]},
-            "lora: 0 of 2 layers in one function, the others by PEFT: lora_bias",
+            "lora: 0 of 2 layers are fused, the others are left to PEFT: lora_bias",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_in_16_bits_a_lean_layer_keeps_less_than_pefts() -> None:
     place = jobs.device.select_device("bf16")
     batch = collate(jobs.pairs(8), jobs.PACKED)
     peft, lean = (
-        memory.measure_activation_bytes(
+        measure_activation_bytes(
             model.get_base_model(), partial(logps_of, model.train(), batch, place), batch.input_ids_BL.numel()
         ).layer
         for model in both("nf4", place)

@@ -24,9 +24,11 @@ from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.recipe.objective import Sigmoid
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import nonfinite
-from qlora_dpo.training.checkpoint.save import TrainState
-from qlora_dpo.training.evaluate import PreferenceDataset, evaluate
+from qlora_dpo.training.checkpoint.state import StepTotals, TrainState
+from qlora_dpo.training.context import PreferenceDataset
+from qlora_dpo.training.evaluate import evaluate
 from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.train_step import accumulate_gradients
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -329,7 +331,7 @@ def test_a_learning_rate_that_blows_the_weights_up_ends_the_run_and_saves_nothin
 def test_steps_skipped_in_a_row_are_counted_apart_from_all() -> None:
     state, counts = TrainState(0, {}, {}), []
     for skipped in (True, True, False, True):
-        state.count_skipped(skipped)
+        state.commit(StepTotals(1, 1, 0.0, 0.0, 0, 0.0), 1, skipped=skipped)
         counts.append((state.skipped_steps, state.skipped_in_a_row))
     assert counts == [(1, 1), (2, 2), (2, 0), (3, 1)]
 
@@ -392,3 +394,30 @@ def test_dropout_works_in_training_and_not_in_an_evaluation(tmp_path: Path) -> N
     side = PreferenceDataset(PAIRS, torch.zeros(8, 2))
     first, second = (evaluate(model.train(), side, Sigmoid(), jobs.PACKED, jobs.CPU) for _ in range(2))
     assert first["eval_loss"] == second["eval_loss"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "beta_dpo"])
+def test_a_step_changes_nothing_but_gradients_until_it_is_committed(loss: str, tmp_path: Path) -> None:
+    what = jobs.recipe(objective={"loss_type": loss}, train={"batch_size": 8, "micro_batch_tokens": 60})
+    model = jobs.stirred(jobs.fresh(what)).train()
+    context = jobs.job(model, what, tmp_path)
+    context.train.reference_P2[:] = torch.nan  # computed along with the step, and kept by the commit alone
+    state = jobs.start(context)
+    before, reference_P2 = copy.deepcopy(vars(state)), context.train.reference_P2.clone()
+    computed, results, gradients = context.reference_cache.num_computed(), [], []
+    for _ in range(2):
+        results.append(accumulate_gradients(model, context, state, context.packing, lambda loss: loss.backward()))
+        gradients.append(jobs.gradients(model))
+    assert vars(state) == before
+    assert context.train.reference_P2.isnan().equal(reference_P2.isnan())
+    assert context.reference_cache.num_computed() == computed
+    assert torch.equal(*gradients)  # a second attempt begins anew
+    one, other = results
+    assert (one.totals, one.nonfinite, one.reference_indices) == (
+        other.totals,
+        other.nonfinite,
+        other.reference_indices,
+    )
+    assert sorted(one.reference_indices) == sorted(context.data_order.batch_indices(1))
+    state.commit(one.totals, 8, skipped=False)
+    assert (state.step, state.since_eval.pairs, state.num_tokens) == (1, 8, one.totals.tokens)

@@ -15,8 +15,10 @@ from qlora_dpo.errors import RunError
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import loop
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.save import TrainState
-from qlora_dpo.training.loop import TrainContext, train_loop
+from qlora_dpo.training.checkpoint.state import TrainState
+from qlora_dpo.training.context import TrainContext
+from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.train_step import StepResult
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -84,9 +86,9 @@ def test_a_scale_at_which_the_first_gradient_overflows_is_halved_and_the_step_is
     assert unsaid == []
     assert jobs.all_apart(jobs.adapter(model), jobs.adapter(other)) == 0
     assert logged(tmp_path / "searched") == logged(tmp_path / "known")
-    assert (state.num_tokens, state.first_slope, state.since_eval) == (
+    assert (state.num_tokens, state.first_step_grad, state.since_eval) == (
         begun.num_tokens,
-        begun.first_slope,
+        begun.first_step_grad,
         begun.since_eval,
     )
 
@@ -131,7 +133,7 @@ def test_a_first_loss_that_is_not_finite_is_refused_at_once_whatever_the_scale(
     asked = list[int]()
     whole = loop.accumulate_gradients
 
-    def gradient(model: PeftModel, job: TrainContext, *others: Any) -> list[int]:
+    def gradient(model: PeftModel, job: TrainContext, *others: Any) -> StepResult:
         pair = job.data_order.batch_indices(1)[2]
         job.train.reference_P2[pair, 0] = float("inf")
         asked.append(job.train.pairs[pair].row)
@@ -150,11 +152,11 @@ def test_after_the_first_step_an_overflow_is_skipped_and_five_in_a_row_end_the_r
     scaling(monkeypatch, 1.0)
     whole = loop.accumulate_gradients
 
-    def gradient(model: PeftModel, job: TrainContext, state: TrainState, *others: Any) -> list[int]:
-        wrong = whole(model, job, state, *others)
+    def gradient(model: PeftModel, job: TrainContext, state: TrainState, *others: Any) -> StepResult:
+        result = whole(model, job, state, *others)
         if state.step:
             next(iter(loop.trainable_parameters(model).values())).grad[0, 0] = float("inf")
-        return wrong
+        return result
 
     monkeypatch.setattr(loop, "accumulate_gradients", gradient)
     with pytest.raises(RunError) as error:

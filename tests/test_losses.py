@@ -16,7 +16,6 @@ from torch import Tensor
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.preference.logps import score_batch
-from qlora_dpo.preference.metrics import make_metric_sums
 from qlora_dpo.preference.objective import Logps, LossColumns, beta_at, compute_losses, concat_logps, dynamic_beta
 from qlora_dpo.preference.pack import collate, micro_batches
 from qlora_dpo.preference.token_weights import make_token_weighting
@@ -340,9 +339,7 @@ def test_a_loss_over_a_whole_step_asks_twice_with_the_same_dropout(
         return found
 
     monkeypatch.setattr(train_step, "score_batch", seen)
-    train_step.accumulate_gradients(
-        model, job, jobs.start(job), lambda loss: loss.backward(), make_metric_sums(what.objective)
-    )
+    train_step.accumulate_gradients(model, job, jobs.start(job), job.packing, lambda loss: loss.backward())
     once, again = asked[: len(asked) // 2], asked[len(asked) // 2 :]
     assert len(once) == len(again) > 2
     assert all(torch.equal(first, second) for first, second in zip(once, again, strict=True))

@@ -67,7 +67,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(place: str, folder: Path
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors", "x": place}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert refused(folder) == (
-        f"{folder}: its model.safetensors.index.json names {place!r}, which is no file of the folder; get the model "
+        f"{folder}: its model.safetensors.index.json names {place!r}, which is not a file of the folder; get the model "
         "again, or name another one"
     )
 

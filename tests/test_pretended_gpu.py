@@ -51,12 +51,14 @@ from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
+from qlora_dpo.training import evaluate as evaluation
 from qlora_dpo.training import loop, reference_pass
-from qlora_dpo.training import run as run_module
+from qlora_dpo.training.context import PreferenceDataset, TrainContext
 from qlora_dpo.training.data_order import make_data_order
-from qlora_dpo.training.evaluate import PreferenceDataset
-from qlora_dpo.training.loop import TrainContext, train_loop
-from qlora_dpo.training.run import TrainingResult, prepare_data, run_training
+from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.prepare import prepare_data
+from qlora_dpo.training.run import RunHooks, RunOptions, TrainingResult, train_prepared
+from qlora_dpo.training.train_step import StepResult
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -252,7 +254,7 @@ def trained_here(folder: Path, **tables: dict[str, Any]) -> TrainingResult:
     what = two_stages.recipe(folder, **{**tables, "model": {"dtype": "auto", **tables.get("model", {})}})
     prepared = prepare_data(what)
     with RunLog(folder, 2) as tracker:
-        return run_training(prepared, what, device.select_device(what.model.dtype), tracker, None)
+        return train_prepared(prepared, device.select_device(what.model.dtype), tracker, RunOptions(), RunHooks(), None)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +308,7 @@ def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path
             return asked
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module, "precompute_with_reference_model", ask_other)
+            patch.setattr(run, "precompute_with_reference_model", ask_other)
             state = trained_here(tmp_path, reference=table).state
     assert found == [0]
     assert state.evals[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)  # it is the base itself
@@ -480,7 +482,7 @@ def limited(patch: pytest.MonkeyPatch, gpu: PretendedGPU, module: Any, name: str
     ("module", "name", "rows", "what"),
     [
         (loop, "accumulate_gradients", 256, "step 1"),
-        (loop, "evaluate", 256, "evaluation after step 0"),
+        (evaluation, "evaluate", 256, "evaluation after step 0"),
         # whose rows are as large as the plan allows; those of a step hold one pair, be they of 16 tokens or of 8
         (reference_pass, "compute_reference_logps", 16, "reference pass"),
     ],
@@ -490,11 +492,10 @@ def test_where_memory_ends_rows_are_halved_and_the_adapter_is_that_of_a_run_in_s
     module: Any, name: str, rows: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(RunLog, "info", lambda tracker, text: said.append(text))
 
     def trained(run: str, tokens: int, most: int | None = None) -> tuple[dict[str, Tensor], int]:
         monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / run / "cache"))
-        with pretended_gpu("t4") as gpu, pytest.MonkeyPatch.context() as patch:
+        with pretended_gpu("t4") as gpu, pytest.MonkeyPatch.context() as patch, jobs.logged_sentences(said):
             room = limited(patch, gpu, module, name, most)
             outcome = trained_here(tmp_path / run, train={"micro_batch_tokens": tokens, "num_train_epochs": 2})
             return jobs.adapter(outcome.model), room.taken
@@ -550,7 +551,7 @@ def test_the_planned_bytes_are_the_counted_ones(
         prepared, here = prepare_data(what), device.select_device("auto")
         memory, _ = assess_fit(prepared, what, here)
         with RunLog(tmp_path, 2) as tracker:
-            run_training(prepared, what, here, tracker, None)
+            train_prepared(prepared, here, tracker, RunOptions(), RunHooks(), None)
     planned = {
         name: each for name, each in memory.bytes_by_part.items() if not name.startswith(("framework", "fragmentation"))
     }
@@ -570,14 +571,14 @@ Once for losses and figures of all pairs, once for the norm of the gradient, and
 def test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch(
     card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradient, take_step, micro_batches, waits = loop.accumulate_gradients, loop._train_step, list[int](), list[int]()
+    gradient, take_step, micro_batches, waits = loop.accumulate_gradients, loop._take_step, list[int](), list[int]()
 
-    def counted_gradient(model: Any, job: Any, state: Any, backward: Any, *others: Any) -> list[int]:
+    def counted_gradient(model: Any, job: Any, state: Any, packing: Any, backward: Any, *others: Any) -> StepResult:
         def counted_backward(loss: Tensor) -> None:
             micro_batches.append(gpu.waits.total())
             backward(loss)
 
-        return gradient(model, job, state, counted_backward, *others)
+        return gradient(model, job, state, packing, counted_backward, *others)
 
     def counted_step(at: Any) -> tuple[float, float]:
         before = gpu.waits.total()
@@ -589,7 +590,7 @@ def test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch(
         return taken
 
     monkeypatch.setattr(loop, "accumulate_gradients", counted_gradient)
-    monkeypatch.setattr(loop, "_train_step", counted_step)
+    monkeypatch.setattr(loop, "_take_step", counted_step)
     with pretended_gpu(card) as gpu:
         table = {"micro_batch_tokens": 64, "max_steps": 3, "logging_steps": 3, "num_train_epochs": 2}
         trained_here(tmp_path, model={"quantization": "nf4"}, train=table)

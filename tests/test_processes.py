@@ -74,7 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Figures as those of one process, but for time: sums to 1e-5, counts exactly."""
     assert found["num_tokens"] == expected["num_tokens"]
-    assert found["first_slope"] == pytest.approx(expected["first_slope"], rel=1e-5)
+    assert found["first_step_grad"] == pytest.approx(expected["first_step_grad"], rel=1e-5)
     assert found["margin_mean"] == pytest.approx(expected["margin_mean"], abs=1e-5)
     for one, other in zip(found["evals"], expected["evals"], strict=True):
         counts = {name: value for name, value in other.items() if isinstance(value, int)}
@@ -155,7 +155,7 @@ def test_all_compute_the_first_step_again_until_its_gradient_overflows_in_none(
     for found, theirs in zip(several.found, several.adapters(together.OVERFLOW), strict=True):
         assert jobs.all_apart(theirs, adapter) < 1e-5
         assert found[together.OVERFLOW]["num_tokens"] == facts["num_tokens"]
-        assert found[together.OVERFLOW]["first_slope"] == pytest.approx(facts["first_slope"], rel=1e-5)
+        assert found[together.OVERFLOW]["first_step_grad"] == pytest.approx(facts["first_step_grad"], rel=1e-5)
 
 
 def test_all_go_on_with_the_reference_in_smaller_rows_if_memory_runs_out_in_one(
@@ -205,20 +205,16 @@ def test_processes_that_have_other_data_refuse_to_train(several: Together) -> No
     }
 
 
-def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "is_sharded", lambda: True)
     monkeypatch.setattr(processes.signal, "signal", lambda *ignored: None)
-    what = jobs.recipe()
-    job = jobs.job(jobs.fresh(what), what, tmp_path, 4, 1)
 
     def ended(error: Exception) -> str:
-        def work(job: Any) -> None:
+        def work(packing: Any) -> None:
             raise error
 
         with pytest.raises(QloraDpoError) as caught:
-            retry_with_smaller_rows("step 3", work, job, jobs.start(job), print)
+            retry_with_smaller_rows("step 3", work, jobs.PACKED)
         return str(caught.value)
 
     assert ended(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == (

@@ -135,8 +135,8 @@ def test_lean_layers_give_the_outputs_and_gradients_of_pefts(quantization: str) 
     found = []
     for lean in (False, True):
         model = jobs.stirred(attach_lora(loaded(quantization), jobs.recipe().lora, 42))
-        words = fuse_lora(model, torch.float32) if lean else "lora: 14 of 14 layers in one function"
-        assert words == "lora: 14 of 14 layers in one function"
+        words = fuse_lora(model, torch.float32) if lean else "lora: 14 of 14 layers are fused"
+        assert words == "lora: 14 of 14 layers are fused"
         scores = score_batch(model, collate(jobs.pairs(3), jobs.PADDED), jobs.CPU)
         (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
         found.append((scores.chosen_logp_P.detach(), jobs.gradients(model)))

@@ -31,7 +31,8 @@ from qlora_dpo.preference.reference import (
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import oom_retry
-from qlora_dpo.training.run import TrainingResult, prepare_data, run_training
+from qlora_dpo.training.prepare import prepare_data
+from qlora_dpo.training.run import RunHooks, RunOptions, TrainingResult, train_prepared
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -304,4 +305,4 @@ def whole_run(folder: Path, changes: dict[str, dict[str, Any]]) -> TrainingResul
         values[table] = {**values[table], **keys}
     what = Recipe.model_validate(values)
     with RunLog(folder, 2) as tracker:
-        return run_training(prepare_data(what), what, jobs.CPU, tracker, None)
+        return train_prepared(prepare_data(what), jobs.CPU, tracker, RunOptions(), RunHooks(), None)

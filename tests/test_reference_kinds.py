@@ -21,7 +21,8 @@ from qlora_dpo.preference import reference
 from qlora_dpo.preference.reference import ReferenceLogpCache, model_logps, reference_cache_dir
 from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.training.run import TrainingResult, prepare_data
+from qlora_dpo.training.prepare import prepare_data
+from qlora_dpo.training.run import TrainingResult
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -362,7 +363,7 @@ def test_a_reference_that_would_never_move_is_refused(home: Path) -> None:
 
 def test_run_json_and_card_name_start_and_reference(sft: tuple[Path, TrainingResult], home: Path) -> None:
     from qlora_dpo.report.card import _start_and_reference_lines
-    from qlora_dpo.training.reference_pass import reference_metadata
+    from qlora_dpo.training.prepare import reference_metadata
 
     def told(**tables: Any) -> tuple[dict[str, Any], list[str]]:
         what = recipe(home, **tables)

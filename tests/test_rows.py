@@ -15,19 +15,22 @@ import torch
 from accelerate.state import AcceleratorState
 from workplace import rows
 
+from qlora_dpo.model.activation_memory import ActivationBytes
+from qlora_dpo.model.decoder_layers import checkpointable_layers
 from qlora_dpo.model.device import device_for_gpu
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.gpu_specs import GPU_SPECS
-from qlora_dpo.model.memory import ActivationBytes, checkpointable_layers
 from qlora_dpo.planning.memory_estimate import RESERVED_BYTES, estimate_memory
 from qlora_dpo.preference import packing_choice
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
-from qlora_dpo.training import run
+from qlora_dpo.training import build_model, run
 from qlora_dpo.training.checkpoint import save
-from qlora_dpo.training.checkpoint.save import TrainState, checkpoint_dir
+from qlora_dpo.training.checkpoint.save import checkpoint_dir
+from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.meta_model import ModelFootprint, Workload, measure_footprint, workload_of
+from qlora_dpo.training.prepare import prepare_data
 from qlora_dpo.training.row_plan import (
     RowPlan,
     choose_row_plan,
@@ -252,11 +255,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
         folder.mkdir()
         what = jobs.recipe(data=data, train=table | {"micro_batch_tokens": tokens})
         before = checkpoint_dir(resume.folder, 1) if resume is not None else None
-        patch.setattr(run, "free_bytes", lambda device: free)
+        patch.setattr(build_model, "free_bytes", lambda device: free)
         with RunLog(folder, 3) as tracker:
-            tracker.info = said.append  # type: ignore[method-assign,assignment]
-            prepared = run.prepare_data(what)
-            outcome = run.run_training(prepared, what, jobs.CPU, tracker, before, allowed)
+            prepared, options = prepare_data(what), run.RunOptions(allowed_changes=allowed)
+            with jobs.logged_sentences(said):
+                outcome = run.train_prepared(prepared, jobs.CPU, tracker, options, run.RunHooks(), before)
         recomputed = sum(layer.gradient_checkpointing for layer in checkpointable_layers(outcome.model))
         load, metrics = workload_of(prepared.train, prepared.heldout, what), read_metrics(folder / METRICS)
         return Ran(folder, jobs.adapter(outcome.model), outcome.state, metrics, said, recomputed, what, load)

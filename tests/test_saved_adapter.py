@@ -16,15 +16,14 @@ from two_stages import recipe, train
 
 from qlora_dpo.errors import ModelError, QloraDpoError, RecipeError
 from qlora_dpo.model.saved_adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     SavedAdapter,
     find_saved_adapter,
     load_adapter_weights,
     opened_by_peft,
 )
 from qlora_dpo.preference.reference import check_matches_peft, probe_logits
-from qlora_dpo.training.run import prepare_data
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+from qlora_dpo.training.prepare import prepare_data
 
 pytestmark = jobs.LIBRARIES_WARN
 
@@ -53,9 +52,9 @@ def rewrite(file: Path, **values: Any) -> None:
 def foreign(folder: Path, **values: Any) -> None:
     """As if another program had made it: PEFT's two files alone, with other values in its config."""
     for file in folder.iterdir():
-        if file.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if file.name not in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-    rewrite(folder / ADAPTER_CONFIG, **values)
+    rewrite(folder / ADAPTER_CONFIG_NAME, **values)
 
 
 def config(**values: Any) -> Callable[[Path], None]:
@@ -71,7 +70,7 @@ def base_in_run(**values: Any) -> Callable[[Path], None]:
 
 
 def cut(folder: Path) -> None:
-    (folder / ADAPTER_WEIGHTS).write_bytes((folder / ADAPTER_WEIGHTS).read_bytes()[:-8])
+    (folder / ADAPTER_SAFE_WEIGHTS_NAME).write_bytes((folder / ADAPTER_SAFE_WEIGHTS_NAME).read_bytes()[:-8])
 
 
 def another_template(folder: Path) -> None:
@@ -83,10 +82,10 @@ NOT_SHAPED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no folder": (
         shutil.rmtree,
         {},
-        "lora.init_from: {} is no folder; name the folder of a finished run or of a PEFT adapter",
+        "lora.init_from: {} is not a folder; name the folder of a finished run or of a PEFT adapter",
     ),
     "no adapter": (
-        lambda folder: (folder / ADAPTER_WEIGHTS).unlink(),
+        lambda folder: (folder / ADAPTER_SAFE_WEIGHTS_NAME).unlink(),
         {},
         "lora.init_from: {} has no adapter_config.json and adapter_model.safetensors; name the folder of a finished "
         "run or of a PEFT adapter",
@@ -97,7 +96,7 @@ NOT_SHAPED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         "{}: is damaged: adapter_model.safetensors has not its size; take it from a backup, or train it again",
     ),
     "config damaged": (
-        lambda folder: (foreign(folder), (folder / ADAPTER_CONFIG).write_text("{")),
+        lambda folder: (foreign(folder), (folder / ADAPTER_CONFIG_NAME).write_text("{")),
         {},
         "{}/adapter_config.json: is damaged (JSONDecodeError); take it from a backup",
     ),
@@ -173,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_loaded(case: str, sft: 
 
 
 def test_an_adapter_is_refused_under_the_key_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"^reference\.path: .* is no folder; "):
+    with pytest.raises(RecipeError, match=r"^reference\.path: .* is not a folder; "):
         prepare_data(recipe(tmp_path, reference={"kind": "adapter", "path": str(tmp_path / "none")}))
 
 
@@ -190,14 +189,14 @@ def test_other_layers_are_refused_with_an_example(sft: Path) -> None:
 
 def test_a_tensor_of_another_size_or_without_a_number_is_named(sft: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
-    tensors, model = load_file(sft / ADAPTER_WEIGHTS), jobs.fresh(jobs.recipe())
-    save_file(tensors | {name: torch.zeros(4, 96)}, sft / ADAPTER_WEIGHTS)
+    tensors, model = load_file(sft / ADAPTER_SAFE_WEIGHTS_NAME), jobs.fresh(jobs.recipe())
+    save_file(tensors | {name: torch.zeros(4, 96)}, sft / ADAPTER_SAFE_WEIGHTS_NAME)
     with pytest.raises(ModelError) as error:
         load_adapter_weights(model, SavedAdapter(sft, ""))
     assert str(error.value) == (
         f"{sft}: {name} has the shape [4, 96], and this base needs [4, 128]; name the base that it was made for"
     )
-    save_file(tensors | {name: torch.full((4, 128), torch.nan)}, sft / ADAPTER_WEIGHTS)
+    save_file(tensors | {name: torch.full((4, 128), torch.nan)}, sft / ADAPTER_SAFE_WEIGHTS_NAME)
     with pytest.raises(ModelError, match=r"lora_A\.weight is not finite; train it again with a lower rate"):
         load_adapter_weights(model, SavedAdapter(sft, ""))
 
@@ -255,10 +254,10 @@ def test_the_fingerprint_is_of_numbers_and_scale_alone(sft: Path, tmp_path: Path
     first = find_saved_adapter(sft, "lora.init_from", table).fingerprint
     foreign(sft, base_model_name_or_path="elsewhere")
     assert find_saved_adapter(sft, "lora.init_from", table).fingerprint == first
-    rewrite(sft / ADAPTER_CONFIG, lora_alpha=16)
+    rewrite(sft / ADAPTER_CONFIG_NAME, lora_alpha=16)
     scaled = table.model_copy(update={"lora_alpha": 16})
     assert find_saved_adapter(sft, "lora.init_from", scaled).fingerprint != first
-    rewrite(sft / ADAPTER_CONFIG, lora_alpha=8)
-    tensors = load_file(sft / ADAPTER_WEIGHTS)
-    save_file({name: 2 * value for name, value in tensors.items()}, sft / ADAPTER_WEIGHTS)
+    rewrite(sft / ADAPTER_CONFIG_NAME, lora_alpha=8)
+    tensors = load_file(sft / ADAPTER_SAFE_WEIGHTS_NAME)
+    save_file({name: 2 * value for name, value in tensors.items()}, sft / ADAPTER_SAFE_WEIGHTS_NAME)
     assert find_saved_adapter(sft, "lora.init_from", table).fingerprint != first

@@ -15,7 +15,7 @@ from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.extras import check_extras
-from qlora_dpo.training import schedule_free
+from qlora_dpo.training import optim
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.evaluate import evaluate
 from qlora_dpo.training.loop import train_loop
@@ -57,7 +57,7 @@ def test_it_steps_as_the_package_does_by_itself(schedulefree: Any) -> None:
         optimizer.step()
         points.append(optimizer.state[parameter]["z"].clone())
     torch.testing.assert_close(points[-1], -0.4 * torch.tensor([1.0, -1.0, 1.0]), atol=1e-5, rtol=1e-5)
-    with schedule_free.eval_weights(optimizer):
+    with optim.eval_weights(optimizer):
         torch.testing.assert_close(parameter.data, torch.stack(points).mean(0), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(parameter.data, torch.stack(points).mean(0), atol=1e-3)
 
@@ -69,7 +69,7 @@ def test_the_mean_is_evaluated_and_the_point_comes_back_bit_for_bit(schedulefree
         parameter.grad = torch.randn(1000, generator=torch.Generator().manual_seed(step))
         optimizer.step()
     point = parameter.detach().clone()
-    with schedule_free.eval_weights(optimizer):
+    with optim.eval_weights(optimizer):
         assert not torch.equal(parameter, point)
     assert torch.equal(parameter, point)
     parameter.grad = torch.ones(1000)
@@ -79,10 +79,10 @@ def test_the_mean_is_evaluated_and_the_point_comes_back_bit_for_bit(schedulefree
 def test_other_optimizers_are_left_alone() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = create_optimizer({"lora_A": parameter}, jobs.recipe().train, jobs.CPU)
-    with schedule_free.eval_weights(optimizer):
+    with optim.eval_weights(optimizer):
         pass
-    schedule_free.finalize(optimizer)
-    assert schedule_free.get_counters(optimizer) == []
+    optim.finalize(optimizer)
+    assert optim.get_counters(optimizer) == []
     assert torch.equal(parameter, torch.ones(3))
 
 

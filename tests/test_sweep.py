@@ -21,9 +21,9 @@ from faults.crash import struck
 
 from qlora_dpo.cli import main
 from qlora_dpo.model.base_snapshot import snapshot_base
+from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
-from qlora_dpo.model.memory import set_gradient_checkpointing
 from qlora_dpo.preference.reference import probe_logits
 from qlora_dpo.recipe.grid import name_points, parse_axes
 from qlora_dpo.recipe.model import LoraTable

@@ -21,7 +21,8 @@ from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference import model_logps, probe_logits
 from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
-from qlora_dpo.training.loop import TrainContext, train_loop
+from qlora_dpo.training.context import TrainContext
+from qlora_dpo.training.loop import train_loop
 from qlora_dpo.training.trl_engine import create_trainer, per_device_batch_size, train_with_trl
 
 pytestmark = jobs.LIBRARIES_WARN
@@ -37,7 +38,7 @@ def train(engine: str, what: Any, folder: Path) -> tuple[Any, list[dict[str, Any
     job = jobs.job(model, what, folder)
     with RunLog(folder, job.data_order.total_steps) as tracker:
         if engine == "trl":
-            model, _ = train_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
+            train_with_trl(model, job, jobs.start(job), tracker, tiny.tokenizer())
         else:
             train_loop(model, job, jobs.start(job), tracker)
     return model, read_metrics(folder / METRICS), job

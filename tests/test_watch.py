@@ -21,8 +21,9 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.objective import Sigmoid
 from qlora_dpo.recipe.watch import WatchTable
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
-from qlora_dpo.training.checkpoint.save import TrainState
-from qlora_dpo.training.evaluate import PreferenceDataset, evaluate
+from qlora_dpo.training.checkpoint.state import TrainState
+from qlora_dpo.training.context import PreferenceDataset
+from qlora_dpo.training.evaluate import evaluate
 from qlora_dpo.training.loop import train_loop
 from qlora_dpo.training.watch import RunHistory, find_warnings
 
@@ -234,10 +235,10 @@ def test_what_signs_are_judged_by_is_what_its_name_says() -> None:
     assert found["eval_logps/chosen_per_token"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_the_first_slope_of_dpo_is_its_beta(tmp_path: Path) -> None:
+def test_the_first_step_grad_of_dpo_is_its_beta(tmp_path: Path) -> None:
     # half of beta for the chosen answer and half for the rejected one; the last step of an epoch has fewer pairs
     state, _ = trained(tmp_path, taught(6, 0), taught(6, 1), train={"micro_batch_tokens": 40}, objective={"beta": 0.3})
-    assert state.first_slope == pytest.approx(0.3, rel=1e-5)
+    assert state.first_step_grad == pytest.approx(0.3, rel=1e-5)
 
 
 def test_the_kl_to_the_base_is_that_of_whole_logits(tmp_path: Path) -> None:

@@ -70,5 +70,5 @@ def test_an_optimizer_that_looks_at_matrices_is_refused() -> None:
     from qlora_dpo.training.zero2_optimizer import check_elementwise
 
     check_elementwise(jobs.recipe().train)
-    with pytest.raises(RecipeError, match=r'train\.optim = "adafactor" cannot be shared out by ZeRO-2, .*; take'):
+    with pytest.raises(RecipeError, match=r'train\.optim = "adafactor" cannot be sharded by ZeRO-2, .*; take'):
         check_elementwise(jobs.recipe(train={"optim": "adafactor"}).train)

@@ -10,7 +10,6 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -35,6 +34,7 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.tracking.run_log import EVALUATION_SAMPLES, RunLog
 from qlora_dpo.training import loop, reference_pass, train_step
+from qlora_dpo.training.build_model import PreparedModel
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import train_loop
 
@@ -83,8 +83,8 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         job.train.reference_P2[sorted(set(range(train)) - set(job.data_order.batch_indices(1)))] = torch.nan
         job = replace(job, sample_fn=asked_alone)
     said = list[str]()
-    with RunLog(folder, job.data_order.total_steps, silent=not processes.is_main()) as tracker:
-        tracker.info = said.append  # type: ignore[method-assign]
+    silent = not processes.is_main()
+    with RunLog(folder, job.data_order.total_steps, silent=silent) as tracker, jobs.logged_sentences(said):
         state = train_loop(model, job, jobs.start(job), tracker)
     kept = layer_bytes(model)
     sharding.unshard_layers(model)
@@ -94,7 +94,7 @@ def scenario(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
     facts = {
         "evals": state.evals,
         "num_tokens": state.num_tokens,
-        "first_slope": state.first_slope,
+        "first_step_grad": state.first_step_grad,
         "margin_mean": state.margin_mean,
         "row_tokens": state.row_tokens,
         "said": [each for each in said if "out of memory" in each or "was computed" in each],
@@ -156,16 +156,13 @@ def asked_out_of_memory(folder: Path) -> dict[str, Any]:
         return whole(*what)
 
     reference.model_logps = live
-    what: Any = SimpleNamespace(store=ReferenceLogpCache(folder), device=jobs.CPU, heldout=jobs.pairs(6, 1))
-    rows = replace(jobs.PACKED, token_budget=60)
-    with RunLog(folder, 1, silent=True) as tracker:
-        tracker.info = said.append  # type: ignore[method-assign]
-        reference_pass.fill_reference_cache(
-            what, reference_pass.PreparedModel(model, rows, rows), jobs.pairs(22), tracker
-        )
+    rows, cache = replace(jobs.PACKED, token_budget=60), ReferenceLogpCache(folder)
+    train, heldout = jobs.pairs(22), jobs.pairs(6, 1)
+    with RunLog(folder, 1, silent=True) as run_log, jobs.logged_sentences(said):
+        loaded = PreparedModel(model, rows, rows)
+        reference_pass.fill_reference_cache(loaded, [train, heldout], jobs.CPU, cache, run_log)
     reference.model_logps = whole
-    found_P2 = what.store.get([*jobs.pairs(22), *what.heldout])
-    return {"logps": found_P2.tolist(), "computed": what.store.local_computed, "said": said}
+    return {"logps": cache.get([*train, *heldout]).tolist(), "computed": cache.local_computed, "said": said}
 
 
 def once_out_of_memory() -> None:

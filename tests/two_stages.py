@@ -12,7 +12,8 @@ from qlora_dpo.files import write_json
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
-from qlora_dpo.training.run import TrainingResult, prepare_data, run_training
+from qlora_dpo.training.prepare import prepare_data
+from qlora_dpo.training.run import RunHooks, RunOptions, TrainingResult, train_prepared
 from qlora_dpo.training.run_metadata import build_run_metadata
 
 LN_2 = 0.6931471805599453
@@ -44,7 +45,7 @@ def train(folder: Path, resume_from: Path | None = None, **tables: dict[str, Any
         )
     prepared = prepare_data(what)
     with RunLog(folder, 2) as tracker:
-        outcome = run_training(prepared, what, jobs.CPU, tracker, resume_from)
+        outcome = train_prepared(prepared, jobs.CPU, tracker, RunOptions(), RunHooks(), resume_from)
     adapter.save_adapter(folder, outcome.model, prepared.tokenizer, prepared.source)
     write_json(folder / "run.json", build_run_metadata(outcome, what, jobs.CPU, folder, "qlora-dpo train"))
     return outcome

@@ -259,6 +259,7 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.evaluation.adapter_eval import MAX_TEXT_WINDOW, score_adapter, score_text, text_windows
     from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
+    from qlora_dpo.preference.pack import Packing
     from qlora_dpo.preference.packing_choice import choose_packing
     from qlora_dpo.preference.reference import ReferenceLogpCache, reference_cache_dir
     from qlora_dpo.recipe.train import TrainTable
@@ -278,7 +279,9 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         if not windows[name]:
             raise RecipeError(f"{name}: makes {len(ids)} tokens; --text needs two at least")
     everything = [*pair_set.encoded, *(each for some in windows.values() for each in some)]
-    packing, why = choose_packing(model, everything, budget, int(opened.tokenizer.pad_token_id or 0), device)
+    packing, why = choose_packing(
+        model, everything, Packing(budget, int(opened.tokenizer.pad_token_id or 0), backend=None), device
+    )
     click.echo(f"layout: {why}", err=True)
     steps = 3 * len(pair_set.encoded)
     with click.progressbar(

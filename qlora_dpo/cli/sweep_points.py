@@ -12,17 +12,18 @@ import click
 from rich.console import Console
 
 from qlora_dpo.cli.failure import error_sentence
-from qlora_dpo.cli.train import train_to_folder
+from qlora_dpo.cli.run_hooks import run_hooks
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.manifest import find_damage
-from qlora_dpo.model import device
+from qlora_dpo.model.device import select_device
 from qlora_dpo.recipe.grid import GridPoint, SweepAxis
 from qlora_dpo.recipe.train import MetricName
 from qlora_dpo.report.runs import runs_table, summarize_run
 from qlora_dpo.report.sweep import format_metric, ranking_caveats
 from qlora_dpo.run_folder import ADAPTER_SAFE_WEIGHTS_NAME
 from qlora_dpo.training.checkpoint.save import newest_valid
+from qlora_dpo.training.run import RunOptions, run_training
 from qlora_dpo.training.sweep import (
     BEST_RECIPE_FILE,
     Sweep,
@@ -58,39 +59,40 @@ def train_points(sweep: Sweep, points: Sequence[GridPoint]) -> None:
     Raises Interrupted after SIGINT or SIGTERM, and whatever keeps base or pairs from being read, since no point could
     be trained then.
     """
-    left = [
+    unfinished = [
         (point, entry)
         for point, entry in zip(points, sweep.points, strict=True)
         if not _is_finished(sweep.folder, entry)
     ]
-    if len(left) < len(points):
-        _echo_stderr(f"{len(points) - len(left)} of {len(points)} points have ended already")
+    if len(unfinished) < len(points):
+        _echo_stderr(f"{len(points) - len(unfinished)} of {len(points)} points have ended already")
 
     def store_fingerprints(fingerprints: dict[str, str]) -> None:
         sweep.fingerprints = fingerprints
         sweep.write()
 
-    shared = SweepBase([point.loaded.recipe for point in points], sweep.fingerprints, store_fingerprints)
-    here = device.select_device(points[0].loaded.recipe.model.dtype)
-    if left:
-        _echo_stderr("\n".join(here.describe()))
-    for point, entry in left:
+    sweep_base = SweepBase([point.loaded.recipe for point in points], sweep.fingerprints, store_fingerprints)
+    device = select_device(points[0].loaded.recipe.model.dtype)
+    if unfinished:
+        _echo_stderr("\n".join(device.describe()))
+    for point, entry in unfinished:
         place = f"point {points.index(point) + 1} of {len(points)}"
         _echo_stderr(f"\n{place}: {point.description}")
         sweep.set_state(entry, "running")
         folder = sweep.folder / point.name
         try:
-            outcome = train_to_folder(point.loaded, folder, here, resume=_can_resume(folder), sweep_base=shared)
-            stopped = outcome.state.stopped if outcome.state.stopped_by_sign else ""
-            for sentence in outcome.save_errors:
+            hooks = run_hooks(point.loaded, folder, device, sweep_base=sweep_base)
+            result = run_training(point.loaded, folder, device, RunOptions(resume=_can_resume(folder)), hooks)
+            stopped = result.state.stopped if result.state.stopped_by_sign else ""
+            for sentence in result.save_errors:
                 _echo_stderr(f"{place}: the adapter is whole, but a checkpoint could not be saved: {sentence}")
-            del outcome
+            del result, hooks  # before the next run loads its adapter
         except Interrupted as error:
             raise Interrupted(f"{place}: {error}") from error
         except KeyboardInterrupt as error:
             raise Interrupted(f"{place}: interrupted; the same command with --resume goes on there") from error
         except Exception as error:
-            if shared.base is None:
+            if sweep_base.base is None:
                 sweep.set_state(entry, "waiting")
                 raise
             sweep.set_state(entry, "failed", error_sentence(error))

@@ -24,6 +24,7 @@ from qlora_dpo.files import atomic_folder, atomic_write, write_json
 from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import device
 from qlora_dpo.model.quantized import quantization_of, quantized_layers
+from qlora_dpo.model.saved_adapter import beyond_delta_weights
 from qlora_dpo.recipe.model import Quantization
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 
@@ -86,7 +87,7 @@ def _check_mergeable(folder: Path) -> None:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: its {ADAPTER_CONFIG_NAME} is damaged ({type(error).__name__})") from error
-    if reason := _beyond_weights(config):
+    if reason := beyond_delta_weights(vars(config)):
         raise ModelError(f"{folder}: cannot be merged: {reason}")
 
 
@@ -158,22 +159,6 @@ def _keep_only(chosen: Path, home: Path) -> None:
         file.rename(home / file.name)
     for folder in [each for each in home.iterdir() if each.is_dir()]:
         shutil.rmtree(folder)
-
-
-def _beyond_weights(config: Any) -> str:
-    """Why the adapter is more than a change of linear weights; empty if it is not."""
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        return f"it is of PEFT's type {getattr(config.peft_type, 'value', config.peft_type)}, not LORA"
-    reasons = {
-        "lora_bias, which the base has no place for": config.lora_bias,
-        f'bias = "{config.bias}", trained biases': config.bias != "none",
-        "trainable_token_indices, trained embeddings": config.trainable_token_indices,
-        "layer_replication, another number of layers": config.layer_replication,
-        # PiSSA and its kin start by taking something out of the base, so B A is not the whole difference
-        f'init_lora_weights = "{config.init_lora_weights}", which changes the base itself': config.init_lora_weights
-        not in (True, False, "gaussian", "orthogonal", "eva"),
-    }
-    return next((f"it has {words}" for words, present in reasons.items() if present), "")
 
 
 def _not_a_sum(layer: nn.Module) -> str:

@@ -3,17 +3,17 @@
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.quantized import dequantized, quantization_of, quantized_layers
 
 
 def changed_layers(model: Any) -> dict[str, nn.Module]:
     """Layers whose weight is not the one in the base's files, by name in the base: adapted, quantized or both."""
-    base = _base(model)
+    base = unwrap_peft(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     quantized = {name.removesuffix(".base_layer"): layer for name, layer in quantized_layers(base).items()}
     return quantized | adapted
@@ -23,7 +23,7 @@ def modules_to_save_tensors(model: Any) -> dict[str, Tensor]:
     """The tensors of modules that were trained whole (PEFT's modules_to_save), by their name in the base."""
     return {
         f"{name}.{own}": tensor.detach()
-        for name, module in _base(model).named_modules()
+        for name, module in unwrap_peft(model).named_modules()
         if isinstance(module, ModulesToSaveWrapper)
         for own, tensor in module.modules_to_save[module.active_adapters[0]].named_parameters()
     }
@@ -61,7 +61,3 @@ def add_delta_weight(layer: Any, whole: Tensor) -> Tensor:
 def is_dora(layer: Any) -> bool:
     """True if the layer's adapter has a length of its own for each row."""
     return isinstance(layer, LoraLayer) and any(layer.use_dora.values())
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from qlora_dpo.deploy.merge_card import BaseWeights
 from qlora_dpo.deploy.merged_weights import add_delta_weight, base_layer_weight, changed_layers, modules_to_save_tensors
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import write_json
+from qlora_dpo.model.decoder_layers import unwrap_peft
 
 SHARD = "2GB"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -62,12 +62,12 @@ def write_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: tor
         _write_shards(opened, stored, folder, onto, dtype)
         config: Any = AutoConfig.from_pretrained(opened.source.folder, trust_remote_code=False)
         config.dtype, config._name_or_path = dtype, ""
-        config.architectures = [type(_base(opened)).__name__]
+        config.architectures = [type(unwrap_peft(opened.model)).__name__]
         config.save_pretrained(folder)
         if (opened.source.folder / GENERATION).is_file():
             shutil.copyfile(opened.source.folder / GENERATION, folder / GENERATION)
-        elif _base(opened).generation_config is not None:
-            _base(opened).generation_config.save_pretrained(folder)
+        elif unwrap_peft(opened.model).generation_config is not None:
+            unwrap_peft(opened.model).generation_config.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 
 
@@ -77,7 +77,7 @@ def base_tensors(opened: OpenedModel) -> dict[str, StoredTensor] | None:
     That is so for some architectures, and for bases that are stored quantized. A second name of a tied tensor is left
     out, as transformers does.
     """
-    model = _base(opened)
+    model = unwrap_peft(opened.model)
     if getattr(AutoConfig.from_pretrained(opened.source.folder), "quantization_config", None) is not None:
         return None
     found = list_tensors(opened.source.folder)
@@ -189,7 +189,3 @@ def _write_whole_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dty
         _rounded(name, parameter, dtype)
     full.config._name_or_path = ""
     full.save_pretrained(folder, max_shard_size=SHARD)
-
-
-def _base(opened: OpenedModel) -> Any:
-    return opened.model.get_base_model() if isinstance(opened.model, PeftModel) else opened.model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_disabled
-from qlora_dpo.model.memory import malloc_trim
+from qlora_dpo.model.malloc import malloc_trim
 from qlora_dpo.preference.logps import hidden_states
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
 

@@ -1,1 +1,1 @@
-"""From a name in a recipe to a model that can be trained: device, source, 4-bit base, adapter."""
+"""From the recipe to a trainable model: device, model source, quantized base, LoRA adapter, attention and memory."""

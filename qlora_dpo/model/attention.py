@@ -1,7 +1,7 @@
-"""Attention inside a packed row: every token sees its own sequence and nothing else, by one of three backends.
+"""Attention within a packed row, where every token attends to its own sequence only, by one of three backends.
 
-T tokens of the row, S spans or tiles, H query heads on K key heads, G = H / K queries per key head, D width of a head,
-W = H * D or K * D; q and k tokens of a span and of what it sees; Q and K padded queries and keys of all tiles.
+T tokens of the row, S spans or tiles, H query heads, K key heads, G = H / K, D width of a head, W = H * D or K * D; q
+tokens of a span and k tokens that it attends to; Q and K padded queries and keys of all tiles.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,86 +25,83 @@ from qlora_dpo.model.span import Span
 
 Backend = Literal["spans", "batched", "varlen"]
 UNSUPPORTED_KWARGS = ("softcap", "position_bias", "s_aux")
-"""What some models' layers ask of attention and packed rows do not do: capped scores, biases by position, sinks."""
+"""Attention arguments of some models that packed rows do not support: capped scores, position biases, sinks."""
 SPAN_TILE = 256
-"""Queries whose scores exist at once: what lies above the diagonal is computed for nothing only inside a tile."""
+"""Queries per tile of the backend "spans": only within a tile are scores above the diagonal computed in vain."""
 BATCHED_TILE = 128
-"""The same where tiles are padded: on HH's lengths 1.8 times the scores needed are computed, with 256 2.0 times."""
+"""Queries per tile of the backend "batched": with HH's lengths 1.8 times the needed scores, 2.0 times with 256."""
 ATTENTION_NAME = "qlora_dpo_packed"
-"""The name under which transformers' attention interface knows the function of this file."""
+"""Name of `packed_attention` in transformers' attention interface."""
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The spans of a row, in the row's order and without gaps, and the backend that computes them."""
+    """The spans of a row, in order and without gaps, and the backend that computes their attention."""
 
     spans: tuple[Span, ...]
     backend: Backend
     device: torch.device
     moved: Mapping[str, Tensor] | None = None
-    """The `index_tensors` on `device`, where they came along with the batch's."""
+    """The `index_tensors` on `device`, if they were copied together with the batch."""
 
     @cached_property
     def max_sequence_tokens(self) -> int:
-        """Tokens of the longest sequence in the row."""
+        """Number of tokens of the longest sequence in the row."""
         return max(span.num_visible for span in self.spans)
 
     @cached_property
     def tiles(self) -> tuple[Span, ...]:
-        """The spans cut to at most TILE queries: scores of a long sequence are never all there at once."""
+        """The spans cut to at most SPAN_TILE queries, so that the scores of a long sequence never exist all at once."""
         return tuple(tile for span in self.spans for tile in span.tiles(SPAN_TILE))
 
     @cached_property
     def key_chunks(self) -> list[int]:
-        """The lengths of the parts into which keys are cut, so that every tile sees whole parts."""
-        cuts = sorted({end for tile in self.tiles for stretch in tile.visible_ranges for end in stretch})
+        """Lengths of the chunks into which keys are split, so that every tile attends to whole chunks."""
+        cuts = sorted({end for tile in self.tiles for visible_range in tile.visible_ranges for end in visible_range})
         return [stop - start for start, stop in pairwise(cuts)]
 
     @cached_property
     def visible_chunks(self) -> list[list[int]]:
-        """For each tile, the numbers of the `pieces` it sees."""
-        number = {start: index for index, start in enumerate(accumulate(self.key_chunks, initial=0))}
+        """For each tile, the indices of the `key_chunks` that it attends to."""
+        index_of = {start: index for index, start in enumerate(accumulate(self.key_chunks, initial=0))}
         return [
-            [piece for start, stop in tile.visible_ranges for piece in range(number[start], number[stop])]
+            [index for start, stop in tile.visible_ranges for index in range(index_of[start], index_of[stop])]
             for tile in self.tiles
         ]
 
-    def bias(self, tokens: int, sees: int, group: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of `group` heads, (G * q, k): minus infinity at what comes after a token.
+    def bias(self, queries: int, keys: int, group: int, dtype: torch.dtype) -> Tensor:
+        """The causal bias of `group` heads (G * q, k): minus infinity for keys after the query, else 0.
 
-        Made once for all layers.
+        Cached, since all layers use the same.
         """
-        made: dict[tuple[int, int], Tensor] = self.__dict__.setdefault("_biases", {})
-        if (tokens, sees) not in made:
-            hidden_qk = torch.ones(tokens, sees, dtype=torch.bool, device=self.device).triu(sees - tokens + 1)
-            bias_qk = torch.zeros(tokens, sees, dtype=dtype, device=self.device).masked_fill_(hidden_qk, -torch.inf)
-            made[tokens, sees] = bias_qk.repeat(group, 1)
-        return made[tokens, sees]
+        cache: dict[tuple[int, int], Tensor] = self.__dict__.setdefault("_biases", {})
+        if (queries, keys) not in cache:
+            hidden_qk = torch.ones(queries, keys, dtype=torch.bool, device=self.device).triu(keys - queries + 1)
+            bias_qk = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(hidden_qk, -torch.inf)
+            cache[queries, keys] = bias_qk.repeat(group, 1)
+        return cache[queries, keys]
 
     def bucket_bias(self, bucket: int, group: int, dtype: torch.dtype) -> Tensor:
-        """What is added to a bucket's scores, (S, 1, q * G, k): minus infinity at what comes after a token.
-
-        Made once for all layers, as that of `bias`.
-        """
-        made: dict[int, Tensor] = self.__dict__.setdefault("_bucket_biases", {})
-        if bucket not in made:
+        """The causal bias of a bucket (S, 1, q * G, k): minus infinity for keys after the query, else 0; cached."""
+        cache: dict[int, Tensor] = self.__dict__.setdefault("_bucket_biases", {})
+        if bucket not in cache:
             tiles, q, k = self.buckets.sizes[bucket]
             earlier_S11 = self.index["earlier"][self.buckets.tile_offset(bucket) :][:tiles, None, None]
             query_q1 = torch.arange(q, device=self.device)[:, None]
             hidden_Sqk = torch.arange(k, device=self.device) > earlier_S11 + query_q1
             bias_Sqk = torch.zeros(tiles, q, k, dtype=dtype, device=self.device).masked_fill_(hidden_Sqk, -torch.inf)
-            made[bucket] = bias_Sqk.repeat_interleave(group, 1)[:, None]
-        return made[bucket]
+            cache[bucket] = bias_Sqk.repeat_interleave(group, 1)[:, None]
+        return cache[bucket]
 
     @cached_property
     def index(self) -> Mapping[str, Tensor]:
-        """What `index_tensors` gives, on the layout's device."""
+        """The `index_tensors` on the layout's device."""
         if self.moved is not None:
             return self.moved
         return {name: tensor.to(self.device) for name, tensor in self.index_tensors().items()}
 
     def index_tensors(self) -> dict[str, Tensor]:
-        """The numbers that the backend reads, int64 on the CPU: they go to the device with those of the batch."""
+        """The index tensors of the backend, int64 on the CPU; they are copied to the device together with the batch."""
         match self.backend:
             case "spans":
                 return {}
@@ -117,11 +114,11 @@ class PackedLayout:
 
     @cached_property
     def buckets(self) -> Buckets:
-        """The spans in tiles, sorted into a few calls of SDPA."""
+        """The spans as tiles of at most BATCHED_TILE queries, grouped into a few calls of SDPA."""
         return make_buckets([tile for span in self.spans for tile in span.tiles(BATCHED_TILE)])
 
     def _varlen_tensors(self) -> dict[str, Tensor]:
-        """Where each span's queries begin and end, where its keys do, which tokens those keys are, and back again."""
+        """Cumulative lengths of queries and keys, the token of each key, and the key slots of each token."""
         queries, keys = (
             np.cumsum([0, *lengths])
             for lengths in ([span.tokens for span in self.spans], [span.num_visible for span in self.spans])
@@ -133,9 +130,9 @@ class PackedLayout:
 
 
 def packing_unsupported_reason(model: Any, longest: int) -> str:
-    """Why `model` cannot be given packed rows of sequences up to `longest` tokens; empty if nothing speaks against it.
+    """Why `model` cannot train on packed rows of sequences of up to `longest` tokens; empty if no reason is known.
 
-    A prediction from its class and config; `preference.packing_choice` proves it on real pairs.
+    Predicted from its class and config; `preference.packing_choice` verifies it on real pairs.
     """
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
@@ -156,15 +153,15 @@ def packing_unsupported_reason(model: Any, longest: int) -> str:
 
 
 def enable_packed_attention(model: Any) -> str:
-    """Let `model` attend as a layout says wherever it is given one; without one it goes on by transformers' SDPA.
+    """Set `packed_attention` as the model's attention; without a layout it computes transformers' SDPA.
 
-    Returns the name of the attention it had.
+    Returns the name of the previous attention implementation.
     """
-    before: str = model.config._attn_implementation
+    previous: str = model.config._attn_implementation
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     model.set_attn_implementation(ATTENTION_NAME)
-    return before
+    return previous
 
 
 def packed_attention(
@@ -176,27 +173,27 @@ def packed_attention(
     layout: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as `layout` says, (1, T, H, D); called by transformers with (1, H, T, D) and (1, K, T, D)."""
+    """Attention within the spans of `layout`, (1, T, H, D); transformers passes (1, H, T, D) and (1, K, T, D)."""
     if layout is None:
-        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return plain
-    if more := [name for name in UNSUPPORTED_KWARGS if kwargs.get(name) is not None]:
-        raise ValueError(f"a layer asks attention for {', '.join(more)}")
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output
+    if unsupported := [name for name in UNSUPPORTED_KWARGS if kwargs.get(name) is not None]:
+        raise ValueError(f"a layer asks attention for {', '.join(unsupported)}")
     window = kwargs.get("sliding_window")
     if window is not None and window < layout.max_sequence_tokens:
         raise ValueError(
             f"a layer looks back {window} tokens only, and a sequence of the row has {layout.max_sequence_tokens}"
         )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    # before anything is gathered; autocast does not reach varlen attention, which is no operator that it knows
-    place = value.device.type
-    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else value.dtype
+    # cast before gathering, which moves fewer bytes; and autocast does not cover varlen attention
+    device_type = value.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return attention_function(layout.backend)(query, key, value, layout, scale), None
 
 
 def attention_function(name: Backend) -> Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]:
-    """The function that computes a row's attention under this name."""
+    """The attention function of a backend."""
     match name:
         case "spans":
             return spans_attention
@@ -209,32 +206,32 @@ def attention_function(name: Backend) -> Callable[[Tensor, Tensor, Tensor, Packe
 
 
 def spans_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-    """SDPA tile after tile: no padding at all, so the best where calls are cheap and arithmetic is not, on a CPU.
+    """One SDPA call per tile, without padding: fastest on a CPU, where calls are cheap and arithmetic is not.
 
-    The G heads that share a key head are laid one below the other, so that keys are never copied for them.
+    The G query heads of a key head are stacked along the query dimension, so that keys are never repeated.
     """
     heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
     group = heads // key_heads
-    # split, not slices: the backward pass of a slice fills a whole row with zeros, that of a split joins the parts once
+    # split instead of slices: the gradient of each slice would be a row of zeros, that of a split is one concatenation
     queries = query.split([tile.tokens for tile in layout.tiles], 2)
     keys, values = key.split(layout.key_chunks, 2), value.split(layout.key_chunks, 2)
-    answers = []
-    for tile, seen, query_HqD in zip(layout.tiles, layout.visible_chunks, queries, strict=True):
-        answer = F.scaled_dot_product_attention(
+    outputs = []
+    for tile, chunks, query_HqD in zip(layout.tiles, layout.visible_chunks, queries, strict=True):
+        output = F.scaled_dot_product_attention(
             query_HqD.reshape(1, key_heads, group * tile.tokens, width),
-            torch.cat([keys[piece] for piece in seen], 2),
-            torch.cat([values[piece] for piece in seen], 2),
+            torch.cat([keys[chunk] for chunk in chunks], 2),
+            torch.cat([values[chunk] for chunk in chunks], 2),
             attn_mask=layout.bias(tile.tokens, tile.num_visible, group, query.dtype),
             scale=scale,
         )
-        answers.append(answer.view(1, heads, tile.tokens, width).transpose(1, 2))
-    return torch.cat(answers, 1)
+        outputs.append(output.view(1, heads, tile.tokens, width).transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
 def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-    """A few calls of SDPA, each over tiles of about the same size with padding: for GPUs where a call costs time.
+    """A few SDPA calls, each over padded tiles of similar size: for GPUs, where every call costs time.
 
-    A T4 has no flash attention and no varlen kernels; its memory-efficient kernel takes the mask.
+    A T4 has neither flash attention nor varlen kernels; its memory-efficient kernel accepts a mask.
     """
     heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
     group, index = heads // key_heads, layout.index
@@ -243,15 +240,15 @@ def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedL
         gather_rows(_by_token(part), index["key"], index["order"], index["counts"]) for part in (key, value)
     )
     sizes = layout.buckets.sizes
-    # split, not slices: as in `spans`
+    # split instead of slices, as in `spans_attention`
     queries = query_QW.split([tiles * q for tiles, q, _ in sizes])
     keys, values = (part.split([tiles * k for tiles, _, k in sizes]) for part in (key_KW, value_KW))
     outputs = []
     for bucket, (tiles, q, k) in enumerate(sizes):
         query_SqKGD = queries[bucket].view(tiles, q, key_heads, group, width)
         key_SkKD, value_SkKD = (part[bucket].view(tiles, k, key_heads, width) for part in (keys, values))
-        # the heads that share a key head are queries below each other, so that keys are not repeated for them: with a
-        # mask, torch's fused kernels on CUDA take no grouped heads
+        # the query heads of a key head are stacked along the query dimension, so that keys are not repeated: with a
+        # mask, torch's fused CUDA kernels do not support grouped-query attention
         output_SKqD = F.scaled_dot_product_attention(
             query_SqKGD.transpose(1, 2).reshape(tiles, key_heads, q * group, width),
             key_SkKD.transpose(1, 2),
@@ -271,7 +268,7 @@ def _by_token(part: Tensor) -> Tensor:
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-    """One call of torch's variable-length flash attention for all spans, without padding; capability (8, 0) and up."""
+    """One call of torch's variable-length flash attention for all spans, without padding; needs capability (8, 0)."""
     from torch.nn.attention.varlen import varlen_attn
 
     index = layout.index
@@ -279,12 +276,12 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         gather_rows(_by_token(part), index["token"], index["order"], index["counts"]).view(-1, *part.shape[1::2])
         for part in (key, value)
     )
-    group, grouped = query.shape[1] // key.shape[1], dict[str, Any]()
+    group, gqa_arguments = query.shape[1] // key.shape[1], dict[str, Any]()
     if group > 1 and _supports_gqa(varlen_attn):
-        grouped = {"enable_gqa": True}
+        gqa_arguments = {"enable_gqa": True}
     elif group > 1:
         keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
-    answer: Any = varlen_attn(
+    output_THD: Any = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
         keys,
         values,
@@ -292,15 +289,15 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         index["keys"].int(),
         max(span.tokens for span in layout.spans),
         layout.max_sequence_tokens,
-        window_size=(-1, 0),  # causal, with a span's last query at its last key
+        window_size=(-1, 0),  # causal, with a span's last query aligned to its last key
         scale=scale,
-        **grouped,
+        **gqa_arguments,
     )
-    seen: Tensor = answer[None]
-    return seen
+    output: Tensor = output_THD[None]
+    return output
 
 
 @cache
 def _supports_gqa(varlen_attn: Callable[..., Any]) -> bool:
-    """True if it takes fewer key heads than query heads, as torch 2.12 and later do; 2.11 has no word for it."""
+    """True if varlen_attn supports fewer key heads than query heads, as since torch 2.12."""
     return "enable_gqa" in signature(varlen_attn).parameters

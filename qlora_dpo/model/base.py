@@ -1,4 +1,4 @@
-"""Loads tokenizer and base model, quantized or dense, so that every later step reads the weights it was given."""
+"""Loads the tokenizer and the frozen base model, quantized or dense."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from qlora_dpo.recipe.model import ModelTable
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with its end token."""
+    """Load the tokenizer; if it has no padding token, the end-of-sequence token takes its place."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -32,32 +32,34 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of how `tokenizer` splits text (words, merges, control tokens), and of its chat template."""
+    """SHA-256 of the tokenization of `tokenizer` (vocabulary, merges, special tokens) and of its chat template."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        splits = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+        tokenization = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
     else:
-        splits = tokenizer.get_vocab()
-    words = json.dumps([splits, tokenizer.special_tokens_map], sort_keys=True)
-    texts = {"tokenizer": words, "template": str(tokenizer.chat_template)}
+        tokenization = tokenizer.get_vocab()
+    tokenizer_json = json.dumps([tokenization, tokenizer.special_tokens_map], sort_keys=True)
+    texts = {"tokenizer": tokenizer_json, "template": str(tokenizer.chat_template)}
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of which token each id is: models that share it can be asked about the same ids."""
+    """SHA-256 of the mapping from tokens to ids; models with the same fingerprint can score the same token ids."""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
 def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrainedModel:
-    """Load the base onto `device`, frozen, in evaluation mode: linear layers quantized, embeddings and output head in
-    `embedding_dtype`, the rest in `weight_dtype`.
+    """Load the base onto `device`, frozen and in evaluation mode.
+
+    Linear layers are quantized as `table` says, embeddings and output head have the device's `embedding_dtype`, other
+    weights its `weight_dtype`. Raises ModelError if it cannot be loaded.
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=device.weight_dtype,
             device_map={"": device.type},
-            trust_remote_code=False,  # unset, transformers would ask on the terminal
+            trust_remote_code=False,  # if unset, transformers would prompt on the terminal
             **_quantization(table, device),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -76,7 +78,7 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
                 bnb_4bit_quant_type=table.quantization,
                 bnb_4bit_use_double_quant=table.double_quant,
                 bnb_4bit_compute_dtype=device.torch_dtype,
-                # FSDP2 shards floats only; the bytes are the same
+                # FSDP2 shards floating-point tensors only; the stored bytes are the same
                 bnb_4bit_quant_storage=device.weight_dtype if processes.sharding_strategy() == "fsdp2" else torch.uint8,
             )
         case "int8":
@@ -89,11 +91,11 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
 
 
 def store_embeddings(model: PreTrainedModel, device: Device) -> None:
-    """Store input embeddings and output head in `embedding_dtype`; what the embeddings return is still as wide."""
+    """Store input embeddings and output head in `embedding_dtype`; embeddings still return `weight_dtype`."""
     if device.embedding_dtype == device.weight_dtype:
         return
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embeddings) is nn.Embedding:  # others compute with their weight, for instance scale it
+    if type(embeddings) is nn.Embedding:  # subclasses compute with their weight, for instance scale it
         embeddings.weight.data = embeddings.weight.data.to(device.embedding_dtype)
         embeddings.register_forward_hook(CastOutput(device.weight_dtype))
     if type(head) is nn.Linear:

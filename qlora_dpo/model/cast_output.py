@@ -1,4 +1,4 @@
-"""A forward hook for a module whose output has another dtype than its weights."""
+"""A forward hook for modules whose output has another dtype than their weights."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class CastOutput:
-    """Converts a module's output to `dtype`; an object and no closure, so that a copied module brings it along."""
+    """Forward hook that converts a module's output to `dtype`.
+
+    It is an object, since `casts_output` has to recognize it, on a copied module too.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -17,5 +20,5 @@ class CastOutput:
 
 
 def casts_output(module: nn.Module) -> bool:
-    """True if `module` has such a hook."""
+    """True if `module` has a `CastOutput` hook."""
     return any(isinstance(hook, CastOutput) for hook in module._forward_hooks.values())

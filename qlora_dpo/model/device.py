@@ -1,4 +1,4 @@
-"""What this machine can do, and why: the one place that asks, with a reason for every answer."""
+"""Selects device, compute dtype and attention backend, with a reason for each; nothing else queries the hardware."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 @dataclass(frozen=True)
 class Device:
-    """Where and in which precision a run computes. LoRA weights and optimizer state are float32 in every case."""
+    """Device and precision of a run. LoRA weights and optimizer state are float32 in every case."""
 
     type: Literal["cpu", "cuda"]
     name: str
@@ -29,49 +29,49 @@ class Device:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device tensors live on."""
+        """The device that holds the tensors."""
         return torch.device(self.type)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype that matrix products are computed in."""
+        """The dtype of matrix products."""
         return TORCH_DTYPES[self.compute_dtype]
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the base's unquantized weights, and so of the stream that layers add to.
+        """The dtype of the base's unquantized weights, and so of the residual stream.
 
-        bf16 has float32's range; fp16 ends at 65,504, which some models' activations pass, so there and on a CPU,
-        where memory is cheap, the stream stays float32 and only matrix products are computed in 16 bits.
+        bf16 has float32's range, but fp16 ends at 65,504, which some models' activations exceed. There, and on a CPU,
+        where memory is cheap, the residual stream stays float32 and only matrix products are computed in 16 bits.
         """
         on_ampere = self.type == "cuda" and self.compute_dtype == "bf16"
         return torch.bfloat16 if on_ampere else torch.float32
 
     @property
     def embedding_dtype(self) -> torch.dtype:
-        """The dtype in which input embeddings and output head are stored: of the 7B, 2.03 GiB in 16 bits, 4.06 in 32.
+        """The dtype in which input embeddings and output head are stored.
 
-        fp16 holds a bf16 weight exactly unless it is smaller than 6e-5, and then to 3e-8. On a CPU they stay as wide as
-        the rest.
+        For the 7B they take 2.03 GiB in 16 bits and 4.06 GiB in 32. fp16 represents a bf16 weight exactly unless it is
+        smaller than 6e-5, and then to 3e-8. On a CPU they have the dtype of the other weights.
         """
         return self.torch_dtype if self.type == "cuda" else self.weight_dtype
 
     @property
     def tolerance(self) -> float:
-        """How far rounding alone moves the log-probabilities of several answers, relative to their L2 norm."""
+        """Largest change of several log-probabilities by rounding alone, relative to their L2 norm."""
         return 1e-4 if self.compute_dtype == "fp32" else 2e-2
 
     @property
     def needs_grad_scaler(self) -> bool:
-        """True if gradients need loss scaling, as fp16 does."""
+        """True for fp16, whose gradients need loss scaling."""
         return self.compute_dtype == "fp16"
 
     def autocast(self) -> torch.autocast:
-        """The context in which the model is run."""
+        """The autocast context of forward passes."""
         return torch.autocast(self.type, dtype=self.torch_dtype, enabled=self.compute_dtype != "fp32")
 
     def describe(self) -> list[str]:
-        """The decisions and their reasons, one a line."""
+        """The decisions and their reasons, one per line."""
         scaler = " + GradScaler" if self.needs_grad_scaler else ""
         return [
             f"device      {self.name} ({self.type}, {self.total_bytes / 2**30:.0f} GiB)",
@@ -87,7 +87,7 @@ def has_gpu() -> bool:
 
 
 def check_gpu_count(processes: int) -> None:
-    """Raise RecipeError if there are GPUs, and fewer than `processes`, of which each needs one."""
+    """Raise RecipeError if this machine has GPUs but fewer than `processes`; each process needs one."""
     gpus = torch.cuda.device_count() if has_gpu() and processes > 1 else processes
     if processes > gpus:
         raise RecipeError(
@@ -96,45 +96,45 @@ def check_gpu_count(processes: int) -> None:
 
 
 def select_device(dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
-    """Decide device, compute dtype and the backend of attention in packed rows.
+    """Select device, compute dtype and the attention backend for packed rows.
 
-    In fp16 on a GPU, products are summed in float32 from here on.
-    Raises RecipeError for a dtype this device cannot train in.
+    With fp16 on a GPU, matrix products accumulate in float32 from here on. Raises RecipeError for a dtype that this
+    device cannot train in.
     """
     return _select_cuda(dtype) if has_gpu() else _select_cpu(dtype)
 
 
 def _select_cuda(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
-    card = GpuSpec(
+    gpu = GpuSpec(
         torch.cuda.get_device_name(),
         torch.cuda.get_device_capability(),
         torch.cuda.get_device_properties(None).total_memory,
     )
-    chosen = device_for_gpu(card, dtype)
-    if chosen.compute_dtype == "fp16":
-        # cuBLAS may cut the 2,048 tokens over which lora_B's gradient is summed into parts, and add these up in fp16
+    device = device_for_gpu(gpu, dtype)
+    if device.compute_dtype == "fp16":
+        # cuBLAS may split the sum over 2,048 tokens in lora_B's gradient, and add the parts in fp16
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    return chosen
+    return device
 
 
-def device_for_gpu(card: GpuSpec, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
-    """What is decided on a GPU of this kind, be it in this machine or not.
+def device_for_gpu(gpu: GpuSpec, dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto") -> Device:
+    """The device settings for a GPU model, which need not be in this machine.
 
-    Raises RecipeError for bf16 where it would be emulated.
+    Raises RecipeError for bf16 on a GPU that would emulate it.
     """
-    # is_bf16_supported() also says True where bf16 is only emulated, as on a T4: the capability does not lie
-    major, minor = card.capability
+    # by capability, since is_bf16_supported() is True even where bf16 is only emulated, as on a T4
+    major, minor = gpu.capability
     ampere = (major, minor) >= (8, 0)
     chosen: ComputeDtype
     match dtype:
         case "auto":
             chosen = "bf16" if ampere else "fp16"
-            why = "has native bf16" if ampere else "is below (8, 0), where bf16 is only emulated"
-            reason = f"capability ({major}, {minor}) {why}"
+            support = "has native bf16" if ampere else "is below (8, 0), where bf16 is only emulated"
+            reason = f"capability ({major}, {minor}) {support}"
         case "bf16" if not ampere:
             # SDPA's memory-efficient kernel has no bf16 there, and its math kernel keeps all scores for backward
             raise RecipeError(
-                f'model.dtype = "bf16": {card.name} has capability ({major}, {minor}), below (8, 0), so bf16 would '
+                f'model.dtype = "bf16": {gpu.name} has capability ({major}, {minor}), below (8, 0), so bf16 would '
                 'only be emulated, and attention would hold all scores at once; choose "auto", "fp16" or "fp32"'
             )
         case "bf16" | "fp16" | "fp32":
@@ -144,27 +144,27 @@ def device_for_gpu(card: GpuSpec, dtype: Literal["auto", "bf16", "fp16", "fp32"]
     attention, attention_reason = _select_attention(ampere, chosen)
     return Device(
         type="cuda",
-        name=card.name,
+        name=gpu.name,
         compute_dtype=chosen,
         dtype_reason=reason,
         attention=attention,
         attention_reason=attention_reason,
         triton=ampere,
-        total_bytes=card.total_bytes,
+        total_bytes=gpu.total_bytes,
     )
 
 
 def _select_attention(ampere: bool, dtype: ComputeDtype) -> tuple[Literal["batched", "varlen"], str]:
-    """The backend of attention in packed rows on a GPU, and why."""
+    """The attention backend for packed rows on a GPU, and the reason."""
     if not ampere:
-        why = "flash attention needs capability (8, 0)"
+        reason = "flash attention needs capability (8, 0)"
     elif dtype == "fp32":
-        why = "flash attention computes in 16 bits only"
+        reason = "flash attention computes in 16 bits only"
     elif not has_varlen():
-        why = f"torch {torch.__version__} has no varlen_attn with a window; 2.11 has"
+        reason = f"torch {torch.__version__} has no varlen_attn with a window; 2.11 has"
     else:
         return "varlen", "variable-length flash attention"
-    return "batched", f"SDPA over padded spans, since {why}"
+    return "batched", f"SDPA over padded spans, since {reason}"
 
 
 def _select_cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
@@ -195,7 +195,7 @@ def _select_cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
 
 
 def has_varlen() -> bool:
-    """True if this torch has variable-length attention that takes a window and a scale, as 2.11 and later have."""
+    """True if torch has variable-length attention with a window and a scale, as since 2.11."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,11 +1,11 @@
-"""The usual graphics cards, so that a run can be judged for one that is not here."""
+"""Memory and compute capability of common GPUs, for planning a run on a GPU that is not in this machine."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """What decides about a run on a GPU: its compute capability and its memory."""
+    """The properties of a GPU that decide how a run is executed on it."""
 
     name: str
     capability: tuple[int, int]
@@ -14,7 +14,7 @@ class GpuSpec:
 
 MIB = 2**20
 GPU_SPECS = {
-    # memory in MiB as nvidia-smi shows it, with ECC where the card has it on; older cards than sm_75 have no CUDA 13
+    # memory in MiB as nvidia-smi shows it, with ECC if that is the default; CUDA 13 does not support less than sm_75
     "t4": GpuSpec("Tesla T4", (7, 5), 15_360 * MIB),
     "rtx2080ti": GpuSpec("GeForce RTX 2080 Ti", (7, 5), 11_264 * MIB),
     "rtx3060": GpuSpec("GeForce RTX 3060", (8, 6), 12_288 * MIB),
@@ -31,4 +31,4 @@ GPU_SPECS = {
     "h100": GpuSpec("H100 80GB", (9, 0), 81_559 * MIB),
     "h200": GpuSpec("H200", (9, 0), 143_771 * MIB),
 }
-GPU_SPECS |= {"3090": GPU_SPECS["rtx3090"], "4090": GPU_SPECS["rtx4090"]}  # as people say it
+GPU_SPECS |= {"3090": GPU_SPECS["rtx3090"], "4090": GPU_SPECS["rtx4090"]}  # their short names

@@ -1,4 +1,4 @@
-"""Counts the bytes of all tensors that exist at once while something runs, on fake tensors as well as on real ones."""
+"""Counts the bytes of the tensors that exist at the same time, for fake tensors as well as real ones."""
 
 import weakref
 from typing import Any
@@ -9,39 +9,36 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensorBytes(TorchDispatchMode):
-    """Inside `with`: what operations have made that still exists, `now` and at its `peak`, in bytes.
+    """Counts the bytes of tensors created inside the context: those alive `now`, and their `peak`.
 
-    What a single operation takes while it works is not seen, nor what existed before.
+    Tensors that existed before, and temporary memory inside a single operation, are not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._known = set[int]()
+        self._tracked = set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it gives back."""
-        out = func(*args, **(kwargs or {}))
-        given = {
-            each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
+        """Run the operation and track the storages that it creates."""
+        output = func(*args, **(kwargs or {}))
+        input_storages = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
         }
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in given:  # a view makes nothing
-                self._track(each.untyped_storage())
-        return out
+        for leaf in tree_leaves(output):
+            # a view shares the storage of its input, so it adds nothing
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in input_storages:
+                self._track(leaf.untyped_storage())
+        return output
 
     def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key not in self._tracked:
+            self._tracked.add(key)
+            self.now += nbytes
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._untrack, key, size)
+            weakref.finalize(storage, self._untrack, key, nbytes)
 
-    def _untrack(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
+    def _untrack(self, key: int, nbytes: int) -> None:
+        self._tracked.discard(key)
+        self.now -= nbytes

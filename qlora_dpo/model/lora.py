@@ -1,4 +1,4 @@
-"""Attaches a LoRA adapter in float32, and switches it off to ask the reference."""
+"""Attaches a LoRA adapter in float32, and disables it for the reference."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from qlora_dpo.recipe.model import LoraTable
 
 
 def attach_lora(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel:
-    """Attach an adapter that changes nothing yet (lora_B is 0); its lora_A is drawn with `seed`.
+    """Attach a new adapter, with lora_A drawn from `seed` and lora_B zero, so that the model's output is unchanged.
 
-    Raises RecipeError for modules and layers that this model does not have, or that cannot be trained here.
+    Raises RecipeError for modules and layers that the model does not have or that cannot be trained here.
     """
-    set_seed(seed)  # of every generator: a checkpoint keeps them all
+    set_seed(seed)  # seeds Python, NumPy and torch, whose states a checkpoint saves
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=table.r,
@@ -38,10 +38,10 @@ def attach_lora(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel
         model = get_peft_model(base, config)
     except ValueError as error:
         head = base.get_output_embeddings()
-        linear = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
+        targets = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise RecipeError(
-            f"lora.target_modules = {table.target_modules} matches no layer; this model has {known}"
+            f"lora.target_modules = {table.target_modules} matches no layer; this model has {targets}"
         ) from error
     head = base.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
@@ -56,26 +56,26 @@ def attach_lora(base: PreTrainedModel, table: LoraTable, seed: int) -> PeftModel
 
 
 def _layers_to_transform(base: PreTrainedModel, table: LoraTable) -> list[int] | None:
-    """The layers that get an adapter, None for all; raises RecipeError for one that the model does not have."""
-    asked = table.layer_indices
-    if asked is None:
+    """Indices of the layers to adapt, None for all; raises RecipeError for one that the model does not have."""
+    indices = table.layer_indices
+    if indices is None:
         return None
-    count = base.config.get_text_config().num_hidden_layers
-    if max(asked) >= count:
+    num_layers = base.config.get_text_config().num_hidden_layers
+    if max(indices) >= num_layers:
         raise RecipeError(
-            f"lora.layers_to_transform asks for layer {max(asked)}; this model has the layers 0 to {count - 1}"
+            f"lora.layers_to_transform asks for layer {max(indices)}; this model has the layers 0 to {num_layers - 1}"
         )
-    return asked
+    return indices
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training moves, by name."""
+    """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Run `model` as its base; a model without an adapter is its own base."""
+    """Inside the context, `model` computes as its base; a model without an adapter is left alone."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield
@@ -84,5 +84,5 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def nonfinite_names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity."""
-    return [name for name, each in tensors.items() if not bool(each.isfinite().all())]
+    """The names of the tensors that contain NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]

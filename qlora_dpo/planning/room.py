@@ -6,7 +6,7 @@ from qlora_dpo.planning.memory_advice import MemoryFix, find_memory_fixes
 from qlora_dpo.planning.memory_estimate import MemoryEstimate, estimate_memory
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.meta_model import workload_of
-from qlora_dpo.training.run import PreparedData
+from qlora_dpo.training.prepare import PreparedData
 
 
 def assess_fit(prepared: PreparedData, recipe: Recipe, device: Device) -> tuple[MemoryEstimate, tuple[MemoryFix, ...]]:

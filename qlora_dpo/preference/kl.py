@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import adapter_disabled
 from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference import rank_split
-from qlora_dpo.preference.logps import hidden_states, unwrap_peft
+from qlora_dpo.preference.logps import hidden_states
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 
 KL_PAIRS = 32

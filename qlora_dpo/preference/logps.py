@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from qlora_dpo.model.decoder_layers import decoder_body, unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.gather import sum_rows
 from qlora_dpo.model.quantized import dense_weight
@@ -98,14 +98,12 @@ def score_batch(
 
 def hidden_states(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor:
     """Run `batch` through all of `model` but its head: the hidden states (T, D)."""
-    whole = unwrap_peft(model)
-    body = getattr(whole, whole.base_model_prefix)
     mask, layout = batch.attention_mask_BL, {}
     if batch.layout is not None:
         # transformers takes a mask of four dimensions as it is, and packed attention needs none
         mask, layout = batch.input_ids_BL.new_zeros(1, 1, 1, 1, dtype=torch.bool), {"layout": batch.layout}
     with device.autocast():
-        hidden_BLD: Tensor = body(
+        hidden_BLD: Tensor = decoder_body(model)(
             input_ids=batch.input_ids_BL,
             position_ids=batch.position_ids_BL,
             attention_mask=mask,
@@ -113,11 +111,6 @@ def hidden_states(model: nn.Module, batch: MicroBatch, device: Device) -> Tensor
             **layout,
         ).last_hidden_state
     return hidden_BLD.flatten(0, 1)
-
-
-def unwrap_peft(model: Any) -> Any:
-    """The transformers model, without PEFT's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _ChunkedLogps(torch.autograd.Function):

@@ -63,6 +63,15 @@ class MetricSums:
         )
         self._add((*LOSS_METRICS, "ties"), [each_P.double().sum() for each_P in (*amounts_P, tie_P)])
 
+    def add(self, other: "MetricSums") -> None:
+        """Add another one's sums in place, on the device."""
+        self.pairs += other.pairs
+        self.tokens += other.tokens
+        self.completion_tokens = _added(self.completion_tokens, other.completion_tokens)
+        self.head_tokens = _added(self.head_tokens, other.head_tokens)
+        for names, vector in other.parts.items():
+            self.parts[names] = self.parts[names] + vector if names in self.parts else vector
+
     def _add(self, names: tuple[str, ...], amounts: list[Tensor]) -> None:
         vector = torch.stack(amounts).detach()
         self.parts[names] = self.parts[names] + vector if names in self.parts else vector

@@ -11,23 +11,21 @@ from torch import Tensor
 from qlora_dpo.data.encoded import EncodedPair, sequence_lengths
 from qlora_dpo.errors import ModelError, is_out_of_memory
 from qlora_dpo.model import attention
+from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
-from qlora_dpo.preference.logps import hidden_states, score_batch, unwrap_peft
+from qlora_dpo.preference.logps import hidden_states, score_batch
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 
 PROBE_PAIRS = 8
 """Pairs on which a layout is proved."""
 
 
-def choose_packing(
-    model: Any, pairs: Sequence[EncodedPair], token_budget: int, pad_token_id: int, device: Device
-) -> tuple[Packing, str]:
+def choose_packing(model: Any, pairs: Sequence[EncodedPair], padded: Packing, device: Device) -> tuple[Packing, str]:
     """The layout for `pairs` and why; packed if the model gives every pair the log-probabilities it has padded.
 
     The shortest pairs are tried with each backend, the device's own first, in rows within the budget. Raises ModelError
     if the model gives them log-probabilities that are not finite.
     """
-    padded = Packing(token_budget, pad_token_id, backend=None)
     few = shortest_pairs(pairs, PROBE_PAIRS)
     expected_P2 = batched_logps(model, few, padded, device)
     _check_finite(expected_P2, device)
@@ -50,7 +48,7 @@ def choose_packing(
         elif _leaks_across_spans(model, few, packed, device):
             failed += f"with {backend} a token changes answers that it is no part of; "
         else:
-            return packed, f"{failed}packed rows of up to {token_budget} tokens, attention by {backend}"
+            return packed, f"{failed}packed rows of up to {padded.token_budget} tokens, attention by {backend}"
     unwrap_peft(model).set_attn_implementation(before)
     return padded, f"padded batches, since in packed rows {failed.removesuffix('; ')}"
 

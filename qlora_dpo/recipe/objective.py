@@ -296,3 +296,9 @@ def loss_types(table: type[RecipeTable]) -> tuple[str, ...]:
 def objective_table(loss_type: object) -> type[RecipeTable] | None:
     """The table that `loss_type` chooses; None if it is none."""
     return next((table for table in OBJECTIVE_TABLES if loss_type in loss_types(table)), None)
+
+
+def reward_beta(table: Objective) -> float:
+    """The beta that scales rewards; 0.1, DPO's own default, for an objective that has none."""
+    beta: float = getattr(table, "beta", 0.1)
+    return beta

@@ -55,9 +55,9 @@ class DataOrder:
 
 
 def make_data_order(pairs: int, table: TrainTable) -> DataOrder:
-    """The plan for `pairs` training pairs."""
-    of_all_epochs = math.ceil(pairs / table.batch_size) * table.num_train_epochs
-    total = of_all_epochs if table.max_steps is None else min(table.max_steps, of_all_epochs)
+    """The order of `pairs` training pairs over the epochs or steps of the recipe."""
+    all_epochs = math.ceil(pairs / table.batch_size) * table.num_train_epochs
+    total = all_epochs if table.max_steps is None else min(table.max_steps, all_epochs)
     return DataOrder(pairs, table.batch_size, table.seed, total)
 
 
@@ -67,7 +67,7 @@ def epoch_permutation(pairs: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-@lru_cache(maxsize=1)  # 10 million pairs take half a second to shuffle, and every step of an epoch asks
+@lru_cache(maxsize=1)  # 10 million pairs take half a second to shuffle, and every step of an epoch needs it
 def _permutation(pairs: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(pairs, generator=generator)

@@ -1,4 +1,4 @@
-"""Numbers that stand beside pairs for an objective: weights, margins, scores, from columns that the recipe names."""
+"""Numbers per pair that an objective reads from columns of the data: weights, margins, scores."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qlora_dpo.recipe.objective import Kto, Objective, Odpo, PairwiseLoss, Sft, 
 
 
 def column_keys(table: Objective) -> dict[str, str]:
-    """The columns that the objective reads, and the keys of the recipe that name them."""
+    """The columns that the objective reads, each with the recipe key that names it."""
     keys: dict[str, str] = {}
     if isinstance(table, PairwiseLoss | Sft | Kto) and table.weight_column:
         keys[table.weight_column] = "objective.weight_column"
@@ -26,7 +26,7 @@ def column_keys(table: Objective) -> dict[str, str]:
 
 
 def read_loss_columns(pairs: Sequence[Pair], table: Objective) -> LossColumns:
-    """The numbers of `pairs`, in their order; raises DataError with the row of what is no number."""
+    """The columns of `pairs` as tensors (P,); raises DataError, naming the row, for a value that is not a number."""
     weight = table.weight_column if isinstance(table, PairwiseLoss | Sft | Kto) else None
     if isinstance(table, Kto) != (pairs[0].label is not None):
         raise RecipeError(
@@ -40,7 +40,7 @@ def read_loss_columns(pairs: Sequence[Pair], table: Objective) -> LossColumns:
         weight_P=_float_column(pairs, weight, minimum=0.0) if weight else None,
         margin_P=_float_column(pairs, margin) if margin else None,
         label_P=torch.tensor([bool(pair.label) for pair in pairs]) if isinstance(table, Kto) else None,
-        scores_P2=torch.stack([_float_column(pairs, each) for each in scores], 1) if scores else None,
+        scores_P2=torch.stack([_float_column(pairs, column) for column in scores], 1) if scores else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a base and its adapter are like, found out without weights: shapes alone go through the real code.
+"""Sizes of base and adapter, measured by running the real code on meta and fake tensors.
 
 V vocabulary, D width.
 """
@@ -19,15 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_dpo.data.encode import PairSet
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths, sequence_lengths
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model import attention, memory
+from qlora_dpo.model import attention
+from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
 from qlora_dpo.model.base import store_embeddings
+from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack, unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.live_tensors import LiveTensorBytes
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
-from qlora_dpo.model.memory import ActivationBytes
 from qlora_dpo.model.sources import ModelSource
-from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states, unwrap_peft
+from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states
 from qlora_dpo.preference.pack import STATES_PER_CHUNK, MicroBatch, Packing, collate
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
@@ -35,40 +36,40 @@ from qlora_dpo.recipe.train import TrainTable
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
 
 PROBE_LAYERS = 2
-"""Layers that are looked at where all are alike, and twice as many: what one more layer adds is the same for all."""
+"""Where all layers are alike, this many and twice as many are traced: each further layer adds the same."""
 DUMMY_PAIRS = [
     EncodedPair(tuple(range(2, 50)), tuple(range(2, 34)), tuple(range(34, 2, -1)), row, b"") for row in range(4)
 ]
-"""Pairs of which only the lengths matter."""
+"""Only their lengths matter."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through the model at most, in tokens."""
+    """The most tokens that go through the model at once."""
 
     max_sequence_tokens: int
-    """The longest prompt with its longer answer."""
+    """The longest prompt with its longer completion."""
     step_tokens: int
     """All pairs of an optimizer step."""
     max_pair_tokens: int = 0
-    """The longest pair in a packed row, its prompt once; 0: as long as `sequence`."""
+    """The longest pair in a packed row, its prompt counted once; 0: as long as the longest sequence."""
     reference_tokens: int = 0
-    """All pairs of the larger of the two sets that the reference is asked about before the first step; 0: more than a
-    row holds."""
+    """All pairs of the larger of the two sets that the reference pass scores before the first step; 0: more than a row
+    holds."""
 
     def longest_pair_tokens(self, *, padded: bool) -> int:
-        """What goes through the model for the longest pair alone; padded, both its sequences are as long."""
+        """Tokens of a row that holds the longest pair alone; padded, both its sequences have the same length."""
         # and a column of padding (preference/pack.py)
         return 2 * (self.max_sequence_tokens + 1) if padded else max(self.max_sequence_tokens, self.max_pair_tokens)
 
 
 def workload_of(train: PairSet, heldout: PairSet, recipe: Recipe) -> Workload:
-    """What goes through the model at most with these pairs."""
-    sides = [pair_lengths(side.encoded).sum(axis=1) for side in (train, heldout)]
-    sequence = max(int(sequence_lengths(side.encoded).max()) for side in (train, heldout))
-    pair, tokens = max(int(side.max()) for side in sides), [int(side.sum()) for side in sides]
+    """The workload of these pairs."""
+    lengths = [pair_lengths(pair_set.encoded).sum(axis=1) for pair_set in (train, heldout)]
+    sequence = max(int(sequence_lengths(pair_set.encoded).max()) for pair_set in (train, heldout))
+    pair, tokens = max(int(length_P.max()) for length_P in lengths), [int(length_P.sum()) for length_P in lengths]
     step = recipe.train.batch_size * pair
-    # of one epoch the others are asked along with their step
+    # in a single epoch the other pairs are scored along with their step
     steps = 1 if recipe.train.num_train_epochs == 1 else recipe.train.max_steps
     tokens[0] = min(tokens[0], steps * step) if steps else tokens[0]
     return Workload(sequence, step, pair, max(tokens))
@@ -76,13 +77,13 @@ def workload_of(train: PairSet, heldout: PairSet, recipe: Recipe) -> Workload:
 
 @dataclass(frozen=True)
 class ModelFootprint:
-    """All that is told from the shapes of base and adapter; bytes, unless said otherwise."""
+    """Sizes that follow from the shapes of base and adapter, in bytes unless stated otherwise."""
 
     weight_bytes: Mapping[str, int]
     num_parameters: int
-    """Numbers of the base."""
+    """Parameters of the base."""
     num_trainable: int
-    """Numbers of the adapter."""
+    """Parameters of the adapter."""
     optimizer_state_bytes: int
     dense_bytes: int
     """The linear layers but the head in the compute dtype."""
@@ -91,33 +92,33 @@ class ModelFootprint:
     num_layers: int
     activations: ActivationBytes
     vocab_size: int
-    """Words."""
+    """Tokens."""
     head_copy_bytes: int
     """The output head in the compute dtype, if it is stored in another."""
     head_tile_bytes: int
     head_bytes_per_token: int
-    """What the head reads of a token."""
+    """Hidden states that the head reads, per token."""
     fragmentation_bytes_per_token: int
-    """What a process on a CPU grows by for each token and recomputed layer beside all tensors: about its widest
-    activation in float32, as measured for two models (benchmarks/README.md). On a GPU nobody has measured it."""
+    """Bytes by which a CPU process grows per token and recomputed layer beside all tensors: about its widest activation
+    in float32, measured for two models (benchmarks/README.md). Not measured on a GPU."""
     file_bytes: int
-    """The weights as they lie on disk."""
+    """The weights on disk."""
     padding_reason: str
-    """Why pairs would be padded; empty if they are packed."""
+    """Why pairs are padded; empty if they are packed."""
 
 
 _footprints: dict[tuple[str, ...], ModelFootprint] = {}
 
 
 def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workload: Workload) -> ModelFootprint:
-    """What shapes tell of a recipe's base and adapter; kept, since trying other rows changes none of it."""
+    """The footprint of a recipe's base and adapter; cached, since other row sizes do not change it."""
     config = (source.folder / "config.json").read_text(encoding="utf-8")
     tables = recipe.model.model_dump_json(), recipe.lora.model_dump_json(), recipe.train.optim
     key = (config, *tables, str(device), str(_longest_pair(workload)))
     if key not in _footprints:
         before = get_rng_states()
         _footprints[key] = _measure_footprint(source, recipe, device, workload)
-        set_rng_states(before)  # an adapter on shapes seeds the generators as a real one does
+        set_rng_states(before)  # attaching an adapter on meta seeds the generators, as a real one does
     return _footprints[key]
 
 
@@ -125,7 +126,10 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
     stored: torch.dtype | None = _config(source).dtype
     base = build_on_meta(source, device)
     linear, itemsize = _linear_layers(base), device.torch_dtype.itemsize
-    weights, parameters = base_weight_bytes(base, recipe.model, device), sum(each.numel() for each in base.parameters())
+    weights, parameters = (
+        base_weight_bytes(base, recipe.model, device),
+        sum(parameter.numel() for parameter in base.parameters()),
+    )
     elements = [layer.weight.numel() for layer in linear]
     widest = max((features for layer in linear for features in layer.weight.shape), default=0)
     padded = attention.packing_unsupported_reason(base, workload.max_sequence_tokens)
@@ -135,15 +139,15 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
     model = attach_lora(base, recipe.lora, recipe.train.seed)
     mimic_quantized(linear, recipe.model, device)
     fuse_lora(model, device.torch_dtype)
-    moved = trainable_parameters(model)
+    trained = trainable_parameters(model)
     return ModelFootprint(
         weight_bytes=weights,
         num_parameters=parameters,
-        num_trainable=sum(each.numel() for each in moved.values()),
-        optimizer_state_bytes=optimizer_bytes(moved, recipe.train),
+        num_trainable=sum(parameter.numel() for parameter in trained.values()),
+        optimizer_state_bytes=optimizer_bytes(trained, recipe.train),
         dense_bytes=sum(elements) * itemsize,
         largest_layer_bytes=max(elements, default=0) * itemsize,
-        num_layers=len(memory.checkpointable_layers(base)),
+        num_layers=len(checkpointable_layers(base)),
         activations=activation_bytes_per_token(model, device, packed=not padded, pairs=_longest_pair(workload)),
         vocab_size=len(head),
         head_copy_bytes=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
@@ -156,7 +160,7 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
 
 
 def build_on_meta(source: ModelSource, device: Device) -> Any:
-    """The base as its config describes it, with shapes and dtypes and no weights."""
+    """The base of the source's config on the meta device: shapes and dtypes, no weights."""
     config = _config(source)
     try:
         with torch.device("meta"):
@@ -176,12 +180,12 @@ def _config(source: ModelSource) -> Any:
 
 
 def _unknown_config_error(source: ModelSource) -> ModelError:
-    return ModelError(f"{source.name}: its config is none of a causal language model that is known")
+    return ModelError(f"{source.name}: its config is not that of a known causal language model")
 
 
 def base_weight_bytes(base: Any, table: ModelTable, device: Device) -> dict[str, int]:
     """Bytes of the base's weights as they are loaded: quantized layers, and the rest."""
-    everything = sum(each.numel() * each.dtype.itemsize for each in base.parameters())
+    everything = sum(parameter.numel() * parameter.dtype.itemsize for parameter in base.parameters())
     names = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     stored = names[device.weight_dtype]
     if device.embedding_dtype != device.weight_dtype:
@@ -204,10 +208,10 @@ def base_weight_bytes(base: Any, table: ModelTable, device: Device) -> dict[str,
 
 
 def four_bit_bytes(elements: int, double_quant: bool) -> int:
-    """Bytes of a weight in NF4 or FP4: half a byte an element, and a scale for each 64 of them (Dettmers et al. 2023).
+    """Bytes of a weight in NF4 or FP4: half a byte per element and a scale per 64 elements (Dettmers et al. 2023).
 
-    A scale is a float32, or a byte and a float32 for each 256 scales beside an offset. Each layer has tables of 16 and
-    256 float32 values that the codes stand for.
+    A scale is a float32; double-quantized, it is one byte, with a float32 per 256 scales and an offset. Each layer also
+    has tables of 16 and 256 float32 values that the codes index.
     """
     scales = math.ceil(elements / 64)
     codes = math.ceil(elements / 2) + 16 * 4
@@ -216,14 +220,16 @@ def four_bit_bytes(elements: int, double_quant: bool) -> int:
 
 def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -> int:
     """Bytes of the optimizer's state beside `parameters`."""
-    elements = sum(each.numel() for each in parameters.values())
+    elements = sum(parameter.numel() for parameter in parameters.values())
     match table.optim:
         case "adamw_torch" | "schedule_free_adamw" | "paged_adamw_32bit":
             return elements * 8
         case "adamw_8bit" | "paged_adamw_8bit":
             return elements * 2
         case "adafactor":
-            return sum(4 * (sum(each.shape[:2]) if each.dim() > 1 else each.numel()) for each in parameters.values())
+            return sum(
+                4 * (sum(weight.shape[:2]) if weight.dim() > 1 else weight.numel()) for weight in parameters.values()
+            )
         case "sgd":
             return 0
         case never:
@@ -231,16 +237,16 @@ def optimizer_bytes(parameters: Mapping[str, nn.Parameter], table: TrainTable) -
 
 
 def logit_tile_bytes(vocabulary: int, device: Device) -> int:
-    """What the head works on at once: three tiles of logits and their exponentials in float32.
+    """Bytes the head works on at once: three float32 tiles of logits and their exponentials.
 
-    In 16 bits the product of the next tile comes before it is converted, while those of the tile before are there.
+    In 16 bits the next tile's product exists before it is converted, beside the tiles of the one before.
     """
-    words, narrow = VOCAB_TILE[device.type], device.torch_dtype.itemsize % 4
-    return STATES_PER_CHUNK * min(words, vocabulary) * (3 * 4 + (narrow if vocabulary > words else 0))
+    tile, narrow = VOCAB_TILE[device.type], device.torch_dtype.itemsize % 4
+    return STATES_PER_CHUNK * min(tile, vocabulary) * (3 * 4 + (narrow if vocabulary > tile else 0))
 
 
 def _longest_pair(workload: Workload) -> list[EncodedPair]:
-    """One pair as long as the longest: each tile of its attention keeps all that it sees, so long ones keep more."""
+    """One pair as long as the longest: a tile of attention saves all keys it sees, so long pairs keep more."""
     answer = min(
         max(workload.max_pair_tokens - workload.max_sequence_tokens, workload.max_sequence_tokens // 8, 1),
         workload.max_sequence_tokens - 1,
@@ -251,9 +257,9 @@ def _longest_pair(workload: Workload) -> list[EncodedPair]:
 
 
 def mimic_quantized(linear: Sequence[nn.Linear], table: ModelTable, device: Device) -> None:
-    """Let linear layers on meta return what quantized ones would: an output in the compute dtype.
+    """Make linear layers on meta return an output in the compute dtype, as quantized ones do.
 
-    Each has its weight in the compute dtype beside it: what is converted on the way is another part of the plan.
+    Each gets its weight in the compute dtype beside it; the conversion itself is another part of the plan.
     """
     for layer in linear:
         if layer.weight.dtype != device.torch_dtype or table.quantization != "none":
@@ -271,12 +277,12 @@ def _quantized_forward(layer: Any, input_TI: torch.Tensor) -> torch.Tensor:
 def activation_bytes_per_token(
     model: PeftModel, device: Device, *, packed: bool = True, pairs: Sequence[EncodedPair] = DUMMY_PAIRS
 ) -> ActivationBytes:
-    """What a layer keeps of a token in packed rows, or in padded batches; `model` is on meta, with its adapter."""
+    """Bytes a layer saves per token in packed rows, or in padded batches; `model` is on meta, with its adapter."""
     batch = collate(pairs, Packing(10**6, 0, device.attention if packed else None))
     if device.attention != "spans" and batch.layout is not None:
-        batch.layout.index  # noqa: B018 - numbers decide which tokens these are, so before there are only shapes
+        batch.layout.index  # noqa: B018 - values decide which tokens these are, so they are computed before only shapes are left
     mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
-    where, many = replace(device, type="cpu"), len(memory.checkpointable_layers(model))
+    where, many = replace(device, type="cpu"), len(checkpointable_layers(model))
     measure = partial(_measure_activations, model.train(), batch, where, mode)
     try:
         if not _has_uniform_layers(model) or many <= 2 * PROBE_LAYERS:
@@ -295,21 +301,15 @@ def _has_uniform_layers(model: PeftModel) -> bool:
     """True if all layers have the same class, shapes and adapter."""
     kinds = {
         (type(layer), *((name, each.shape, each.requires_grad) for name, each in layer.named_parameters()))
-        for layer in memory.checkpointable_layers(model)
+        for layer in checkpointable_layers(model)
     }
     return len(kinds) == 1 and layer_stack(model) is not None
-
-
-def layer_stack(model: PeftModel) -> Any:
-    """The module whose `layers` are all that the model has, one after another; None if there is none."""
-    layers = memory.checkpointable_layers(model)
-    return next((each for each in model.modules() if list(getattr(each, "layers", ())) == layers), None)
 
 
 def _measure_activations(
     model: Any, batch: MicroBatch, device: Device, mode: FakeTensorMode, layers: int
 ) -> ActivationBytes:
-    """`kept_per_token` of the model as it would be with its first `layers` layers."""
+    """`activation_bytes_per_token` of a model that has the first `layers` layers alone."""
     holder, cpu = layer_stack(model), torch.device("cpu")
     whole = holder.layers if holder is not None else []
     if holder is not None:
@@ -319,9 +319,7 @@ def _measure_activations(
             _fake_parameters(module, mode, cpu)
         with mode:
             tokens = batch.input_ids_BL.numel()
-            kept = memory.measure_activation_bytes(
-                unwrap_peft(model), lambda: hidden_states(model, batch, device), tokens
-            )
+            kept = measure_activation_bytes(unwrap_peft(model), lambda: hidden_states(model, batch, device), tokens)
             with LiveTensorBytes() as live:
                 end_TD = hidden_states(model, batch, device)
                 before, live.peak = live.now, live.now
@@ -335,29 +333,29 @@ def _measure_activations(
 
 
 def _forward_bytes(model: Any, batch: MicroBatch, device: Device, without_adapter: bool) -> int:
-    """Bytes that a pass without gradients takes at most, with the adapter switched `off` or on."""
+    """Peak bytes of a pass without gradients, with or without the adapter."""
     with torch.no_grad(), adapter_disabled(model) if without_adapter else nullcontext(), LiveTensorBytes() as live:
         hidden_states(model, batch, device)
-    most: int = live.peak
-    return most
+    peak: int = live.peak
+    return peak
 
 
 def _fake_parameters(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:
-    """Let what `module` holds on meta pass for tensors of a CPU: only shapes, but attention and autocast work."""
+    """Make the meta tensors of `module` fake CPU tensors: still only shapes, but attention and autocast work."""
 
-    def faked(each: torch.Tensor) -> torch.Tensor:
-        return each if isinstance(each, FakeTensor) else FakeTensor(mode, each.to("meta"), cpu)
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else FakeTensor(mode, tensor.to("meta"), cpu)
 
-    for name, each in module.named_parameters(recurse=False):
-        if not isinstance(each.data, FakeTensor):
-            module.register_parameter(name, nn.Parameter(faked(each.data), requires_grad=each.requires_grad))
+    for name, weight in module.named_parameters(recurse=False):
+        if not isinstance(weight.data, FakeTensor):
+            module.register_parameter(name, nn.Parameter(fake(weight.data), requires_grad=weight.requires_grad))
     for name, buffer in module.named_buffers(recurse=False):
-        setattr(module, name, faked(buffer))
+        setattr(module, name, fake(buffer))
     if isinstance(getattr(module, "dense_weight", None), torch.Tensor):
-        module.dense_weight = faked(module.dense_weight)
+        module.dense_weight = fake(module.dense_weight)
 
 
 def _linear_layers(base: Any) -> list[nn.Linear]:
-    """The linear layers but the output head: those that are quantized."""
+    """The linear layers except the output head: those that are quantized."""
     head = base.get_output_embeddings()
-    return [each for each in base.modules() if isinstance(each, nn.Linear) and each is not head]
+    return [module for module in base.modules() if isinstance(module, nn.Linear) and module is not head]

@@ -1,4 +1,4 @@
-"""Judges whether a step's loss and gradient can be trusted, and names what cannot."""
+"""Checks that a step's losses and gradient are finite, and names the first value that is not."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ def check_finite(
 ) -> None:
     """Raise RunError if a loss or the gradient is not finite; a `scaled` gradient may be, since its step is skipped.
 
-    `wrong` are the rows of pairs whose loss is not finite, `rows` those of all pairs of the step. With `fp16` the model
-    computes in fp16, where a long pair may overflow although short ones do not.
+    `nonfinite_rows` are the data rows of pairs whose loss is not finite, `rows` those of all pairs of the step. With
+    `fp16` the model computes in fp16, where a long pair may overflow although short ones do not.
     """
     overflows = not math.isfinite(norm)
     # a loss that is not finite beside a finite gradient is no overflow that a smaller scale would cure
@@ -50,9 +50,9 @@ def check_skipped_steps(
 
 
 def halve_loss_scale(step: int, scale: float) -> float:
-    """The loss scale to try after `scale`, at which the gradient overflows; RunError where that would be below 1.
+    """Half of a loss scale at which the gradient overflows.
 
-    Below 1 it is no longer the scaling that makes the gradient overflow.
+    Raises RunError below 1, where it is no longer the scaling that makes the gradient overflow.
     """
     if scale < 2 * MIN_LOSS_SCALE:
         raise RunError(
@@ -70,11 +70,11 @@ def nonfinite_message(
     *,
     fp16: bool = False,
 ) -> str:
-    """What is not finite, where it was found first (weights, then losses, then gradients), and the step's pairs."""
-    slopes = {name: each.grad for name, each in parameters.items() if each.grad is not None}
+    """Names the first nonfinite value (weights, then losses, then gradients) and the step's pairs, with advice."""
+    grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     weights = [f"the weight {name}" for name in nonfinite_names(parameters)]
     losses = [f"the loss of row {row}" for row in nonfinite_rows]
-    gradients = [f"the gradient of {name}" for name in nonfinite_names(slopes)]
+    gradients = [f"the gradient of {name}" for name in nonfinite_names(grads)]
     first = [*weights, *losses, *gradients, "the norm of the gradient"][0]
     advice = "look at them, or lower train.learning_rate"
     if fp16 and losses and not weights:

@@ -1,6 +1,7 @@
-"""The optimizer over the adapter's float32 weights, and the learning rate's course."""
+"""The optimizer over the adapter's float32 weights, and the learning rate's schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, assert_never
 
 import bitsandbytes as bnb
@@ -12,9 +13,11 @@ from transformers import get_scheduler
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 from qlora_dpo.recipe.train import TrainTable
-from qlora_dpo.training import schedule_free
 
 Optimizer = torch.optim.Optimizer
+
+SCHEDULE_FREE_COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
+"""What schedule-free AdamW counts in each parameter group."""
 
 
 def create_optimizer(
@@ -43,7 +46,7 @@ def create_optimizer(
         case "adamw_torch":
             return torch.optim.AdamW(groups, **rate, **adam)
         case "schedule_free_adamw":
-            return schedule_free.create_schedule_free(groups, **rate, **adam)
+            return create_schedule_free(groups, **rate, **adam)
         case "adafactor":
             return torch.optim.Adafactor(groups, **rate)
         case "sgd":
@@ -67,7 +70,7 @@ def check_optimizer(table: TrainTable, device: Device) -> None:
 
 
 def create_scheduler(optimizer: Optimizer, table: TrainTable, total_steps: int) -> LambdaLR:
-    """The course of the learning rate over `total_steps`, by transformers' names."""
+    """The learning rate over `total_steps`, by transformers' names."""
     schedule: LambdaLR = get_scheduler(
         table.lr_scheduler_type, optimizer, num_warmup_steps=table.warmup_steps, num_training_steps=total_steps
     )
@@ -87,3 +90,67 @@ def restore_scheduler(scheduler: LambdaLR, optimizer: Optimizer, saved: Mapping[
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
+
+
+def create_schedule_free(groups: Sequence[dict[str, Any]], **settings: Any) -> Optimizer:
+    """Schedule-free AdamW (Defazio et al. 2024), which steps at one point and keeps a running mean of points.
+
+    Raises RecipeError if the package schedulefree is not installed.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise RecipeError(
+            'train.optim = "schedule_free_adamw" needs the package schedulefree; install it with: pip install '
+            "'qlora_dpo[schedule-free]'"
+        ) from error
+    optimizer: Any = AdamWScheduleFree(list(groups), **settings)
+    optimizer.train()
+    result: Optimizer = optimizer
+    return result
+
+
+@contextmanager
+def eval_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, a schedule-free model stands at its mean of points; other optimizers are left alone.
+
+    Going from the point to the mean and back rounds, so the point is put aside meanwhile and put back bit for bit: how
+    often the model is evaluated changes no bit of a run.
+    """
+    if not _is_schedule_free(optimizer):
+        yield
+        return
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    points = [each.detach().clone() for each in parameters]
+    finalize(optimizer)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, point in zip(parameters, points, strict=True):
+                each.copy_(point)
+        for group in optimizer.param_groups:
+            group["train_mode"] = True
+
+
+def finalize(optimizer: Any) -> None:
+    """Leave a schedule-free model at its mean, for good; other optimizers are left alone."""
+    if _is_schedule_free(optimizer):
+        optimizer.eval()
+
+
+def get_counters(optimizer: Optimizer) -> list[dict[str, float]]:
+    """What a checkpoint keeps of a schedule-free optimizer beside its moments, by parameter group; else nothing."""
+    if not _is_schedule_free(optimizer):
+        return []
+    return [{name: group[name] for name in SCHEDULE_FREE_COUNTERS} for group in optimizer.param_groups]
+
+
+def restore_counters(optimizer: Optimizer, saved: Sequence[Mapping[str, float]]) -> None:
+    """Put back what `counters` gave."""
+    for group, own in zip(optimizer.param_groups, saved, strict=False):
+        group |= own
+
+
+def _is_schedule_free(optimizer: Optimizer) -> bool:
+    return "train_mode" in optimizer.param_groups[0]

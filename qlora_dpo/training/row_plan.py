@@ -1,6 +1,4 @@
-"""How many tokens a row has, how many layers are recomputed and what is kept beside: one decision, by the bytes that a
-step takes, for `check` and for `train`.
-"""
+"""Tokens per row and how many layers are recomputed: one decision, by the bytes of a step, for `check` and `train`."""
 
 import math
 from collections.abc import Iterator
@@ -16,28 +14,28 @@ from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
 from qlora_dpo.training.meta_model import ModelFootprint
 
 FRAGMENTATION = 0.05
-"""Share of what a step makes and frees that lies in holes between blocks of other lengths (benchmarks/README.md)."""
+"""Share of a step's allocations that is lost in holes between blocks of other lengths (benchmarks/README.md)."""
 MAX_REFERENCE_ROW_FACTOR = 8
-"""How many times larger than a step's the rows of the reference pass may be on a GPU."""
+"""How many times larger than a step's rows those of the reference pass may be on a GPU."""
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Tokens of a row, and how many of the layers are recomputed in its backward pass."""
+    """Tokens per row, and how many layers are recomputed in the backward pass."""
 
     tokens: int
     recomputed_layers: int
     reason: str = ""
-    """Where these tokens come from, if neither from the recipe nor from ample memory."""
+    """Why the row has this size, if neither the recipe says so nor memory is ample."""
 
 
 def choose_row_plan(
     footprint: ModelFootprint, table: TrainTable, longest: int, free: int, resumed_row_tokens: int | None = None
 ) -> RowPlan:
-    """The largest rows of which a step fits in `free` bytes, and as few recomputed layers as it needs for that.
+    """The largest rows with which a step fits into `free` bytes, and as few recomputed layers as that needs.
 
-    Rows are halved before a layer is recomputed, down to the `longest` pair alone, which goes through whole. A part of
-    the run `before` this one has had rows of so many tokens, which then stay.
+    Rows are halved, down to the tokens of the `longest` pair, before a layer is recomputed: a pair is never split. A
+    resumed run keeps `resumed_row_tokens`.
     """
     tokens, why = table.row_tokens, ""
     if resumed_row_tokens is not None:
@@ -51,7 +49,7 @@ def choose_row_plan(
 def describe_row_plan(
     footprint: ModelFootprint, table: TrainTable, rows: RowPlan, longest: int, free: int
 ) -> list[str]:
-    """What was decided where so many bytes are free, in sentences."""
+    """The decision in sentences, with `free` bytes available."""
     tokens, layers = max(rows.tokens, longest), footprint.num_layers
     needs = f"a backward pass over {tokens:,} tokens needs {total_step_bytes(footprint, tokens, 0) / 2**30:.1f} GiB"
     what = f"{rows.recomputed_layers} of {layers} layers are" if rows.recomputed_layers else "nothing is"
@@ -69,16 +67,17 @@ def _largest_fitting_rows(footprint: ModelFootprint, table: TrainTable, longest:
     tokens = next((size for size in sizes if _step_fits(footprint, size, count, free)), smallest)
     if tokens >= DEFAULT_ROW_TOKENS:
         return tokens, ""
+    full_row = total_step_bytes(footprint, DEFAULT_ROW_TOKENS, count)
     return tokens, (
-        f"rows of {tokens:,} tokens, since {DEFAULT_ROW_TOKENS:,} would need {total_step_bytes(footprint, DEFAULT_ROW_TOKENS, count) / 2**30:.1f} "
-        f"GiB, and of {free / 2**30:.1f} GiB left for a step {free * USABLE_FRACTION / 2**30:.1f} are planned with"
+        f"rows of {tokens:,} tokens, since {DEFAULT_ROW_TOKENS:,} would need {full_row / 2**30:.1f} GiB, and of "
+        f"{free / 2**30:.1f} GiB left for a step {free * USABLE_FRACTION / 2**30:.1f} are planned with"
     )
 
 
 def row_token_candidates(longest: int) -> Iterator[int]:
-    """Tokens of a row from `ROW_TOKENS` down, each half of the one before.
+    """Row sizes from `DEFAULT_ROW_TOKENS` down, each half of the one before.
 
-    The last is as long as the `longest` pair alone, which goes through the model whole: smaller rows keep no less.
+    The last holds the `longest` pair alone, which is never split, so smaller rows would save nothing.
     """
     yield (tokens := DEFAULT_ROW_TOKENS)
     while tokens > longest:
@@ -88,7 +87,7 @@ def row_token_candidates(longest: int) -> Iterator[int]:
 def _count_recomputed(
     footprint: ModelFootprint, gradient_checkpointing: bool | Literal["auto"], tokens: int, free: int
 ) -> int:
-    """How many layers are recomputed: as the recipe says, or as few as have to be; all if none is enough."""
+    """How many layers are recomputed: as the recipe says, else as few as make the step fit, or all."""
     if gradient_checkpointing != "auto":
         return footprint.num_layers if gradient_checkpointing else 0
     return next(
@@ -102,12 +101,12 @@ def _step_fits(footprint: ModelFootprint, tokens: int, count: int, free: int) ->
 
 
 def total_step_bytes(footprint: ModelFootprint, tokens: int, count: int) -> int:
-    """Bytes that a step takes of which so many tokens go through the model at once, with `count` layers recomputed."""
+    """Bytes of a step with rows of `tokens` tokens and `count` recomputed layers."""
     return sum(step_bytes(footprint, tokens, count).values())
 
 
 def step_bytes(footprint: ModelFootprint, tokens: int, count: int) -> dict[str, int]:
-    """The same by part. What does not grow with the tokens has parts of its own, if there is any."""
+    """`total_step_bytes` by part; what does not grow with the tokens has parts of its own."""
     layers = footprint.num_layers
     recomputed = f"{count} of {layers} layers" if count else "nothing"
     working = math.ceil(footprint.activations.working * tokens)
@@ -130,54 +129,52 @@ def step_bytes(footprint: ModelFootprint, tokens: int, count: int) -> dict[str, 
 
 
 def reference_bytes(footprint: ModelFootprint, tokens: int) -> int:
-    """Bytes that a pass without gradients takes over so many tokens: nothing is kept, a layer works at a time."""
+    """Bytes of a pass without gradients over `tokens` tokens: one layer at a time, nothing saved."""
     body = math.ceil(tokens * (footprint.activations.forward + footprint.head_bytes_per_token))
     return math.ceil((body + footprint.head_copy_bytes + footprint.head_tile_bytes) * (1 + FRAGMENTATION))
 
 
 def reference_row_tokens(footprint: ModelFootprint, rows: RowPlan, longest: int, device: Device) -> int:
-    """Tokens of the rows of the reference pass: on a GPU up to eight times more, as many as a step's bytes hold.
+    """Tokens per row of the reference pass: on a GPU up to eight times a step's, as many as its bytes hold.
 
-    A CPU gains nothing from larger rows, which leave its cache (benchmarks/README.md).
+    A CPU gains nothing from larger rows, which no longer fit its cache (benchmarks/README.md).
     """
     if device.type == "cpu":
         return rows.tokens
-    held = total_step_bytes(footprint, max(rows.tokens, longest), rows.recomputed_layers) - reference_bytes(
-        footprint, 0
-    )
-    of_token = (footprint.activations.forward + footprint.head_bytes_per_token) * (1 + FRAGMENTATION)
-    return max(rows.tokens, min(MAX_REFERENCE_ROW_FACTOR * rows.tokens, int(held / of_token)))
+    step = total_step_bytes(footprint, max(rows.tokens, longest), rows.recomputed_layers)
+    available = step - reference_bytes(footprint, 0)
+    per_token = (footprint.activations.forward + footprint.head_bytes_per_token) * (1 + FRAGMENTATION)
+    return max(rows.tokens, min(MAX_REFERENCE_ROW_FACTOR * rows.tokens, int(available / per_token)))
 
 
 def adapter_bytes(footprint: ModelFootprint, recipe: Recipe) -> dict[str, int]:
-    """Bytes by part of the adapter and of all that training keeps for it."""
-    numbers = footprint.num_trainable * 4
-    held = isinstance(recipe.reference, AdapterReference | EmaReference)
+    """Bytes of the adapter, its gradients and its optimizer state, by part."""
+    weights = footprint.num_trainable * 4
+    has_reference_copy = isinstance(recipe.reference, AdapterReference | EmaReference)
     return {
-        "LoRA, float32": numbers,
-        "its gradients, float32": numbers,
+        "LoRA, float32": weights,
+        "its gradients, float32": weights,
         f"optimizer state ({recipe.train.optim})": footprint.optimizer_state_bytes,
-        **({"the reference's adapter, float32": numbers} if held else {}),
+        **({"the reference's adapter, float32": weights} if has_reference_copy else {}),
     }
 
 
 def dense_weight_budget(footprint: ModelFootprint, table: TrainTable, longest: int, free: int, device: Device) -> int:
-    """Bytes that the linear layers may take in the compute dtype beside their stored form, so that they are converted
-    once; `free` are those beside base and adapter.
+    """Bytes that dense copies of the quantized linear layers may take, so that each is converted only once.
 
-    On a GPU what a step in full rows leaves of them, so that no row is smaller and no layer recomputed for it. A CPU
-    gains nothing from larger rows and much from this: half of them.
+    `free` bytes are left beside base and adapter. On a GPU the copies get what a step with full rows leaves, so that no
+    row is smaller and no layer recomputed for their sake. A CPU gains nothing from larger rows and much from dense
+    copies, which get half.
     """
     if device.type == "cpu":
         return int(free * USABLE_FRACTION / 2)
     count = footprint.num_layers if table.gradient_checkpointing is True else 0
     step = total_step_bytes(footprint, max(table.row_tokens, longest), count)
-    return max(
-        0, int(free * USABLE_FRACTION) - step + footprint.head_copy_bytes
-    )  # the head's copy is one of those weights
+    # a step counts the copy of the head, which is one of these weights
+    return max(0, int(free * USABLE_FRACTION) - step + footprint.head_copy_bytes)
 
 
 def conversion_bytes(footprint: ModelFootprint, recipe: Recipe, device: Device) -> int:
-    """Bytes of a layer's weights while they are converted in each visit; 0 if they are stored in the compute dtype."""
+    """Bytes of one layer's weights while they are converted at each use; 0 if they are stored in the compute dtype."""
     other_form = recipe.model.quantization != "none" or device.weight_dtype != device.torch_dtype
     return 2 * footprint.largest_layer_bytes if other_form else 0

@@ -1,4 +1,4 @@
-"""What run.json says of a run: enough to repeat it and to judge its figures."""
+"""run.json: enough to repeat a run and to judge its figures."""
 
 import platform
 import subprocess
@@ -13,8 +13,8 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.redact import redact_secrets
-from qlora_dpo.training import reference_pass
-from qlora_dpo.training.run import TrainingResult, data_fingerprint
+from qlora_dpo.training.prepare import data_fingerprint, reference_metadata
+from qlora_dpo.training.run import TrainingResult
 
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
 
@@ -68,7 +68,7 @@ def build_run_metadata(
             "train_pairs": len(prepared.train.encoded),
             "eval_pairs": len(prepared.heldout.encoded),
         },
-        **reference_pass.reference_metadata(recipe, prepared.reference_spec),
+        **reference_metadata(recipe, prepared.reference_spec),
         "reference_pairs_computed": outcome.reference_pairs_computed,
         "steps": outcome.state.step,
         "num_tokens": outcome.state.num_tokens,

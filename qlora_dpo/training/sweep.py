@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep was asked for, how far each of its points has come, and which one is the best."""
+"""sweep.json: the grid of a sweep, the state of each of its points, and which one is best."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -52,12 +52,12 @@ class Sweep:
         write_json(self.folder / SWEEP_FILE, facts)
 
     def set_state(self, entry: SweepEntry, state: str, sentence: str = "") -> None:
-        """Note how far a point has come."""
+        """Set the state of a point."""
         entry.state, entry.sentence = state, sentence  # type: ignore[assignment]
         self.write()
 
     def update_results(self) -> None:
-        """Take the figures of all points that have ended from their folders, and note which is the best."""
+        """Read the metric of all points that have ended from their folders, and set the best."""
         for entry in self.points:
             if entry.state in ("finished", "stopped"):
                 self.read_result(entry)
@@ -66,7 +66,7 @@ class Sweep:
         self.write()
 
     def read_result(self, entry: SweepEntry) -> float:
-        """Take the figure of a point that has ended; RunError if its evaluation has none of the metric's name."""
+        """Read the metric of a point that has ended; raises RunError if its evaluation has none of that name."""
         found = read_evaluation(self.folder / entry.name)
         figure = found.get(f"eval_{self.metric}")
         if figure is None:
@@ -78,7 +78,7 @@ class Sweep:
         return float(figure)
 
     def ranked(self) -> list[SweepEntry]:
-        """The points, the best first: those that finished, then the others in the order of the grid."""
+        """The points, best first: those that finished, then the others in grid order."""
 
         def place(entry: SweepEntry) -> tuple[bool, float]:
             done = entry.state == "finished" and entry.figure is not None
@@ -116,7 +116,7 @@ def load_or_create_sweep(
 
 
 def parse_metric(name: str) -> MetricName:
-    """The metric of that name; raises RecipeError if nothing of that name is measured."""
+    """The metric of that name; raises RecipeError if evaluations have none of that name."""
     known: tuple[MetricName, ...] = get_args(MetricName)
     for each in known:
         if each == name.removeprefix("eval_"):
@@ -125,7 +125,7 @@ def parse_metric(name: str) -> MetricName:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The evaluation of the step that a finished run's adapter is of; RunError if its files are damaged."""
+    """The evaluation of the step of a finished run's adapter; raises RunError if its files are damaged."""
     try:
         step = json.loads((folder / "run.json").read_text(encoding="utf-8"))["adapter_step"]
         evals = json.loads((folder / "results.json").read_text(encoding="utf-8"))["evals"]
@@ -139,7 +139,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def write_best_recipe(sweep: Sweep, point: GridPoint, comment: str) -> Path:
-    """Write best.toml: the recipe of `point` with every key, under a comment of `words`."""
+    """Write best.toml: the resolved recipe of `point`, with a comment above it."""
     path = sweep.folder / BEST_RECIPE_FILE
     atomic_write(path, f"# {comment}\n\n{resolved_toml(point.loaded.recipe)}")
     return path
@@ -164,8 +164,8 @@ def _read_sweep(folder: Path) -> Sweep:
         return Sweep(folder, **{**facts, "points": [SweepEntry(**each) for each in facts["points"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{folder / SWEEP_FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another sweep "
-            "with -o DIR"
+            f"{folder / SWEEP_FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another "
+            "sweep with -o DIR"
         ) from error
 
 

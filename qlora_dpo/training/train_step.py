@@ -1,10 +1,9 @@
 """The gradient of one optimizer step: the mean loss over its pairs, however they are split into micro-batches."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,8 +13,8 @@ from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.model.transfer import copy_batched
 from qlora_dpo.preference import rank_split
-from qlora_dpo.preference.logps import score_batch
-from qlora_dpo.preference.metrics import MetricSums
+from qlora_dpo.preference.logps import Scores, score_batch
+from qlora_dpo.preference.metrics import MetricSums, make_metric_sums
 from qlora_dpo.preference.objective import (
     Logps,
     LossColumns,
@@ -29,259 +28,294 @@ from qlora_dpo.preference.objective import (
     needs_whole_step,
     uses_wpo_weighting,
 )
-from qlora_dpo.preference.pack import MicroBatch, collate, micro_batches
+from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
 from qlora_dpo.preference.reference import batch_reference_logps
 from qlora_dpo.recipe.objective import BetaDpo
 from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_states
-from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.checkpoint.state import StepTotals, TrainState
+from qlora_dpo.training.context import StepAborted, TrainContext
 
-if TYPE_CHECKING:
-    from qlora_dpo.training.loop import TrainContext
-
-VANISHING_GRAD_RATIO = 0.05
+SMALL_GRAD = 0.05
 """A pair with less than this share of the first step's gradient has little more to teach."""
 
 Backward = Callable[[Tensor], Any]
 
 
-@dataclass
-class _StepStats:
-    """What the pairs of a step have shown so far, on the device: it is read once, when the step's last pass is done."""
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's pairs have shown beside their gradient. None of it counts until the loop commits it."""
 
+    totals: StepTotals
+    """Sums over this rank's pairs; after `all_reduce_step` over those of all ranks."""
+    nonfinite: list[int]
+    """Pairs whose loss is NaN or infinite, as indices into the training pairs."""
+    metrics: MetricSums
+    """Of this rank's pairs."""
+    reference_indices: list[int]
+    reference_P2: Tensor
+    """Reference log-probabilities that were computed along with the step, (P, 2) on the CPU, of `reference_indices`."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The fixed inputs of one step. `number` counts from 1."""
+
+    model: PeftModel
+    context: TrainContext
+    packing: Packing
+    number: int
+    margin_mean: float
+    backward: Backward
+    should_stop: Callable[[], bool]
+
+    def batch(self, indices: Sequence[int]) -> MicroBatch:
+        """The pairs of these indices as tensors on the device."""
+        pairs = [self.context.train.pairs[i] for i in indices]
+        return collate(pairs, self.packing).to(self.context.device.torch_device)
+
+
+@dataclass
+class _Accumulated:
+    """What the micro-batches so far have shown, on the device; the host reads it once, after the last pass."""
+
+    metrics: MetricSums
+    margin_mean: float
+    tokens: int = 0
     indices: list[int] = field(default_factory=list)
     loss_P: list[Tensor] = field(default_factory=list)
     grad_P: list[Tensor] = field(default_factory=list)
-    new_reference: list[tuple[list[int], Tensor]] = field(default_factory=list)
-    """Pairs whose reference log-probabilities were computed along with the step, and those, (P, 2)."""
+    reference_indices: list[int] = field(default_factory=list)
+    reference_P2: list[Tensor] = field(default_factory=list)
 
-    def add(self, indices: Sequence[int], losses: Losses, grad_P: Tensor) -> None:
-        """Note the losses of some pairs and how much their log-probabilities move them."""
+    def add_forward(self, output: "_Forward", indices: Sequence[int]) -> None:
+        """Count a forward pass over the pairs of `indices`."""
+        self.metrics.add_scores(output.scores, output.tokens)
+        self.tokens += output.tokens
+        if output.new_reference_P2 is not None:
+            self.reference_indices += [indices[n] for n in output.new_reference]
+            self.reference_P2.append(output.new_reference_P2)
+
+    def add_losses(self, indices: Sequence[int], loss_P: Tensor, grad_P: Tensor) -> None:
+        """Count the losses of some pairs, and how strongly each depends on its log-probabilities."""
         self.indices += indices
-        self.loss_P.append(losses.total_P.detach())
+        self.loss_P.append(loss_P.detach())
         self.grad_P.append(grad_P)
 
 
-class StepAborted(Exception):
-    """A step was left between two of its micro-batches, since the run shall stop; nothing of it counts."""
+@dataclass(frozen=True)
+class _Forward:
+    """What policy and reference say about a micro-batch."""
+
+    logps: Logps
+    scores: Scores
+    tokens: int
+    new_reference: list[int] = field(default_factory=list)
+    """Places in the micro-batch of pairs whose reference log-probabilities were not known before this pass."""
+    new_reference_P2: Tensor | None = None
 
 
 def accumulate_gradients(
     model: PeftModel,
-    context: "TrainContext",
+    context: TrainContext,
     state: TrainState,
+    packing: Packing,
     backward: Backward,
-    sums: MetricSums,
     should_stop: Callable[[], bool] = lambda: False,
-) -> list[int]:
-    """Add up the gradient of the step after `state.step`; return the pairs whose loss is not finite, as indices.
+) -> StepResult:
+    """Compute the gradient of the step after `state.step`, in rows as `packing` says, and return what it has shown.
 
-    Raises Left where `leave` says so and more than one micro-batch is still to come. Of several processes each does its
-    own pairs.
+    Nothing but the parameters' `grad` is changed, and the random generators, so a step is retried by dropping the
+    result. Each rank computes its own pairs; `all_reduce_step` sums over the ranks. Raises StepAborted if
+    `should_stop` becomes true while more than one micro-batch is left.
     """
-    indices = context.data_order.batch_indices(state.step + 1)
-    pairs = [context.train.pairs[i] for i in indices]
-    own = rank_split.rank_indices(pairs)
-    batches = micro_batches([pairs[i] for i in own], context.packing)
-    groups = rank_split.pad_group_count([[indices[own[i]] for i in group] for group in batches])
+    for parameter in trainable_parameters(model).values():
+        parameter.grad = None
+    batch = context.data_order.batch_indices(state.step + 1)
+    pairs = [context.train.pairs[i] for i in batch]
+    local = rank_split.rank_indices(pairs)
+    local_groups = micro_batches([pairs[i] for i in local], packing)
+    groups = rank_split.pad_group_count([[batch[local[i]] for i in group] for group in local_groups])
     processes.seed(context.recipe.train.seed, state.step)
-    seen = _StepStats()
+    step = _Step(model, context, packing, state.step + 1, state.margin_mean, backward, should_stop)
     if needs_whole_step(context.recipe.objective) and (len(groups) > 1 or processes.world_size() > 1):
-        _two_pass_gradients(model, context, state, groups, backward, sums, should_stop, seen)
+        accumulated = _two_pass_gradients(step, groups)
     else:
-        for group in _until_stopped(groups, should_stop, 0):
-            if group is None:
-                backward(0 * _dummy_forward(model, context, state, sums).chosen_logp_P.sum())
-                continue
-            losses, slope_P = _compute_losses(
-                _compute_logps(model, context, state, group, sums, seen), context, state, sums
-            )
-            backward(losses.total_P.sum() / len(indices))
-            seen.add(group, losses, slope_P)
-    _cache_reference_logps(context, seen)
-    return _update_state(context, state, seen)
+        accumulated = _one_pass_gradients(step, groups, len(batch))
+    return _result(accumulated, state)
 
 
-def is_logged(context: "TrainContext", step: int) -> bool:
-    """True if the metrics of `step` are logged, whatever happens in it."""
-    return step in (1, context.data_order.total_steps) or step % context.recipe.train.logging_steps == 0
-
-
-def all_reduce_step(
-    model: PeftModel, state: TrainState, counts_before: Sequence[float], nonfinite: list[int]
-) -> list[int]:
-    """Make the step whole in every process: the gradient, what `state` has counted since `before`, and the pairs whose
-    loss is not finite, which are returned.
-    """
+def all_reduce_step(model: PeftModel, result: StepResult) -> StepResult:
+    """Sum the gradient over all ranks, in place, and the totals of `result`; every rank learns of nonfinite losses."""
     if processes.world_size() == 1:
-        return nonfinite
+        return result
     processes.all_reduce_gradients(list(trainable_parameters(model).values()))
-    since = [now - then for now, then in zip(state.counts(), counts_before, strict=True)]
-    state.set_counts([then + more for then, more in zip(counts_before, processes.all_reduce_sum(since), strict=True)])
-    return sorted(set(processes.all_gather({"wrong": torch.tensor(nonfinite, dtype=torch.int64)})["wrong"].tolist()))
+    nonfinite = processes.all_gather({"pairs": torch.tensor(result.nonfinite, dtype=torch.int64)})["pairs"]
+    return replace(result, totals=result.totals.all_reduce(), nonfinite=sorted(set(nonfinite.tolist())))
 
 
-def _two_pass_gradients(
-    model: PeftModel,
-    context: "TrainContext",
-    state: TrainState,
-    groups: Sequence[list[int] | None],
-    backward: Backward,
-    sums: MetricSums,
-    should_stop: Callable[[], bool],
-    stats: _StepStats,
-) -> None:
-    """Ask for all log-probabilities first, and for their gradients once it is known what the loss makes of them."""
-    draws = list[dict[str, Tensor]]()
+def _one_pass_gradients(step: _Step, groups: Sequence[list[int] | None], batch_size: int) -> _Accumulated:
+    """Forward and backward pass of each micro-batch, for losses that depend on one pair alone."""
+    accumulated = _new_accumulated(step)
+    for group in _until_stopped(groups, step.should_stop):
+        if group is None:
+            step.backward(0 * _dummy_forward(step).chosen_logp_P.sum())
+            continue
+        output = _forward(step, group)
+        accumulated.add_forward(output, group)
+        losses, grad_P = _losses(step, output.logps, accumulated)
+        step.backward(losses.total_P.sum() / batch_size)
+        accumulated.add_losses(group, losses.total_P, grad_P)
+    return accumulated
+
+
+def _two_pass_gradients(step: _Step, groups: Sequence[list[int] | None]) -> _Accumulated:
+    """The gradient of a loss that compares the pairs of a step with each other (GradCache, Gao et al. 2021).
+
+    A first pass without autograd gives all log-probabilities, from which the loss and its gradient with respect to
+    each of them follow; a second pass takes that gradient on to the parameters.
+    """
+    accumulated = _new_accumulated(step)
+    rng_states = list[dict[str, Tensor]]()
 
     def first_pass() -> Logps:
         parts = list[Logps]()
-        # a process without pairs says so in the form that the others expect; none leaves before they have heard from it
-        alone = processes.world_size() == 1
-        for group in _until_stopped(groups or [None], should_stop if alone else lambda: False, len(groups)):
-            draws.append(get_rng_states())
+        # ranks exchange their log-probabilities after this pass, so with several of them none may stop within it
+        should_stop = step.should_stop if processes.world_size() == 1 else lambda: False
+        for group in _until_stopped(groups or [None], should_stop, passes_after=len(groups)):
+            rng_states.append(get_rng_states())
             with torch.no_grad():
-                parts.append(
-                    _dummy_forward(model, context, state, sums).empty()
-                    if group is None
-                    else _compute_logps(model, context, state, group, sums, stats)
-                )
+                if group is None:
+                    parts.append(_dummy_forward(step).empty())
+                    continue
+                output = _forward(step, group)
+            accumulated.add_forward(output, group)
+            parts.append(output.logps)
         return concat_logps(parts)
 
-    mine = processes.run_or_raise_everywhere(first_pass)
-    pairs, everything = len(mine.chosen_logp_P), rank_split.all_gather_logps(mine)
+    local = processes.run_or_raise_everywhere(first_pass)
+    pairs, gathered = len(local.chosen_logp_P), rank_split.all_gather_logps(local)
     start = processes.rank_offset(pairs)
-    own = slice(start, start + pairs)
     names = ("chosen_logp_P", "rejected_logp_P", "chosen_logp_all_P")
-    leaves = {name: getattr(everything, name).clone().requires_grad_() for name in names}
-    # all have the same losses, so one of them counts
-    counted = sums if processes.is_main() else copy.deepcopy(sums)
-    losses, slope_P = _compute_losses(replace(everything, **leaves), context, state, counted)
-    found = torch.autograd.grad(losses.total_P.sum() / len(losses.total_P), list(leaves.values()), allow_unused=True)
-    for group, draw in zip(_until_stopped(groups, should_stop, 0), draws, strict=bool(groups)):
-        set_rng_states(draw)  # the same dropout as when it was asked
-        some = [context.train.pairs[i] for i in group or context.data_order.batch_indices(1)[:1]]
-        scores = score_batch(
-            model, collate(some, context.packing).to(context.device.torch_device), context.device, metrics=False
-        )
+    leaves = {name: getattr(gathered, name).clone().requires_grad_() for name in names}
+    # every rank computes the same losses of all pairs, so the first alone counts them
+    counted = accumulated if processes.is_main() else _new_accumulated(step)
+    losses, grad_P = _losses(step, replace(gathered, **leaves), counted)
+    accumulated.margin_mean = counted.margin_mean
+    loss = losses.total_P.sum() / len(losses.total_P)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    first = start
+    for group, rng in zip(_until_stopped(groups, step.should_stop), rng_states, strict=bool(groups)):
+        set_rng_states(rng)  # the same dropout as in the first pass
+        batch = step.batch(group or step.context.data_order.batch_indices(1)[:1])
+        scores = score_batch(step.model, batch, step.context.device, metrics=False)
         if group is None:
-            backward(0 * scores.chosen_logp_P.sum())
+            step.backward(0 * scores.chosen_logp_P.sum())
             continue
-        here = slice(start, start + len(group))
-        backward(
-            torch.stack(
-                [
-                    (getattr(scores, name) * slope[here]).sum()
-                    for name, slope in zip(names, found, strict=True)
-                    if slope is not None
-                ]
-            ).sum()
-        )
-        start += len(group)
+        rows = slice(first, first + len(group))
+        terms = [
+            (getattr(scores, name) * grad[rows]).sum()
+            for name, grad in zip(names, grads, strict=True)
+            if grad is not None
+        ]
+        step.backward(torch.stack(terms).sum())
+        first += len(group)
     indices = [index for group in groups for index in group or ()]
-    stats.add(indices, replace(losses, total_P=losses.total_P[own]), slope_P[own])
+    accumulated.add_losses(indices, losses.total_P[start : start + pairs], grad_P[start : start + pairs])
+    return accumulated
 
 
 def _until_stopped(
-    groups: Sequence[list[int] | None], should_stop: Callable[[], bool], remaining_passes: int
+    groups: Sequence[list[int] | None], should_stop: Callable[[], bool], passes_after: int = 0
 ) -> Iterator[list[int] | None]:
-    """The `groups`, after which `later` more passes follow. The last pass of a step is worth waiting for, no other, and
-    where weights are sharded none can be left, since the others are in it too.
+    """The `groups`, after which `passes_after` more passes follow; raises StepAborted between two of them.
+
+    The last pass of a step is always waited for, and with sharded weights all of them, since the other ranks are
+    inside the same pass.
     """
     for number, group in enumerate(groups):
-        if number and len(groups) - number + remaining_passes > 1 and should_stop() and not processes.is_sharded():
+        passes_left = len(groups) - number + passes_after
+        if number and passes_left > 1 and should_stop() and not processes.is_sharded():
             raise StepAborted
         yield group
 
 
-def _compute_logps(
-    model: PeftModel,
-    context: "TrainContext",
-    state: TrainState,
-    indices: Sequence[int],
-    sums: MetricSums,
-    stats: _StepStats,
-) -> Logps:
-    """What policy and reference say of some training pairs."""
-    place, side = context.device.torch_device, context.train
-    batch = collate([side.pairs[i] for i in indices], context.packing).to(place)
-    known_P2 = side.reference_P2[list(indices)]
-    columns = {name: value for name, value in vars(side.columns.select(list(indices))).items() if value is not None}
-    moved = copy_batched(columns | {"reference": known_P2}, place)
-    moved |= _missing_reference_logps(model, context, indices, known_P2, batch, stats)
-    likely, metrics = uses_wpo_weighting(context.recipe.objective), is_logged(context, state.step + 1)
-    scores = score_batch(model, batch, context.device, metrics=metrics, wpo_weights=likely)
-    sums.add_scores(scores, batch.tokens)
-    state.num_tokens += batch.tokens
-    return scores.with_reference(moved.pop("reference"), LossColumns(**moved))
-
-
-def _dummy_forward(model: PeftModel, context: "TrainContext", state: TrainState, sums: MetricSums) -> Logps:
-    """What policy and reference say of one pair, by a process that has none or has done its own; uncounted."""
-    return _compute_logps(
-        model, context, copy.deepcopy(state), context.data_order.batch_indices(1)[:1], copy.deepcopy(sums), _StepStats()
+def _forward(step: _Step, indices: Sequence[int]) -> _Forward:
+    """Forward pass of policy and, where its log-probabilities are not known yet, of the reference."""
+    context, data = step.context, step.context.train
+    batch = step.batch(indices)
+    known_P2 = data.reference_P2[list(indices)]
+    columns = {name: value for name, value in vars(data.columns.select(list(indices))).items() if value is not None}
+    moved = copy_batched(columns | {"reference": known_P2}, context.device.torch_device)
+    reference_P2, new_reference = _live_reference(step, known_P2, batch)
+    if reference_P2 is None:
+        reference_P2 = moved["reference"]
+    del moved["reference"]
+    scores = score_batch(
+        step.model,
+        batch,
+        context.device,
+        metrics=context.is_logged(step.number),
+        wpo_weights=uses_wpo_weighting(context.recipe.objective),
     )
+    logps = scores.with_reference(reference_P2, LossColumns(**moved))
+    # all of them, as a rule: then no index tensor has to be copied to the device
+    new_P2 = reference_P2 if len(new_reference) == len(indices) else reference_P2[new_reference]
+    return _Forward(logps, scores, batch.tokens, new_reference, new_P2 if new_reference else None)
 
 
-def _compute_losses(
-    logps: Logps, context: "TrainContext", state: TrainState, sums: MetricSums
-) -> tuple[Losses, Tensor]:
-    """The losses of some pairs at this step's beta, and how much their log-probabilities move each (P,)."""
-    table = context.recipe.objective
-    beta = beta_at(table, state.step + 1, context.data_order.total_steps)
+def _dummy_forward(step: _Step) -> Logps:
+    """Forward pass over the first pair of the run, by a rank that has no pairs or no more; nothing of it counts."""
+    return _forward(step, step.context.data_order.batch_indices(1)[:1]).logps
+
+
+def _live_reference(step: _Step, known_P2: Tensor, batch: MicroBatch) -> tuple[Tensor | None, list[int]]:
+    """The reference's log-probabilities (P, 2) of the batch, on the device, and the places of those worth keeping.
+
+    None where all are known beforehand. An EMA reference is computed in every step and never kept.
+    """
+    context = step.context
+    if context.reference_adapter.ema is not None:
+        return batch_reference_logps(step.model, batch, context.device, context.reference_adapter), []
+    if not needs_reference(context.recipe.objective):
+        return None, []
+    unknown: list[int] = known_P2.isnan().any(1).nonzero()[:, 0].tolist()
+    # with sharded weights a forward pass is collective, so either every rank computes the reference or none does
+    if not (processes.all_reduce_any(bool(unknown)) if processes.is_sharded() else unknown):
+        return None, []
+    return batch_reference_logps(step.model, batch, context.device, context.reference_adapter), unknown
+
+
+def _losses(step: _Step, logps: Logps, accumulated: _Accumulated) -> tuple[Losses, Tensor]:
+    """The losses of some pairs at this step's beta, and how strongly each depends on its log-probabilities (P,)."""
+    table = step.context.recipe.objective
+    beta = beta_at(table, step.number, step.context.data_order.total_steps)
     if isinstance(table, BetaDpo):
         ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1).detach() - logps.reference_P2
-        beta, state.margin_mean = dynamic_beta(ratio_P2[:, 0] - ratio_P2[:, 1], state.margin_mean, table, beta)
+        margin_P = ratio_P2[:, 0] - ratio_P2[:, 1]
+        beta, accumulated.margin_mean = dynamic_beta(margin_P, accumulated.margin_mean, table, beta)
     losses = compute_losses(logps, table, beta)
-    sums.add_losses(losses)
+    accumulated.metrics.add_losses(losses)
     return losses, loss_gradients(losses, logps)
 
 
-def _missing_reference_logps(
-    model: PeftModel,
-    context: "TrainContext",
-    indices: Sequence[int],
-    known_P2: Tensor,
-    batch: MicroBatch,
-    stats: _StepStats,
-) -> dict[str, Tensor]:
-    """The reference's log-probabilities of the batch's pairs, (P, 2) on the device, where they are not known before the
-    step: the reference moves, or this is the first step that needs them.
-    """
-    if context.reference_adapter.ema is not None:
-        return {"reference": batch_reference_logps(model, batch, context.device, context.reference_adapter)}
-    unknown = known_P2.isnan().any(1).nonzero()[:, 0].tolist()
-    if not needs_reference(context.recipe.objective):
-        return {}
-    if not (processes.all_reduce_any(bool(unknown)) if processes.is_sharded() else unknown):
-        return {}
-    reference_P2 = batch_reference_logps(model, batch, context.device, context.reference_adapter)
-    # all of them, as a rule: then nothing is picked out by numbers that would have to be copied to the device
-    new_P2 = reference_P2 if len(unknown) == len(indices) else reference_P2[unknown]
-    stats.new_reference.append(([indices[n] for n in unknown], new_P2))
-    return {"reference": reference_P2}
+def _new_accumulated(step: _Step) -> _Accumulated:
+    return _Accumulated(make_metric_sums(step.context.recipe.objective), step.margin_mean)
 
 
-def _cache_reference_logps(context: "TrainContext", stats: _StepStats) -> None:
-    """Keep what was computed of the reference along with the step for later steps and later runs."""
-    if not stats.new_reference:
-        return
-    indices = [index for some, _ in stats.new_reference for index in some]
-    new_P2 = torch.cat([some_P2 for _, some_P2 in stats.new_reference]).cpu()
-    context.train.reference_P2[indices] = new_P2
-    context.reference_cache.add([context.train.pairs[i] for i in indices], new_P2)
-
-
-def _update_state(context: "TrainContext", state: TrainState, stats: _StepStats) -> list[int]:
-    """Note in `state` what the step's pairs have shown, and return those whose loss is not finite, as indices.
-
-    Here the host waits for the device, once a step.
-    """
-    if not stats.indices:
-        return []
-    losses, moves = torch.stack([torch.cat(stats.loss_P).double(), torch.cat(stats.grad_P).double()]).tolist()
-    if state.step == 0:
-        state.first_slope += sum(moves) / len(context.data_order.batch_indices(1))
-    else:
-        state.since_eval.vanished += sum(slope < VANISHING_GRAD_RATIO * state.first_slope for slope in moves)
-    state.since_eval.add(losses)
-    return [index for index, loss in zip(stats.indices, losses, strict=True) if not math.isfinite(loss)]
+def _result(accumulated: _Accumulated, state: TrainState) -> StepResult:
+    """Read what was accumulated on the device. Here the host waits for the device, once per step."""
+    losses, grads = list[float](), list[float]()
+    if accumulated.indices:
+        read = [torch.cat(accumulated.loss_P).double(), torch.cat(accumulated.grad_P).double()]
+        losses, grads = torch.stack(read).tolist()
+    nonfinite = [index for index, loss in zip(accumulated.indices, losses, strict=True) if not math.isfinite(loss)]
+    totals = StepTotals(
+        tokens=accumulated.tokens,
+        pairs=len(losses),
+        loss=math.nan if nonfinite else math.fsum(losses),
+        grad=sum(grads),
+        small_grad_pairs=sum(grad < SMALL_GRAD * state.first_step_grad for grad in grads) if state.step else 0,
+        margin_mean=accumulated.margin_mean,
+    )
+    reference_P2 = torch.cat(accumulated.reference_P2).cpu() if accumulated.reference_P2 else torch.empty(0, 2)
+    return StepResult(totals, nonfinite, accumulated.metrics, accumulated.reference_indices, reference_P2)

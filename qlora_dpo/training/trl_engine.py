@@ -1,5 +1,6 @@
 """Runs a recipe through stock `trl.DPOTrainer`, so that anyone can check this project's loop against it."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -22,14 +23,19 @@ from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.objective import Aot, Discopop, ExoPair, Objective, PlainLoss, Robust, Sigmoid, WeightedSum
 from qlora_dpo.tracking.run_log import RunLog
-from qlora_dpo.training.checkpoint.save import TrainState
+from qlora_dpo.training.checkpoint.state import TrainState
+from qlora_dpo.training.context import TrainContext
 from qlora_dpo.training.data_order import DataOrder, epoch_permutation
-from qlora_dpo.training.loop import TrainContext, is_due, peak_memory_bytes, run_evaluation
+from qlora_dpo.training.evaluate import run_evaluation
+from qlora_dpo.training.loop import is_due
+from qlora_dpo.training.throughput import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def train_with_trl(
     model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PeftModel, TrainState]:
+) -> TrainState:
     """Train `model` in place with TRL: our token ids, first LoRA weights and order of pairs, TRL's step and reference.
 
     Evaluations are this project's, so that tables compare; the training lines are TRL's own. What differs: TRL's SFT
@@ -40,22 +46,22 @@ def train_with_trl(
     """
     check_trl_supports(context.recipe.objective)
     if context.recipe.train.optim not in ("adamw_torch", "sgd") or context.recipe.lora.loraplus_lr_ratio is not None:
-        asked = "lora.loraplus_lr_ratio" if context.recipe.lora.loraplus_lr_ratio is not None else "train.optim"
-        raise RecipeError(f'{asked} needs train.engine = "qlora_dpo" here; leave it out, or change the engine')
-    run_log.info(
-        f"engine: trl.DPOTrainer {version('trl')}, which asks the reference in every step and saves no checkpoint"
+        key = "lora.loraplus_lr_ratio" if context.recipe.lora.loraplus_lr_ratio is not None else "train.optim"
+        raise RecipeError(f'{key} needs train.engine = "qlora_dpo" here; leave it out, or change the engine')
+    logger.info(
+        f"engine: trl.DPOTrainer {version('trl')}, which computes the reference in every step and saves no checkpoint"
     )
     if getattr(context.recipe.objective, "sft_weight", 0):
-        run_log.info("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
+        logger.info("engine: TRL's SFT term is a mean over the tokens of a micro-batch, not over pairs")
     with TemporaryDirectory(prefix="qlora-dpo-trl-") as work, _restored_forwards(model):
         trainer = create_trainer(model, context, tokenizer, work)
         trainer.add_callback(_RunLogCallback(model, context, state, run_log))
         trainer.train()
-    return model, state
+    return state
 
 
 def create_trainer(model: PeftModel, context: TrainContext, tokenizer: PreTrainedTokenizerBase, folder: str) -> Any:
-    """A stock DPOTrainer that will train the adapter of `model` on the job's pairs in the plan's order."""
+    """A stock DPOTrainer that trains the adapter of `model` on the training pairs in their order."""
     first: dict[str, Tensor] = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
     # the trainer insists on tokenizing something: one row of text stands in for the pairs, which have their ids
     text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
@@ -75,7 +81,7 @@ def create_trainer(model: PeftModel, context: TrainContext, tokenizer: PreTraine
 
 
 def dpo_config(recipe: Recipe, context: TrainContext, folder: str) -> Any:
-    """The recipe in TRL's terms; whatever it does not name stays at the value that this project's loop has."""
+    """The recipe as a DPOConfig; where TRL's default differs from this project's loop, the loop's value is set."""
     train, dtype = recipe.train, context.device.compute_dtype
     at_once = per_device_batch_size(recipe)
     return DPOConfig(
@@ -129,7 +135,7 @@ def check_trl_supports(table: Objective) -> None:
 
 
 def _objective_args(table: Any) -> dict[str, Any]:
-    """An objective that `insist_on_trls` lets pass, in the terms of DPOConfig."""
+    """An objective that `check_trl_supports` has passed, as arguments of DPOConfig."""
     weights = (
         {str(name): share for name, share in table.losses.items()}
         if isinstance(table, WeightedSum)
@@ -137,14 +143,14 @@ def _objective_args(table: Any) -> dict[str, Any]:
     )
     if table.sft_weight:
         weights["sft"] = table.sft_weight
-    own = ("f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "discopop_tau")
+    optional = ("f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "discopop_tau")
     return {
         "beta": table.beta,
         "loss_type": list(weights),
         "loss_weights": list(weights.values()),
         "ld_alpha": table.ld_alpha,
         "use_weighting": table.use_weighting,
-        **{key: value for key in own if (value := getattr(table, key, None)) is not None},
+        **{key: value for key in optional if (value := getattr(table, key, None)) is not None},
     }
 
 
@@ -156,13 +162,13 @@ def per_device_batch_size(recipe: Recipe) -> int:
 
 @dataclass
 class DataOrderSampler:
-    """A sampler that gives the plan's order of each epoch; the trainer says which epoch begins."""
+    """A sampler with the order of each epoch; the trainer sets the epoch."""
 
     data_order: DataOrder
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to `epoch`, counted from 0."""
+        """Set the epoch, counted from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -173,7 +179,7 @@ class DataOrderSampler:
 
 
 def _data_loader(context: TrainContext, trainer: Any) -> DataLoader[Any]:
-    """The job's token ids in the plan's order, laid out by TRL's own collator."""
+    """The training pairs' token ids in their order, batched by TRL's own collator."""
     rows: Any = [
         {"prompt_ids": list(pair.prompt), "chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected)}
         for pair in context.train.pairs
@@ -188,7 +194,7 @@ def _data_loader(context: TrainContext, trainer: Any) -> DataLoader[Any]:
 
 @contextmanager
 def _restored_forwards(model: PeftModel) -> Iterator[None]:
-    """Take back the `forward` that TRL and accelerate put on the model, so that it computes as before."""
+    """Remove the `forward` that TRL and accelerate put on the model on exit, so that it computes as before."""
     modules = [model, model.get_base_model()]
     before = [vars(module).get("forward") for module in modules]
     try:
@@ -201,7 +207,7 @@ def _restored_forwards(model: PeftModel) -> Iterator[None]:
 
 
 class _RunLogCallback(TrainerCallback):  # type: ignore[misc]
-    """Evaluates where this project's loop would, and hands TRL's own records to the tracker."""
+    """Evaluates where this project's loop would, and writes TRL's records to the run log."""
 
     def __init__(self, model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog) -> None:
         self.model, self.context, self.state, self.run_log = model, context, state, run_log
@@ -212,13 +218,13 @@ class _RunLogCallback(TrainerCallback):  # type: ignore[misc]
         self.since = time.monotonic()
 
     def on_step_end(self, args: Any, trl_state: Any, control: Any, **more: Any) -> None:
-        step, plan = trl_state.global_step, self.context.data_order
-        self.pairs += len(plan.batch_indices(step))
+        step, order = trl_state.global_step, self.context.data_order
+        self.pairs += len(order.batch_indices(step))
         self.state.step = step
         self.run_log.step(step)
-        last = step == plan.total_steps
-        control.should_log = control.should_log or last
-        if last or is_due(step, self.context.recipe.train.eval_steps, plan.ends_epoch(step)):
+        is_last = step == order.total_steps
+        control.should_log = control.should_log or is_last
+        if is_last or is_due(step, self.context.recipe.train.eval_steps, order.ends_epoch(step)):
             began = time.monotonic()
             run_evaluation(self.model, self.context, self.state, self.run_log)
             self.since += time.monotonic() - began
@@ -227,7 +233,7 @@ class _RunLogCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, trl_state: Any, control: Any, logs: dict[str, Any], **more: Any) -> None:
         if "loss" not in logs:
-            return  # the trainer's last words: its own run time
+            return  # the trainer's last record, of its run time
         step, state = trl_state.global_step, self.state
         if not math.isfinite(logs["loss"]):
             raise RunError(f"step {step}: TRL's loss is not finite; lower train.learning_rate or look at the data")

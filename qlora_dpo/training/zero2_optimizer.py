@@ -1,4 +1,4 @@
-"""Shares the optimizer's state out among the processes by DeepSpeed's ZeRO-2: each steps a stretch of the adapter.
+"""Shards the optimizer's state over the ranks with DeepSpeed's ZeRO-2: each rank steps a slice of the adapter.
 
 The gradient is summed, judged and clipped before, as with processes that share nothing, and DeepSpeed is handed the
 result.
@@ -20,22 +20,22 @@ from qlora_dpo.model.distributed import deepspeed_engine, processes
 from qlora_dpo.recipe.train import TrainTable
 
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "sgd")
-"""Optimizers that step a stretch of all weights in a row as they step the weights' matrices."""
+"""Optimizers that update each element alone, so that they can step a slice of the flattened weights."""
 
 
 def check_elementwise(table: TrainTable) -> None:
-    """Raise RecipeError for an optimizer whose state cannot be shared out."""
+    """Raise RecipeError for an optimizer whose state cannot be sharded."""
     if table.optim not in ELEMENTWISE_OPTIMIZERS:
         raise RecipeError(
-            f'train.optim = "{table.optim}" cannot be shared out by ZeRO-2, which cuts matrices anywhere; take '
+            f'train.optim = "{table.optim}" cannot be sharded by ZeRO-2, which cuts matrices anywhere; take '
             '"adamw_torch", or recipes/accelerate/ddp.yaml'
         )
 
 
 class Zero2Optimizer:
-    """An optimizer of `parameters`, of whose state each process keeps its part, what it has so far included.
+    """An optimizer of `parameters` whose state is sharded over the ranks, including what it holds so far.
 
-    The optimizer's groups stay its own, with DeepSpeed's stretches of float32 weights in place of the parameters.
+    Its parameter groups stay, with DeepSpeed's slices of float32 weights in place of the parameters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], device: Device) -> None:
@@ -55,20 +55,20 @@ class Zero2Optimizer:
             self._load_state(so_far)
 
     def step(self) -> None:
-        """Take a step by the parameters' gradients, which are the same in all processes."""
+        """Take a step with the parameters' gradients, which are the same on all ranks."""
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.own]
         self.zero_grad()
         self.engine.backward(self.engine(gradients))
         self.engine.step()
 
     def zero_grad(self) -> None:
-        """Forget the parameters' gradients."""
+        """Drop the parameters' gradients."""
         for each in self.own:
             each.grad = None
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """The whole state by parameter, as the optimizer alone would have it; all processes ask for it together."""
+        """The full state by parameter, as an unsharded optimizer has it; a collective."""
         self._link_states()
         with processes.collective_errors():
             return {
@@ -81,7 +81,7 @@ class Zero2Optimizer:
             }
 
     def _load_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Make the whole `state` this one."""
+        """Load a full `state`."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -98,24 +98,24 @@ class Zero2Optimizer:
                         self.optimizer.state[stretch][key] = value.clone()
 
     def _link_states(self) -> None:
-        """Let DeepSpeed find each weight's part of the state; by itself it does so for the first group alone."""
+        """Link each weight to its part of the state; DeepSpeed itself does so for the first group only."""
         for members, stretch in zip(self.groups, self._flat_partitions(), strict=True):
             own = [self.own[each] for each in members]
             lazy_init_hp_params_optimizer_state(own, stretch, self.optimizer.state)
 
     def _flat_partitions(self) -> list[Tensor]:
-        """The stretch that is this process's of the float32 weights of each group."""
+        """The slice of each group's float32 weights that belongs to this rank."""
         return [group["params"][0] for group in self.optimizer.param_groups]
 
 
 class _AdapterWeights(nn.Module):
-    """The adapter's weights, for DeepSpeed the whole model."""
+    """The adapter's weights, which are the whole model to DeepSpeed."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(parameters)
 
     def forward(self, gradients: Sequence[Tensor]) -> Tensor:
-        """A number of which `gradients` are the gradient."""
+        """A scalar whose gradient is `gradients`."""
         parts = [(weight * gradient).sum() for weight, gradient in zip(self.weights, gradients, strict=True)]
         return torch.stack(parts).sum()

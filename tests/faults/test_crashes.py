@@ -23,7 +23,8 @@ from qlora_dpo.manifest import MANIFEST, find_damage
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
-from qlora_dpo.training.checkpoint.save import TrainState, newest_valid, save_checkpoint
+from qlora_dpo.training.checkpoint.save import newest_valid, save_checkpoint
+from qlora_dpo.training.checkpoint.state import TrainState
 
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 

@@ -19,7 +19,8 @@ from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import train_step
-from qlora_dpo.training.loop import TrainContext, train_loop
+from qlora_dpo.training.context import TrainContext
+from qlora_dpo.training.loop import train_loop
 
 pytestmark = jobs.LIBRARIES_WARN
 

@@ -1,4 +1,4 @@
-"""The end of `train`: base and tuned model answer held-out prompts; tables, card and next commands are written."""
+"""The end of `train`: samples of base and tuned model, results, report, and the next commands to type."""
 
 import json
 import shlex
@@ -24,23 +24,24 @@ from qlora_dpo.report.write import write_report
 from qlora_dpo.talk.generate import generate_greedy
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.best import best_step
-from qlora_dpo.training.loop import SampleFn
-from qlora_dpo.training.run import PreparedData, TrainingResult, timed
+from qlora_dpo.training.context import SampleFn
+from qlora_dpo.training.prepare import PreparedData, timed
+from qlora_dpo.training.run import TrainingResult
 from qlora_dpo.training.run_metadata import build_run_metadata, round_seconds
 
 SampleRecords = list[dict[str, Any]]
 
 
-def generate_samples(outcome: TrainingResult, recipe: Recipe, device: Device, run_log: RunLog) -> SampleRecords:
-    """Answers of base and tuned model to the first held-out prompts, as samples.jsonl holds them."""
-    pairs = outcome.prepared.heldout.pairs[: recipe.samples.prompts]
+def generate_samples(result: TrainingResult, recipe: Recipe, device: Device, run_log: RunLog) -> SampleRecords:
+    """Completions by base and tuned model of the first held-out prompts, as samples.jsonl holds them."""
+    pairs = result.prepared.heldout.pairs[: recipe.samples.prompts]
     prompts = [pair.prompt for pair in pairs]
-    tokenizer, limit = outcome.prepared.tokenizer, recipe.samples.max_new_tokens
-    with timed(outcome.seconds, "samples"), run_log.phase("answers", 2 * len(pairs)) as advance, device.autocast():
-        tuned = generate_greedy(outcome.model, tokenizer, prompts, limit)
+    tokenizer, limit = result.prepared.tokenizer, recipe.samples.max_new_tokens
+    with timed(result.seconds, "samples"), run_log.phase("answers", 2 * len(pairs)) as advance, device.autocast():
+        tuned = generate_greedy(result.model, tokenizer, prompts, limit)
         advance(len(pairs))
-        with adapter_disabled(outcome.model):
-            base = generate_greedy(outcome.model, tokenizer, prompts, limit)
+        with adapter_disabled(result.model):
+            base = generate_greedy(result.model, tokenizer, prompts, limit)
         advance(len(pairs))
     return [
         {
@@ -60,9 +61,9 @@ def generate_samples(outcome: TrainingResult, recipe: Recipe, device: Device, ru
 
 
 def make_sample_fn(prepared: PreparedData, recipe: Recipe, device: Device) -> SampleFn | None:
-    """Lets the model answer the first held-out prompts at an evaluation, as the recipe wants it; None if it does not.
+    """Greedy completions of the first held-out prompts at an evaluation; None if the recipe wants none.
 
-    The answers are greedy: no random draw of the training is moved by them.
+    Greedy decoding draws no random number, so training is the same with and without it.
     """
     count = recipe.samples.at_evaluations
     if count is None:
@@ -71,38 +72,38 @@ def make_sample_fn(prepared: PreparedData, recipe: Recipe, device: Device) -> Sa
 
     def sample(model: PeftModel) -> SampleRecords:
         with device.autocast():
-            told = generate_greedy(
+            completions = generate_greedy(
                 model, prepared.tokenizer, [pair.prompt for pair in pairs], recipe.samples.max_new_tokens
             )
         return [
             {
                 "row": pair.row,
                 "prompt": list(pair.prompt),
-                "answer": each.text,
-                "tokens": each.tokens,
-                "ended": each.ended,
+                "answer": completion.text,
+                "tokens": completion.tokens,
+                "ended": completion.ended,
             }
-            for pair, each in zip(pairs, told, strict=True)
+            for pair, completion in zip(pairs, completions, strict=True)
         ]
 
     return sample
 
 
-def write_run_metadata(folder: Path, outcome: TrainingResult, recipe: Recipe, device: Device) -> dict[str, Any]:
+def write_run_metadata(folder: Path, result: TrainingResult, recipe: Recipe, device: Device) -> dict[str, Any]:
     """Write run.json and return what it holds."""
     count = processes.world_size()
     several = ["--processes", str(count)] if count > 1 else []
-    run = build_run_metadata(outcome, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:], *several]))
+    run = build_run_metadata(result, recipe, device, folder, shlex.join(["qlora-dpo", *sys.argv[1:], *several]))
     write_json(folder / "run.json", run)
     return run
 
 
-def write_results(folder: Path, outcome: TrainingResult, samples: SampleRecords, recipe: Recipe) -> dict[str, Any]:
+def write_results(folder: Path, result: TrainingResult, samples: SampleRecords, recipe: Recipe) -> dict[str, Any]:
     """Write results.json, samples.jsonl and the report; returns what results.json holds."""
-    results = results_record(outcome, samples, recipe)
+    results = results_record(result, samples, recipe)
     write_json(folder / "results.json", results)
-    atomic_write(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in samples))
-    write_report(folder, outcome.prepared.source.folder)
+    atomic_write(folder / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    write_report(folder, result.prepared.source.folder)
     return results
 
 
@@ -118,17 +119,17 @@ def print_result(folder: Path, results: dict[str, Any], samples: SampleRecords, 
     click.echo(format_next_commands(folder))
 
 
-def results_record(outcome: TrainingResult, samples: SampleRecords, recipe: Recipe) -> dict[str, Any]:
+def results_record(result: TrainingResult, samples: SampleRecords, recipe: Recipe) -> dict[str, Any]:
     """What results.json holds; `best` is by the recipe's metric_for_best_model."""
-    evals = outcome.state.evals
+    evals = result.state.evals
     return {
         "evals": evals,
         "first": evals[0]["step"],
         "best": best_step(evals, recipe.train.metric_for_best_model),
         "last": evals[-1]["step"],
-        "baselines": length_baselines(outcome.prepared.heldout.encoded),
-        "pairs": {"train": len(outcome.prepared.train.encoded), "eval": len(outcome.prepared.heldout.encoded)},
-        "signs": outcome.state.signs,
+        "baselines": length_baselines(result.prepared.heldout.encoded),
+        "pairs": {"train": len(result.prepared.train.encoded), "eval": len(result.prepared.heldout.encoded)},
+        "signs": result.state.signs,
         "answers": count_answers(samples, recipe.samples.count_matching),
-        "seconds": round_seconds(outcome.seconds),
+        "seconds": round_seconds(result.seconds),
     }

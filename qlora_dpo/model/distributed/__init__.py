@@ -1,1 +1,1 @@
-"""Several processes that train one model: ranks, collectives, FSDP2 and ZeRO."""
+"""Distributed training: ranks and collectives, and layers sharded by FSDP2 or ZeRO-3."""

@@ -1,8 +1,8 @@
-"""DeepSpeed, where accelerate's config file asks for its ZeRO-2 or ZeRO-3; imported nowhere else.
+"""Starts DeepSpeed engines for ZeRO-2 and ZeRO-3; the only module that imports DeepSpeed's entry points.
 
-DeepSpeed's own loop takes a step inside of the backward pass, before anyone has seen whether loss and gradient are
-finite, so here it is given one thing at a time: frozen layers to share out (shard_zero3.py), or a gradient that has
-been judged, to step by (training/zero2_optimizer.py).
+DeepSpeed's own training loop takes the optimizer step before loss and gradient can be checked for NaN and infinity.
+Here an engine does one thing only: it shards frozen layers (zero3.py), or it takes a step with a gradient that has been
+checked (training/zero2_optimizer.py).
 """
 
 import io
@@ -18,23 +18,23 @@ MIN_DEEPSPEED_VERSION = (0, 19)
 
 
 def require_deepspeed() -> None:
-    """Raise RecipeError with the command that installs DeepSpeed if it is missing, or is older than what was tried."""
+    """Raise RecipeError with the install command if DeepSpeed is missing or older than the tested version."""
     try:
-        found = version("deepspeed")
+        installed = version("deepspeed")
     except PackageNotFoundError:
-        found = "not installed"
-    if found == "not installed" or tuple(int(part) for part in found.split(".")[:2]) < MIN_DEEPSPEED_VERSION:
+        installed = "not installed"
+    if installed == "not installed" or tuple(map(int, installed.split(".")[:2])) < MIN_DEEPSPEED_VERSION:
         raise RecipeError(
-            f"accelerate's config file asks for DeepSpeed, which is {found}; "
+            f"accelerate's config file asks for DeepSpeed, which is {installed}; "
             f"install {'.'.join(map(str, MIN_DEEPSPEED_VERSION))} or newer with: pip install 'qlora_dpo[deepspeed]'"
         )
 
 
 def check_no_grad_scaler(device: Device) -> None:
-    """Raise RecipeError where ZeRO-2 would be handed scaled gradients.
+    """Raise RecipeError if ZeRO-2 would get scaled gradients.
 
-    Its optimizer holds stretches of all weights in a row instead of the adapter's weights, so a GradScaler finds no
-    gradient to unscale: all would be clipped and stepped by as if they were 65,536 times as large.
+    Its optimizer holds slices of one flat buffer instead of the adapter's parameters, so a GradScaler finds no gradient
+    to unscale: clipping and step would use gradients 65,536 times too large.
     """
     if device.needs_grad_scaler:
         raise RecipeError(
@@ -43,11 +43,11 @@ def check_no_grad_scaler(device: Device) -> None:
         )
 
 
-def initialize_engine(stage: int, device: Device, **what: Any) -> Any:
-    """DeepSpeed's engine of a model, with an optimizer or without one, among the processes that there are."""
+def initialize_engine(stage: int, device: Device, **arguments: Any) -> Any:
+    """A DeepSpeed engine in the existing process group; `arguments` are those of `deepspeed.initialize`."""
     require_deepspeed()
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for a GPU, and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed looks for a GPU and warns
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
@@ -55,8 +55,8 @@ def initialize_engine(stage: int, device: Device, **what: Any) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    with redirect_stdout(io.StringIO()):  # notices of what it builds
+    with redirect_stdout(io.StringIO()):  # build notices
         import deepspeed
 
-        engine, *_ = deepspeed.initialize(config=config, dist_init_required=False, **what)
+        engine, *_ = deepspeed.initialize(config=config, dist_init_required=False, **arguments)
     return engine

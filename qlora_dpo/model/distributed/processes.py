@@ -1,6 +1,6 @@
-"""The processes that train one run together, as accelerate has started them; a process alone is the first of one.
+"""Rank, world size and collectives of a run that accelerate has launched; without a launcher, rank 0 of 1.
 
-Every function that brings something together is called by all of them, in the same order.
+Collectives must be called by all ranks in the same order.
 """
 
 import os
@@ -27,23 +27,22 @@ from qlora_dpo.errors import (
 )
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others: as long as the first of them may need to read the data."""
+"""Timeout of collectives: the other ranks wait in one while the main process reads the data."""
 
 ResultT = TypeVar("ResultT")
 
 
 def launched_world_size() -> int:
-    """How many processes the launcher has started; 1 without a launcher."""
+    """Number of processes that the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @cache
 def sharding_strategy() -> Literal["", "fsdp2", "zero2", "zero3"]:
-    """What accelerate's config file asks the processes to share out: the base's layers by FSDP2 or ZeRO-3
-    (model/distributed/sharding.py), or the optimizer's state by ZeRO-2 (training/zero2_optimizer.py); empty if each has
-    all.
+    """The sharding strategy in accelerate's config file; empty for plain data-parallel training.
 
-    Raises RecipeError for what the file asks for and cannot be had.
+    FSDP2 and ZeRO-3 shard the base's layers (model/distributed/sharding.py), ZeRO-2 shards the optimizer state
+    (training/zero2_optimizer.py). Raises RecipeError for settings that are not supported.
     """
     fsdp, deepspeed = (_env_flag(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
@@ -59,13 +58,13 @@ def sharding_strategy() -> Literal["", "fsdp2", "zero2", "zero3"]:
             f"accelerate's config file asks for DeepSpeed with zero_stage: {stage or 'not said'}; write zero_stage: 2 "
             "or 3 beside no deepspeed_config_file, as recipes/accelerate/zero2.yaml and zero3.yaml do"
         )
-    for what in ("optimizer", "param"):
-        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+    for offloaded in ("optimizer", "param"):
+        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{offloaded.upper()}_DEVICE", "none")
         if deepspeed and device != "none":
             raise RecipeError(
-                f"accelerate's config file has offload_{what}_device: {device}, which is not supported; write none"
+                f"accelerate's config file has offload_{offloaded}_device: {device}, which is not supported; write none"
             )
-    # accelerate and transformers would do it by themselves, and what is shared out here is less: an adapter stays whole
+    # otherwise accelerate and transformers would shard everything; here the adapter stays replicated
     for kind in ("FSDP", "DEEPSPEED"):
         os.environ.pop(f"ACCELERATE_USE_{kind}", None)
     if launched_world_size() == 1 or not (fsdp or deepspeed):
@@ -74,9 +73,7 @@ def sharding_strategy() -> Literal["", "fsdp2", "zero2", "zero3"]:
 
 
 def is_sharded() -> bool:
-    """True if the base's layers are shared out: then each forward and each backward pass is one that all processes make
-    together.
-    """
+    """True if the base's layers are sharded, so that every forward and backward pass is a collective of all ranks."""
     return sharding_strategy() in ("fsdp2", "zero3")
 
 
@@ -85,51 +82,51 @@ def _env_flag(variable: str) -> bool:
 
 
 def init_process_group(*, cpu: bool) -> None:
-    """Find the others; alone, nothing is done."""
+    """Join the process group; does nothing without a launcher."""
     if launched_world_size() > 1 and not _is_initialized():
         _partial_state(cpu=cpu, timeout=COLLECTIVE_TIMEOUT)
 
 
 def _partial_state(**arguments: Any) -> Any:
-    """Accelerate's own; imported where there are several processes, since a plan is printed without it."""
+    """Accelerate's PartialState, imported only with several ranks, since `check` and `--help` do not need it."""
     from accelerate import PartialState
 
     return PartialState(**arguments)
 
 
 def _is_initialized() -> bool:
-    """True if accelerate knows what this process runs on."""
+    """True if accelerate's state exists."""
     return "accelerate.state" in sys.modules and bool(sys.modules["accelerate.state"].PartialState._shared_state)
 
 
 def destroy_process_group() -> None:
-    """Take leave of the others."""
+    """Leave the process group."""
     if world_size() > 1:
         _partial_state().destroy_process_group()
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of ranks."""
     return int(_partial_state().num_processes) if _is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Rank of this process, from 0."""
     return int(_partial_state().process_index) if _is_initialized() else 0
 
 
 def local_world_size() -> int:
-    """How many of them share this machine's memory."""
+    """Number of ranks on this machine, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_world_size() > 1 else 1
 
 
 def is_main() -> bool:
-    """True for the process that writes and speaks; also for one that is alone."""
+    """True on rank 0, which writes files and messages; also without a launcher."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all ranks have reached this call."""
     if world_size() > 1:
         with collective_errors():
             _partial_state().wait_for_everyone()
@@ -137,7 +134,7 @@ def barrier() -> None:
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """Say it in a sentence if one of them has ended."""
+    """Turns a failed collective into ProcessEndedError."""
     try:
         yield
     except RuntimeError as error:
@@ -147,15 +144,16 @@ def collective_errors() -> Iterator[None]:
 
 
 def _process_ended_error() -> ProcessEndedError:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the launcher says to all now, and this one knows
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher now sends to all ranks
     return ProcessEndedError(
         "another process of this run has ended; --resume goes on from the newest checkpoint, if there is one"
     )
 
 
 def sharded_run_error(error: Exception) -> Exception:
-    """What to raise after `error` in a model that is sharded, where the others wait in the midst of a layer, so that
-    nothing can be agreed on and done again.
+    """The exception to raise after `error` in a sharded model.
+
+    Other ranks are blocked inside a layer's collective, so no retry is possible.
     """
     if is_out_of_memory(error):
         return DoesNotFitError(
@@ -166,17 +164,21 @@ def sharded_run_error(error: Exception) -> Exception:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Let the first process of each machine go first, so that the others find in the cache what it has made."""
-    first = world_size() == 1 or _partial_state().is_local_main_process
-    if not first:
+    """Run the body on each machine's main process first, so that its other ranks find the caches filled.
+
+    accelerate's `local_main_process_first` does the same, but if the main process ends in the body, the others would
+    fail with gloo's or NCCL's RuntimeError instead of ProcessEndedError.
+    """
+    is_local_main = world_size() == 1 or _partial_state().is_local_main_process
+    if not is_local_main:
         barrier()
     yield
-    if first:
+    if is_local_main:
         barrier()
 
 
 def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
-    """The sum of each number over all processes, in float64."""
+    """The sum of each number over all ranks, in float64."""
     if world_size() == 1:
         return list(numbers)
     with collective_errors():
@@ -185,13 +187,13 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
 
 
 def all_reduce_any(flag: bool) -> bool:
-    """True if `flag` is true in one of the processes."""
+    """True if `flag` is true on any rank."""
     return all_reduce_sum([float(flag)])[0] > 0
 
 
 def run_or_raise_everywhere(work: Callable[[], ResultT]) -> ResultT:
-    """Do `work`, which brings nothing together; raises MemoryError in every process if memory runs out in one."""
-    failed, result = False, None
+    """Run `work` (no collectives inside), and raise MemoryError on every rank if any rank runs out of memory."""
+    out_of_memory, result = False, None
     try:
         result = work()
     except (RuntimeError, MemoryError) as error:
@@ -199,45 +201,51 @@ def run_or_raise_everywhere(work: Callable[[], ResultT]) -> ResultT:
             raise sharded_run_error(error) from error
         if world_size() == 1 or not is_out_of_memory(error):
             raise
-        failed = True
-    # out of the handler, since the error holds the frames, and with them all tensors
-    if all_reduce_any(failed):
+        out_of_memory = True
+    # outside the handler, since the exception holds its frames, and with them all their tensors
+    if all_reduce_any(out_of_memory):
         raise MemoryError("out of memory in one of the processes")
     return result  # type: ignore[return-value]
 
 
 def all_gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of each tensor from all processes, one process after another, in each of them and on its device."""
+    """Concatenate the rows of each tensor over all ranks, in the order of ranks, on the tensor's own device.
+
+    Ranks may have different numbers of rows; all tensors of one rank have the same number.
+    """
     if world_size() == 1:
         return dict(tensors)
     lengths = _rows_per_rank(len(next(iter(tensors.values()))))
     with collective_errors():
-        return (
-            {name: _all_gather_rows(each, lengths) for name, each in tensors.items()} if any(lengths) else dict(tensors)
-        )
+        if not any(lengths):
+            return dict(tensors)
+        return {name: _all_gather_rows(tensor, lengths) for name, tensor in tensors.items()}
 
 
 def _all_gather_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The rows of all processes, of which each has as many as `lengths` says; parts of one length can be sent."""
-    most, sent = max(lengths), rows.detach().to(torch.uint8 if rows.dtype == torch.bool else rows.dtype)
-    filled = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
-    parts = _gather(_to_comm_device(filled)).split(most)
-    found = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-    return found.to(rows.device, rows.dtype)
+    """Gather tensors of `lengths[rank]` rows each: pad to equal length, gather, remove the padding.
+
+    accelerate's `pad_across_processes` would gather the lengths once more for every tensor.
+    """
+    max_length, local_rows = max(lengths), rows.detach().to(torch.uint8 if rows.dtype == torch.bool else rows.dtype)
+    padded = torch.cat([local_rows, local_rows.new_zeros(max_length - len(local_rows), *local_rows.shape[1:])])
+    parts = _gather(_to_comm_device(padded)).split(max_length)
+    gathered = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return gathered.to(rows.device, rows.dtype)
 
 
 def rank_offset(rows: int) -> int:
-    """How many rows the processes before this one have, which has `rows`."""
+    """Number of rows on the ranks before this one; `rows` is this rank's number."""
     return sum(_rows_per_rank(rows)[: rank()])
 
 
 def all_reduce_max(rows: int) -> int:
-    """How many rows the process has that has the most."""
+    """The largest of all ranks' numbers of rows."""
     return max(_rows_per_rank(rows))
 
 
 def all_reduce_min(number: int) -> int:
-    """The least number that one of the processes has."""
+    """The smallest of all ranks' numbers."""
     return min(_rows_per_rank(number))
 
 
@@ -252,15 +260,15 @@ def _rows_per_rank(rows: int) -> list[int]:
 def _gather(tensor: Tensor) -> Tensor:
     from accelerate.utils import gather
 
-    parts: Tensor = gather(tensor)
-    return parts
+    gathered: Tensor = gather(tensor)
+    return gathered
 
 
-def _reduce(tensor: Tensor, how: str) -> Tensor:
+def _reduce(tensor: Tensor, reduction: str) -> Tensor:
     from accelerate.utils import reduce
 
-    whole: Tensor = reduce(tensor, how)
-    return whole
+    reduced: Tensor = reduce(tensor, reduction)
+    return reduced
 
 
 def _to_comm_device(tensor: Tensor) -> Tensor:
@@ -268,47 +276,49 @@ def _to_comm_device(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Give every process the sum of all their gradients; one without a gradient adds nothing."""
+    """Sum the gradients of `parameters` over all ranks, in one collective; a missing gradient counts as zero."""
     if world_size() == 1:
         return
-    flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in parameters])
+    gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     with collective_errors():
-        summed = _reduce(flat, "sum").split([each.numel() for each in parameters])
+        summed = _reduce(flat, "sum").split([gradient.numel() for gradient in gradients])
     for parameter, gradient in zip(parameters, summed, strict=True):
         parameter.grad = gradient.view_as(parameter)
 
 
 def partition_by_cost(costs: Sequence[int]) -> range:
-    """Which stretch of things in a row this process takes, so that all have about the same cost; each thing is taken
-    by exactly one.
+    """The contiguous range of items for this rank, chosen so that all ranks have about the same total cost.
+
+    Every item belongs to exactly one rank.
     """
     if world_size() == 1:
         return range(len(costs))
-    whole, ends = max(1, sum(costs)), list(accumulate(costs))
-    # a thing belongs to the process in whose part of the whole its middle lies
+    total, ends = max(1, sum(costs)), list(accumulate(costs))
+    # an item belongs to the rank whose equal part of the total cost contains the item's middle
     owners = [
-        min(world_size() - 1, (2 * end - cost) * world_size() // (2 * whole))
+        min(world_size() - 1, (2 * end - cost) * world_size() // (2 * total))
         for end, cost in zip(ends, costs, strict=True)
     ]
-    mine = [i for i, owner in enumerate(owners) if owner == rank()]
-    return range(mine[0], mine[-1] + 1) if mine else range(0)
+    local_indices = [index for index, owner in enumerate(owners) if owner == rank()]
+    return range(local_indices[0], local_indices[-1] + 1) if local_indices else range(0)
 
 
 def seed(value: int, step: int) -> None:
-    """Start this process's generators anew for a step, each process with draws of its own; alone, nothing is done.
+    """Seed torch's generators for a step, differently on each rank; does nothing in a run of one process.
 
-    So a step draws the same in a run that is resumed.
+    A resumed run therefore draws the same numbers in each step.
     """
     if world_size() > 1:
         torch.manual_seed((value * 1_000_003 + step) * 1_003 + rank())
 
 
 def check_same_on_all_ranks(fingerprints: Mapping[str, str]) -> None:
-    """Raise RunError, in every process, if one of these hexadecimal fingerprints is not the same in all of them."""
+    """Raise RunError on every rank if any of these hexadecimal fingerprints differs between ranks."""
     if world_size() == 1:
         return
-    bytes_of = {name: torch.tensor([list(bytes.fromhex(value))]) for name, value in fingerprints.items()}
-    differ = [name for name, rows in all_gather(bytes_of).items() if len(rows.unique(dim=0)) > 1]
+    digests = {name: torch.tensor([list(bytes.fromhex(value))]) for name, value in fingerprints.items()}
+    differ = [name for name, rows in all_gather(digests).items() if len(rows.unique(dim=0)) > 1]
     if differ:
         raise RunError(
             f"the processes of this run do not have the same {' and '.join(differ)}; give all machines the same files"

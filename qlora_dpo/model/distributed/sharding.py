@@ -1,27 +1,27 @@
-"""Shares the base's decoder layers out among the processes, where accelerate's config file asks for it.
+"""Shards the base's decoder layers across ranks with FSDP2 or ZeRO-3, where accelerate's config file asks for it.
 
-Each process keeps its part of every frozen layer, and gathers a layer when its turn comes. Adapter, embeddings, last
-norm and head stay whole in each: gradients, optimizer and checkpoints are those of processes that share nothing.
+Each rank keeps its shard of every frozen layer and gathers a layer when it computes. Adapter, embeddings, final norm
+and head are replicated, so gradients, optimizer and checkpoints are the same as in plain data-parallel training.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from qlora_dpo.errors import RecipeError
+from qlora_dpo.model.decoder_layers import checkpointable_layers, decoder_body
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.memory import checkpointable_layers
+from qlora_dpo.model.memory import free_cached_memory
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 
 STRATEGY_NAMES = {"fsdp2": "FSDP2", "zero3": "DeepSpeed's ZeRO-3"}
 
 
 def check_shardable(model: ModelTable, lora: LoraTable) -> None:
-    """Raise RecipeError for what cannot be sharded."""
+    """Raise RecipeError if the recipe asks for something that cannot be sharded."""
     if model.quantization == "int8":
         raise RecipeError(
             'model.quantization = "int8" cannot be sharded, since its weights are integers with scales of their own; '
@@ -35,56 +35,51 @@ def check_shardable(model: ModelTable, lora: LoraTable) -> None:
 
 
 def shard_layers(model: Any, device: Device) -> str:
-    """Leave this process its part of each frozen layer of a PEFT model; says what it keeps.
+    """Shard the frozen decoder layers of a PEFT model; returns a sentence that says what this rank keeps.
 
-    For FSDP2 all frozen weights must be floats, as 4-bit ones are if they were loaded so (model/base.py).
+    FSDP2 needs floating-point weights; 4-bit ones are loaded in a float storage dtype for it (model/base.py). Raises
+    RecipeError for a model without decoder layers.
     """
-    body, name = _body(model), STRATEGY_NAMES[processes.sharding_strategy()]
+    body, strategy = decoder_body(model), STRATEGY_NAMES[processes.sharding_strategy()]
     layers = checkpointable_layers(body)
     if not layers:
-        whole = type(model.get_base_model()).__name__
-        raise RecipeError(f"{whole} has no decoder layers that could be sharded; train without {name}")
-    before = local_bytes(body)
-    frozen = {each for layer in layers for each in layer.parameters() if not each.requires_grad}
+        model_class = type(model.get_base_model()).__name__
+        raise RecipeError(f"{model_class} has no decoder layers that could be sharded; train without {strategy}")
+    bytes_before = local_bytes(body)
+    frozen = {parameter for layer in layers for parameter in layer.parameters() if not parameter.requires_grad}
     _backend().shard(body, layers, frozen, device)
     if device.type == "cuda":  # pragma: cuda
-        torch.cuda.empty_cache()
+        free_cached_memory()
     return (
-        f"weights: {len(layers)} layers are shared out among {processes.world_size()} processes ({name}): "
-        f"{local_bytes(body) / 2**20:,.1f} MiB of {before / 2**20:,.1f} are kept here"
+        f"weights: {len(layers)} layers are sharded across {processes.world_size()} processes ({strategy}); "
+        f"this one keeps {local_bytes(body) / 2**20:,.1f} of {bytes_before / 2**20:,.1f} MiB"
     )
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that this process holds."""
-    return sum(local_shard(each).numel() * each.element_size() for each in model.parameters())
+    """Bytes of the weights that this rank holds."""
+    shards = map(local_shard, model.parameters())
+    return sum(shard.numel() * shard.element_size() for shard in shards)
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that this process holds."""
+    """The shard of a parameter that is on this rank."""
     return _backend().local_tensor(parameter)
 
 
 def unshard_layers(model: Any) -> None:
-    """Make every layer whole again in each process, which need not go on together from here."""
+    """Gather every layer on each rank and keep it there, so that ranks can run the model independently."""
     if processes.is_sharded():
-        _backend().unshard(_body(model))
+        _backend().unshard(decoder_body(model))
 
 
 @contextmanager
 def unsharded(model: Any) -> Iterator[None]:
-    """Make every layer whole for a while, so that a process can use the model alone."""
+    """Inside the context every layer is gathered, so that one rank can run the model alone."""
     unshard_layers(model)
     yield
     if processes.is_sharded():
-        _backend().reshard(_body(model))
-
-
-def _body(model: Any) -> nn.Module:
-    """What holds the decoder layers of a PEFT model, and is called with token ids."""
-    whole = model.get_base_model()
-    body: nn.Module = getattr(whole, whole.base_model_prefix)
-    return body
+        _backend().reshard(decoder_body(model))
 
 
 class _Backend(NamedTuple):
@@ -95,7 +90,7 @@ class _Backend(NamedTuple):
 
 
 def _backend() -> _Backend:
-    """What shards here; imported only where it is asked for."""
+    """The functions of the configured sharding strategy, imported only when needed."""
     if processes.sharding_strategy() == "zero3":
         from qlora_dpo.model.distributed import zero3
 

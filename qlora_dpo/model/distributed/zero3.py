@@ -1,7 +1,7 @@
-"""Shares decoder layers out among the processes by DeepSpeed's ZeRO-3.
+"""Shards decoder layers across ranks with DeepSpeed's ZeRO-3.
 
-DeepSpeed has no part in the optimizer here: its engine without one gathers each layer when its turn comes, as it does
-for a model that only answers, and gathers it anew for the backward pass.
+The DeepSpeed engine has no optimizer here: it gathers each layer for its forward pass, as for inference, and again for
+its backward pass.
 """
 
 from collections.abc import Sequence
@@ -13,43 +13,44 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import deepspeed_engine
 
 ENGINE = "_zero3_engine"
-"""The attribute of the decoder body under which its engine is found."""
+"""Name of the decoder body's attribute that holds its engine."""
 ALWAYS_IN_USE = -1
-"""Counted as a module that always needs a parameter, so that DeepSpeed never lets it go."""
+"""Id of a module that does not exist, registered as using a parameter so that DeepSpeed never releases it."""
 
 
 def zero3_shard(body: nn.Module, layers: list[nn.Module], frozen: set[nn.Parameter], device: Device) -> None:
-    """Leave this process its part of each of the `frozen` parameters, which lie in `layers`."""
+    """Keep only this rank's shard of each `frozen` parameter; all of them belong to `layers`."""
     deepspeed_engine.require_deepspeed()
     from deepspeed.utils import set_z3_leaf_module
 
     for layer in layers:
-        set_z3_leaf_module(layer, True)  # gathered and left as one, whoever asks for a weight in it
-    # not a submodule, since the engine holds the body
+        set_z3_leaf_module(layer, True)  # gathered and released as one, whichever of its weights is read
+    # not registered as a submodule, since the engine itself holds the body
     object.__setattr__(body, ENGINE, deepspeed_engine.initialize_engine(3, device, model=body))
-    whole: list[Any] = [each for each in body.parameters() if each not in frozen]
-    for each in whole:
-        each.ds_active_sub_modules.add(ALWAYS_IN_USE)
-    _gather(whole)
+    replicated: list[Any] = [parameter for parameter in body.parameters() if parameter not in frozen]
+    for parameter in replicated:
+        parameter.ds_active_sub_modules.add(ALWAYS_IN_USE)
+    _gather(replicated)
 
 
 def zero3_local_tensor(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that this process holds."""
+    """The shard of a parameter that is on this rank."""
     return parameter if parameter.numel() or not hasattr(parameter, "ds_tensor") else parameter.ds_tensor
 
 
 def zero3_unshard(body: nn.Module) -> None:
-    """Make every layer whole, and let it stay so."""
+    """Gather every layer and keep it gathered."""
     hooks = _engine(body).optimizer
-    hooks.release_backward_leftovers()  # the first layer, whose input asks for no gradient that would end its turn
+    # the first layer's input needs no gradient, so no backward hook has released that layer
+    hooks.release_backward_leftovers()
     hooks.destroy()
-    _gather(_partitioned(body))
+    _gather(_sharded_parameters(body))
 
 
 def zero3_reshard(body: nn.Module) -> None:
     """Undo `zero3_unshard`."""
-    for each in _partitioned(body):
-        each.partition()
+    for parameter in _sharded_parameters(body):
+        parameter.partition()
     _engine(body).optimizer.setup_zero_stage3_hooks()
 
 
@@ -57,9 +58,9 @@ def _engine(body: nn.Module) -> Any:
     return body.__dict__[ENGINE]
 
 
-def _partitioned(body: nn.Module) -> list[Any]:
+def _sharded_parameters(body: nn.Module) -> list[Any]:
     parameters: list[Any] = list(body.parameters())
-    return [each for each in parameters if ALWAYS_IN_USE not in each.ds_active_sub_modules]
+    return [parameter for parameter in parameters if ALWAYS_IN_USE not in parameter.ds_active_sub_modules]
 
 
 def _gather(parameters: Sequence[Any]) -> None:

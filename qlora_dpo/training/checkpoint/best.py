@@ -1,4 +1,4 @@
-"""Which evaluation was the best, whether it is time to stop early, and the adapter of that moment on disk."""
+"""The best evaluation so far, early stopping, and the adapter of the best evaluation on disk."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ ADAPTER_FILE = "adapter.safetensors"
 
 
 def metric_to_minimize(record: dict[str, Any], metric: MetricName) -> float:
-    """The metric of one evaluation, turned so that less is better; RunError if it has none of that name."""
+    """The metric of one evaluation, negated if higher is better; raises RunError if the record lacks it."""
     found = record.get(f"eval_{metric}")
     if found is None:
         known = ", ".join(name.removeprefix("eval_") for name in record if name.startswith("eval_"))
@@ -30,7 +30,7 @@ def metric_to_minimize(record: dict[str, Any], metric: MetricName) -> float:
 
 
 def best_step(evals: Sequence[dict[str, Any]], metric: MetricName) -> int:
-    """The step of the best evaluation, the first of equals."""
+    """The step of the best evaluation, the first one of several equals."""
     step: int = min(evals, key=lambda record: metric_to_minimize(record, metric))["step"]
     return step
 
@@ -51,7 +51,7 @@ def out_of_patience(evals: Sequence[dict[str, Any]], table: TrainTable) -> bool:
 
 
 def save_best(run_dir: Path, step: int, model: nn.Module) -> None:
-    """Keep the adapter as it is after `step`. Raises SourceError if the disk has no room for it."""
+    """Save the adapter as it is after `step`. Raises SourceError if the disk has no space for it."""
     folder = best_adapter_dir(run_dir, step)
     tensors = {name: each.detach().cpu().contiguous() for name, each in trainable_parameters(model).items()}
     check_disk_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
@@ -64,7 +64,7 @@ def save_best(run_dir: Path, step: int, model: nn.Module) -> None:
 
 
 def load_best(run_dir: Path, step: int, model: nn.Module) -> None:
-    """Put the adapter of the best evaluation into `model`; RunError if it is damaged."""
+    """Load the adapter of the best evaluation into `model`; raises RunError if it is damaged."""
     folder, parameters = best_adapter_dir(run_dir, step), trainable_parameters(model)
     if damaged := best_adapter_damage(run_dir, step):
         raise RunError(f"{folder}: is damaged: {damaged}; go on from the newest checkpoint with --resume")
@@ -74,7 +74,7 @@ def load_best(run_dir: Path, step: int, model: nn.Module) -> None:
 
 
 def prune_best(home: Path, checkpoints: Sequence[Path], current: int | None) -> None:
-    """Remove the best adapters that neither the kept checkpoints nor the run itself would come back to."""
+    """Remove the best adapters that neither a remaining checkpoint nor the run itself refers to."""
     steps = {json.loads((folder / "state.json").read_text()).get("best") for folder in checkpoints} | {current}
     needed = {f"best-{step:06d}" for step in steps if step is not None}
     for folder in {*home.glob("best-*"), *home.glob(".best-*")}:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint, and the best adapter that it counts on, are still what was written; without torch."""
+"""Whether a checkpoint, and the best adapter it refers to, are still as they were written; needs no torch."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ STATE_FILE = "state.json"
 
 
 def checkpoint_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint folder, in a few words; empty if every file is as its manifest says."""
+    """What is damaged in a checkpoint folder, in a few words; empty if every file matches its manifest."""
     if damaged := find_damage(folder, required="state.json"):
         return damaged
     best = json.loads((folder / "state.json").read_text()).get("best")
@@ -19,10 +19,10 @@ def checkpoint_damage(folder: Path) -> str:
 
 
 def best_adapter_dir(run_dir: Path, step: int) -> Path:
-    """Where the adapter of the best evaluation lies, which was after `step`."""
+    """The folder of the best adapter, whose evaluation was after `step`."""
     return run_dir / "checkpoints" / f"best-{step:06d}"
 
 
 def best_adapter_damage(run_dir: Path, step: int) -> str:
-    """What is wrong with the best adapter, in a few words; empty if nothing."""
+    """What is damaged in the best adapter, in a few words; empty if nothing is."""
     return find_damage(best_adapter_dir(run_dir, step), required=STATE_FILE)

@@ -1,4 +1,4 @@
-"""The states of every random generator a run could draw from, as tensors: torch's, numpy's and Python's own."""
+"""The states of all random generators of a run, as tensors: torch's, numpy's and Python's."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def get_rng_states() -> dict[str, Tensor]:
-    """Where all generators stand; whole numbers and one float each, no pickle."""
+    """The states of all generators as integers and one float each; no pickle."""
     _, words, gauss = random.getstate()
     numpy: Any = np.random.get_state()
     _, keys, *rest = numpy
@@ -26,7 +26,7 @@ def get_rng_states() -> dict[str, Tensor]:
 
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Put all generators back to where `random_states` found them; those of GPUs that are not here are left out."""
+    """Restore what `get_rng_states` returned; states of GPUs that this machine lacks are skipped."""
     torch.set_rng_state(states["torch"])
     gauss: Any = states["python_gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
