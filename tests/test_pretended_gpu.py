@@ -308,7 +308,7 @@ def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path
             return asked
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "precompute_with_reference_model", ask_other)
+            patch.setattr("qlora_dpo.training.run.precompute_with_reference_model", ask_other)
             state = trained_here(tmp_path, reference=table).state
     assert found == [0]
     assert state.evals[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)  # it is the base itself
