@@ -30,6 +30,26 @@ for name in ("QLORA_DPO_TRACEBACK", "HF_TOKEN", "WANDB_API_KEY", "PYTHONWARNINGS
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST_FIRST = (
+    *("test_end_to_end", "test_pretended_gpu", "test_every_key", "test_push", "test_services", "test_processes"),
+    *("test_budget", "test_losses", "test_canaries", "test_exit_codes", "test_shapes", "test_pairwise", "test_crashes"),
+    *("test_trl_oracle", "test_notebook", "test_quality", "test_mixture", "test_best", "test_fitting", "test_check"),
+    *("test_chat_more", "test_generated_rows", "test_model_sources", "test_slurm", "test_sweep", "test_serve_command"),
+)
+"""The files that take longest, from 20 seconds up: with `-n 2 --dist loadfile`, both workers then end together."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist hand out files in the order of collection, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, whole, and leave all others in their order."""
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def own_accelerator() -> None:
     """Accelerate keeps what a process runs on; each test starts as a process of its own would."""
@@ -44,6 +64,17 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs draw no plots, a third of the time of a tiny one, but in a module that says `DRAWS_PLOTS = True`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules and not getattr(request.module, "DRAWS_PLOTS", False):
+            from qlora_dpo.report import write
+
+            patch.setattr(write, "draw_plots", lambda records, results: [])
+        yield
 
 
 @pytest.fixture

@@ -1,23 +1,40 @@
 """Plants mistakes one by one in a copy of the code and sees whether a test of the default suite finds each.
 
-    python tests/mutations.py              # all, about a quarter of an hour on two cores
-    python tests/mutations.py pack.py      # those of one file
+    python tests/mutations.py                       # all
+    python tests/mutations.py pack.py               # those of one file
+    python tests/mutations.py --output found.txt    # the lines also go to a file
 
-Prints a line for each, and ends with exit code 1 if one survives. The suite is asked by file, those first that ought
-to find the mistake.
+Prints a line for each and, at the end, how many were found and in how many seconds; ends with exit code 1 if one
+survives. For each mistake the files of tests are run that ought to find it. A worker imports torch and the other
+libraries once and forks for each mistake; the fork imports the package with the mistake in it and runs pytest. A test
+that fails is run again without the mistake: if it fails then too, the fork is to blame, and a new process decides.
 """
 
+import argparse
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Queue
+from typing import NamedTuple
 
 HOME = Path(__file__).parents[1]
+PRELOAD = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "pydantic", "rich")
+"""What a worker imports before it forks: everything but the package, and what pytest rewrites."""
+IMPORTED_BEFORE = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+"""Of anyio, which comes with huggingface_hub and is a plugin of pytest too."""
+TIMEOUT = 900
+"""Seconds after which a mistake counts as found, since the tests hang."""
 
 LOSS = "test_objective.py test_oracle.py test_trl_oracle.py test_losses.py"
 LOGPS = "test_logps.py test_packed_rows.py"
@@ -447,25 +464,73 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
 }
 
 
+class Mutant(NamedTuple):
+    """A mistake: in `file` of the package, `old` becomes `new`; `tests` ought to find it."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+class Outcome(NamedTuple):
+    """How a run of pytest ended: its exit code, and the first test that failed."""
+
+    code: int
+    failed: str
+
+
 def main() -> int:
-    """Plant them all, or those in files whose name ends with an argument."""
-    asked = [
-        (file, *mutant)
-        for file, mutants in MUTANTS.items()
-        for mutant in mutants
-        if not sys.argv[1:] or any(file.endswith(end) for end in sys.argv[1:])
+    """Plant the mistakes of all files, or of those whose name ends with an argument."""
+    parser = argparse.ArgumentParser(description="Plant mistakes and see whether the suite finds them.")
+    parser.add_argument("files", nargs="*", help="ends of names of files, such as pack.py; all if there are none")
+    parser.add_argument("--output", type=Path, help="write the lines to this file too")
+    parser.add_argument("--workers", type=int, default=2, help="how many mistakes are tried at once (2)")
+    options = parser.parse_args()
+    mutants = [
+        Mutant(file, *mutant)
+        for file, of_file in MUTANTS.items()
+        for mutant in of_file
+        if not options.files or any(file.endswith(end) for end in options.files)
     ]
+    lines = list[str]()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+        if options.output:
+            options.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    return 0 if run_mutants(mutants, options.workers, say) else 1
+
+
+def run_mutants(
+    mutants: Sequence[Mutant], workers: int, say: Callable[[str], None], preload: Sequence[str] = PRELOAD
+) -> bool:
+    """Try each mutant in workers that have imported `preload`; True if all were found."""
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
-        copies: Queue[Path] = Queue()
-        for number in range(2):
-            copies.put(_copy(Path(work) / str(number)))
-        with ThreadPoolExecutor(2) as pool:
-            killed = list(pool.map(lambda each: _killed(copies, *each), asked))
-    print(f"{sum(killed)} of {len(killed)} planted mistakes were found by the default suite")
-    return 0 if all(killed) else 1
+        idle: Queue[Worker] = Queue()
+        for number in range(workers):
+            idle.put(Worker(copy_checkout(Path(work, str(number))), preload))
+
+        def found(mutant: Mutant) -> bool:
+            worker = idle.get()
+            try:
+                return worker.finds(mutant, say)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(workers) as pool:
+            results = list(pool.map(found, mutants))
+        while not idle.empty():
+            idle.get().stop()
+    say(f"{sum(results)} of {len(results)} planted mistakes were found, {time.monotonic() - start:.0f} s")
+    return all(results)
 
 
-def _copy(folder: Path) -> Path:
+def copy_checkout(folder: Path) -> Path:
+    """Copy what git knows, or would know, of this checkout."""
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=HOME, capture_output=True, text=True, check=True
     )
@@ -476,32 +541,124 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _killed(copies: "Queue[Path]", file: str, old: str, new: str, tests: str) -> bool:
-    """True if a test fails with the mistake in place."""
-    home = copies.get()
-    try:
-        place, started = home / "qlora_dpo" / file, time.monotonic()
-        whole = place.read_text()
-        if old not in whole:
-            raise SystemExit(f"{file}: has no {old!r} any more; mend tests/mutations.py")
-        place.write_text(whole.replace(old, new, 1))
-        files = [f"tests/{name}" for name in tests.split()]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"},
-        )
-        place.write_text(whole)
-        by = next((line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-        told = f"found by {by}" if done.returncode == 1 else f"SURVIVES ({done.returncode})"
-        mistake = f"{' '.join(old.split())[:60]!r} -> {' '.join(new.split())[:60]!r}"
-        print(f"{file}: {mistake}: {told}, {time.monotonic() - started:.0f} s", flush=True)
-        return done.returncode == 1
-    finally:
-        copies.put(home)
+class Worker:
+    """A copy of the checkout, and a process that forks to run its tests."""
+
+    def __init__(self, home: Path, preload: Sequence[str]) -> None:
+        self.home = home
+        self.sound: dict[str, bool] = {}  # a test that failed: whether it passes without the mistake
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, home, preload))
+        self.process.start()
+        theirs.close()
+
+    def finds(self, mutant: Mutant, say: Callable[[str], None]) -> bool:
+        """True if a test fails with the mistake in place."""
+        place, start = self.home / "qlora_dpo" / mutant.file, time.monotonic()
+        text = place.read_text(encoding="utf-8")
+        if mutant.old not in text:
+            raise SystemExit(f"{mutant.file}: has no {mutant.old!r} any more; mend tests/mutations.py")
+        mistaken = text.replace(mutant.old, mutant.new, 1)
+        files = [f"tests/{name}" for name in mutant.tests.split()]
+        try:
+            place.write_text(mistaken, encoding="utf-8")
+            outcome, how = self.run_forked(files), ""
+            if outcome.failed:
+                place.write_text(text, encoding="utf-8")
+                if outcome.failed not in self.sound:
+                    self.sound[outcome.failed] = self.run_forked([outcome.failed]).code == 0
+                if not self.sound[outcome.failed]:
+                    place.write_text(mistaken, encoding="utf-8")
+                    outcome, how = run_cold(self.home, files), ", in a new process"
+        finally:
+            place.write_text(text, encoding="utf-8")
+        mistake = f"{' '.join(mutant.old.split())[:60]!r} -> {' '.join(mutant.new.split())[:60]!r}"
+        found = outcome.code in (1, 2)  # 2: the file of tests cannot even be imported
+        verdict = f"found by {outcome.failed}{how}" if found else f"SURVIVES ({outcome.code})"
+        say(f"{mutant.file}: {mistake}: {verdict}, {time.monotonic() - start:.0f} s")
+        return found
+
+    def run_forked(self, tests: list[str]) -> Outcome:
+        self.connection.send(tests)
+        return Outcome(*self.connection.recv())
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.join(60)
+
+
+def serve(connection: Connection, home: Path, preload: Sequence[str]) -> None:
+    """Import the libraries, and run the tests that are asked for, each time in a fork."""
+    import importlib
+    import warnings
+
+    os.environ.update(PYTHONPATH=str(home), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", HF_HOME=str(home.with_name("hf")))
+    os.chdir(home)
+    ours = [path for path in sys.path if Path(path) == HOME or Path(path).is_relative_to(HOME / "tests")]
+    sys.path[:] = [str(home), *(path for path in sys.path if path and path not in ours)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in preload:
+            importlib.import_module(name)
+    assert not any(name.partition(".")[0] == "qlora_dpo" for name in sys.modules)
+    while True:
+        try:
+            tests = connection.recv()
+        except EOFError:
+            return
+        connection.send(tuple(fork_pytest(tests, home)))
+
+
+def fork_pytest(tests: list[str], home: Path) -> Outcome:
+    """Run pytest in a fork of this process."""
+    log = home.with_name(f"{home.name}.log")
+    child = os.fork()
+    if not child:
+        os.setsid()  # so that what it leaves running can be ended with it
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = 3
+        try:
+            import pytest
+
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", IMPORTED_BEFORE, *tests]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + TIMEOUT
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return Outcome(1, "")
+        time.sleep(0.02)
+    return Outcome(os.waitstatus_to_exitcode(ended[1]), first_failure(log.read_text(errors="replace")))
+
+
+def run_cold(home: Path, tests: list[str]) -> Outcome:
+    """Run pytest in a new process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"},
+    )
+    return Outcome(done.returncode, first_failure(done.stdout))
+
+
+def first_failure(report: str) -> str:
+    """The test that pytest's summary names first; "" if none failed."""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", report, re.MULTILINE)
+    return found[1] if found else ""
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fork_server import run_forked
+
 RUN = """
 import contextlib, io, json, sys, time
 from qlora_dpo.cli import main
 from qlora_dpo.report import write
-write.draw = lambda *some: []  # a third of the time of a tiny run, and nobody looks at these plots
+write.draw_plots = lambda *some: []  # a third of the time of a tiny run, and nobody looks at these plots
 for arguments in json.load(sys.stdin):
     if "accelerate.state" in sys.modules:  # as if the next command had a process of its own
         sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
@@ -43,15 +45,11 @@ def said(
     commands: Sequence[Sequence[str]], folder: Path, environment: Mapping[str, str], within: Sequence[str] = ()
 ) -> list[Said]:
     """Run `qlora-dpo` with each of `commands` in `folder`; none may print a traceback."""
-    done = subprocess.run(
-        [*within, sys.executable, "-c", RUN],
-        input=json.dumps(commands),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    if within:
+        command, given = [*within, sys.executable, "-c", RUN], json.dumps(commands)
+        done = subprocess.run(command, input=given, cwd=folder, env=environment, capture_output=True, text=True)
+    else:
+        done = run_forked(["-c", RUN], input=json.dumps(commands), cwd=folder, env=environment, timeout=600)
     found = [Said(*json.loads(line)) for line in done.stdout.splitlines()]
     assert len(found) == len(commands), done.stderr
     assert [each for each in found if "Traceback" in each.err] == []

@@ -15,6 +15,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
+from fork_server import run_forked
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -82,6 +83,18 @@ def test_every_part_of_the_acceptance_run_runs_on_a_cpu(what: str, tmp_path: Pat
     told = (tmp_path / "told.md").read_text(encoding="utf-8")
     assert first_cells(told)[1:] == [" ".join(cell.split()) for cell in TOLD[what].split(";")]
     assert first_cells(told) == first_cells(done.stdout)  # in which libraries have their say too
+
+
+COMMANDS = [file for file in sorted(BENCHMARKS.glob("*.py")) if "ArgumentParser(" in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in COMMANDS if "__main__" in file.read_text()], ids=lambda file: file.name
+)
+def test_every_benchmark_can_be_imported_and_has_help(file: Path, tmp_path: Path) -> None:
+    done = run_forked([str(file), "--help"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {file.name} ")
 
 
 def report(benchmark_module: Import, file: Path) -> Any:

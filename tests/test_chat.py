@@ -18,6 +18,7 @@ import lively
 import pytest
 import tiny
 import torch
+from fork_server import run_forked
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo.cli import main
@@ -389,9 +390,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def piped(folders: Path, text: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "qlora_dpo", "chat", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, input=text, capture_output=True, cwd=folders, env=environment)
+    return run_forked(["-m", "qlora_dpo", "chat", *arguments], input=text, text=False, cwd=folders, env=environment)
 
 
 def test_a_pipe_gives_one_answer_on_stdout_and_nothing_else(folders: Path) -> None:

@@ -3,8 +3,6 @@
 import json
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import jobs
 import pytest
 import tiny
 import workplace
+from fork_server import run_forked
 from transformers import Qwen2Config
 
 from qlora_dpo.cli import main
@@ -246,9 +245,9 @@ def test_hub_models_are_checked_without_their_weights_which_a_run_still_gets(tmp
         assert json.loads(done.stdout)["data"]["train"]["used"] == 48
         assert not [request for request in hub.log if ".safetensors" in request], hub.log
         assert not list((tmp_path / "work").rglob("*.safetensors"))
-        fetch = [sys.executable, "-c", FETCH, workplace.MODEL, pinned]
+        fetch = ["-c", FETCH, workplace.MODEL, pinned]
         for environment, code in (({"HF_HUB_OFFLINE": "1"}, 1), ({}, 0)):
-            fetched = subprocess.run(fetch, env=place.environment(**environment), capture_output=True, text=True)
+            fetched = run_forked(fetch, cwd=tmp_path, env=place.environment(**environment))
             assert fetched.returncode == code, fetched.stderr
             told = f"{workplace.MODEL}: is not in the cache, and the hub cannot be reached; connect and try again"
             assert (told in fetched.stderr) == bool(code)

@@ -107,15 +107,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         yield Workplace(tmp_path_factory.mktemp("work"), hub)
 
 
-def finished(place: Workplace, folder: str, *arguments: str, **environment: str) -> Done:
-    process = place.run(*arguments, **environment)
+def finished(place: Workplace, folder: str, *arguments: str, cold: bool = False, **environment: str) -> Done:
+    process = place.run(*arguments, cold=cold, **environment)
     assert process.returncode == 0, process.stderr
     return Done(process, place.folder / folder)
 
 
 @pytest.fixture(scope="module")
 def trained(place: Workplace) -> Done:
-    return finished(place, "adapters/hh", *TRAIN)
+    return finished(place, "adapters/hh", *TRAIN, cold=True)  # as a user starts it; all others are forked
 
 
 @pytest.fixture(scope="module")

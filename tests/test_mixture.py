@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import jobs
 import pytest
 import tiny
+from fork_server import run_forked
 from hub import Hub
 from test_sources import HubCaller
 
@@ -234,9 +233,7 @@ def test_the_shipped_mixture_trains(tmp_path: Path) -> None:
     (tmp_path / "mix.toml").write_text(text.replace("./house_rules", str(ROOT / "recipes/house_rules")))
     command = ["train", "mix.toml", "--max-steps", "2", "--set", "samples.prompts=0", "--set", "data.max_length=512"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_dpo", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = run_forked(["-m", "qlora_dpo", *command], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads((tmp_path / "adapters/mix/audit.json").read_text())
     assert [each["used"] for each in told["train"]["sources"]] == [162, 54]

@@ -51,10 +51,9 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
-from qlora_dpo.report import write
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training import evaluate as evaluation
-from qlora_dpo.training import loop, reference_pass, run
+from qlora_dpo.training import loop, reference_pass
 from qlora_dpo.training.context import PreferenceDataset, TrainContext
 from qlora_dpo.training.data_order import make_data_order
 from qlora_dpo.training.loop import train_loop
@@ -66,13 +65,6 @@ pytestmark = jobs.LIBRARIES_WARN
 
 LN_2 = 0.6931471805599453
 HOUSE_RULES = Path(__file__).parents[1] / "recipes" / "house_rules"
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        write, "draw_plots", lambda *some: []
-    )  # a third of the time of a tiny run, and nobody looks at them
 
 
 # whole commands: train, stop and resume, and what is done with the adapter
@@ -116,7 +108,6 @@ def train_stop_and_resume(card: str, home: Path) -> Trained:
     workplace.furnish(home, RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(write, "draw_plots", lambda *some: [])
         with pretended_gpu(card):
             assert main(["train", "tiny.toml", "-o", "whole"]) == 0
         with pretended_gpu(card):
@@ -318,7 +309,7 @@ def test_another_model_as_reference_is_gone_before_the_base_comes(tmp_path: Path
             return asked
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "precompute_with_reference_model", ask_other)
+            patch.setattr("qlora_dpo.training.run.precompute_with_reference_model", ask_other)
             state = trained_here(tmp_path, reference=table).state
     assert found == [0]
     assert state.evals[0]["eval_loss"] == pytest.approx(LN_2, abs=1e-6)  # it is the base itself

@@ -1,11 +1,12 @@
 """Several processes train one run to the figures and the adapter of one process, and end together."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -17,9 +18,10 @@ import together
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from fork_server import ForkedPython
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
@@ -58,7 +60,7 @@ class Together:
             same(found[name], facts)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Together:
     return Together(request.param, tmp_path_factory.mktemp("several"))
 
@@ -88,6 +90,35 @@ def test_several_processes_have_the_adapter_and_the_figures_of_one(
     name: str, several: Together, alone: dict[str, Any]
 ) -> None:
     several.insist_on_same(name, *alone[name])
+
+
+def train_as_one_of_three(rank: int, port: int, folder: Path) -> None:
+    """Train as process `rank` of three, and save the adapter."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    jobs.source()
+    processes.init_process_group(cpu=True)
+    adapter, _ = together.scenario("sigmoid", folder)
+    save_file(adapter, folder / f"{rank}.safetensors")
+    processes.destroy_process_group()
+
+
+def test_three_processes_that_cannot_have_the_same_share_have_the_adapter_of_one(
+    tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["together"])
+    workers = [context.Process(target=train_as_one_of_three, args=(rank, port, tmp_path)) for rank in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=300)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    for rank in range(3):
+        assert jobs.all_apart(load_file(tmp_path / f"{rank}.safetensors"), alone["sigmoid"][0]) < 1e-5
 
 
 @pytest.mark.parametrize("name", together.SHARDED)
@@ -238,8 +269,9 @@ def lines_until(process: subprocess.Popen[str], beginning: str) -> Iterator[str]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "qlora_dpo", "train", "r.toml", "-o", "two", *arguments]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "qlora_dpo", "train", "r.toml", "-o", "two", *arguments]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return ForkedPython(command, cwd=Path.cwd(), env=environment(), **pipes)
 
 
 def test_a_run_of_two_that_loses_one_ends_with_a_checkpoint_and_goes_on_alone(recipe: Path) -> None:

@@ -19,6 +19,7 @@ from qlora_dpo.report import plots
 from qlora_dpo.report.objective_names import OBJECTIVE_NAMES, describe_objective, objective_tags
 from qlora_dpo.report.write import base_licence, write_report
 
+DRAWS_PLOTS = True
 RESOLVED = """
 [model]
 name = "Qwen/Qwen2-0.5B-Instruct"

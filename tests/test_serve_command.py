@@ -1,8 +1,8 @@
 """`qlora-dpo serve` from its command line to its end, and the votes it collects."""
 
+import os
 import socket
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import lively
 import pytest
 import tiny
+from fork_server import ForkedPython
 from served import adapted, save_adapted, served
 
 from qlora_dpo.adapter import OpenedModel
@@ -87,8 +88,9 @@ def test_a_port_that_is_taken_is_a_sentence(empty_folder: Path, capsys: pytest.C
 
 def test_serve_listens_on_this_machine_alone_and_ends_cleanly_on_ctrl_c(tmp_path: Path) -> None:
     save_adapted(tmp_path)
-    command = [sys.executable, "-m", "qlora_dpo", "serve", "mine", "--port", "0", "--collect", "pairs.jsonl"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "qlora_dpo", "serve", "mine", "--port", "0", "--collect", "pairs.jsonl"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = ForkedPython(command, cwd=tmp_path, env=os.environ, **pipes)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()

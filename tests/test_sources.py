@@ -7,8 +7,6 @@ import io
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetGenerationError
+from fork_server import run_forked
 from hub import Hub
 
 from qlora_dpo.data.hub import explain_dataset_error
@@ -189,8 +188,7 @@ class HubCaller:
         variables = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         variables |= {"HF_ENDPOINT": endpoint or self.url, "HF_HOME": str(self.home)} | env
         variables["PYTHONPATH"] = str(Path(__file__).parents[1])
-        command = [sys.executable, "-c", ASK, json.dumps(questions)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+        done = run_forked(["-c", ASK, json.dumps(questions)], cwd=self.home.parent, env=variables, timeout=100)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -27,7 +27,6 @@ from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.preference.start_checks import probe_logits
 from qlora_dpo.recipe.grid import name_points, parse_axes
 from qlora_dpo.recipe.model import LoraTable
-from qlora_dpo.report import write
 from qlora_dpo.report.sweep import ranking_caveats
 from qlora_dpo.tracking.run_log import RunLog
 
@@ -74,12 +73,11 @@ def said(*arguments: str) -> Said:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder of all tests here, with a recipe of four steps; nobody looks at its plots."""
+    """The current folder of all tests here, with a recipe of four steps."""
     folder = tmp_path_factory.mktemp("sweeps")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("QLORA_DPO_CACHE", str(folder / "cache"))
-        patch.setattr(write, "draw_plots", lambda *some: [])
         save_base(folder / "base")
         save_pairs(folder / "train.jsonl", 8)
         save_pairs(folder / "held.jsonl", 4)

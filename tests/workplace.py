@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lively
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
+from fork_server import ForkedPython
 from hub import Hub
 
 MODEL, DATA = "Qwen/Qwen2-0.5B-Instruct", "Dahoas/full-hh-rlhf"
@@ -97,23 +99,19 @@ class Workplace:
         package = {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), str(Path(__file__).parent)))}
         return {**kept, **own, **package, "HF_ENDPOINT": self.hub.url, **changed}
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Start `qlora-dpo ARGUMENTS` in the folder."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "qlora_dpo", *arguments],
-            cwd=self.folder,
-            env=self.environment(**environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *arguments: str, cold: bool = False, **environment: str) -> subprocess.Popen[str]:
+        """Start `qlora-dpo ARGUMENTS` in the folder; `cold` in a new Python, which first imports everything."""
+        command, given = ["-m", "qlora_dpo", *arguments], self.environment(**environment)
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        if cold:
+            return subprocess.Popen([sys.executable, *command], cwd=self.folder, env=given, **pipes)
+        return ForkedPython(command, cwd=self.folder, env=given, **pipes)
 
     def run(
-        self, *arguments: str, stdin: str = "", most_seconds: float = 300, **environment: str
+        self, *arguments: str, stdin: str = "", most_seconds: float = 300, cold: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run `qlora-dpo ARGUMENTS` to its end."""
-        process = self.start(*arguments, **environment)
+        process = self.start(*arguments, cold=cold, **environment)
         try:
             out, err = process.communicate(stdin, timeout=most_seconds)
         finally:

@@ -6,7 +6,8 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,11 @@ def struck(act: Callable[[], None], point: int, fault: Fault, below: Path, seed:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, 1, 9), f"the child ended with {code}"
     return code != 0
+
+
+def points(every: int) -> Iterator[int]:
+    """Numbers of file events to strike at: each `every`-th, from one on that QLORA_DPO_FAULT_SEED moves."""
+    return count(1 + int(os.environ.get("QLORA_DPO_FAULT_SEED", "0")) % every, every)
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from crash import Fault, struck
+from crash import Fault, points, struck
 from peft import PeftModel
 from transformers import set_seed
 
@@ -29,6 +29,7 @@ from qlora_dpo.training.checkpoint.state import TrainState
 pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
 
 FAULTS = pytest.mark.parametrize("fault", ["killed", "torn", "full"])
+EVERY = pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
 START = TrainState(0, {}, {"base": "base", "pairs": "pairs"})
 
 
@@ -62,24 +63,27 @@ def save(run_dir: Path, step: int) -> None:
     save_checkpoint(run_dir, replace(copy.deepcopy(START), step=step), model, optimizer.state)
 
 
-def every_point(act_on: Path, before: Path, fault: Fault, step: int) -> Iterator[int]:
-    """Strike at the first file event of the save of `step`, at the second and so on, each time from `before`."""
+def strikes(act_on: Path, before: Path, fault: Fault, step: int, every: int) -> Iterator[int]:
+    """Strike at one file event of the save of `step` after another, `every` so many, each time from `before`."""
     trained(step)  # before the children need it
-    for point in count(1):
+    for point in points(every):
         shutil.rmtree(act_on, ignore_errors=True)
         shutil.copytree(before, act_on)
         if not struck(lambda: save(act_on, step), point, fault, act_on):
             assert point > 20, "a save has more file events than that"
-            print(f"{fault}: {point - 1} points of save {step}")
+            print(f"{fault}: every {every} of {point - 1} points of save {step}")
             return
         yield point
 
 
+@EVERY
 @FAULTS
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_checkpoint_is_the_old_one_or_the_new_one(step: int, fault: Fault, history: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_old_one_or_the_new_one(
+    step: int, fault: Fault, every: int, history: Path, tmp_path: Path
+) -> None:
     files = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
-    for point in every_point(tmp_path / "run", history / str(step - 1), fault, step):
+    for point in strikes(tmp_path / "run", history / str(step - 1), fault, step, every):
         try:
             newest, skipped = newest_valid(tmp_path / "run")
         except RunError:
@@ -90,7 +94,7 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(step: int, fault: Fault, his
         for name in files:
             whole = history / str(number) / "checkpoints" / newest.name / name
             assert (newest / name).read_bytes() == whole.read_bytes(), (point, name)
-        if point % 7 == 0:  # what a killed save leaves stands in no later one's way
+        if point % 7 < every:  # what a killed save leaves stands in no later one's way
             save(tmp_path / "run", step + 1)
             assert newest_valid(tmp_path / "run")[0].name == f"step-{step + 1:06d}"
             assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
@@ -117,8 +121,9 @@ def test_whatever_unflushed_writes_are_lost_the_state_is_the_old_one_or_the_new_
     assert min(found.values()) > 0
 
 
+@EVERY
 @FAULTS
-def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, tmp_path: Path) -> None:
+def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, every: int, tmp_path: Path) -> None:
     """The adapter of a first training is overwritten by that of a resumed one."""
     models = [trained(1)[0], trained(2)[0]]
     folders = [tmp_path / "old", tmp_path / "new"]
@@ -127,7 +132,7 @@ def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, tmp_path: 
         save_adapter(folder, model, jobs.tiny.tokenizer(), jobs.source())
     known = [(folder / ADAPTER_SAFE_WEIGHTS_NAME).read_bytes() for folder in folders]
     run, usable = tmp_path / "run", 0
-    for point in count(1):
+    for point in points(every):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(folders[0], run)
         if not struck(lambda: save_adapter(run, models[1], jobs.tiny.tokenizer(), jobs.source()), point, fault, run):
@@ -140,7 +145,7 @@ def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, tmp_path: 
         else:
             assert found == 1, point  # all files are new ones; only their list is missing
         usable += 1
-    assert usable > 3
+    assert usable > 3 / every
     assert point > 20
 
 

@@ -1,13 +1,12 @@
 """A hub or a tracker that is down, slow, refuses, breaks or is cut off: what is cached is trained on all the same."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import run_forked
 from hub import Hub
 from tracked import TRAIN, tracked
 from tracking_service import Service
@@ -40,14 +39,8 @@ def run(place: Workplace, *commands: tuple[str, list[str]], down: bool = False, 
     """Train with one fault of the hub after another, in one process."""
     if down:
         environment["HF_ENDPOINT"] = closed_port()
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, "" if down else place.hub.url, json.dumps(commands)],
-        cwd=place.folder,
-        env=place.environment(**environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["-c", COMMANDS, "" if down else place.hub.url, json.dumps(commands)]
+    done = run_forked(command, cwd=place.folder, env=place.environment(**environment))
     found = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     assert len(found) == len(commands), done.stderr
     assert not any("Traceback" in each[1] for each in found)
