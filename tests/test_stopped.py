@@ -15,7 +15,7 @@ from workplace import furnish, rows
 
 from qlora_dpo.cli import main
 from qlora_dpo.data import encode
-from qlora_dpo.preference import reference
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.training import loop
 from qlora_dpo.training.checkpoint import save
 
@@ -88,8 +88,7 @@ def test_stopped_before_its_first_checkpoint_a_run_keeps_what_it_has_found(
             case "reading":
                 patched.setattr(encode, "encode_pairs", stopped_after(2, encode.encode_pairs))
             case _:
-                # the second batch of the reference pass
-                patched.setattr(reference, "model_logps", stopped_after(2, reference.model_logps))
+                patched.setattr(ReferenceLogpCache, "add", stopped_after(1, ReferenceLogpCache.add))
         assert train(home, monkeypatch) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"qlora-dpo: stopped before the first checkpoint; what was read and what the reference answered is kept in "
@@ -98,7 +97,7 @@ def test_stopped_before_its_first_checkpoint_a_run_keeps_what_it_has_found(
     assert not (home / "adapters" / "tiny").exists()
     asked, computed = list[int](), list[int]()
     monkeypatch.setattr(encode, "encode_pairs", counting(asked, 0, encode.encode_pairs))
-    monkeypatch.setattr(reference.ReferenceLogpCache, "add", counting(computed, 1, reference.ReferenceLogpCache.add))
+    monkeypatch.setattr(ReferenceLogpCache, "add", counting(computed, 1, ReferenceLogpCache.add))
     assert train(home, monkeypatch) == 0
     match where:
         case "reading":
