@@ -29,7 +29,9 @@ OLD = {
     "train": {"early_stopping_threshold": 0.0},
 }
 SENTENCES = {
-    f"[watch]\n{key} = 0.3": f'[watch] no longer has the key "{key}", which is now the constant {constant}; leave it out'
+    f"[watch]\n{key} = 0.3": (
+        f'[watch] no longer has the key "{key}", which is now the constant {constant}; leave it out'
+    )
     for key, constant in (
         ("displacement_nats", "0.25 nats per token"),
         ("kl_nats", "0.5 nats per token"),

@@ -1,4 +1,4 @@
-"""The report of a run: a card that names the objective, plots that are always the same, and a page that needs no network."""
+"""The report of a run: a card that names the objective, plots that repeat, and a page that needs no network."""
 
 import base64
 import json
