@@ -32,8 +32,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
     *("test_end_to_end", "test_pretended_gpu", "test_every_key", "test_push", "test_services", "test_processes"),
-    *("test_budget", "test_losses", "test_canaries", "test_exit_codes", "test_shapes", "test_pairwise", "test_crashes"),
-    *("test_trl_oracle", "test_notebook", "test_quality", "test_mixture", "test_best", "test_fitting", "test_check"),
+    *(
+        "test_memory",
+        "test_losses",
+        "test_canaries",
+        "test_exit_codes",
+        "test_formats",
+        "test_pairwise",
+        "test_crashes",
+    ),
+    *("test_trl_engine", "test_notebook", "test_quality", "test_mixture", "test_best", "test_oom_retry", "test_check"),
     *("test_chat_more", "test_generated_rows", "test_model_sources", "test_slurm", "test_sweep", "test_serve_command"),
 )
 """The files that take longest, from 20 seconds up: with `-n 2 --dist loadfile`, both workers then end together."""
@@ -94,7 +102,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """An adapter beside its base, both the test's own to damage."""
-    from adapters_made import save_adapter, save_base  # torch, which most tests do not need
+    from saved_adapters import save_adapter, save_base  # torch, which most tests do not need
 
     save_base(tmp_path / "base")
     return save_adapter(tmp_path / "a", tmp_path / "base")

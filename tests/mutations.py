@@ -36,24 +36,24 @@ IMPORTED_BEFORE = "ignore:Module already imported:pytest.PytestAssertRewriteWarn
 TIMEOUT = 900
 """Seconds after which a mistake counts as found, since the tests hang."""
 
-LOSS = "test_objective.py test_oracle.py test_trl_oracle.py test_losses.py"
-LOGPS = "test_logps.py test_packed_rows.py"
-PACK = "test_pack.py test_packed_rows.py"
-LEAN = "test_lean.py test_packed_rows.py"
-LOOP = "test_loop.py test_checkpoint.py"
-REFERENCE = "test_reference.py test_loop.py"
-KINDS = "test_held.py test_reference_kinds.py"
-SAVED = "test_saved_adapter.py"
+LOSS = "preference/test_objective.py preference/test_oracle.py training/test_trl_engine.py preference/test_losses.py"
+LOGPS = "preference/test_logps.py preference/test_packed_rows.py"
+PACK = "preference/test_pack.py preference/test_packed_rows.py"
+LEAN = "model/test_fused_lora.py preference/test_packed_rows.py"
+LOOP = "training/test_loop.py training/test_checkpoint.py"
+REFERENCE = "preference/test_reference.py training/test_loop.py"
+KINDS = "preference/test_reference_adapter.py training/test_reference_kinds.py"
+SAVED = "model/test_saved_adapter.py"
 MOVING = "faults/test_reference_resumes.py"
-CHECKPOINT = "test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
-MERGE = "test_merge.py test_merge_kinds.py test_merge_choice.py"
-WATCH = "test_watch.py"
-BEST = "test_best.py"
-FITTING = "test_fitting.py"
-DEVICE = "test_device.py"
-JOURNAL = "test_journal.py"
-PROCESSES = "test_processes.py"
-GPU = "test_pretended_gpu.py"
+CHECKPOINT = "training/test_checkpoint.py faults/test_crashes.py faults/test_resumes.py"
+MERGE = "deploy/test_merge.py deploy/test_merge_kinds.py deploy/test_base_choice.py"
+WATCH = "training/test_watch.py"
+BEST = "training/test_best.py"
+FITTING = "training/test_oom_retry.py"
+DEVICE = "model/test_device.py"
+JOURNAL = "preference/test_logp_journal.py"
+PROCESSES = "model/test_processes.py"
+GPU = "training/test_pretended_gpu.py"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "model/transfer.py": [
@@ -113,20 +113,24 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/metrics.py": [
         ("self.pairs += len(chosen_P)", "self.pairs += 1", LOOP),
         ("torch.where(tie_P, 0.5,", "torch.where(tie_P, 1.0,", LOOP),
-        ("correct_P, chosen_P - rejected_P)", "correct_P, rejected_P - chosen_P)", LOOP + " test_trl_oracle.py"),
+        (
+            "correct_P, chosen_P - rejected_P)",
+            "correct_P, rejected_P - chosen_P)",
+            LOOP + " training/test_trl_engine.py",
+        ),
         (
             "totals[name] / weights.get(name, self.pairs)",
             "totals[name] / self.pairs",
-            LOOP + " test_trl_oracle.py",
+            LOOP + " training/test_trl_engine.py",
         ),
-        ('"entropy": chosen + rejected', '"entropy": chosen', "test_trl_oracle.py"),
+        ('"entropy": chosen + rejected', '"entropy": chosen', "training/test_trl_engine.py"),
     ],
     "preference/logps.py": [
         ("logp_S[:pairs]", "logp_S[pairs:]", LOGPS),
         (
             "rejected_tokens_P=batch.tokens_S[pairs:]",
             "rejected_tokens_P=batch.tokens_S[:pairs]",
-            LOGPS + " test_trl_oracle.py",
+            LOGPS + " training/test_trl_engine.py",
         ),
         ("batch.row_N[tokens] - states.start", "batch.row_N[tokens]", LOGPS),
         ("others_RD * -gradient_R[:, None]", "others_RD * gradient_R[:, None]", LOGPS),
@@ -160,7 +164,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (
             "tokens=sum(map(len, places.position_SL))",
             "tokens=places.input_ids_BL.numel()",
-            PACK + " test_trl_oracle.py",
+            PACK + " training/test_trl_engine.py",
         ),
         (
             "completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
@@ -204,15 +208,19 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("kept = np.isnan(newer.lookup(self.digest_P)[:, 0])", "kept = np.ones(len(self), dtype=bool)", JOURNAL),
     ],
     "data/arrow_cache.py": [
-        ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "test_remembered.py"),
+        ('if file_sha256(path) == path.name.split(".")[1]:', "if True:", "data/test_scan_cache.py"),
     ],
     "data/encoded_cache.py": [
         (
             "if digest_ids(entry.prompt, entry.chosen, entry.rejected) != entry.digest:",
             "if False:",
-            "test_encoded_cache.py",
+            "data/test_token_cache.py",
         ),
-        ("return reason if _reason_digest(reason) == entry.digest else None", "return reason", "test_encoded_cache.py"),
+        (
+            "return reason if _reason_digest(reason) == entry.digest else None",
+            "return reason",
+            "data/test_token_cache.py",
+        ),
     ],
     "preference/reference_adapter.py": [
         ("        _set_adapter_weights(model, policy_weights)", "        pass", KINDS),
@@ -280,25 +288,25 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "model/quantized.py": [
-        ("(state.SCB.float() / 127)", "(state.SCB.float() / 128)", "test_quantizations.py"),
+        ("(state.SCB.float() / 127)", "(state.SCB.float() / 128)", "model/test_quantizations.py"),
         (
             "return gradient @ dense_weight(ctx.layer, gradient.dtype), None",
             "return gradient, None",
-            "test_quantizations.py",
+            "model/test_quantizations.py",
         ),
-        ("        layer.forward = partial(_forward, layer)", "        pass", "test_quantizations.py"),
-        ("    state.dtype = dtype\n", "", "test_base.py"),
+        ("        layer.forward = partial(_forward, layer)", "        pass", "model/test_quantizations.py"),
+        ("    state.dtype = dtype\n", "", "model/test_base.py"),
     ],
     "model/dora.py": [
-        ("alpha=scaling)", "alpha=1.0)", "test_dora.py"),
-        ("(scale_O - 1) * base_TO", "scale_O * base_TO", "test_dora.py"),
-        ("delta_TO.to(base_output_TO.dtype)", "delta_TO", "test_dora.py"),
+        ("alpha=scaling)", "alpha=1.0)", "model/test_dora.py"),
+        ("(scale_O - 1) * base_TO", "scale_O * base_TO", "model/test_dora.py"),
+        ("delta_TO.to(base_output_TO.dtype)", "delta_TO", "model/test_dora.py"),
     ],
     "model/modules_to_save.py": [
-        ('path == name or path.endswith(f".{name}")', "path.endswith(name)", "test_copies.py"),
+        ('path == name or path.endswith(f".{name}")', "path.endswith(name)", "model/test_modules_to_save.py"),
     ],
     "model/cast_output.py": [
-        ("return output.to(self.dtype)", "return output", "test_copies.py"),
+        ("return output.to(self.dtype)", "return output", "model/test_modules_to_save.py"),
     ],
     "model/fused_lora_ops.py": [
         ('alpha=layer.scaling["default"]))', "alpha=1.0))", LEAN),
@@ -321,9 +329,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             LOOP,
         ),
         ("    sync_reference(loop.model, context.reference_adapter, state.step)\n", "", KINDS),
-        ("        set_rng_states(rng)\n        scaler.update", "        scaler.update", "test_loss_scale.py"),
-        ("or state.has_stepped or result.nonfinite or", "or result.nonfinite or", "test_loss_scale.py"),
-        ("or state.has_stepped or result.nonfinite or", "or state.has_stepped or", "test_loss_scale.py"),
+        ("        set_rng_states(rng)\n        scaler.update", "        scaler.update", "training/test_loss_scale.py"),
+        ("or state.has_stepped or result.nonfinite or", "or result.nonfinite or", "training/test_loss_scale.py"),
+        ("or state.has_stepped or result.nonfinite or", "or state.has_stepped or", "training/test_loss_scale.py"),
         ("        load_ema_reference(checkpoint, ema_weights)", "        pass", MOVING),
         ("            state.row_tokens = fitting.token_budget\n", "            pass\n", FITTING),
         ("        train.set_reference(indices, result.reference_P2)\n", "", REFERENCE),
@@ -331,7 +339,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (
             "    model.train()\n    with catch_stop",
             "    with catch_stop",
-            LOOP + " test_lean.py faults/test_resumes.py",
+            LOOP + " model/test_fused_lora.py faults/test_resumes.py",
         ),
     ],
     "training/watch.py": [
@@ -374,29 +382,29 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("metrics=context.is_logged(step.number)", "metrics=False", LOOP),
         ("step.backward(losses.total_P.sum() / batch_size)", "step.backward(losses.total_P.sum())", LOOP),
-        ("        set_rng_states(rng)", "        pass", "test_losses.py"),
-        ("        first += len(group)", "        pass", "test_losses.py"),
+        ("        set_rng_states(rng)", "        pass", "preference/test_losses.py"),
+        ("        first += len(group)", "        pass", "preference/test_losses.py"),
         (
             "needs_whole_step(context.recipe.objective) and (len(groups) > 1 or processes.world_size() > 1)",
             "False",
-            "test_losses.py",
+            "preference/test_losses.py",
         ),
-        ("self.tokens += output.tokens", "self.tokens += 1", LOOP + " test_trl_oracle.py"),
+        ("self.tokens += output.tokens", "self.tokens += 1", LOOP + " training/test_trl_engine.py"),
     ],
     "training/data_order.py": [
-        ("if self.total_steps >= self.steps_per_epoch:", "if True:", "test_plan.py"),
+        ("if self.total_steps >= self.steps_per_epoch:", "if True:", "training/test_data_order.py"),
         (
             "math.ceil(self.num_pairs / self.batch_size)",
             "self.num_pairs // self.batch_size",
-            "test_plan.py test_loop.py",
+            "training/test_data_order.py training/test_loop.py",
         ),
-        ("seed * 1_000_003 + epoch", "seed * 1_000_003", "test_plan.py"),
-        ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "test_plan.py"),
+        ("seed * 1_000_003 + epoch", "seed * 1_000_003", "training/test_data_order.py"),
+        ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "training/test_data_order.py"),
     ],
     "training/evaluate.py": [
         ("logps.chosen_tokens_P - logps.rejected_tokens_P", "logps.chosen_tokens_P", WATCH),
         ("/ pairs**0.5", "", WATCH),
-        ("    model.eval()\n", "", "test_loop.py faults/test_resumes.py test_checkpoint.py"),
+        ("    model.eval()\n", "", "training/test_loop.py faults/test_resumes.py training/test_checkpoint.py"),
         ("data.reference_P2[group]", "data.reference_P2[: len(group)]", LOOP),
         ("model.train(was_training)", "pass", LOOP),
     ],
@@ -405,19 +413,19 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('case "bf16" if not ampere:', 'case "bf16" if False:', DEVICE),
     ],
     "errors.py": [
-        ('any(f"{kind.__module__}.{kind.__name__}" ==', 'any(f"{kind.__module__}" ==', "test_out_of_memory.py"),
-        ('"cublas_status_alloc_failed"', '"cublas_status_other"', "test_out_of_memory.py"),
+        ('any(f"{kind.__module__}.{kind.__name__}" ==', 'any(f"{kind.__module__}" ==', "cli/test_out_of_memory.py"),
+        ('"cublas_status_alloc_failed"', '"cublas_status_other"', "cli/test_out_of_memory.py"),
     ],
     "training/nonfinite.py": [
         ("(overflows and not scaled) or", "", LOOP),
         (" or (nonfinite_rows and not overflows)", "", LOOP),
         (">= MAX_SKIPPED_STEPS", "> MAX_SKIPPED_STEPS", LOOP),
-        ("return scale / 2", "return scale / 4", "test_loss_scale.py"),
-        ("MIN_LOSS_SCALE = 1.0", "MIN_LOSS_SCALE = 512.0", "test_loss_scale.py"),
+        ("return scale / 2", "return scale / 4", "training/test_loss_scale.py"),
+        ("MIN_LOSS_SCALE = 1.0", "MIN_LOSS_SCALE = 512.0", "training/test_loss_scale.py"),
     ],
     "training/checkpoint/save.py": [
-        ('    "heldout": "the held-out pairs",', "", "test_stopped.py"),
-        ("    if key not in PATH_KEYS:", "    if True:", "test_stopped.py"),
+        ('    "heldout": "the held-out pairs",', "", "training/test_interrupts.py"),
+        ("    if key not in PATH_KEYS:", "    if True:", "training/test_interrupts.py"),
         ('set_rng_states(load_file(folder / "random.safetensors"))', "pass", CHECKPOINT),
         (
             'moments[f"{key}|{name}"] = torch.as_tensor(value)',
@@ -432,13 +440,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("not key.startswith(MUTABLE_KEYS)", 'not key.startswith((*MUTABLE_KEYS, "dpo."))', CHECKPOINT),
     ],
     "deploy/gguf_tensors.py": [
-        ("if tensor.heads is not None:", "if False:", "test_export.py"),
-        ("return int(config.num_key_value_heads)", "return int(config.num_attention_heads)", "test_export.py"),
+        ("if tensor.heads is not None:", "if False:", "deploy/test_export.py"),
+        ("return int(config.num_key_value_heads)", "return int(config.num_attention_heads)", "deploy/test_export.py"),
     ],
     "deploy/hub_files.py": [
-        ("_check_no_secrets(file, folder)\n    model_names", "model_names", "test_push.py"),
-        ("redact_secrets(scrub(text))", "scrub(text)", "test_push.py"),
-        ('| {"base_model_name_or_path": base}', "", "test_push.py"),
+        ("_check_no_secrets(file, folder)\n    model_names", "model_names", "deploy/test_push.py"),
+        ("redact_secrets(scrub(text))", "scrub(text)", "deploy/test_push.py"),
+        ('| {"base_model_name_or_path": base}', "", "deploy/test_push.py"),
     ],
     "deploy/merged_weights.py": [
         ("weight.addmm_(b, a, alpha=layer.scaling[name])", "weight.addmm_(b, a)", MERGE),
@@ -455,7 +463,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "deploy/merge.py": [
         ('onto == "trained" and kl > MAX_KL', "False", MERGE),
-        ("if reason := beyond_delta_weights(vars(config)):", 'if reason := "":', "test_foreign_adapters.py"),
+        ("if reason := beyond_delta_weights(vars(config)):", 'if reason := "":', "deploy/test_foreign_adapters.py"),
     ],
     "manifest.py": [
         ('if file_sha256(folder / name) != expected["sha256"]:', "if False:", CHECKPOINT),

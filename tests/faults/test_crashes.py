@@ -9,10 +9,10 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import jobs
 import pytest
+import tiny_run
 import torch
-from crash import Fault, points, struck
+from file_faults import Fault, points, struck
 from peft import PeftModel
 from transformers import set_seed
 
@@ -26,7 +26,10 @@ from qlora_dpo.training.checkpoint.integrity import checkpoint_damage
 from qlora_dpo.training.checkpoint.save import newest_valid, save_checkpoint
 from qlora_dpo.training.checkpoint.state import TrainState
 
-pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
+pytestmark = [
+    tiny_run.LIBRARIES_WARN,
+    pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc"),
+]
 
 FAULTS = pytest.mark.parametrize("fault", ["killed", "torn", "full"])
 EVERY = pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
@@ -47,7 +50,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def trained(step: int) -> tuple[PeftModel, torch.optim.Optimizer]:
     """A model and an optimizer whose tensors no other step has."""
-    model = jobs.stirred(jobs.fresh(jobs.recipe()), seed=step)
+    model = tiny_run.stirred(tiny_run.fresh(tiny_run.recipe()), seed=step)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values())
     torch.manual_seed(step)
     for parameter in trainable_parameters(model).values():
@@ -129,13 +132,15 @@ def test_an_adapter_folder_never_holds_a_mixture_of_two(fault: Fault, every: int
     folders = [tmp_path / "old", tmp_path / "new"]
     for folder, model in zip(folders, models, strict=True):
         folder.mkdir()
-        save_adapter(folder, model, jobs.tiny.tokenizer(), jobs.source())
+        save_adapter(folder, model, tiny_run.tiny.tokenizer(), tiny_run.source())
     known = [(folder / ADAPTER_SAFE_WEIGHTS_NAME).read_bytes() for folder in folders]
     run, usable = tmp_path / "run", 0
     for point in points(every):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(folders[0], run)
-        if not struck(lambda: save_adapter(run, models[1], jobs.tiny.tokenizer(), jobs.source()), point, fault, run):
+        if not struck(
+            lambda: save_adapter(run, models[1], tiny_run.tiny.tokenizer(), tiny_run.source()), point, fault, run
+        ):
             break
         if not (run / ADAPTER_CONFIG_NAME).is_file():
             continue  # it counts as no adapter
@@ -208,7 +213,7 @@ def _lengths(whole: int) -> list[int]:
 
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path: Path) -> None:
-    model = jobs.stirred(jobs.fresh(jobs.recipe()))
+    model = tiny_run.stirred(tiny_run.fresh(tiny_run.recipe()))
     optimizer = torch.optim.AdamW(trainable_parameters(model).values())
     name, parameter = next(iter(trainable_parameters(model).items()))
     parameter.data[0, 0] = float("inf")
@@ -217,7 +222,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "step-000000"
     assert str(error.value) == f"{folder}: not written, since {name} is not finite; lower train.learning_rate"
     with pytest.raises(RunError, match=r"no adapter was written, since .* is not finite; lower train\.learning_rate"):
-        save_adapter(tmp_path, model, jobs.tiny.tokenizer(), jobs.source())
+        save_adapter(tmp_path, model, tiny_run.tiny.tokenizer(), tiny_run.source())
     assert list(tmp_path.iterdir()) == []
 
 

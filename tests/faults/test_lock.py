@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash import forked
+from file_faults import forked
 
 from qlora_dpo.errors import RunError
 from qlora_dpo.lock import LOCK_FILE, lock_folder

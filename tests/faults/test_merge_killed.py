@@ -4,15 +4,18 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-import adapters_made
-import jobs
 import pytest
-from crash import Fault, struck
+import saved_adapters
+import tiny_run
+from file_faults import Fault, struck
 
 from qlora_dpo.deploy.merge import merge_adapter, open_for_merge
 from qlora_dpo.manifest import find_damage
 
-pytestmark = [jobs.LIBRARIES_WARN, pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")]
+pytestmark = [
+    tiny_run.LIBRARIES_WARN,
+    pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc"),
+]
 
 
 @pytest.mark.parametrize("fault", ["killed", "torn", "full"])
@@ -22,7 +25,7 @@ def test_a_merged_folder_is_whole_or_not_there(
 ) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads of a loader do not work in a forked process
     opened = open_for_merge(
-        adapters_made.save_adapter(tmp_path / "adapter", adapters_made.save_base(tmp_path / "base"), "none")
+        saved_adapters.save_adapter(tmp_path / "adapter", saved_adapters.save_base(tmp_path / "base"), "none")
     )
     home = tmp_path / "merged"
     for point in count(1, every):

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import tiny
+import tiny_run
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -22,7 +22,7 @@ from qlora_dpo.training import train_step
 from qlora_dpo.training.context import TrainContext
 from qlora_dpo.training.loop import train_loop
 
-pytestmark = jobs.LIBRARIES_WARN
+pytestmark = tiny_run.LIBRARIES_WARN
 
 VALUES = {"NaN": float("nan"), "infinity": float("inf"), "overflow": 3e38}
 AT = 3
@@ -52,9 +52,9 @@ def in_weight(model: PeftModel, job: TrainContext, value: float, monkeypatch: py
 def test_a_run_ends_by_name_and_saves_nothing_that_is_not_finite(
     plant: Callable[..., None], value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    what = jobs.recipe(train={"save_steps": 1, "num_train_epochs": 4})
-    model = jobs.fresh(what)
-    job = jobs.job(model, what, tmp_path)
+    what = tiny_run.recipe(train={"save_steps": 1, "num_train_epochs": 4})
+    model = tiny_run.fresh(what)
+    job = tiny_run.job(model, what, tmp_path)
     rows = ", ".join(str(job.train.pairs[i].row) for i in job.data_order.batch_indices(AT))
     tracker = RunLog(tmp_path, job.data_order.total_steps)
     said, weights = tracker.step, dict[str, torch.Tensor]()
@@ -63,18 +63,18 @@ def test_a_run_ends_by_name_and_saves_nothing_that_is_not_finite(
         said(number)
         if number == AT - 1:
             plant(model, job, value, monkeypatch)
-            weights.update(jobs.adapter(model))
+            weights.update(tiny_run.adapter(model))
 
     monkeypatch.setattr(tracker, "step", step)
     with tracker, pytest.raises(RunError) as error:
-        train_loop(model, job, jobs.start(job), tracker)
+        train_loop(model, job, tiny_run.start(job), tracker)
     told = str(error.value)
     assert error.value.exit_code == 1
     if plant is in_weight:  # a weight of 3e38 is finite, and is found by what it does, at the next save or step
         assert " is not finite" in told
     else:
         assert told.startswith(f"step {AT}: the ") and f"; the step's pairs are rows {rows} of data.train; " in told
-    for name, now in jobs.adapter(model).items():
+    for name, now in tiny_run.adapter(model).items():
         assert torch.equal(now.nan_to_num(), weights[name].nan_to_num()), name
     saved = list(tmp_path.rglob("*.safetensors"))
     assert any(file.name == "adapter.safetensors" for file in saved)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
+import tiny_run
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
-from two_stages import train as whole_run
+from two_runs import train as whole_run
 
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.manifest import write_manifest
@@ -23,7 +23,7 @@ from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
 from qlora_dpo.training.checkpoint.save import REFERENCE_FILE, newest_valid
 from qlora_dpo.training.loop import train_loop
 
-pytestmark = jobs.LIBRARIES_WARN
+pytestmark = tiny_run.LIBRARIES_WARN
 
 TABLES: dict[str, dict[str, Any]] = {
     "train": {"num_train_epochs": 5, "max_steps": 12, "save_steps": 100, "eval_steps": 4, "micro_batch_tokens": 60},
@@ -35,10 +35,10 @@ def train(folder: Path, steps: int, stop_at: int | None = None) -> tuple[dict[st
     """Train in `folder` from its newest checkpoint or from the start: adapter and reference at the end."""
     AcceleratorState._reset_state(True)
     table = EmaReference(kind="ema", ref_model_mixup_alpha=0.6, ref_model_sync_steps=steps)
-    what = jobs.recipe(**TABLES, reference=table.model_dump())
+    what = tiny_run.recipe(**TABLES, reference=table.model_dump())
     folder.mkdir(exist_ok=True)
-    model = jobs.fresh(what)
-    job = jobs.job(model, what, folder, heldout=2)
+    model = tiny_run.fresh(what)
+    job = tiny_run.job(model, what, folder, heldout=2)
     weights = clone_adapter(model)
     job = replace(job, reference_adapter=ReferenceAdapter(weights, table))
     try:
@@ -55,8 +55,8 @@ def train(folder: Path, steps: int, stop_at: int | None = None) -> tuple[dict[st
                 os.kill(os.getpid(), signal.SIGTERM)
 
         tracker.step = step  # type: ignore[method-assign]
-        train_loop(model, job, jobs.start(job), tracker, newest)
-    return jobs.adapter(model), weights
+        train_loop(model, job, tiny_run.start(job), tracker, newest)
+    return tiny_run.adapter(model), weights
 
 
 def same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> bool:

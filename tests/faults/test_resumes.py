@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
+import tiny_run
 import torch
 from accelerate.state import AcceleratorState
-from crash import forked
+from file_faults import forked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import train_loop
 
-pytestmark = jobs.LIBRARIES_WARN
+pytestmark = tiny_run.LIBRARIES_WARN
 
 # ten pairs in steps of 4, 4 and 2: epochs end within the run, and rows of 60 tokens make several micro-batches a step
 TABLES: dict[str, dict[str, Any]] = {
@@ -40,10 +40,10 @@ TABLES: dict[str, dict[str, Any]] = {
 def train(folder: Path, stop_at: int | None = None, **changes: Any) -> dict[str, Tensor]:
     """Train in `folder` from its newest checkpoint or from the start; the adapter at the end."""
     AcceleratorState._reset_state(True)
-    what = jobs.recipe(**{**TABLES, "train": {**TABLES["train"], **changes}})
+    what = tiny_run.recipe(**{**TABLES, "train": {**TABLES["train"], **changes}})
     folder.mkdir(exist_ok=True)
-    model = jobs.fresh(what)
-    job = jobs.job(model, what, folder, heldout=2)
+    model = tiny_run.fresh(what)
+    job = tiny_run.job(model, what, folder, heldout=2)
     try:
         newest = newest_valid(folder)[0]
     except RunError:
@@ -58,8 +58,8 @@ def train(folder: Path, stop_at: int | None = None, **changes: Any) -> dict[str,
                 os.kill(os.getpid(), signal.SIGTERM)
 
         tracker.step = step  # type: ignore[method-assign]
-        train_loop(model, job, jobs.start(job), tracker, newest)
-    return jobs.adapter(model)
+        train_loop(model, job, tiny_run.start(job), tracker, newest)
+    return tiny_run.adapter(model)
 
 
 @pytest.fixture(scope="module")

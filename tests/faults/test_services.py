@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli_sandbox import DATA, HH, MODEL, Workplace, closed_port, fill
 from fork_server import run_forked
 from hub import Hub
-from tracked import TRAIN, tracked
 from tracking_service import Service
-from workplace import DATA, HH, MODEL, Workplace, closed_port, fill
+from wandb_process import TRAIN, tracked
 
 COMMANDS = """
 import contextlib, hashlib, io, json, pathlib, sys, time, urllib.request

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
+import tiny_run
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -19,7 +19,7 @@ from qlora_dpo.training import train_step as steps
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import train_loop
 
-pytestmark = jobs.LIBRARIES_WARN
+pytestmark = tiny_run.LIBRARIES_WARN
 
 TABLES: dict[str, dict[str, Any]] = {
     "train": {"batch_size": 10, "num_train_epochs": 4, "save_steps": 100, "eval_steps": 100, "micro_batch_tokens": 60},
@@ -30,10 +30,10 @@ TABLES: dict[str, dict[str, Any]] = {
 def train(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, **tables: Any) -> dict[str, Tensor]:
     """Train in `folder` from its newest checkpoint or from the start; SIGTERM comes in forward pass `stop_at`."""
     AcceleratorState._reset_state(True)
-    what = jobs.recipe(**TABLES, **tables)
+    what = tiny_run.recipe(**TABLES, **tables)
     folder.mkdir(exist_ok=True)
-    model = jobs.fresh(what)
-    job = jobs.job(model, what, folder, heldout=2)
+    model = tiny_run.fresh(what)
+    job = tiny_run.job(model, what, folder, heldout=2)
     passes, whole = 0, steps.score_batch
 
     def score(*arguments: Any, **named: Any) -> Any:
@@ -50,11 +50,11 @@ def train(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, **tab
         torch.manual_seed(1)
     with RunLog(folder, job.data_order.total_steps) as tracker, monkeypatch.context() as patched:
         patched.setattr(steps, "score_batch", score)
-        train_loop(model, job, jobs.start(job), tracker, newest)
-    return jobs.adapter(model)
+        train_loop(model, job, tiny_run.start(job), tracker, newest)
+    return tiny_run.adapter(model)
 
 
-ROWS = len(micro_batches(jobs.pairs(10), replace(jobs.PACKED, token_budget=60)))
+ROWS = len(micro_batches(tiny_run.pairs(10), replace(tiny_run.PACKED, token_budget=60)))
 
 
 @pytest.mark.parametrize(

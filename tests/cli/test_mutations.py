@@ -1,0 +1,30 @@
+"""A planted mistake that a test finds is told from one that survives."""
+
+from mutations import MUTANTS, Mutant, first_failure, run_mutants
+
+
+def test_a_mistake_that_no_test_finds_is_reported_as_a_survivor() -> None:
+    lines = list[str]()
+    mutants = [
+        Mutant("errors.py", "def is_out_of_memory", "def is_never_out_of_memory", "cli/test_out_of_memory.py"),
+        Mutant("errors.py", '"""', '"""Here, ', "cli/test_out_of_memory.py"),
+        Mutant("errors.py", '"out of memory", ', "", "cli/test_out_of_memory.py"),
+    ]
+    assert not run_mutants(mutants, 1, lines.append, preload=("torch",))
+    verdicts = [line.split(": ")[2].partition(", ")[0] for line in lines[:-1]]
+    assert verdicts[0].startswith("found by tests/cli/test_out_of_memory.py")
+    assert verdicts[1] == "SURVIVES (0)"
+    assert verdicts[2].startswith(
+        "found by tests/cli/test_out_of_memory.py::test_a_lack_of_memory_is_known_by_its_words["
+    )
+    assert lines[-1].startswith("2 of 3 planted mistakes were found, ")
+
+
+def test_the_first_failure_is_named_with_its_parameters() -> None:
+    report = "F\nFAILED tests/test_a.py::test_b[x - y, z] - assert 1 == 2\nFAILED tests/test_c.py::test_d\n"
+    assert first_failure(report) == "tests/test_a.py::test_b[x - y, z]"
+    assert first_failure("1 passed") == ""
+
+
+def test_every_mistake_changes_something() -> None:
+    assert [mutant for mutants in MUTANTS.values() for mutant in mutants if mutant[0] == mutant[1]] == []

@@ -1,0 +1,22 @@
+"""What setup.cfg and pyproject.toml ask of the code: style, types and the direction of imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CHECKS = {
+    "style": ["-m", "ruff", "check", "."],
+    "format": ["-m", "ruff", "format", "--check", "."],
+    "types": ["-m", "mypy"],  # with no cache, it takes a minute to read torch
+    "imports": ["-c", "from importlinter.cli import lint_imports_command as check; check()"],
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_code_keeps_its_promises(check: str) -> None:
+    done = subprocess.run([sys.executable, *CHECKS[check]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,105 @@
+"""Chats with a small model, and a terminal to have them in."""
+
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import varied_model
+from peft import LoraConfig, get_peft_model
+
+from qlora_dpo.model.device import select_device
+from qlora_dpo.talk.conversation import (
+    Conversation,
+    ModelVariant,
+    add_user_message,
+    next_seed,
+    stream_reply,
+)
+from qlora_dpo.talk.sampling import SamplingParams
+
+ROOT = Path(__file__).parents[2]
+
+SETTINGS = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=8, seed=5)
+
+
+def conversation(adapter: bool = False, settings: SamplingParams = SETTINGS) -> Conversation:
+    model = varied_model.qwen2()
+    if adapter:
+        torch.manual_seed(1)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, config).eval()  # type: ignore[assignment,operator]
+    voices: tuple[ModelVariant, ...] = ("tuned",) if adapter else ("model",)
+    return Conversation("merged/tiny", model, tiny.tokenizer(), select_device("fp32"), settings, voices)
+
+
+def said(held: Conversation, question: str) -> list[str]:
+    """Ask, let every voice answer, and return the answers."""
+    add_user_message(held, question)
+    seed = next_seed(held)
+    return ["".join(stream_reply(held, voice, seed)) for voice in held.variants]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a merged model in merged/tiny and an adapter for it in adapters/tiny."""
+    home = tmp_path_factory.mktemp("chat")
+    model = varied_model.qwen2()
+    model.save_pretrained(home / "merged/tiny")
+    tiny.tokenizer().save_pretrained(home / "merged/tiny")
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    tuned = get_peft_model(model, config)
+    tuned.peft_config["default"].base_model_name_or_path = str(home / "merged/tiny")
+    tuned.save_pretrained(home / "adapters/tiny")
+    tiny.tokenizer().save_pretrained(home / "adapters/tiny")
+    return home
+
+
+class Terminal:
+    """A real `qlora-dpo chat` on a pseudo-terminal; what it shows is read and what it asks is typed."""
+
+    def __init__(self, folders: Path, *arguments: str) -> None:
+        self.pid, self.screen = pty.fork()
+        if self.pid == 0:
+            os.chdir(folders)
+            os.environ.update(NO_COLOR="1", TERM="dumb", INPUTRC="/dev/null", PYTHONPATH=str(ROOT))
+            os.execv(sys.executable, [sys.executable, "-m", "qlora_dpo", "chat", *arguments])
+        self.shown = ""
+
+    def until(self, words: str, seconds: float = 60) -> str:
+        """Read on until `words` are shown; return what was shown since the last call, up to and with them."""
+        end = time.monotonic() + seconds
+        while words not in self.shown:
+            assert time.monotonic() < end, f"{words!r} is not in {self.shown!r}"
+            if select.select([self.screen], [], [], 0.2)[0]:
+                self.shown += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
+        before, _, self.shown = self.shown.partition(words)
+        return before + words
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def code(self, seconds: float = 60) -> int:
+        """Wait for the process to leave and return its exit code."""
+        end = time.monotonic() + seconds
+        while True:
+            left, status = os.waitpid(self.pid, os.WNOHANG)
+            if left:
+                return os.waitstatus_to_exitcode(status)
+            assert time.monotonic() < end, f"the chat is still there; it shows {self.shown!r}"
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        os.close(self.screen)

@@ -1,0 +1,103 @@
+"""What a layer keeps of a token is measured, layers are recomputed, weights kept dense, and memory is counted."""
+
+import platform
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import tiny_run
+import torch
+
+from qlora_dpo.model import memory
+from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
+from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.pack import MicroBatch, collate
+
+pytestmark = tiny_run.LIBRARIES_WARN
+
+TEN = ActivationBytes(layer=10.0, layer_input=1.0)
+
+
+def test_bytes_of_a_row_fall_with_every_recomputed_layer_but_the_one_that_is_there_at_the_time() -> None:
+    assert [TEN.bytes(2, 4, count) for count in range(5)] == [80, 82, 64, 46, 28]
+
+
+def test_only_the_first_layers_are_recomputed() -> None:
+    model = tiny_run.fresh(tiny_run.recipe())
+    set_gradient_checkpointing(model, 1)
+    assert [layer.gradient_checkpointing for layer in checkpointable_layers(model)] == [True, False]
+    set_gradient_checkpointing(model, 0)
+    assert [layer.gradient_checkpointing for layer in checkpointable_layers(model)] == [False, False]
+
+
+def test_what_a_token_keeps_is_measured_whatever_the_row_is() -> None:
+    model = tiny_run.stirred(tiny_run.fresh(tiny_run.recipe("nf4"))).train()
+    found = []
+    for count in (6, 24):
+        batch = collate(tiny_run.pairs(count), tiny_run.PACKED)
+        tokens = batch.input_ids_BL.numel()
+        found.append(measure_activation_bytes(model.get_base_model(), partial(logps_of, model, batch), tokens))
+    # width 64, inner width 128: dozens of float32 vectors of either size, and not hundreds
+    assert 2_000 < found[0].layer < 20_000
+    assert found[1].layer == pytest.approx(found[0].layer, rel=0.2)
+    assert found[0].layer_input == 64 * 4
+
+
+def logps_of(model: Any, batch: MicroBatch) -> torch.Tensor:
+    return score_batch(model, batch, tiny_run.CPU).chosen_logp_P
+
+
+def test_free_memory_is_what_the_machine_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 0 < memory.free_bytes(tiny_run.CPU) <= tiny_run.CPU.total_bytes
+    monkeypatch.setattr(memory, "_cgroup_free_bytes", lambda: 5)
+    assert memory.free_bytes(tiny_run.CPU) == 5
+
+
+@pytest.mark.parametrize(("spare", "how"), [(-1, "at each use"), (0, "once")])
+def test_weights_are_kept_dense_where_they_have_room(spare: int, how: str) -> None:
+    base = architectures.made(architectures.CONFIGS["llama"]).to(torch.float64)
+    need = memory.dense_bytes(base, torch.float32)
+    layers = [layer for layer in base.modules() if isinstance(layer, torch.nn.Linear)]
+    assert need == sum(layer.weight.numel() for layer in layers) * 4
+    kept, words = memory.cache_dequantized_if_fits(base, tiny_run.CPU, need + spare)
+    assert words == (
+        f"weights: the linear layers take {need / 2**30:.1f} GiB in fp32, and {need / 2**30:.1f} GiB are free for "
+        f"that: converted {how}"
+    )
+    assert kept == hasattr(layers[0], "dense_weight") == (spare == 0)
+    assert not kept or layers[0].dense_weight.dtype == torch.float32
+
+
+PAGES_TAKEN_ANEW = """
+import resource, sys, torch
+from qlora_dpo.model.malloc import malloc_retain
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    malloc_retain()
+for _ in range(3):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_what_a_step_frees_is_not_asked_of_the_system_again() -> None:
+    """A tensor of 64 MiB four times over: its pages are there already, or come anew each time.
+
+    The least of three, since some kernels take pages away that nobody has touched for a while.
+    """
+
+    def taken_anew(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", PAGES_TAKEN_ANEW, how], capture_output=True, check=True)
+        return int(done.stdout)
+
+    kept, unasked = (min(taken_anew(how) for _ in range(3)) for how in ("kept", "unasked"))
+    assert kept < unasked / 10
