@@ -157,11 +157,11 @@ def _can_resume(folder: Path) -> bool:
         return True
     except RunError:
         with lock_folder(folder, _echo_stderr):
-            for each in folder.iterdir():
-                if each.is_dir():
-                    shutil.rmtree(each)
-                elif each.name != LOCK_FILE:
-                    each.unlink()
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_FILE:
+                    path.unlink()
         return False
 
 

@@ -28,11 +28,11 @@ def create_optimizer(
     With `loraplus_lr_ratio`, lora_B learns that many times as fast (Hayou et al. 2024, eq. 3). Raises RecipeError for
     one that this device does not have.
     """
-    # norms that are trained as whole copies would be pulled to 0 by the decay, as the Trainer knows too
-    norms = [name for name, each in parameters.items() if ".modules_to_save." in name and each.dim() == 1]
+    # norms that are trained as whole copies would be pulled to 0 by the decay; the Trainer exempts them as well
+    norms = [name for name, weight in parameters.items() if ".modules_to_save." in name and weight.dim() == 1]
     fast = [name for name in parameters if "lora_B" in name and loraplus_lr_ratio is not None]
     groups: list[dict[str, Any]] = [
-        {"params": [each for name, each in parameters.items() if name not in {*norms, *fast}]}
+        {"params": [weight for name, weight in parameters.items() if name not in {*norms, *fast}]}
     ]
     if loraplus_lr_ratio is not None:
         fast_rate = table.learning_rate * loraplus_lr_ratio
@@ -120,15 +120,15 @@ def eval_weights(optimizer: Optimizer) -> Iterator[None]:
     if not _is_schedule_free(optimizer):
         yield
         return
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    points = [each.detach().clone() for each in parameters]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    points = [parameter.detach().clone() for parameter in parameters]
     finalize(optimizer)
     try:
         yield
     finally:
         with torch.no_grad():
-            for each, point in zip(parameters, points, strict=True):
-                each.copy_(point)
+            for parameter, point in zip(parameters, points, strict=True):
+                parameter.copy_(point)
         for group in optimizer.param_groups:
             group["train_mode"] = True
 

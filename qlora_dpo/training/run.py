@@ -94,7 +94,7 @@ def run_training(
     `train_loop` raises, RunError for a folder that holds another run.
     """
     if not processes.is_main():
-        return _train_beside_rank_0(loaded, folder, device, options, hooks)
+        return _train_on_other_rank(loaded, folder, device, options, hooks)
     with (
         run_folder.exclusive_run_folder(folder, loaded, resume=options.resume, log=logger.info),
         explain_interrupt(folder),
@@ -114,7 +114,7 @@ def run_training(
     return result
 
 
-def _train_beside_rank_0(
+def _train_on_other_rank(
     loaded: LoadedRecipe, folder: Path, device: Device, options: RunOptions, hooks: RunHooks
 ) -> TrainingResult:
     """The part of a rank above 0 in `run_training`."""

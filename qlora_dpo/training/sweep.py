@@ -48,8 +48,8 @@ class Sweep:
 
     def write(self) -> None:
         """Write sweep.json, whole or not at all."""
-        facts = {name: each for name, each in asdict(self).items() if name != "folder"}
-        write_json(self.folder / SWEEP_FILE, facts)
+        values = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_json(self.folder / SWEEP_FILE, values)
 
     def set_state(self, entry: SweepEntry, state: str, sentence: str = "") -> None:
         """Set the state of a point."""
@@ -118,9 +118,9 @@ def load_or_create_sweep(
 def parse_metric(name: str) -> MetricName:
     """The metric of that name; raises RecipeError if evaluations have none of that name."""
     known: tuple[MetricName, ...] = get_args(MetricName)
-    for each in known:
-        if each == name.removeprefix("eval_"):
-            return each
+    for metric in known:
+        if metric == name.removeprefix("eval_"):
+            return metric
     raise RecipeError(f"--metric {name}: is not measured at an evaluation; write one of {', '.join(known)}")
 
 
@@ -129,7 +129,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     try:
         step = json.loads((folder / "run.json").read_text(encoding="utf-8"))["adapter_step"]
         evals = json.loads((folder / "results.json").read_text(encoding="utf-8"))["evals"]
-        record: dict[str, Any] = next(each for each in evals if each["step"] == step)
+        record: dict[str, Any] = next(evaluation for evaluation in evals if evaluation["step"] == step)
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise RunError(
             f"{folder}: its run.json or results.json is damaged ({type(error).__name__}); remove the folder, and "
@@ -150,7 +150,7 @@ def _create_sweep(sweep: Sweep) -> Sweep:
     if (folder / SWEEP_FILE).is_file():
         raise RunError(f"{folder}: holds a sweep; go on with --resume, or name another folder with -o DIR")
     # a killed write leaves its temporary name, .sweep.json.abc
-    if any(each.name != LOCK_FILE and not each.name.startswith(f".{SWEEP_FILE}.") for each in folder.iterdir()):
+    if any(file.name != LOCK_FILE and not file.name.startswith(f".{SWEEP_FILE}.") for file in folder.iterdir()):
         raise RunError(f"{folder}: is not empty; name another folder with -o DIR, or remove it")
     sweep.write()
     return sweep
@@ -161,7 +161,7 @@ def _read_sweep(folder: Path) -> Sweep:
         raise RunError(f"{folder}: holds no sweep to go on with; begin it without --resume")
     try:
         facts = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-        return Sweep(folder, **{**facts, "points": [SweepEntry(**each) for each in facts["points"]]})
+        return Sweep(folder, **{**facts, "points": [SweepEntry(**entry) for entry in facts["points"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder / SWEEP_FILE}: is damaged ({type(error).__name__}); take it from a backup, or begin another "
@@ -171,5 +171,6 @@ def _read_sweep(folder: Path) -> Sweep:
 
 def _without_keys(tables: Mapping[str, Mapping[str, Any]], keys: set[str]) -> dict[str, Any]:
     return {
-        table: {key: each for key, each in own.items() if f"{table}.{key}" not in keys} for table, own in tables.items()
+        table: {key: value for key, value in values.items() if f"{table}.{key}" not in keys}
+        for table, values in tables.items()
     }

@@ -39,32 +39,37 @@ class Zero2Optimizer:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], device: Device) -> None:
-        so_far = {each: dict(optimizer.state[each]) for each in parameters if each in optimizer.state}
+        saved_state = {
+            parameter: dict(optimizer.state[parameter]) for parameter in parameters if parameter in optimizer.state
+        }
         optimizer.state.clear()
         # DeepSpeed has parameters of its own, since it takes every backward pass through one for a whole step's
-        self.own = {each: nn.Parameter(each.detach()) for each in parameters}
+        self.engine_weights = {parameter: nn.Parameter(parameter.detach()) for parameter in parameters}
         self.optimizer, self.groups = optimizer, [list(group["params"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["params"] = [self.own[each] for each in group["params"]]
+            group["params"] = [self.engine_weights[parameter] for parameter in group["params"]]
         self.engine = deepspeed_engine.initialize_engine(
-            2, device, model=_AdapterWeights(list(self.own.values())), optimizer=optimizer
+            2, device, model=_AdapterWeights(list(self.engine_weights.values())), optimizer=optimizer
         )
-        for each, engine_parameters in self.own.items():
-            each.data = engine_parameters.data  # a place in DeepSpeed's row of all weights, which its steps fill
-        if so_far:
-            self._load_state(so_far)
+        for parameter, engine_weight in self.engine_weights.items():
+            parameter.data = engine_weight.data  # a place in DeepSpeed's row of all weights, which its steps fill
+        if saved_state:
+            self._load_state(saved_state)
 
     def step(self) -> None:
         """Take a step with the parameters' gradients, which are the same on all ranks."""
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.own]
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self.engine_weights
+        ]
         self.zero_grad()
         self.engine.backward(self.engine(gradients))
         self.engine.step()
 
     def zero_grad(self) -> None:
         """Drop the parameters' gradients."""
-        for each in self.own:
-            each.grad = None
+        for parameter in self.engine_weights:
+            parameter.grad = None
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -72,12 +77,14 @@ class Zero2Optimizer:
         self._link_states()
         with processes.collective_errors():
             return {
-                each: {
-                    key: safe_get_full_optimizer_state(self.own[each], key) if value.dim() else value.clone()
+                parameter: {
+                    key: safe_get_full_optimizer_state(self.engine_weights[parameter], key)
+                    if value.dim()
+                    else value.clone()
                     for key, value in self.optimizer.state[stretch].items()
                 }
                 for members, stretch in zip(self.groups, self._flat_partitions(), strict=True)
-                for each in members
+                for parameter in members
             }
 
     def _load_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
@@ -90,18 +97,18 @@ class Zero2Optimizer:
             group["lr"] = rate
         self._link_states()
         for members, stretch in zip(self.groups, self._flat_partitions(), strict=True):
-            for each in members:
-                for key, value in state[each].items():
+            for parameter in members:
+                for key, value in state[parameter].items():
                     if value.dim():
-                        safe_set_full_optimizer_state(self.own[each], value, key)
+                        safe_set_full_optimizer_state(self.engine_weights[parameter], value, key)
                     else:
                         self.optimizer.state[stretch][key] = value.clone()
 
     def _link_states(self) -> None:
         """Link each weight to its part of the state; DeepSpeed itself does so for the first group only."""
         for members, stretch in zip(self.groups, self._flat_partitions(), strict=True):
-            own = [self.own[each] for each in members]
-            lazy_init_hp_params_optimizer_state(own, stretch, self.optimizer.state)
+            weights = [self.engine_weights[parameter] for parameter in members]
+            lazy_init_hp_params_optimizer_state(weights, stretch, self.optimizer.state)
 
     def _flat_partitions(self) -> list[Tensor]:
         """The slice of each group's float32 weights that belongs to this rank."""

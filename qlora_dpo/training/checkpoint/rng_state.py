@@ -18,7 +18,7 @@ def get_rng_states() -> dict[str, Tensor]:
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": _optional(gauss),
         "numpy": torch.tensor(keys.astype(np.int64)),
-        "numpy_rest": torch.tensor([float(each) for each in rest], dtype=torch.float64),
+        "numpy_rest": torch.tensor([float(value) for value in rest], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
