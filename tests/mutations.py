@@ -238,12 +238,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("        modules_to_save.unload(opened)", "        opened.unload()", KINDS),
     ],
     "training/oom_retry.py": [
-        ("        set_rng_states(rng)\n", "", FITTING),
+        ("        set_rng_states(rng_states)\n", "", FITTING),
         ("max(1, tokens // 2)", "tokens", FITTING),
-        ("for attempt in range(1, MAX_HALVINGS + 2):", "for attempt in range(1, MAX_HALVINGS + 1):", FITTING),
-        ("if attempt == MAX_HALVINGS else", "if attempt == 1 else", FITTING),
+        ("for number in range(1, MAX_HALVINGS + 2):", "for number in range(1, MAX_HALVINGS + 1):", FITTING),
+        ("if number == MAX_HALVINGS else", "if number == 1 else", FITTING),
         ("    set_gradient_checkpointing(model, len(layers))\n", "", FITTING),
-        ("        if not is_out_of_memory(error):\n", "        if False:\n", FITTING),
+        ("self.out_of_memory = is_out_of_memory(error)", "self.out_of_memory = True", FITTING),
     ],
     "training/reference_pass.py": [
         ("seen, verified = select_items(pairs, prepared.order.seen_indices)", "seen, verified = pairs[:4]", KINDS),
@@ -329,11 +329,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             LOOP,
         ),
         ("    sync_reference(loop.model, context.reference_adapter, state.step)\n", "", KINDS),
-        ("        set_rng_states(rng)\n        scaler.update", "        scaler.update", "training/test_loss_scale.py"),
+        ("        set_rng_states(rng_states)\n        scaler.update", "        scaler.update", "training/test_loss_scale.py"),
         ("or state.has_stepped or result.nonfinite or", "or result.nonfinite or", "training/test_loss_scale.py"),
         ("or state.has_stepped or result.nonfinite or", "or state.has_stepped or", "training/test_loss_scale.py"),
         ("        load_ema_reference(checkpoint, ema_weights)", "        pass", MOVING),
-        ("            state.row_tokens = fitting.token_budget\n", "            pass\n", FITTING),
         ("        train.set_reference(indices, result.reference_P2)\n", "", REFERENCE),
         ("    loop.window.add(result.metrics)\n", "", LOOP),
         (
@@ -369,7 +368,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "training/train_step.py": [
         ("grad < SMALL_GRAD * state.first_step_grad", "grad < SMALL_GRAD", WATCH),
         ("        parameter.grad = None\n", "        pass\n", LOOP + " " + FITTING),
-        ("step.backward(losses.total_P.sum() / batch_size)", "step.backward(losses.total_P.mean())", LOOP),
+        ("backward(losses.total_P.sum() / len(batch))", "backward(losses.total_P.mean())", LOOP),
         (
             "batch_reference_logps(step.model, batch, context.device, context.reference_adapter), []",
             "batch_reference_logps(step.model, batch, context.device), []",
@@ -381,7 +380,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             KINDS,
         ),
         ("metrics=context.is_logged(step.number)", "metrics=False", LOOP),
-        ("step.backward(losses.total_P.sum() / batch_size)", "step.backward(losses.total_P.sum())", LOOP),
+        ("backward(losses.total_P.sum() / len(batch))", "backward(losses.total_P.sum())", LOOP),
         ("        set_rng_states(rng)", "        pass", "preference/test_losses.py"),
         ("        first += len(group)", "        pass", "preference/test_losses.py"),
         (
@@ -402,6 +401,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "training/test_data_order.py"),
     ],
     "training/evaluate.py": [
+        ("        state.row_tokens = fitting.token_budget\n", "        pass\n", FITTING),
         ("logps.chosen_tokens_P - logps.rejected_tokens_P", "logps.chosen_tokens_P", WATCH),
         ("/ pairs**0.5", "", WATCH),
         ("    model.eval()\n", "", "training/test_loop.py faults/test_resumes.py training/test_checkpoint.py"),

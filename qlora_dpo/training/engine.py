@@ -1,8 +1,8 @@
 """Which engine trains a recipe: this project's own loop, or stock TRL. It is decided here and nowhere else."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
@@ -18,25 +18,14 @@ if TYPE_CHECKING:  # so that a plan is printed before torch is imported
     from qlora_dpo.training.context import TrainContext
 
 
-@dataclass(frozen=True)
-class EngineInputs:
-    """What an engine trains with."""
-
-    model: "PeftModel"
-    """Trained in place."""
-    context: "TrainContext"
-    state: "TrainState"
-    run_log: "RunLog"
-    tokenizer: "PreTrainedTokenizerBase"
-    resume_from: Path | None
+TrainFn = Callable[["PeftModel", "TrainContext", "TrainState", "RunLog", "Path | None"], "TrainState"]
+"""Trains a model in place, from a checkpoint if one is given, and returns the final state."""
 
 
 @dataclass(frozen=True)
 class TrainEngine:
-    """An engine, and what the parts of a run before its first step need to know about it."""
+    """What the parts of a run before its first step need to know about the engine, and the engine itself."""
 
-    train: Callable[[EngineInputs], "TrainState"]
-    """Returns the final state."""
     is_trl: bool
     """TRL computes with PEFT's own layers, its own batches and a reference of its own in every step. So nothing is
     fused, no rows or dense weights are planned, no reference is kept for it, and it trains in one process."""
@@ -53,28 +42,23 @@ class TrainEngine:
         if self.is_trl and world_size > 1:
             raise RecipeError('several processes need train.engine = "qlora_dpo"; run TRL in one')
 
+    def train_fn(self, tokenizer: "PreTrainedTokenizerBase") -> TrainFn:
+        """The function that trains; TRL wants the tokenizer."""
+        if self.is_trl:
+            from qlora_dpo.training.trl_engine import train_with_trl
+
+            return partial(train_with_trl, tokenizer=tokenizer)
+        from qlora_dpo.training.loop import train_loop
+
+        return train_loop
+
 
 def engine_of(recipe: Recipe) -> TrainEngine:
     """The engine that `train.engine` names."""
     match recipe.train.engine:
         case "qlora_dpo":
-            return TrainEngine(_train_with_own_loop, is_trl=False)
+            return TrainEngine(is_trl=False)
         case "trl":
-            return TrainEngine(_train_with_trl, is_trl=True)
+            return TrainEngine(is_trl=True)
         case never:
             assert_never(never)
-
-
-def _train_with_own_loop(inputs: EngineInputs) -> "TrainState":
-    from qlora_dpo.training.loop import train_loop
-
-    return train_loop(inputs.model, inputs.context, inputs.state, inputs.run_log, inputs.resume_from)
-
-
-def _train_with_trl(inputs: EngineInputs) -> "TrainState":
-    from qlora_dpo.training.trl_engine import train_with_trl
-
-    if inputs.resume_from is not None or inputs.context.deadline < math.inf:
-        option = "--max-hours" if inputs.resume_from is None else "--resume"
-        raise RecipeError(f'{option} needs train.engine = "qlora_dpo"; TRL\'s checkpoints are pickled')
-    return train_with_trl(inputs.model, inputs.context, inputs.state, inputs.run_log, inputs.tokenizer)

@@ -27,7 +27,7 @@ from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.best import best_step, out_of_patience, save_best
 from qlora_dpo.training.checkpoint.state import SinceEval, TrainState
 from qlora_dpo.training.context import PreferenceDataset, TrainContext
-from qlora_dpo.training.oom_retry import retry_with_smaller_rows
+from qlora_dpo.training.oom_retry import row_attempts
 from qlora_dpo.training.watch import RunHistory, find_warnings
 
 logger = logging.getLogger(__name__)
@@ -75,21 +75,12 @@ def run_evaluation(model: PeftModel, context: TrainContext, state: TrainState, r
 
     Then come completions of held-out prompts, if the recipe wants any, the best adapter, and signs of trouble.
     """
-    device, table = context.device, context.recipe.objective
-
-    def work(packing: Packing) -> dict[str, Any]:
-        data = context.heldout.for_this_rank()
-        with run_log.phase("evaluate", len(data.pairs)) as advance:
-            if context.reference_adapter.ema is not None:
-                live_P2 = fresh_reference_logps(model, data.pairs, packing, device, context.reference_adapter)
-                data = replace(data, reference_P2=live_P2)
-            record = evaluate(model, data, table, packing, device, advance)
-        return record | {"eval_kl": kl_to_base(model, context.heldout.pairs, packing, device)}
-
+    device = context.device
     packing = row_packing(context, state)
-    record, fitting = retry_with_smaller_rows(f"evaluation after step {state.step}", work, packing)
-    if fitting is not packing:
-        state.row_tokens = fitting.token_budget
+    for attempt in row_attempts(f"evaluation after step {state.step}", packing):
+        with attempt:
+            record = _evaluate_heldout(model, context, attempt.packing, run_log)
+    keep_row_tokens(state, packing, attempt.packing)
     if device.type == "cpu":
         malloc_trim()  # blocks of other lengths than a step's
     since, state.since_eval = state.since_eval, SinceEval()
@@ -108,11 +99,28 @@ def run_evaluation(model: PeftModel, context: TrainContext, state: TrainState, r
     _watch(context, state, run_log)
 
 
+def _evaluate_heldout(model: PeftModel, context: TrainContext, packing: Packing, run_log: RunLog) -> dict[str, Any]:
+    """The metrics of the held-out pairs and their KL divergence to the base; an EMA reference is computed anew."""
+    device, data = context.device, context.heldout.for_this_rank()
+    with run_log.phase("evaluate", len(data.pairs)) as advance:
+        if context.reference_adapter.ema is not None:
+            fresh_P2 = fresh_reference_logps(model, data.pairs, packing, device, context.reference_adapter)
+            data = replace(data, reference_P2=fresh_P2)
+        record = evaluate(model, data, context.recipe.objective, packing, device, advance)
+    return record | {"eval_kl": kl_to_base(model, context.heldout.pairs, packing, device)}
+
+
 def row_packing(context: TrainContext, state: TrainState) -> Packing:
     """The packing of the run, with the row size that has been found to fit."""
     if state.row_tokens in (None, context.packing.token_budget):
         return context.packing
     return replace(context.packing, token_budget=state.row_tokens)
+
+
+def keep_row_tokens(state: TrainState, packing: Packing, fitting: Packing) -> None:
+    """Note the row size that was found to fit, if it is smaller than that of `packing`."""
+    if fitting.token_budget != packing.token_budget:
+        state.row_tokens = fitting.token_budget
 
 
 def _forward_all(

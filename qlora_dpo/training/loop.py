@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import trainable_parameters
-from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.reference_adapter import sync_reference
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import optim
@@ -25,10 +25,10 @@ from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_stat
 from qlora_dpo.training.checkpoint.save import checkpoint_dir, load_checkpoint, load_ema_reference, save_checkpoint
 from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.context import StepAborted, TrainContext
-from qlora_dpo.training.evaluate import row_packing, run_evaluation
+from qlora_dpo.training.evaluate import keep_row_tokens, row_packing, run_evaluation
 from qlora_dpo.training.interrupts import StopReason, StopRequest, catch_stop_signals, stop_reason
 from qlora_dpo.training.nonfinite import check_finite, check_skipped_steps, halve_loss_scale
-from qlora_dpo.training.oom_retry import enable_gradient_checkpointing, retry_with_smaller_rows
+from qlora_dpo.training.oom_retry import enable_gradient_checkpointing, row_attempts
 from qlora_dpo.training.throughput import MetricsWindow
 from qlora_dpo.training.train_step import StepResult, accumulate_gradients, all_reduce_step
 
@@ -144,14 +144,28 @@ def _sharded_by_zero2(tools: _Optimization, model: PeftModel, context: TrainCont
 
 
 def _take_step(loop: _Loop) -> tuple[float, float]:
-    """Take one optimizer step and commit it; returns its learning rate and the norm of its gradient before clipping."""
+    """Take one optimizer step and commit it; returns its learning rate and the norm of its gradient before clipping.
+
+    Which loss scale suits this model and this objective in fp16 is not known before the first step has been taken.
+    Until then a scale at which the gradient overflows is halved and the same step is computed again: sppo_hard needs
+    2 ** 7 and cal_dpo 2 ** 2, where torch begins with 2 ** 16. Raises RunError if no scale fits.
+    """
     context, state, tools = loop.context, loop.state, loop.tools
     step, batch = state.step + 1, context.data_order.batch_indices(state.step + 1)
-    result, grad_norm = _clipped_gradient(loop)
+    scaler, attempts, rng_states = tools.accelerator.scaler, 1, get_rng_states()
+    result, grad_norm = _gradient(loop)
+    while not (scaler is None or state.has_stepped or result.nonfinite or math.isfinite(grad_norm)):
+        set_rng_states(rng_states)
+        scaler.update(halve_loss_scale(step, scaler.get_scale()))
+        attempts, (result, grad_norm) = attempts + 1, _gradient(loop)
+    if scaler is not None and attempts > 1:
+        logger.info(
+            f"step {step} was computed {attempts} times, since its gradient overflows fp16 at loss scales above "
+            f"{scaler.get_scale():,.0f}"
+        )
     parameters = trainable_parameters(loop.model)
     rows, nonfinite_rows = ([context.train.pairs[i].row for i in indices] for indices in (batch, result.nonfinite))
-    is_scaled = tools.accelerator.scaler is not None and state.has_stepped
-    fp16 = context.device.compute_dtype == "fp16"
+    is_scaled, fp16 = scaler is not None and state.has_stepped, context.device.compute_dtype == "fp16"
     check_finite(step, grad_norm, parameters, nonfinite_rows, rows, scaled=is_scaled, fp16=fp16)
     learning_rate = float(tools.schedule.get_last_lr()[0])
     tools.accelerated.step()
@@ -174,66 +188,38 @@ def _commit(loop: _Loop, result: StepResult, batch_size: int, *, skipped: bool) 
         loop.context.reference_cache.add([train.pairs[i] for i in indices], result.reference_P2)
 
 
-def _clipped_gradient(loop: _Loop) -> tuple[StepResult, float]:
-    """Accumulate the step's gradient and clip it; returns the step's result and the gradient's norm before clipping.
+def _gradient(loop: _Loop) -> tuple[StepResult, float]:
+    """Accumulate the step's gradient over micro-batches and ranks, and clip it; in smaller rows if memory runs out.
 
-    Which loss scale suits this model and this objective in fp16 is not known before the first step has been taken.
-    Until then a scale at which the gradient overflows is halved and the same step is computed again: sppo_hard needs
-    2 ** 7 and cal_dpo 2 ** 2, where torch begins with 2 ** 16. Raises RunError if no scale fits.
+    Returns the step's result and the gradient's norm before clipping. Raises StepAborted if a stop is requested in the
+    middle, DoesNotFitError if smaller rows do not help, and ProcessEndedError if another rank has ended, the last two
+    with a checkpoint of the step before saved.
     """
-    state, scaler, attempts = loop.state, loop.tools.accelerator.scaler, 0
-    parameters, max_norm = trainable_parameters(loop.model), loop.context.recipe.train.max_grad_norm
-    rng = get_rng_states()
-    while True:
-        result = _gradient(loop)
-        grad_norm = float(loop.tools.accelerator.clip_grad_norm_(parameters.values(), max_norm))
-        attempts += 1
-        if scaler is None or state.has_stepped or result.nonfinite or math.isfinite(grad_norm):
-            break
-        set_rng_states(rng)
-        scaler.update(halve_loss_scale(state.step + 1, scaler.get_scale()))
-    if attempts > 1:
-        logger.info(
-            f"step {state.step + 1} was computed {attempts} times, since its gradient overflows fp16 at loss scales "
-            f"above {scaler.get_scale():,.0f}"
-        )
-    return result, grad_norm
-
-
-def _gradient(loop: _Loop) -> StepResult:
-    """Accumulate the step's gradient over micro-batches and ranks, in smaller rows if memory runs out.
-
-    Raises StepAborted if a stop is requested in the middle, DoesNotFitError if smaller rows do not help, and
-    ProcessEndedError if another rank has ended, both with a checkpoint of the step before saved.
-    """
-    model, context, state = loop.model, loop.context, loop.state
-    step, rng = state.step + 1, get_rng_states()
-
-    def work(packing: Packing) -> StepResult:
-        backward = loop.tools.accelerator.backward
-        return accumulate_gradients(model, context, state, packing, backward, lambda: loop.stop.is_requested)
-
+    model, context, state, accelerator = loop.model, loop.context, loop.state, loop.tools.accelerator
+    packing, rng_states = row_packing(context, state), get_rng_states()
+    last_try = partial(enable_gradient_checkpointing, model, context.recipe.train)
     try:
-        packing, last_try = (
-            row_packing(context, state),
-            lambda: enable_gradient_checkpointing(model, context.recipe.train),
-        )
-        result, fitting = retry_with_smaller_rows(f"step {step}", work, packing, last_try)
-        if fitting is not packing:
-            state.row_tokens = fitting.token_budget
-        return all_reduce_step(model, result)
+        for attempt in row_attempts(f"step {state.step + 1}", packing, last_try):
+            with attempt:
+                result = accumulate_gradients(
+                    model, context, state, attempt.packing, accelerator.backward, lambda: loop.stop.is_requested
+                )
+        keep_row_tokens(state, packing, attempt.packing)
+        result = all_reduce_step(model, result)
     except DoesNotFitError as error:
         if processes.is_sharded() and not processes.is_main():
             raise  # rank 0 saves when it finds this one gone
         saved = _save(loop)
         raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
     except ProcessEndedError as error:
-        set_rng_states(rng)
+        set_rng_states(rng_states)
         saved = _save(loop)
         raise ProcessEndedError(
             f"stopped after step {state.step}{StopReason.PROCESS_ENDED.value}; {saved} is saved, --resume goes on from "
             "there"
         ) from error
+    parameters, max_norm = trainable_parameters(model).values(), context.recipe.train.max_grad_norm
+    return result, float(accelerator.clip_grad_norm_(parameters, max_norm))
 
 
 def _restored(

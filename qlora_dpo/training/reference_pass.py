@@ -14,7 +14,6 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.malloc import malloc_retain
 from qlora_dpo.model.memory import USABLE_FRACTION, cache_dequantized_if_fits, free_bytes, free_cached_memory
 from qlora_dpo.preference.objective import needs_reference
-from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing
 from qlora_dpo.preference.reference import compute_reference_logps, fresh_reference_logps, model_logps
 from qlora_dpo.preference.reference_cache import ReferenceLogpCache, reference_cache_dir
@@ -26,7 +25,7 @@ from qlora_dpo.training.build_model import PreparedModel
 from qlora_dpo.training.context import PreferenceDataset
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.loss_columns import read_loss_columns
-from qlora_dpo.training.oom_retry import retry_with_smaller_rows
+from qlora_dpo.training.oom_retry import row_attempts
 from qlora_dpo.training.prepare import PreparedData
 
 logger = logging.getLogger(__name__)
@@ -133,16 +132,11 @@ def fill_reference_cache(
     with run_log.phase("reference", sum(map(len, pair_sets))) as advance:
         for pairs in pair_sets:
             progress = _MonotonicProgress(advance)
-
-            def work(
-                packing: Packing, pairs: Sequence[EncodedPair] = pairs, progress: _MonotonicProgress = progress
-            ) -> Tensor:
-                count = progress.restarted()
-                return compute_reference_logps(
-                    loaded.model, pairs, cache, packing, device, count, loaded.reference_adapter
-                )
-
-            _, packing = retry_with_smaller_rows("reference pass", work, packing)
+            for attempt in row_attempts("reference pass", packing):
+                packing = attempt.packing  # also for the next set
+                with attempt:
+                    count, adapter = progress.restarted(), loaded.reference_adapter
+                    compute_reference_logps(loaded.model, pairs, cache, packing, device, count, adapter)
 
 
 class _MonotonicProgress:

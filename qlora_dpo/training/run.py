@@ -23,7 +23,7 @@ from qlora_dpo.training.checkpoint.best import load_best
 from qlora_dpo.training.checkpoint.save import newest_valid, saved_row_tokens
 from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.context import SampleFn, TrainContext
-from qlora_dpo.training.engine import EngineInputs, engine_of
+from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.interrupts import explain_interrupt
 from qlora_dpo.training.prepare import PreparedData, check_sync_steps, data_fingerprint, prepare_data, timed
 from qlora_dpo.training.reference_pass import (
@@ -170,8 +170,8 @@ def train_prepared(
     )
     processes.check_same_on_all_ranks(state.fingerprints)
     with timed(seconds, "train"):
-        inputs = EngineInputs(loaded.model, context, state, run_log, prepared.tokenizer, resume_from)
-        state = engine_of(recipe).train(inputs)
+        train_fn = engine_of(recipe).train_fn(prepared.tokenizer)
+        state = train_fn(loaded.model, context, state, run_log, resume_from)
     if state.best is not None and processes.is_main():
         load_best(run_log.run_dir, state.best, loaded.model)
         logger.info(f"the adapter is that of step {state.best}, the best by {recipe.train.metric_for_best_model}")

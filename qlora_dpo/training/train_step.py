@@ -94,8 +94,13 @@ class _Accumulated:
             self.reference_indices += [indices[n] for n in output.new_reference]
             self.reference_P2.append(output.new_reference_P2)
 
-    def add_losses(self, indices: Sequence[int], loss_P: Tensor, grad_P: Tensor) -> None:
-        """Count the losses of some pairs, and how strongly each depends on its log-probabilities."""
+    def add_losses(self, indices: Sequence[int], losses: Losses | None, loss_P: Tensor, grad_P: Tensor) -> None:
+        """Count the losses (P,) of some pairs and how strongly each depends on its log-probabilities.
+
+        `losses` go into the metrics; None where another rank counts them.
+        """
+        if losses is not None:
+            self.metrics.add_losses(losses)
         self.indices += indices
         self.loss_P.append(loss_P.detach())
         self.grad_P.append(grad_P)
@@ -137,9 +142,17 @@ def accumulate_gradients(
     processes.seed(context.recipe.train.seed, state.step)
     step = _Step(model, context, packing, state.step + 1, state.margin_mean, backward, should_stop)
     if needs_whole_step(context.recipe.objective) and (len(groups) > 1 or processes.world_size() > 1):
-        accumulated = _two_pass_gradients(step, groups)
-    else:
-        accumulated = _one_pass_gradients(step, groups, len(batch))
+        return _result(_two_pass_gradients(step, groups), state)
+    accumulated = _new_accumulated(step)
+    for group in _until_stopped(groups, should_stop):
+        if group is None:
+            backward(0 * _dummy_forward(step).chosen_logp_P.sum())
+            continue
+        output = _forward(step, group)
+        accumulated.add_forward(output, group)
+        losses = compute_losses(output.logps, context.recipe.objective, _beta(step, output.logps, accumulated))
+        backward(losses.total_P.sum() / len(batch))
+        accumulated.add_losses(group, losses, losses.total_P, loss_gradients(losses, output.logps))
     return _result(accumulated, state)
 
 
@@ -150,21 +163,6 @@ def all_reduce_step(model: PeftModel, result: StepResult) -> StepResult:
     processes.all_reduce_gradients(list(trainable_parameters(model).values()))
     nonfinite = processes.all_gather({"pairs": torch.tensor(result.nonfinite, dtype=torch.int64)})["pairs"]
     return replace(result, totals=result.totals.all_reduce(), nonfinite=sorted(set(nonfinite.tolist())))
-
-
-def _one_pass_gradients(step: _Step, groups: Sequence[list[int] | None], batch_size: int) -> _Accumulated:
-    """Forward and backward pass of each micro-batch, for losses that depend on one pair alone."""
-    accumulated = _new_accumulated(step)
-    for group in _until_stopped(groups, step.should_stop):
-        if group is None:
-            step.backward(0 * _dummy_forward(step).chosen_logp_P.sum())
-            continue
-        output = _forward(step, group)
-        accumulated.add_forward(output, group)
-        losses, grad_P = _losses(step, output.logps, accumulated)
-        step.backward(losses.total_P.sum() / batch_size)
-        accumulated.add_losses(group, losses.total_P, grad_P)
-    return accumulated
 
 
 def _two_pass_gradients(step: _Step, groups: Sequence[list[int] | None]) -> _Accumulated:
@@ -196,10 +194,9 @@ def _two_pass_gradients(step: _Step, groups: Sequence[list[int] | None]) -> _Acc
     start = processes.rank_offset(pairs)
     names = ("chosen_logp_P", "rejected_logp_P", "chosen_logp_all_P")
     leaves = {name: getattr(gathered, name).clone().requires_grad_() for name in names}
-    # every rank computes the same losses of all pairs, so the first alone counts them
-    counted = accumulated if processes.is_main() else _new_accumulated(step)
-    losses, grad_P = _losses(step, replace(gathered, **leaves), counted)
-    accumulated.margin_mean = counted.margin_mean
+    logps = replace(gathered, **leaves)
+    losses = compute_losses(logps, step.context.recipe.objective, _beta(step, logps, accumulated))
+    grad_P = loss_gradients(losses, logps)
     loss = losses.total_P.sum() / len(losses.total_P)
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     first = start
@@ -219,7 +216,9 @@ def _two_pass_gradients(step: _Step, groups: Sequence[list[int] | None]) -> _Acc
         step.backward(torch.stack(terms).sum())
         first += len(group)
     indices = [index for group in groups for index in group or ()]
-    accumulated.add_losses(indices, losses.total_P[start : start + pairs], grad_P[start : start + pairs])
+    # every rank computes the same losses of all pairs, so rank 0 alone adds them to the metrics
+    counted = losses if processes.is_main() else None
+    accumulated.add_losses(indices, counted, losses.total_P[start : start + pairs], grad_P[start : start + pairs])
     return accumulated
 
 
@@ -284,17 +283,15 @@ def _live_reference(step: _Step, known_P2: Tensor, batch: MicroBatch) -> tuple[T
     return batch_reference_logps(step.model, batch, context.device, context.reference_adapter), unknown
 
 
-def _losses(step: _Step, logps: Logps, accumulated: _Accumulated) -> tuple[Losses, Tensor]:
-    """The losses of some pairs at this step's beta, and how strongly each depends on its log-probabilities (P,)."""
+def _beta(step: _Step, logps: Logps, accumulated: _Accumulated) -> float | None:
+    """beta-DPO's beta for these pairs, whose running mean of margins moves on; None where the recipe's own holds."""
     table = step.context.recipe.objective
-    beta: float | None = None
-    if isinstance(table, BetaDpo):
-        ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1).detach() - logps.reference_P2
-        margin_P = ratio_P2[:, 0] - ratio_P2[:, 1]
-        beta, accumulated.margin_mean = dynamic_beta(margin_P, accumulated.margin_mean, table, table.beta)
-    losses = compute_losses(logps, table, beta)
-    accumulated.metrics.add_losses(losses)
-    return losses, loss_gradients(losses, logps)
+    if not isinstance(table, BetaDpo):
+        return None
+    ratio_P2 = torch.stack([logps.chosen_logp_P, logps.rejected_logp_P], 1).detach() - logps.reference_P2
+    margin_P = ratio_P2[:, 0] - ratio_P2[:, 1]
+    beta, accumulated.margin_mean = dynamic_beta(margin_P, accumulated.margin_mean, table, table.beta)
+    return beta
 
 
 def _new_accumulated(step: _Step) -> _Accumulated:

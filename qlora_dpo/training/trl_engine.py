@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -34,16 +35,25 @@ logger = logging.getLogger(__name__)
 
 
 def train_with_trl(
-    model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog, tokenizer: PreTrainedTokenizerBase
+    model: PeftModel,
+    context: TrainContext,
+    state: TrainState,
+    run_log: RunLog,
+    resume_from: Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> TrainState:
     """Train `model` in place with TRL: our token ids, first LoRA weights and order of pairs, TRL's step and reference.
 
     Evaluations are this project's, so that tables compare; the training lines are TRL's own. What differs: TRL's SFT
     term is a mean over the chosen tokens of a micro-batch where ours is a mean over pairs, a last, smaller batch of an
     epoch is a mean over its micro-batches, losses that compare the pairs of a step compare those of a micro-batch, and
-    nothing is saved before the end. Raises RecipeError for an objective that TRL's trainer does not have, and RunError
-    when the loss stops being finite.
+    nothing is saved before the end. Raises RecipeError for an objective that TRL's trainer does not have, for a resume
+    and for a deadline, and RunError when the loss stops being finite.
     """
+    if resume_from is not None or context.deadline < math.inf:
+        option = "--max-hours" if resume_from is None else "--resume"
+        raise RecipeError(f'{option} needs train.engine = "qlora_dpo"; TRL\'s checkpoints are pickled')
     check_trl_supports(context.recipe.objective)
     if context.recipe.train.optim not in ("adamw_torch", "sgd") or context.recipe.lora.loraplus_lr_ratio is not None:
         key = "lora.loraplus_lr_ratio" if context.recipe.lora.loraplus_lr_ratio is not None else "train.optim"

@@ -30,7 +30,7 @@ from qlora_dpo.model import device
 from qlora_dpo.model.distributed import deepspeed_engine, processes
 from qlora_dpo.model.gpu_specs import GPU_SPECS
 from qlora_dpo.recipe.shipped import accelerate_configs
-from qlora_dpo.training.oom_retry import retry_with_smaller_rows
+from qlora_dpo.training.oom_retry import row_attempts
 
 pytestmark = tiny_run.LIBRARIES_WARN
 HERE = Path(__file__).parents[1] / "helpers"
@@ -182,11 +182,10 @@ def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(mon
     monkeypatch.setattr(processes.signal, "signal", lambda *ignored: None)
 
     def ended(error: Exception) -> str:
-        def work(packing: Any) -> None:
-            raise error
-
         with pytest.raises(QloraDpoError) as caught:
-            retry_with_smaller_rows("step 3", work, tiny_run.PACKED)
+            for attempt in row_attempts("step 3", tiny_run.PACKED):
+                with attempt:
+                    raise error
         return str(caught.value)
 
     assert ended(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == (

@@ -261,7 +261,7 @@ def test_stock_trl_trains_the_same_adapter(quantization: str, copied: list[str] 
         job = tiny_run.job(model, what, tmp_path / engine)
         with RunLog(tmp_path / engine, 3) as tracker:
             if engine == "trl":
-                train_with_trl(model, job, tiny_run.start(job), tracker, load_tokenizer(tiny_run.source()))
+                train_with_trl(model, job, tiny_run.start(job), tracker, tokenizer=load_tokenizer(tiny_run.source()))
             else:
                 fuse_lora(model, torch.float32)
                 train_loop(model, job, tiny_run.start(job), tracker)

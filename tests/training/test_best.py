@@ -165,7 +165,7 @@ def test_trls_engine_stops_early_too_and_keeps_the_best(tmp_path: Path) -> None:
     model: PeftModel = tiny_run.fresh(what)
     job = tiny_run.job(model, what, tmp_path)
     with RunLog(tmp_path, job.data_order.total_steps) as tracker:
-        state = train_with_trl(model, job, tiny_run.start(job), tracker, tiny_run.tiny.tokenizer())
+        state = train_with_trl(model, job, tiny_run.start(job), tracker, tokenizer=tiny_run.tiny.tokenizer())
     losses = [record["eval_loss"] for record in state.evals]
     assert len(losses) == losses.index(min(losses)) + 3 < 7
     assert state.best is not None

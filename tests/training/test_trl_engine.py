@@ -34,7 +34,7 @@ def train(engine: str, what: Any, folder: Path) -> tuple[Any, list[dict[str, Any
     job = tiny_run.job(model, what, folder)
     with RunLog(folder, job.data_order.total_steps) as tracker:
         if engine == "trl":
-            train_with_trl(model, job, tiny_run.start(job), tracker, tiny.tokenizer())
+            train_with_trl(model, job, tiny_run.start(job), tracker, tokenizer=tiny.tokenizer())
         else:
             train_loop(model, job, tiny_run.start(job), tracker)
     return model, read_metrics(folder / METRICS), job
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     job = tiny_run.job(model, what, tmp_path)
     next(iter(trainable_parameters(model).values())).data[0, 0] = float("nan")
     with RunLog(tmp_path, job.data_order.total_steps) as tracker, pytest.raises(RunError) as error:
-        train_with_trl(model, job, tiny_run.start(job), tracker, tiny.tokenizer())
+        train_with_trl(model, job, tiny_run.start(job), tracker, tokenizer=tiny.tokenizer())
     assert str(error.value) == "step 1: TRL's loss is not finite; lower train.learning_rate or look at the data"
 
 
