@@ -151,8 +151,8 @@ def accumulate_gradients(
         output = _forward(step, group)
         accumulated.add_forward(output, group)
         losses = compute_losses(output.logps, context.recipe.objective, _beta(step, output.logps, accumulated))
-        backward(losses.total_P.sum() / len(batch))
         accumulated.add_losses(group, losses, losses.total_P, loss_gradients(losses, output.logps))
+        backward(losses.total_P.sum() / len(batch))
     return _result(accumulated, state)
 
 

@@ -55,8 +55,7 @@ def train(
     model, said = tiny_run.fresh(what, FP16), list[str]()
     job = tiny_run.job(model, what, folder, train=12, place=FP16)
     newest = save.newest_valid(folder)[0] if resume else None
-    with RunLog(folder, job.data_order.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "info", said.append)
+    with RunLog(folder, job.data_order.total_steps) as tracker, tiny_run.logged_sentences(said):
         state = train_loop(model, job, tiny_run.start(job), tracker, newest)
     return model, state, [each for each in said if "was computed" in each], job
 
