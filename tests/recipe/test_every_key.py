@@ -51,7 +51,7 @@ CHANGES: dict[str, Change] = {
     "lora.target_modules": Change('["q_proj"]'),
     "lora.exclude_modules": Change('["q_proj"]'),
     "lora.layers_to_transform": Change("[0]", ('lora.target_modules=["q_proj", "v_proj"]',)),
-    "lora.rank_pattern": Change("{ q_proj = 2 }"),
+    "lora.rank_pattern": Change("{ q_proj = 3 }"),
     "lora.alpha_pattern": Change("{ q_proj = 99 }"),
     "lora.use_rslora": Change("true"),
     "lora.use_dora": Change("true"),
