@@ -209,7 +209,8 @@ def _gradient(loop: _Loop) -> tuple[StepResult, float]:
     except DoesNotFitError as error:
         if processes.is_sharded() and not processes.is_main():
             raise  # rank 0 saves when it finds this one gone
-        state.row_tokens = max(1, attempt.packing.token_budget // 2)  # where a resumed run begins
+        if not processes.is_sharded():
+            state.row_tokens = max(1, attempt.packing.token_budget // 2)  # where a resumed run begins
         saved = _save(loop)
         raise DoesNotFitError(f"{error}; {saved} is saved, and --resume goes on from there") from error
     except ProcessEndedError as error:
