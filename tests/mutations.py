@@ -329,7 +329,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             LOOP,
         ),
         ("    sync_reference(loop.model, context.reference_adapter, state.step)\n", "", KINDS),
-        ("        set_rng_states(rng_states)\n        scaler.update", "        scaler.update", "training/test_loss_scale.py"),
+        (
+            "        set_rng_states(rng_states)\n        scaler.update",
+            "        scaler.update",
+            "training/test_loss_scale.py",
+        ),
         ("or state.has_stepped or result.nonfinite or", "or result.nonfinite or", "training/test_loss_scale.py"),
         ("or state.has_stepped or result.nonfinite or", "or state.has_stepped or", "training/test_loss_scale.py"),
         ("        load_ema_reference(checkpoint, ema_weights)", "        pass", MOVING),

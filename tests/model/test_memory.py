@@ -92,12 +92,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_what_a_step_frees_is_not_asked_of_the_system_again() -> None:
     """A tensor of 64 MiB four times over: its pages are there already, or come anew each time.
 
-    The least of three, since some kernels take pages away that nobody has touched for a while.
+    In one of ten processes, since some kernels take pages away that nobody has touched for a while.
     """
 
     def taken_anew(how: str) -> int:
         done = subprocess.run([sys.executable, "-c", PAGES_TAKEN_ANEW, how], capture_output=True, check=True)
         return int(done.stdout)
 
-    kept, unasked = (min(taken_anew(how) for _ in range(3)) for how in ("kept", "unasked"))
-    assert kept < unasked / 10
+    unasked = taken_anew("unasked")
+    assert any(taken_anew("kept") < unasked / 10 for _ in range(10))

@@ -402,7 +402,7 @@ def test_a_config_that_is_unknown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
     with pytest.raises(ModelError) as refused:
         from_shapes.build_on_meta(ModelSource("org/model", tmp_path, ""), tiny_run.CPU)
-    assert str(refused.value) == "org/model: its config is none of a causal language model that is known"
+    assert str(refused.value) == "org/model: its config is not that of a known causal language model"
 
 
 def test_a_folder_without_weights_has_all_that_is_needed(tmp_path: Path) -> None:

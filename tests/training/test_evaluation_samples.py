@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def trained(what: Recipe, folder: Path, asks: bool, resume: Path | None = None, 
     model = tiny_run.fresh(what)
     job = tiny_run.job(model, what, folder)
     if asks:
-        object.__setattr__(job, "ask", ask)
+        job = replace(job, sample_fn=ask)
     with tracker_that_stops(folder, job.data_order.total_steps, stop_at) as tracker:
         train_loop(model, job, tiny_run.start(job), tracker, resume)
     return tiny_run.adapter(model)

@@ -124,7 +124,7 @@ def test_on_another_machine_a_run_goes_on_to_the_same_bytes(
     assert train(whole, monkeypatch) == 0
     here = made(tmp_path / "here")
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_train_step", stopped_after(2, loop._take_step))
+        patched.setattr(loop, "_take_step", stopped_after(2, loop._take_step))
         assert train(here, monkeypatch) == 130
     there = tmp_path / "another" / "machine"
     there.parent.mkdir()
@@ -142,7 +142,7 @@ def test_on_another_machine_other_data_is_refused(
 ) -> None:
     here = made(tmp_path / "here", epochs=1)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_train_step", stopped_after(1, loop._take_step))
+        patched.setattr(loop, "_take_step", stopped_after(1, loop._take_step))
         assert train(here, monkeypatch) == 130
     there = here.rename(tmp_path / "there")
     (there / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4, 20)))
