@@ -296,8 +296,3 @@ def reward_beta(table: Objective) -> float:
 def loss_types(table: type[RecipeTable]) -> tuple[str, ...]:
     """The values of `loss_type` that select `table`."""
     return tuple(table.model_fields["loss_type"].annotation.__args__)  # type: ignore[union-attr]
-
-
-def objective_table(loss_type: object) -> type[RecipeTable] | None:
-    """The table that `loss_type` selects; None if there is no such loss."""
-    return next((table for table in OBJECTIVE_TABLES if loss_type in loss_types(table)), None)
