@@ -1,6 +1,7 @@
 """Renders report.html: results, signs of trouble, plots, epochs, answers and samples of a run, in one offline file."""
 
 import base64
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,13 @@ def render_page(template: str, **values: Any) -> str:
 
     Every value is escaped unless it is Markup, and its control characters are removed.
     """
-    environment = Environment(
+    return _environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The templates of this package, each compiled once."""
+    return Environment(
         loader=PackageLoader("qlora_dpo.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -67,4 +74,3 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: sanitize_text(value) if type(value) is str else value,
     )
-    return environment.get_template(template).render(**values)

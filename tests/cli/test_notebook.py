@@ -1,11 +1,13 @@
 """The notebook runs as a whole on a machine that is not Colab, and goes on where it was stopped."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_sandbox import furnish
+from fork_server import write_python
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -42,12 +44,17 @@ pytestmark = [
 ]
 
 
-def executed(folder: Path, **parameters: Any) -> Any:
-    """The notebook after all its cells have run in `folder`, with `parameters` instead of its own."""
+def executed(folder: Path, python: Path | None = None, **parameters: Any) -> Any:
+    """The notebook after all its cells have run in `folder`, with `parameters` instead of its own.
+
+    `python` is the program that the cells start commands with, if it is not the kernel's.
+    """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     (cell,) = [each for each in notebook.cells if "parameters" in each.metadata.get("tags", [])]
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    if python:
+        cell.source += f"\nimport sys\nsys.executable = {str(python)!r}"
     client = nbclient.NotebookClient(
         notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
@@ -76,12 +83,13 @@ def test_it_trains_goes_on_where_it_was_stopped_compares_talks_and_merges(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     furnish(folder, RECIPE)
+    python = write_python(folder / "python", os.environ)
     tiny = {"RECIPE": "tiny.toml", "RUN": "adapters/tiny", "MERGED": "merged/tiny"}
     if stopped:
         with pytest.raises(nbclient.exceptions.CellExecutionError, match="stopped; run the cell again"):
-            executed(folder, **tiny, MAX_HOURS=1e-6)
+            executed(folder, python, **tiny, MAX_HOURS=1e-6)
         assert [each.name for each in (folder / "adapters/tiny/checkpoints").iterdir()] == ["step-000001"]
-    after = told(executed(folder, **tiny))
+    after = told(executed(folder, python, **tiny))
     assert "this is not Colab; run and cache stay on this machine" in after
     assert ("step 1/2" in after) is not stopped
     assert "step 2/2" in after

@@ -4,11 +4,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 from cli_sandbox import furnish
 from documents import ROOT, blocks
+from fork_server import write_python
 
 RECIPE = """
 [model]
@@ -41,8 +41,9 @@ def test_the_batch_script_saves_at_sigterm_requeues_and_resumes(tmp_path: Path) 
     furnish(tmp_path, RECIPE)
     commands = tmp_path / "bin"
     commands.mkdir()
+    python = write_python(tmp_path / "python", {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     for name, does in (
-        ("qlora-dpo", f'exec {sys.executable} -W ignore -m qlora_dpo "$@"'),
+        ("qlora-dpo", f'exec {python} -m qlora_dpo "$@"'),
         ("scontrol", f'echo "$@" >> {tmp_path}/scontrol'),
     ):
         (commands / name).write_text(f"#!/bin/sh\n{does}\n")

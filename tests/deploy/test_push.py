@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 from cli_sandbox import Workplace, closed_port
+from fork_server import run_forked
 from hub import Hub
 from saved_adapters import save_adapter, save_base
 
@@ -98,9 +97,7 @@ def test_an_adapter_is_sent_and_read_back_by_peft_and_by_chat(made: Path, place:
         "tokenizer = transformers.AutoTokenizer.from_pretrained('me/hh')\n"
         "print(model(**tokenizer('The cat', return_tensors='pt')).logits.shape[0], type(model).__name__)\n"
     )
-    theirs = subprocess.run(
-        [sys.executable, "-c", program], env=place.environment(), capture_output=True, text=True, check=False
-    )
+    theirs = run_forked(["-c", program], cwd=place.folder, env=place.environment())
     assert theirs.stdout == "1 PeftModelForCausalLM\n", theirs.stderr
 
 

@@ -3,8 +3,7 @@
 import os
 import pty
 import select
-import signal
-import sys
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import tiny
 import torch
 import varied_model
+from fork_server import ForkedPython
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo.model.device import select_device
@@ -66,11 +66,14 @@ class Terminal:
     """A real `qlora-dpo chat` on a pseudo-terminal; what it shows is read and what it asks is typed."""
 
     def __init__(self, folders: Path, *arguments: str) -> None:
-        self.pid, self.screen = pty.fork()
-        if self.pid == 0:
-            os.chdir(folders)
-            os.environ.update(NO_COLOR="1", TERM="dumb", INPUTRC="/dev/null", PYTHONPATH=str(ROOT))
-            os.execv(sys.executable, [sys.executable, "-m", "qlora_dpo", "chat", *arguments])
+        self.screen, terminal = pty.openpty()
+        environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "INPUTRC": "/dev/null", "PYTHONPATH": str(ROOT)}
+        command, streams = (
+            ["-m", "qlora_dpo", "chat", *arguments],
+            dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+        )
+        self.process = ForkedPython(command, cwd=folders, env=environment, **streams)
+        os.close(terminal)
         self.shown = ""
 
     def until(self, words: str, seconds: float = 60) -> str:
@@ -88,18 +91,11 @@ class Terminal:
 
     def code(self, seconds: float = 60) -> int:
         """Wait for the process to leave and return its exit code."""
-        end = time.monotonic() + seconds
-        while True:
-            left, status = os.waitpid(self.pid, os.WNOHANG)
-            if left:
-                return os.waitstatus_to_exitcode(status)
-            assert time.monotonic() < end, f"the chat is still there; it shows {self.shown!r}"
-            time.sleep(0.05)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"the chat is still there; it shows {self.shown!r}") from error
 
     def close(self) -> None:
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        self.process.kill()
         os.close(self.screen)

@@ -4,10 +4,10 @@
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import tiny_run
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from fork_server import ForkedPython
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -252,10 +253,7 @@ def not_the_same() -> str:
 
 def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
     """Do all of it as process `rank` of `count`, and write what it has found; `zero`: what needs DeepSpeed."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    tiny_run.source()  # saved by each for itself; among several, transformers lets the first alone save
-    processes.init_process_group(cpu=True)
+    set_rank(rank, count, port)
     found = dict[str, Any]()
     for name in ZERO if zero else SCENARIOS:
         adapter, found[name] = scenario(name, folder / name)
@@ -279,16 +277,45 @@ def work(rank: int, count: int, port: int, folder: Path, zero: bool) -> None:
     processes.destroy_process_group()
 
 
-def launched(count: int, folder: Path, zero: bool = False) -> list[int | None]:
+def train_as_rank(rank: int, count: int, port: int, folder: Path, zero: bool = False) -> None:
+    """Train the first scenario as process `rank` of `count`, and save the adapter."""
+    set_rank(rank, count, port)
+    adapter, _ = scenario("sigmoid", folder)
+    save_file(adapter, folder / f"{rank}.safetensors")
+    processes.destroy_process_group()
+
+
+def set_rank(rank: int, count: int, port: int) -> None:
+    """Make this process `rank` of a group of `count`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    tiny_run.source()  # saved by each for itself; among several, transformers lets the first alone save
+    processes.init_process_group(cpu=True)
+
+
+RANK = """
+import sys
+from pathlib import Path
+import distributed_scenarios
+name, rank, count, port, folder, zero = sys.argv[1:]
+getattr(distributed_scenarios, name)(int(rank), int(count), int(port), Path(folder), zero == "zero")
+"""
+
+
+def launched(count: int, folder: Path, zero: bool = False, does: Callable[..., None] = work) -> list[int | None]:
     """Let `count` processes do it; their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed_scenarios"])
-    workers = [context.Process(target=work, args=(rank, count, port, folder, zero)) for rank in range(count)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=300)
-    return [worker.exitcode for worker in workers]
+        port = str(free.getsockname()[1])
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join((str(tests.parent), str(tests / "helpers")))
+    last = [str(count), port, str(folder), "zero" if zero else ""]
+    ranks = [
+        ForkedPython(
+            ["-c", RANK, does.__name__, str(rank), *last],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(count)
+    ]
+    return [rank.wait(timeout=300) for rank in ranks]

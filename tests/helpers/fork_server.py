@@ -10,6 +10,7 @@ in CALL_TIME, which are read when they are needed, and those in RELOCATED and SW
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,8 +33,12 @@ MAX_SERVERS = 3
 CALL_TIME = (
     *("COLUMNS", "HF_TOKEN", "HOME", "PYTEST_", "QLORA_DPO_CACHE", "RANK", "TMPDIR", "WANDB_", "WORLD_SIZE"),
     *("AWS_", "DATABASE_", "HTTPS_PROXY_", "OPENAI_", "TRACKIO_", "NETRC", "SLURM_", "PWD", "OLDPWD", "_"),
+    *("INPUTRC", "NO_COLOR", "PYTHONPATH", "TERM"),
+    # those that `quiet_libraries` sets, in the server too
+    *("BITSANDBYTES_NOWELCOME", "DATASETS_VERBOSITY", "HF_DATASETS_DISABLE_", "HF_HUB_DISABLE_PROGRESS_BARS"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "TQDM_DISABLE", "TRANSFORMERS_NO_", "TRANSFORMERS_VERBOSITY"),
 )
-"""Beginnings of the names of variables that nothing reads at import."""
+"""Beginnings of the names of variables that nothing reads at import, or whose folders a child puts into its path."""
 
 SWITCHES = {
     "HF_HUB_OFFLINE": ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"),
@@ -95,7 +101,7 @@ def server_for(environment: Mapping[str, str]) -> ForkServer:
     )
     server = _SERVERS.pop(key, None)
     if server is None or server.process.poll() is not None:
-        server = ForkServer(dict(key))
+        server = ForkServer({**dict(key), "PYTHONPATH": environment.get("PYTHONPATH", "")})
     _SERVERS[key] = server  # the newest last
     while len(_SERVERS) > MAX_SERVERS:
         _SERVERS.pop(next(iter(_SERVERS))).stop()
@@ -148,6 +154,36 @@ class ForkedPython(subprocess.Popen[Any]):
             self.returncode = os.waitstatus_to_exitcode(int.from_bytes(status, "big"))
             self._connection.close()
         return self.returncode
+
+
+PYTHON = """#!{python} -ISs
+import json, os, signal, socket, sys, time
+request = {{"arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}
+body = json.dumps(request).encode()
+connection = socket.socket(socket.AF_UNIX)
+for wait in [0.05] * 2000:
+    if not connection.connect_ex({address!r}):
+        break
+    time.sleep(wait)
+socket.send_fds(connection, [len(body).to_bytes(8, "big")], [0, 1, 2])
+connection.sendall(body)
+child = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda given, _: os.kill(child, given))
+code = os.waitstatus_to_exitcode(int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big"))
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+"""A program that passes its arguments, streams, folder, environment and signals to a process forked for it."""
+
+
+def write_python(path: Path, environment: Mapping[str, str]) -> Path:
+    """Write an executable that stands for Python (`-m MODULE ...`) in scripts that start commands themselves."""
+    path.write_text(PYTHON.format(python=sys.executable, address=server_for(environment).address))
+    path.chmod(0o755)
+    return path
 
 
 def run_forked(
@@ -274,8 +310,16 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     for own, given in enumerate(streams):
         os.dup2(given, own)
         os.close(given)
+    if os.isatty(0):  # its terminal, whose Ctrl+C then reaches it
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     os.chdir(request["cwd"])
+    of_server, own = (
+        [folder for folder in each.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        for each in (os.environ, request["environment"])
+    )
+    sys.path[1 : 1 + len(of_server)] = own
     os.environ.clear()
     os.environ.update(request["environment"])
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,9 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from fork_server import run_forked
 
 TRAIN = {
     "step": 10,
@@ -44,10 +45,4 @@ def tracked(
     home.mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
     arguments = [str(folder), project, str(start), json.dumps(CONFIG), *map(json.dumps, records)]
-    return subprocess.run(
-        [sys.executable, "-c", TRACKED, *arguments],
-        env={**environment, "HOME": str(home), **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_forked(["-c", TRACKED, *arguments], cwd=folder, env={**environment, "HOME": str(home), **env})

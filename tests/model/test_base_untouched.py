@@ -54,8 +54,14 @@ def merge(opened: OpenedModel, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("use", [chat, evaluate, merge])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [
+        *((quantization, "fp32") for quantization in ("nf4", "fp4", "int8", "none")),
+        ("nf4", "bf16"),
+        *(pytest.param(quantization, "bf16", marks=pytest.mark.slow) for quantization in ("fp4", "int8", "none")),
+    ],
+)
 def test_the_base_is_the_same_before_and_after(
     use: Callable[[OpenedModel, Path], None], quantization: Quantization, dtype: str, tmp_path: Path
 ) -> None:

@@ -1,11 +1,9 @@
 """Several processes train one run to the figures and the adapter of one process, and end together."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
@@ -22,7 +20,7 @@ from fork_server import ForkedPython
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_results import Together, same
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import QloraDpoError
@@ -60,31 +58,10 @@ def test_several_processes_have_the_adapter_and_the_figures_of_one(
     several.insist_on_same(name, *alone[name])
 
 
-def train_as_one_of_three(rank: int, port: int, folder: Path) -> None:
-    """Train as process `rank` of three, and save the adapter."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    tiny_run.source()
-    processes.init_process_group(cpu=True)
-    adapter, _ = distributed_scenarios.scenario("sigmoid", folder)
-    save_file(adapter, folder / f"{rank}.safetensors")
-    processes.destroy_process_group()
-
-
 def test_three_processes_that_cannot_have_the_same_share_have_the_adapter_of_one(
     tmp_path: Path, alone: dict[str, Any]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed_scenarios"])
-    workers = [context.Process(target=train_as_one_of_three, args=(rank, port, tmp_path)) for rank in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=300)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert distributed_scenarios.launched(3, tmp_path, does=distributed_scenarios.train_as_rank) == [0, 0, 0]
     for rank in range(3):
         assert tiny_run.all_apart(load_file(tmp_path / f"{rank}.safetensors"), alone["sigmoid"][0]) < 1e-5
 

@@ -83,8 +83,14 @@ def test_the_bases_bytes_are_those_of_the_loaded_base(quantization: Any, double:
     assert sum(told.values()) == bytes_of(load_base(tiny_run.source(), table, place))
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize(("dtype", "backend"), [("fp32", "spans"), ("bf16", "spans"), ("bf16", "batched")])
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "backend"),
+    [
+        *(("none", "fp32", "spans"), ("nf4", "bf16", "spans"), ("nf4", "bf16", "batched")),
+        *(pytest.param("none", "bf16", backend, marks=pytest.mark.slow) for backend in ("spans", "batched")),
+        pytest.param("nf4", "fp32", "spans", marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, dtype: Any, backend: Any) -> None:
     place = replace(tiny_run.CPU, compute_dtype=dtype, attention=backend)
     what = tiny_run.recipe(quantization)
@@ -159,7 +165,7 @@ def test_every_part_that_a_reader_looks_for_is_told() -> None:
     assert found.process_bytes > 100 * 2**20  # torch alone
 
 
-@pytest.mark.parametrize("count", [5, 7])
+@pytest.mark.parametrize("count", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int) -> None:
     def told(few: int) -> ActivationBytes:
         from_shapes.PROBE_LAYERS = few
@@ -282,8 +288,14 @@ def test_sharded_layers_are_converted_in_every_visit(monkeypatch: pytest.MonkeyP
     assert not estimate_memory(tiny_run.source(), tiny_run.recipe("nf4"), tiny_run.CPU, LOAD, 2**34).caches_dequantized
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-@pytest.mark.parametrize("card", ["t4", "a10"])
+@pytest.mark.parametrize(
+    ("quantization", "card"),
+    [
+        *(("none", "a10"), ("nf4", "t4")),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("none", "t4"), ("nf4", "a10"))),
+        *(pytest.param("int8", card, marks=pytest.mark.slow) for card in ("t4", "a10")),
+    ],
+)
 def test_what_is_kept_dense_changes_no_row_and_recomputes_nothing(quantization: str, card: str, tmp_path: Path) -> None:
     source, load = folder(tmp_path, half_billion(layers=6)), Workload(512, 10**6)
     what = tiny_run.recipe(quantization, train={"micro_batch_tokens": "auto"}, model={"dtype": "auto"})
@@ -294,7 +306,7 @@ def test_what_is_kept_dense_changes_no_row_and_recomputes_nothing(quantization: 
     assert not plan.caches_dequantized  # of the least
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_large_vocabulary_adds_nothing_to_what_a_token_keeps_in_fp16(quantization: Any, tmp_path: Path) -> None:
     """As on a T4, on a CPU: the head's copy in fp16 is as large for two pairs as for a hundred."""
     place = replace(T4, type="cpu")
@@ -375,7 +387,7 @@ def test_a_large_model_needs_no_memory_to_be_judged(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
-@pytest.mark.parametrize("place", [tiny_run.CPU, T4], ids=["cpu", "t4"])
+@pytest.mark.parametrize("place", [pytest.param(tiny_run.CPU, marks=pytest.mark.slow), T4], ids=["cpu", "t4"])
 @pytest.mark.parametrize("kind", [*architectures.CONFIGS, *architectures.NOT_SERVED])
 def test_every_architecture_is_judged_in_the_layout_that_it_gets(kind: str, place: Device, tmp_path: Path) -> None:
     config = {**architectures.CONFIGS, **architectures.NOT_SERVED}[kind]

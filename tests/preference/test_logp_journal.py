@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from fork_server import run_forked
 
 from qlora_dpo.data.encoded import pair_digests
 from qlora_dpo.errors import SourceError
@@ -125,8 +124,7 @@ def test_killed_in_its_pass_a_run_computes_no_pair_again(tmp_path: Path) -> None
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "helpers")]),
     }
-    command = [sys.executable, "-W", "ignore", "-c", DIES_AFTER_TWO_BATCHES, str(folder)]
-    done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    done = run_forked(["-c", DIES_AFTER_TWO_BATCHES, str(folder)], cwd=tmp_path, env=here)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = folder.iterdir()
     before = set(decode_records(left.read_bytes()).digest_P)

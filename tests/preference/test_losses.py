@@ -272,7 +272,13 @@ def test_the_parts_of_a_step_are_put_together_in_order() -> None:
 # --- in training
 
 
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "beta_dpo", "sampo", "orpo", "sft", "sum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("aot", "beta_dpo", "sampo", "sum"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_unpaired", "orpo", "sft")),
+    ],
+)
 def test_the_token_budget_changes_no_adapter(name: str, tmp_path: Path) -> None:
     runs = []
     for budget in (1, 5000):

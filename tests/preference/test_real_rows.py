@@ -52,7 +52,7 @@ def real_pairs(tokenizer: Any, count: int) -> list[EncodedPair]:
 
 
 @pytest.mark.filterwarnings("ignore:.*not a prefix.*")
-@pytest.mark.parametrize("budget", [600, 4096])
+@pytest.mark.parametrize("budget", [600, pytest.param(4096, marks=pytest.mark.slow)])
 def test_loss_and_gradients_of_real_rows_are_trls(budget: int, tmp_path: Path) -> None:
     AcceleratorState._reset_state(True)
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)

@@ -25,6 +25,7 @@ from qlora_dpo.preference.token_weights import make_token_weighting
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, loss_types
 from qlora_dpo.recipe.reference import REFERENCE_TABLES
 from qlora_dpo.tracking.run_log import RunLog
+from qlora_dpo.training import loop
 from qlora_dpo.training.context import PreferenceDataset
 from qlora_dpo.training.loop import train_loop
 
@@ -75,14 +76,14 @@ CHANGES: dict[str, Change] = {
     "train.engine": Change('"trl"'),
     "train.optim": Change('"sgd"'),
     "train.learning_rate": Change("1e-2"),
-    "train.lr_scheduler_type": Change('"cosine"'),
+    "train.lr_scheduler_type": Change('"cosine"', ("train.max_steps=4",)),
     "train.warmup_steps": Change("2"),
     "train.weight_decay": Change("0.5"),
     "train.max_grad_norm": Change("1e-6"),
     "train.batch_size": Change("2"),
     "train.micro_batch_tokens": Change("100"),
     "train.num_train_epochs": Change("2"),
-    "train.max_steps": Change("2"),
+    "train.max_steps": Change("1"),
     "train.gradient_checkpointing": Change("true"),
     "train.seed": Change("7"),
     "train.logging_steps": Change("1"),
@@ -92,11 +93,11 @@ CHANGES: dict[str, Change] = {
     "train.load_best_model_at_end": Change("true", ("train.eval_steps=1", 'train.metric_for_best_model="kl"')),
     "train.early_stopping_patience": Change("1", ("train.eval_steps=1", 'train.metric_for_best_model="kl"')),
     "watch.stop": Change('["stuck"]', ("train.learning_rate=1e-12", "train.eval_steps=1")),
-    "samples.prompts": Change("2"),
-    "samples.max_new_tokens": Change("2"),
-    "samples.at_evaluations": Change("1"),
-    "samples.group_by": Change('"kind"'),
-    "samples.count_matching": Change('"e"'),
+    "samples.prompts": Change("1"),
+    "samples.max_new_tokens": Change("2", ("samples.prompts=1",)),
+    "samples.at_evaluations": Change("1", ("samples.prompts=1",)),
+    "samples.group_by": Change('"kind"', ("samples.prompts=1",)),
+    "samples.count_matching": Change('"e"', ("samples.prompts=1",)),
     "reference.path": Change('"./other-start"', ("lora.r=4", 'reference.kind="adapter"', 'reference.path="./started"')),
     "reference.name": Change('"./model"', ('reference.kind="model"', 'reference.name="./other-model"')),
     "reference.quantization": Change(
@@ -147,10 +148,10 @@ train = "./pairs.jsonl"
 [train]
 batch_size = 4
 learning_rate = 1e-3
-max_steps = 4
-logging_steps = 4
+max_steps = 2
+logging_steps = 2
 [samples]
-prompts = 1
+prompts = 0
 max_new_tokens = 4
 """
 
@@ -283,15 +284,15 @@ def keys_of_losses() -> list[tuple[str, str]]:
 
 
 def learned(folder: Path, **objective: Any) -> torch.Tensor:
-    """The adapter after three steps with one objective, in one vector."""
+    """The adapter after two steps with one objective, in one vector."""
     AcceleratorState._reset_state(True)
-    what = tiny_run.recipe(objective=objective, train={"max_steps": 3, "learning_rate": 1e-2})
+    what = tiny_run.recipe(objective=objective, train={"max_steps": 2, "learning_rate": 1e-2})
     model: PeftModel = tiny_run.stirred(tiny_run.fresh(what))
     folder.mkdir()
-    job = tiny_run.job(model, what, folder)
+    job = tiny_run.job(model, what, folder, train=8, heldout=2)
     packing, sides = replace(job.packing, token_weighting=make_token_weighting(what.objective)), []
     generator = torch.Generator().manual_seed(0)
-    for seed, count in ((0, 10), (1, 6)):
+    for seed, count in ((0, 8), (1, 2)):
         pairs = tiny_run.pairs(count, seed)
         scores_P2 = torch.rand(count, 2, generator=generator).sort(1, descending=True).values
         label_P = torch.arange(count) % 2 == 0 if what.objective.loss_type == "kto" else None
@@ -304,7 +305,8 @@ def learned(folder: Path, **objective: Any) -> torch.Tensor:
             )
         )
     job = replace(job, packing=packing, train=sides[0], heldout=sides[1])
-    with RunLog(folder, job.data_order.total_steps) as tracker:
+    with RunLog(folder, job.data_order.total_steps) as tracker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "run_evaluation", lambda *some: None)  # most of the time, and it changes no weight
         train_loop(model, job, tiny_run.start(job), tracker)
     return torch.cat([value.flatten() for value in tiny_run.adapter(model).values()])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkedPython
 from wandb_process import CONFIG, OFFLINE, SECRETS, TRACKED, TRAIN, tracked
 from wandb_records import history, wandb_records
 
@@ -191,13 +192,13 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 
 
 def screen(command: list[str], columns: int, env: dict[str, str]) -> tuple[str, str]:
-    """Run a command whose stderr is a real terminal; return its output there and on stdout."""
+    """Run Python with these arguments, where stderr is a real terminal; return its output there and on stdout."""
     import fcntl
     import termios
 
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=env) as process:
+    with ForkedPython(command, cwd=Path.cwd(), stdout=subprocess.PIPE, stderr=stderr, env=env) as process:
         os.close(stderr)
         output = b""
         while True:
@@ -244,7 +245,7 @@ with RunLog(pathlib.Path(sys.argv[1]), 48) as run:
 def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tmp_path: Path, columns: int) -> None:
     env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
     env.pop("COLUMNS", None)
-    seen, out = screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], columns, env)
+    seen, out = screen(["-c", ON_A_TERMINAL, str(tmp_path)], columns, env)
     lines = lines_shown(seen)
     assert out == ""
     assert any(re.fullmatch(r"reference  ━+╸?━* +110/220 pairs +eta 0:00", line) for line in lines)
@@ -261,7 +262,7 @@ def test_on_a_terminal_there_are_bars_with_the_figures_and_stdout_stays_empty(tm
 def test_bars_fit_a_narrow_terminal(tmp_path: Path) -> None:
     env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
     env.pop("COLUMNS", None)
-    lines = lines_shown(screen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], 40, env)[0])
+    lines = lines_shown(screen(["-c", ON_A_TERMINAL, str(tmp_path)], 40, env)[0])
     drawn = [line for line in lines if "held-out" not in line]  # the terminal wraps what stays
     assert any(re.fullmatch(r"train      ━+[╸╺]?━* +10/48 +eta 0:\d\d", line) for line in drawn)
     assert "           margin +0.000" in drawn

@@ -117,7 +117,7 @@ def test_only_the_best_that_a_checkpoint_comes_back_to_is_kept(tmp_path: Path) -
     assert {int(folder.name.removeprefix("best-")) for folder in home.glob("best-*")} == needed
 
 
-@pytest.mark.parametrize("stop_at", [2, 7, 15])
+@pytest.mark.parametrize("stop_at", [2, pytest.param(7, marks=pytest.mark.slow), 15])
 def test_a_resumed_run_has_the_same_best(stop_at: int, tmp_path: Path) -> None:
     _, whole = train(tmp_path / "whole")
     AcceleratorState._reset_state(True)

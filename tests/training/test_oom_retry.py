@@ -1,7 +1,6 @@
 """A run that runs out of memory goes on in smaller rows, to the same adapter, or ends with a checkpoint and code 4."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
+from fork_server import run_forked
 from peft import PeftModel
 
 from qlora_dpo.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
@@ -197,13 +197,8 @@ print(state.step, state.row_tokens)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may map")
 def test_under_a_real_limit_of_memory_the_run_goes_on_in_smaller_rows(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CAPPED, str(tmp_path), "70"],
-        env={**os.environ, "PYTHONPATH": f"{(Path(__file__).parents[1] / 'helpers')}:{Path(__file__).parents[2]}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = f"{(Path(__file__).parents[1] / 'helpers')}:{Path(__file__).parents[2]}"
+    done = run_forked(["-c", CAPPED, str(tmp_path), "70"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     steps, tokens = map(int, done.stdout.split())
     assert steps == 2

@@ -67,9 +67,16 @@ def sft(home: Path) -> tuple[Path, TrainingResult]:
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"use_dora": True}, {"lora_dropout": 0.2, "use_rslora": True}], ids=["lora", "dora", "dropout"]
+    ("quantization", "lora"),
+    [
+        ("none", {}),
+        ("none", {"lora_dropout": 0.2, "use_rslora": True}),
+        ("nf4", {"use_dora": True}),
+        pytest.param("none", {"use_dora": True}, marks=pytest.mark.slow),
+        pytest.param("nf4", {}, marks=pytest.mark.slow),
+        pytest.param("nf4", {"lora_dropout": 0.2, "use_rslora": True}, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_with_the_adapter_it_goes_on_from_as_reference_the_first_loss_is_ln_2(
     quantization: str, lora: dict[str, Any], tmp_path: Path
 ) -> None:

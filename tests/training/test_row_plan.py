@@ -284,7 +284,7 @@ def small(train: Train) -> Ran:
     return train(SMALL)
 
 
-@pytest.mark.parametrize("free", [SMALL // 4, SMALL, 2 * SMALL, AMPLE])
+@pytest.mark.parametrize("free", [SMALL // 4, SMALL, pytest.param(2 * SMALL, marks=pytest.mark.slow), AMPLE])
 def test_check_plans_the_rows_that_a_run_takes(free: int, train: Train) -> None:
     ran = train(free)
     found = measure_footprint(tiny_run.source(), ran.recipe, tiny_run.CPU, ran.load)

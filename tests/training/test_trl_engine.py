@@ -45,7 +45,7 @@ def of_kind(metrics: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 @QUANTIZATIONS
-@pytest.mark.parametrize("at_once", [2, 4])
+@pytest.mark.parametrize("at_once", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_twenty_steps_of_both_engines_agree(quantization: str, at_once: int, tmp_path: Path) -> None:
     # ten pairs in steps of 4, 4 and 2, so that epochs end in the middle of a batch
     table = {"num_train_epochs": 7, "max_steps": 20, "warmup_steps": 3, "micro_batch_tokens": 42 * at_once}
