@@ -7,7 +7,8 @@ phase, where rich would write its bars once at the end.
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
@@ -35,7 +36,7 @@ Advance = Callable[[int], None]
 
 
 class StepClock:
-    """Seconds spent on training steps: the clock stands still during phases, so that they do not slow the ETA."""
+    """Seconds spent on training steps: the clock stands still during everything else, which would slow the ETA."""
 
     def __init__(self) -> None:
         self._phase_seconds = 0.0
@@ -48,7 +49,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock; a phase inside another one changes nothing."""
+        """Stop the clock; inside a block in which it stands still, this changes nothing."""
         if self._phase_start is not None:
             yield
             return
@@ -121,9 +122,14 @@ def advance_task(progress: Progress, task: Task) -> Advance:
 
 
 def eta(task: Task) -> float | None:
-    """Seconds until the task is done, at its mean speed since the start; None until something is done."""
+    """Seconds until the task is done: at its mean speed since the start, and with the evaluations that are to come.
+
+    None until something is done.
+    """
     speed, remaining = task.speed, task.remaining
-    return max(remaining, 0) / speed if speed and remaining is not None else None
+    if not speed or remaining is None:
+        return None
+    return float(max(remaining, 0) / speed + task.fields.get("evaluation_seconds", 0.0))
 
 
 def eta_text(task: Task) -> str:
@@ -190,7 +196,7 @@ def show_reading_progress(name: str, total: int) -> Iterator[Advance]:
     if total < MIN_ROWS_SHOWN:
         yield lambda count: None
         return
-    display = (ProgressBars if is_terminal() else ProgressLines)(0, 0)
+    display = (ProgressBars if is_terminal() else ProgressLines)(StepProgress(0))
     display.open()
     try:
         with display.phase(name, total) as advance:
@@ -204,17 +210,50 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
+class StepProgress:
+    """The training steps of a run: how many are done, and when the last one will be.
+
+    `evaluation_steps` are the steps after which the run evaluates; each is expected to take as long as the last one.
+    """
+
+    def __init__(
+        self, total_steps: int, start_step: int = 0, evaluation_steps: Sequence[int] = (), style: str = "cyan"
+    ) -> None:
+        self.clock = StepClock()
+        self.progress = make_progress(self.clock, style)
+        self.task = start_task(self.progress, "train", total_steps, start_step)
+        self.start_step, self.evaluation_steps, self.evaluation_seconds = start_step, sorted(evaluation_steps), 0.0
+
+    def restart(self) -> None:
+        """Measure the speed from now on."""
+        restart_pace(self.progress, self.task, int(self.task.completed))
+
+    def set_step(self, step: int) -> None:
+        """Count step `step` as done; the first of this process is slower than all others and says nothing of them."""
+        if step == self.start_step + 1:
+            restart_pace(self.progress, self.task, step)
+        remaining = len(self.evaluation_steps) - bisect_left(self.evaluation_steps, step)
+        seconds = remaining * self.evaluation_seconds
+        self.progress.update(self.task.id, completed=step, visible=True, evaluation_seconds=seconds)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure how long an evaluation takes, which is no part of a step."""
+        start = monotonic()
+        with self.clock.paused():
+            yield
+        self.evaluation_seconds = monotonic() - start
+
+
 class ProgressLines:
     """Plain lines on stderr, for log files and pipes."""
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self.step_clock = StepClock()
-        self.steps = make_progress(self.step_clock)
-        self.train_task = start_task(self.steps, "train", total_steps, start_step)
+    def __init__(self, steps: StepProgress) -> None:
+        self.steps = steps
 
     def open(self) -> None:
         """Start the clock of the training steps."""
-        restart_pace(self.steps, self.train_task, int(self.train_task.completed))
+        self.steps.restart()
 
     def close(self) -> None:
         """Do nothing: every line is complete."""
@@ -223,13 +262,9 @@ class ProgressLines:
         """Write one line."""
         console.print_line(text)
 
-    def set_step(self, step: int) -> None:
-        """Count an optimizer step; only logged steps write a line."""
-        self.steps.update(self.train_task.id, completed=step)
-
     def show_train_record(self, record: MetricsRecord) -> None:
         """Write a logged step."""
-        self.print_line(train_line(record, self.train_task))
+        self.print_line(train_line(record, self.steps.task))
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Advance]:
@@ -247,7 +282,7 @@ class ProgressLines:
                 next_line = monotonic() + PHASE_LINE_SECONDS
                 self.print_line(phase_line(task, monotonic() - start))
 
-        with self.step_clock.paused():
+        with self.steps.clock.paused():
             yield advance
             if name not in TRANSIENT_PHASES:
                 self.print_line(phase_line(task, monotonic() - start))
@@ -256,16 +291,13 @@ class ProgressLines:
 class NullDisplay:
     """Shows nothing: for ranks above 0."""
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        """Take the arguments of the other displays."""
+    def __init__(self, steps: StepProgress) -> None:
+        """Take the argument of the other displays."""
 
     def open(self) -> None:
         """Do nothing."""
 
     def close(self) -> None:
-        """Do nothing."""
-
-    def set_step(self, step: int) -> None:
         """Do nothing."""
 
     def show_train_record(self, record: MetricsRecord) -> None:
@@ -280,11 +312,9 @@ class NullDisplay:
 class ProgressBars:
     """Bars at the bottom of a terminal; log messages, evaluations and finished phases stay above them."""
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self.step_clock = StepClock()
-        self.steps = make_progress(self.step_clock, style="green")
-        self.train_task = start_task(self.steps, "train", total_steps, start_step)
-        self.steps.update(self.train_task.id, visible=False)  # until the first step is done
+    def __init__(self, steps: StepProgress) -> None:
+        self.steps = steps
+        steps.progress.update(steps.task.id, visible=False)  # until the first step is done
         self.phases = make_progress()
         self.record: MetricsRecord = {}
         self.console = Console(stderr=True, highlight=False)
@@ -298,7 +328,7 @@ class ProgressBars:
 
     def open(self) -> None:
         """Start the clock of the training steps, and draw."""
-        restart_pace(self.steps, self.train_task, int(self.train_task.completed))
+        self.steps.restart()
         self.live.start()
         console.open_display(self)
 
@@ -311,10 +341,6 @@ class ProgressBars:
         """Write one line above the bars; brackets in it are text, not markup."""
         self.console.print(Text(console.printable(text)), soft_wrap=True)
 
-    def set_step(self, step: int) -> None:
-        """Move the training bar."""
-        self.steps.update(self.train_task.id, completed=step, visible=True)
-
     def show_train_record(self, record: MetricsRecord) -> None:
         """Show the figures of a logged step under the training bar."""
         self.record = record
@@ -325,7 +351,7 @@ class ProgressBars:
         task = start_task(self.phases, name, total)
         start = monotonic()
         try:
-            with self.step_clock.paused():
+            with self.steps.clock.paused():
                 yield advance_task(self.phases, task)
             if name not in TRANSIENT_PHASES:
                 self.print_line(phase_line(task, monotonic() - start))
@@ -336,7 +362,7 @@ class ProgressBars:
         """Everything at the bottom of the terminal: the training bar, its figures, and the bars of phases."""
         figures = [quality_parts(self.record), speed_parts(self.record) + memory_parts(self.record)]
         lines = [Padding(Text("  ".join(parts), "dim"), (0, 0, 0, LABEL_COLUMNS)) for parts in figures if parts]
-        return Group(self.steps.get_renderable(), *lines, self.phases.get_renderable())
+        return Group(self.steps.progress.get_renderable(), *lines, self.phases.get_renderable())
 
 
 def _format_parts(record: MetricsRecord, *formats: tuple[str, str, str]) -> list[str]:

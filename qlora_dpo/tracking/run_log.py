@@ -17,7 +17,15 @@ from qlora_dpo.recipe.train import TrackTable
 from qlora_dpo.run_folder import EVALUATION_SAMPLES as EVALUATION_SAMPLES
 from qlora_dpo.run_folder import METRICS as METRICS
 from qlora_dpo.tracking.console import console_logging
-from qlora_dpo.tracking.progress import Advance, NullDisplay, ProgressBars, ProgressLines, evaluation_line, is_terminal
+from qlora_dpo.tracking.progress import (
+    Advance,
+    NullDisplay,
+    ProgressBars,
+    ProgressLines,
+    StepProgress,
+    evaluation_line,
+    is_terminal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +39,8 @@ class RunLog:
     `total_steps` counts the optimizer steps of the whole run, `start_step` those done before an interruption. `config`
     is what trackers show as the run's configuration, and `name` what they call the run. While the log is open, what the
     package logs (logger "qlora_dpo") is written to stderr. With `silent`, for ranks above 0, nothing is written at all.
-    `on_step` is called with the number of every optimizer step that is done.
+    `on_step` is called with the number of every optimizer step that is done. After `evaluation_steps` the run
+    evaluates, which the ETA allows for.
     """
 
     def __init__(
@@ -45,13 +54,13 @@ class RunLog:
         name: str | None = None,
         silent: bool = False,
         on_step: Callable[[int], None] | None = None,
+        evaluation_steps: Sequence[int] = (),
     ) -> None:
         self.run_dir, self.total_steps, self.name = run_dir, total_steps, name or run_dir.name
         self.track, self.config, self.start_step = None if silent else track, config or {}, start_step
         self.silent, self.on_step = silent, on_step
-        self.display = (NullDisplay if silent else ProgressBars if is_terminal() else ProgressLines)(
-            total_steps, start_step
-        )
+        self.progress = StepProgress(total_steps, start_step, evaluation_steps)
+        self.display = (NullDisplay if silent else ProgressBars if is_terminal() else ProgressLines)(self.progress)
 
     def __enter__(self) -> Self:
         with ExitStack() as resources:
@@ -78,13 +87,14 @@ class RunLog:
 
     def step(self, step: int) -> None:
         """Count optimizer step `step` as done: called after every step, logged or not, so that the ETA is right."""
-        self.display.set_step(step)
+        self.progress.set_step(step)
         if self.on_step is not None:
             self.on_step(step)
 
     def log_train(self, record: Mapping[str, Any]) -> None:
         """Write the record of a logged step: TRL's metric names, `step` and `epoch`."""
-        self.display.set_step(record["step"])
+        if record["step"] != self.progress.task.completed:
+            self.progress.set_step(record["step"])
         self._write("train", record)
         self.display.show_train_record(record)
 
@@ -117,6 +127,14 @@ class RunLog:
         with this signature (`qlora_dpo.data.progress.ProgressCallback`).
         """
         return self.display.phase(name, total)
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Around an evaluation, whose time is then no part of a step in the ETA."""
+        return self.progress.evaluation()
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Around other work between two steps, whose time is then no part of a step in the ETA."""
+        return self.progress.clock.paused()
 
     def info(self, text: str) -> None:
         """Log a sentence at level INFO; new code calls its module's logger."""

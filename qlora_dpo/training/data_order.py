@@ -41,6 +41,10 @@ class DataOrder:
         """True if `step` is the last of its epoch."""
         return step % self.steps_per_epoch == 0
 
+    def evaluates_after(self, step: int, eval_steps: int | None) -> bool:
+        """True if the run evaluates after `step`: every `eval_steps`, else at the end of each epoch, and at the end."""
+        return step == self.total_steps or is_due(step, eval_steps, self.ends_epoch(step))
+
     @property
     def flat_indices(self) -> list[int]:
         """The pairs of all steps, one after another."""
@@ -52,6 +56,11 @@ class DataOrder:
         if self.total_steps >= self.steps_per_epoch:
             return np.arange(self.num_pairs)
         return np.unique(np.array(self.flat_indices, dtype=np.int64))
+
+
+def is_due(step: int, every: int | None, otherwise: bool) -> bool:
+    """True every so many steps, or `otherwise` where the recipe does not say."""
+    return otherwise if every is None else step % every == 0
 
 
 def make_data_order(pairs: int, table: TrainTable) -> DataOrder:

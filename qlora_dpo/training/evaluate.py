@@ -75,6 +75,11 @@ def run_evaluation(model: PeftModel, context: TrainContext, state: TrainState, r
 
     Then come completions of held-out prompts, if the recipe wants any, the best adapter, and signs of trouble.
     """
+    with run_log.evaluation():
+        _evaluate_and_record(model, context, state, run_log)
+
+
+def _evaluate_and_record(model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog) -> None:
     device = context.device
     packing = row_packing(context, state)
     for attempt in row_attempts(f"evaluation after step {state.step}", packing):

@@ -25,6 +25,7 @@ from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_stat
 from qlora_dpo.training.checkpoint.save import checkpoint_dir, load_checkpoint, load_ema_reference, save_checkpoint
 from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.context import StepAborted, TrainContext
+from qlora_dpo.training.data_order import is_due
 from qlora_dpo.training.evaluate import keep_row_tokens, row_packing, run_evaluation
 from qlora_dpo.training.interrupts import StopReason, StopRequest, catch_stop_signals, stop_reason
 from qlora_dpo.training.nonfinite import check_finite, check_skipped_steps, halve_loss_scale
@@ -72,7 +73,7 @@ def train_loop(
             if is_logged:
                 run_log.log_train(loop.window.record(state, grad_norm, learning_rate))
                 loop.window = MetricsWindow(context)
-            if is_last or is_due(state.step, table.eval_steps, ends_epoch):
+            if order.evaluates_after(state.step, table.eval_steps):
                 with loop.window.paused(), optim.eval_weights(tools.optimizer):
                     run_evaluation(model, context, state, run_log)
             now = time.monotonic()
@@ -83,7 +84,7 @@ def train_loop(
                     f"stopped after step {state.step}{reason.value}; {saved} is saved, --resume goes on from there"
                 )
             if not is_last and (state.stopped or is_due(state.step, table.save_steps, ends_epoch)):
-                with loop.window.paused():
+                with loop.window.paused(), run_log.pause():
                     _save_if_space(loop)
             if state.stopped:
                 if not is_logged:
@@ -91,11 +92,6 @@ def train_loop(
                 break
     optim.finalize(tools.optimizer)
     return state
-
-
-def is_due(step: int, every: int | None, otherwise: bool) -> bool:
-    """True every so many steps, or `otherwise` where the recipe does not say."""
-    return otherwise if every is None else step % every == 0
 
 
 @dataclass(frozen=True)

@@ -190,14 +190,16 @@ def open_run_log(prepared: PreparedData, loaded: LoadedRecipe, folder: Path, res
     if processes.is_main():
         for name in (tracking.METRICS, tracking.EVALUATION_SAMPLES):
             tracking.truncate_metrics(folder / name, start if resume_from else -1)
+    order, eval_steps = prepared.order, loaded.recipe.train.eval_steps
     return RunLog(
         folder,
-        prepared.order.total_steps,
+        order.total_steps,
         start_step=start,
         track=loaded.recipe.track,
         config=loaded.recipe.model_dump(exclude_none=True),
         name=folder.resolve().name,
         silent=not processes.is_main(),
+        evaluation_steps=[step for step in range(1, order.total_steps + 1) if order.evaluates_after(step, eval_steps)],
     )
 
 

@@ -28,7 +28,6 @@ from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.context import TrainContext
 from qlora_dpo.training.data_order import DataOrder, epoch_permutation
 from qlora_dpo.training.evaluate import run_evaluation
-from qlora_dpo.training.loop import is_due
 from qlora_dpo.training.throughput import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
@@ -232,7 +231,7 @@ class _RunLogCallback(TrainerCallback):  # type: ignore[misc]
         self.run_log.step(step)
         is_last = step == order.total_steps
         control.should_log = control.should_log or is_last
-        if is_last or is_due(step, self.context.recipe.train.eval_steps, order.ends_epoch(step)):
+        if order.evaluates_after(step, self.context.recipe.train.eval_steps):
             began = time.monotonic()
             run_evaluation(self.model, self.context, self.state, self.run_log)
             self.since += time.monotonic() - began

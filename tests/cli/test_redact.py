@@ -8,7 +8,7 @@ import pytest
 from qlora_dpo import cli
 from qlora_dpo.cli import main
 from qlora_dpo.redact import redact_secrets
-from qlora_dpo.tracking.progress import ProgressLines
+from qlora_dpo.tracking.progress import ProgressLines, StepProgress
 
 CANARY = "canary-5e7d1c0a9b"
 
@@ -72,5 +72,5 @@ def test_neither_a_sentence_nor_a_traceback_tells_a_secret(
 
 def test_a_note_of_a_run_tells_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    ProgressLines(1, 0).print_line(f"wandb: {CANARY} was refused")
+    ProgressLines(StepProgress(1)).print_line(f"wandb: {CANARY} was refused")
     assert capsys.readouterr().err == "wandb: *** was refused\n"

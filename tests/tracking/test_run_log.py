@@ -156,23 +156,42 @@ def test_a_phase_that_fails_writes_no_last_line(tmp_path: Path, capsys: pytest.C
 
 
 def test_eta_is_the_mean_pace_of_this_run_times_the_steps_left_and_phases_do_not_count(clock: Clock) -> None:
-    display = ProgressLines(total_steps=48, start_step=24)
+    steps = progress.StepProgress(48, 24)
+    display = ProgressLines(steps)
     clock.now = 100.0
     display.open()
-    assert progress.eta(display.train_task) is None
+    assert progress.eta(steps.task) is None
     clock.now += 6.0
-    display.set_step(26)
-    assert progress.eta(display.train_task) == pytest.approx(6.0 / 2 * 22)
+    steps.set_step(26)
+    assert progress.eta(steps.task) == pytest.approx(6.0 / 2 * 22)
     with display.phase("evaluate", 10), display.phase("read", 10):
         clock.now += 500.0
     clock.now += 6.0
-    display.set_step(28)
-    assert progress.eta(display.train_task) == pytest.approx(12.0 / 4 * 20)
+    steps.set_step(28)
+    assert progress.eta(steps.task) == pytest.approx(12.0 / 4 * 20)
     clock.now += 2000.0  # a step slower than the 30 seconds that rich looks back by default
-    display.set_step(29)
-    assert progress.eta(display.train_task) == pytest.approx(2012.0 / 5 * 19)
-    display.set_step(48)
-    assert progress.eta(display.train_task) == 0.0
+    steps.set_step(29)
+    assert progress.eta(steps.task) == pytest.approx(2012.0 / 5 * 19)
+    steps.set_step(48)
+    assert progress.eta(steps.task) == 0.0
+
+
+def test_the_first_step_is_no_pace_and_evaluations_to_come_are_added(clock: Clock) -> None:
+    steps = progress.StepProgress(10, 0, evaluation_steps=[5, 10])
+    with steps.evaluation(), ProgressLines(steps).phase("evaluate", 10):
+        clock.now += 30.0
+    clock.now += 60.0  # slower than any other
+    steps.set_step(1)
+    assert progress.eta(steps.task) is None
+    for step in range(2, 6):
+        clock.now += 4.0
+        steps.set_step(step)
+    assert progress.eta(steps.task) == pytest.approx(4.0 * 5 + 2 * 30)
+    with steps.evaluation():
+        clock.now += 20.0
+    clock.now += 4.0
+    steps.set_step(6)
+    assert progress.eta(steps.task) == pytest.approx(4.0 * 4 + 20)
 
 
 def test_what_a_cache_knew_does_not_count_towards_the_pace(clock: Clock) -> None:
