@@ -54,11 +54,12 @@ DEVICE = "model/test_device.py"
 JOURNAL = "preference/test_logp_journal.py"
 PROCESSES = "model/test_processes.py"
 GPU = "training/test_pretended_gpu.py"
+WAITS = "test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "model/transfer.py": [
-        (".pin_memory()", "", GPU),
-        (", non_blocking=True", "", GPU),
+        (".pin_memory()", "", f"{GPU}::{WAITS}"),
+        (", non_blocking=True", "", f"{GPU}::{WAITS}"),
     ],
     "training/checkpoint/rng_state.py": [
         ("torch.cuda.set_rng_state(state, index)", "pass", GPU),
@@ -323,11 +324,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("        tools.schedule.step()", "        pass", LOOP),
         ("context.data_order.batch_indices(state.step + 1)", "context.data_order.batch_indices(state.step or 1)", LOOP),
         ("optim.restore_scheduler(tools.schedule, tools.optimizer, state.scheduler)", "pass", CHECKPOINT),
-        (
-            "if is_last or is_due(state.step, table.eval_steps, ends_epoch):",
-            "if is_due(state.step, table.eval_steps, ends_epoch):",
-            LOOP,
-        ),
         ("    sync_reference(loop.model, context.reference_adapter, state.step)\n", "", KINDS),
         (
             "        set_rng_states(rng_states)\n        scaler.update",
@@ -396,6 +392,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "training/data_order.py": [
         ("if self.total_steps >= self.steps_per_epoch:", "if True:", "training/test_data_order.py"),
+        ("step == self.total_steps or is_due(", "is_due(", LOOP),
         (
             "math.ceil(self.num_pairs / self.batch_size)",
             "self.num_pairs // self.batch_size",
