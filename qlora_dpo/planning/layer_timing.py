@@ -4,7 +4,6 @@ V vocabulary.
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -52,6 +52,8 @@ class LayerTiming:
     head_step: float
     probe_seconds: float
     """Seconds that the measurement took."""
+    other_load: float = 0.0
+    """CPU cores that other processes kept busy meanwhile."""
 
 
 def measure_layer_timing(
@@ -62,7 +64,7 @@ def measure_layer_timing(
     All layers are assumed to be as fast as the first. With `dense`, its weights are dequantized once and kept in the
     compute dtype. Raises RuntimeError for a model whose layers are not found, and whatever the model raises.
     """
-    start = time.monotonic()
+    start, load = time.monotonic(), CpuLoad()
     model, vocab_scale = _build_one_layer_model(source, recipe, device, packing, dense)
     rows = [[pairs[index] for index in group] for group in micro_batches(pairs, packing)]
     row = max(rows, key=lambda row: pair_lengths(row).sum())
@@ -74,16 +76,16 @@ def measure_layer_timing(
 
     with _malloc_as_in_training(device):
         one_pair = collate_pairs(1)
-        _median_seconds(partial(_run_layers, model, one_pair, device, backward=True), device, 1)
-        pair_seconds = _median_seconds(partial(_run_layers, model, one_pair, device, backward=True), device, 1)
+        _seconds(partial(_run_layers, model, one_pair, device, backward=True), device, 1)
+        pair_seconds = _seconds(partial(_run_layers, model, one_pair, device, backward=True), device, 1)
         batch = collate_pairs(max(1, int(MAX_PASS_SECONDS / pair_seconds)))
         head_batch = collate_pairs(_pairs_per_head_chunk(row))
         forward, step = (partial(_run_layers, model, batch, device, backward=backward) for backward in (False, True))
-        total = _median_seconds(forward, device), _median_seconds(step, device)
+        total = _seconds(forward, device), _seconds(step, device)
         with _without_layers(model):
-            rest = _median_seconds(forward, device), _median_seconds(step, device)
+            rest = _seconds(forward, device), _seconds(step, device)
             head = [
-                _median_seconds(partial(_run_layers_and_head, model, head_batch, device, backward=backward), device)
+                _seconds(partial(_run_layers_and_head, model, head_batch, device, backward=backward), device)
                 for backward in (False, True)
             ]
     tokens, states = batch.input_ids_BL.numel(), len(head_batch.state_R)
@@ -93,6 +95,7 @@ def measure_layer_timing(
         head_forward=head[0] * vocab_scale / states,
         head_step=head[1] * vocab_scale / states,
         probe_seconds=time.monotonic() - start,
+        other_load=load.other_cores(),
     )
 
 
@@ -214,18 +217,58 @@ def _malloc_as_in_training(device: Device) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _median_seconds(fn: Callable[[], None], device: Device, repeats: int = MAX_REPEATS) -> float:
-    """Median seconds of a call of `fn`, after one warm-up call unless `repeats` is 1."""
+class CpuLoad:
+    """What this process and all others have used of the CPU since this object was made."""
+
+    def __init__(self) -> None:
+        self.start, self.own, self.busy = time.perf_counter(), time.process_time(), _busy_seconds()
+
+    def other_cores(self) -> float:
+        """Cores that other processes kept busy, on average."""
+        seconds = time.perf_counter() - self.start
+        return max(0.0, _busy_seconds() - self.busy - self._own_seconds()) / seconds if seconds else 0.0
+
+    def own_cores(self) -> float:
+        """Cores that this process used, on average."""
+        seconds = time.perf_counter() - self.start
+        return self._own_seconds() / seconds if seconds else 0.0
+
+    def _own_seconds(self) -> float:
+        return time.process_time() - self.own
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def _seconds(fn: Callable[[], None], device: Device, repeats: int = MAX_REPEATS) -> float:
+    """Seconds of a call of `fn` while nothing else runs, after one warm-up call unless `repeats` is 1.
+
+    Those of the fastest call; where other processes took cores from all calls, those that their share would leave.
+    """
     if repeats > 1:
         fn()
-    seconds = list[float]()
+    seconds, load = list[float](), CpuLoad()
     while not seconds or (len(seconds) < repeats and sum(seconds) < MIN_TIMING_SECONDS):
         _synchronize(device)
         start = time.perf_counter()
         fn()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    if device.type != "cpu":
+        return min(seconds)
+    share = idle_share(torch.get_num_threads(), load.own_cores(), load.other_cores())
+    return min(min(seconds), share * sum(seconds) / len(seconds))
+
+
+def idle_share(threads: int, own_cores: float, other_cores: float) -> float:
+    """The share of a time measured on a busy machine that it would have taken on an idle one.
+
+    `threads` shared `own_cores`; what they lacked counts as far as `other_cores` were in use.
+    """
+    lacking = min(other_cores, max(0.0, threads - own_cores))
+    return 1 - lacking / threads
 
 
 def _synchronize(device: Device) -> None:

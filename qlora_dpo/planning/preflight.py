@@ -140,7 +140,8 @@ def _estimate_time(
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, QloraDpoError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return TimeEstimate(passes, unknown_reason=f"one layer alone cannot be timed: {reason}")
-    return TimeEstimate(passes, estimate_seconds(passes, timing, layers, *sizes), timing.probe_seconds)
+    seconds = estimate_seconds(passes, timing, layers, *sizes)
+    return TimeEstimate(passes, seconds, timing.probe_seconds, timing.other_load)
 
 
 def _lint_findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator[LintFinding]:

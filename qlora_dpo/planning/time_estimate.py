@@ -62,6 +62,8 @@ class TimeEstimate:
     """Reference (if there is one), steps and evaluations; empty if unknown."""
     probe_seconds: float = 0.0
     """Seconds that measuring this machine's speed took."""
+    other_load: float = 0.0
+    """CPU cores that other processes kept busy meanwhile."""
     unknown_reason: str = ""
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import Qwen2Config
 from qlora_dpo.cli import main
 from qlora_dpo.cli.text import time_text
 from qlora_dpo.planning import layer_timing as pace_module
-from qlora_dpo.planning.layer_timing import LayerTiming, measure_layer_timing
+from qlora_dpo.planning.layer_timing import LayerTiming, idle_share, measure_layer_timing
 from qlora_dpo.planning.time_estimate import (
     LayerCounts,
     PassCounts,
@@ -201,6 +202,27 @@ def test_the_line_tells_the_whole_and_its_parts() -> None:
     )
 
 
+def test_a_busy_machine_is_told() -> None:
+    counts = count_passes(tiny_run.recipe(), 10, 6, multiple_rows=False)
+    line = time_text.time_estimate_line(TimeEstimate(counts, {"steps": 60.0}, 2.0, other_load=1.25))
+    cores = f"other programs keep 1.2 of {os.cpu_count()} cores busy, beside which it takes longer"
+    assert line.endswith(f"(probe of 2.0 s on this machine; {cores})")
+
+
+@pytest.mark.parametrize(
+    ("threads", "own", "others", "share"),
+    [
+        (2, 2.0, 0.0, 1),
+        (2, 1.4, 0.0, 1),  # a part that one thread does alone
+        (2, 1.0, 1.0, 0.5),
+        (2, 1.5, 0.25, 0.875),
+        (1, 1.0, 1.0, 1),  # the others have a core of their own
+    ],
+)
+def test_of_a_time_only_what_others_took_is_left_out(threads: int, own: float, others: float, share: float) -> None:
+    assert idle_share(threads, own, others) == share
+
+
 @pytest.fixture
 def place(empty_folder: Path) -> Path:
     """Data of 20 and 12 pairs, and a recipe for a tiny model that has no weights."""
@@ -226,7 +248,7 @@ def time_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_check_tells_the_time_of_a_run_on_this_machine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = time_line(capsys)
-    assert line.startswith("time      ok       about ") and line.endswith(" on this machine)")
+    assert line.startswith("time      ok       about ") and " on this machine" in line
     for part in (": reference ", "5 steps ", "2 evaluations "):
         assert part in line
     assert main(["check", "r.toml", "--json"]) == 0

@@ -1,11 +1,14 @@
 """Texts about the time of a run, and the same as `check --json` prints it."""
 
+import os
 from typing import Any
 
 from qlora_dpo.planning.time_estimate import TimeEstimate
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 TENTHS_BELOW = 10
+MIN_LOAD = 0.25
+"""CPU cores that other programs must keep busy to be mentioned."""
 
 
 def time_estimate_line(time: TimeEstimate) -> str:
@@ -23,6 +26,10 @@ def time_estimate_line(time: TimeEstimate) -> str:
     if counts.uses_reference_model:
         parts.append("and the reference, which is another model")
     probe = f"probe of {format_duration(time.probe_seconds)} on this machine"
+    if time.other_load >= MIN_LOAD:
+        probe += (
+            f"; other programs keep {time.other_load:.1f} of {os.cpu_count()} cores busy, beside which it takes longer"
+        )
     return f"about {format_duration(time.total_seconds)}: {', '.join(parts)} ({probe})"
 
 
@@ -49,6 +56,7 @@ def time_record(time: TimeEstimate) -> dict[str, Any]:
         "seconds": dict(time.seconds_by_part) if time.seconds_by_part else None,
         "total_seconds": time.total_seconds if time.seconds_by_part else None,
         "probe_seconds": time.probe_seconds,
+        "other_load": time.other_load,
         "why_not": time.unknown_reason,
         "evaluations": counts.evaluations,
         "pairs": {
