@@ -175,17 +175,30 @@ def test_sharded_a_process_without_memory_or_without_the_others_ends_at_once(mon
     )
 
 
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 6))
-def test_each_pair_belongs_to_one_process_and_all_have_about_the_same(costs: list[int], count: int) -> None:
+def partitions(costs: list[int], count: int) -> list[list[int]]:
+    """The items of each of `count` processes."""
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "world_size", lambda: count)
-        shares = []
         for index in range(count):
             patch.setattr(processes, "rank", lambda index=index: index)
-            shares.append(list(processes.partition_by_cost(costs)))
+            found.append(list(processes.partition_by_cost(costs)))
+    return found
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 6))
+def test_each_pair_belongs_to_one_process_and_all_have_about_the_same(costs: list[int], count: int) -> None:
+    shares = partitions(costs, count)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     # a pair is not divided, so a share may be off by one of them
     assert max(sum(costs[i] for i in share) for share in shares) <= sum(costs) / count + max(costs)
+
+
+@pytest.mark.parametrize(
+    ("costs", "shares"), [([3, 1], [[0], [1]]), ([1, 3], [[0], [1]]), ([2, 2, 2], [[0], [1, 2]]), ([9], [[], [0]])]
+)
+def test_a_pair_belongs_to_the_process_in_whose_part_its_middle_lies(costs: list[int], shares: list[list[int]]) -> None:
+    assert partitions(costs, 2) == shares
 
 
 @pytest.fixture
