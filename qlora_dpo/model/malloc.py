@@ -4,6 +4,8 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qlora_dpo.model.memory import rss_bytes
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, numbered as in malloc.h."""
 
@@ -46,3 +48,29 @@ def malloc_trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+MAX_HEAP_GROWTH = 1.05
+"""How much more than a step needs may be kept of freed memory; beyond it, everything free is returned."""
+
+
+class HeapTrimmer:
+    """Bounds what `malloc_retain` keeps: blocks of ever-changing lengths would otherwise fragment the heap without end.
+
+    What a step needs is the memory of the process after it, if everything free was returned before it; that is learned
+    from the first step and from each that follows a trim.
+    """
+
+    def __init__(self) -> None:
+        self.needed = 0
+        self.was_trimmed = True
+        """Whether everything free was returned since the last step."""
+
+    def after_step(self) -> None:
+        """Return freed memory to the system if the process has outgrown what its steps need."""
+        resident = rss_bytes()
+        if self.was_trimmed:
+            self.needed, self.was_trimmed = max(self.needed, resident), False
+        elif resident > MAX_HEAP_GROWTH * self.needed:
+            malloc_trim()
+            self.was_trimmed = True

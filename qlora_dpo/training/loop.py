@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.model.malloc import HeapTrimmer
 from qlora_dpo.preference.reference_adapter import sync_reference
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import optim
@@ -56,7 +57,8 @@ def train_loop(
 
     model.train()
     with catch_stop_signals() as stop, context.reference_cache:
-        loop = _Loop(model, context, state, tools, run_log, stop, MetricsWindow(context))
+        heap = HeapTrimmer() if context.device.type == "cpu" else None
+        loop = _Loop(model, context, state, tools, run_log, stop, MetricsWindow(context), heap)
         while state.step < order.total_steps:
             began = time.monotonic()
             try:
@@ -67,6 +69,8 @@ def train_loop(
                     f"stopped within step {state.step + 1}, which begins anew; {saved} is saved, --resume goes on from "
                     "there"
                 ) from aborted
+            if loop.heap is not None:
+                loop.heap.after_step()
             run_log.step(state.step)
             is_last, ends_epoch = state.step == order.total_steps, order.ends_epoch(state.step)
             is_logged = context.is_logged(state.step)
@@ -76,6 +80,8 @@ def train_loop(
             if order.evaluates_after(state.step, table.eval_steps):
                 with loop.window.paused(), optim.eval_weights(tools.optimizer):
                     run_evaluation(model, context, state, run_log)
+                if loop.heap is not None:
+                    loop.heap.was_trimmed = True  # at the end of the evaluation
             now = time.monotonic()
             if reason := stop_reason(stop.is_requested, not is_last and now + (now - began) > context.deadline):
                 saved = _save(loop)
@@ -117,6 +123,8 @@ class _Loop:
     run_log: RunLog
     stop: StopRequest
     window: MetricsWindow
+    heap: HeapTrimmer | None
+    """Keeps the memory of a process on a CPU from growing; None on a GPU."""
 
 
 def _make_optimization(model: PeftModel, context: TrainContext) -> _Optimization:

@@ -1,5 +1,6 @@
 """What a layer keeps of a token is measured, layers are recomputed, weights kept dense, and memory is counted."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import architectures
 import pytest
 import tiny_run
 import torch
+from fork_server import run_forked
 
-from qlora_dpo.model import memory
+from qlora_dpo.model import malloc, memory
 from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
 from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
+from qlora_dpo.model.malloc import HeapTrimmer
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import MicroBatch, collate
 
@@ -101,3 +104,47 @@ def test_what_a_step_frees_is_not_asked_of_the_system_again() -> None:
 
     unasked = taken_anew("unasked")
     assert any(taken_anew("kept") < unasked / 10 for _ in range(10))
+
+
+HEAP_AFTER_STEPS = """
+import sys, torch
+from qlora_dpo.model.malloc import HeapTrimmer, malloc_retain
+from qlora_dpo.model.memory import rss_bytes
+torch.set_num_threads(1)
+malloc_retain()
+heap, generator = HeapTrimmer(), torch.Generator().manual_seed(0)
+start, kept, most = rss_bytes(), [], 0
+for step in range(300):
+    sizes = torch.randint(2**14, 2**20, (12,), generator=generator).tolist()
+    tensors = [torch.ones(size) for size in sizes]
+    kept.append(torch.ones(2**10))  # a little of each step stays, and splits the heap
+    del tensors
+    if sys.argv[1] == "bounded":
+        heap.after_step()
+    most = max(most, rss_bytes() - start)
+print(most)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_blocks_of_ever_changing_lengths_do_not_fill_the_heap() -> None:
+    root = Path(__file__).parents[2]
+
+    def most(how: str) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        done = run_forked(["-c", HEAP_AFTER_STEPS, how], cwd=root, env=environment)
+        return int(done.stdout)
+
+    assert most("bounded") < 0.8 * most("unbounded")
+
+
+def test_freed_memory_is_returned_once_a_process_has_outgrown_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, trims = iter([100, 104, 106, 102, 107, 108]), []
+    monkeypatch.setattr(malloc, "rss_bytes", lambda: next(sizes))
+    monkeypatch.setattr(malloc, "malloc_trim", lambda: trims.append(1))
+    heap, counts = HeapTrimmer(), []
+    for _ in range(6):
+        heap.after_step()
+        counts.append(len(trims))
+    # above 1.05 times what the first step needed, and later what the one after the trim did
+    assert (counts, heap.needed) == ([0, 0, 1, 1, 1, 2], 102)
