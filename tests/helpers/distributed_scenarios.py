@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -318,4 +319,10 @@ def launched(count: int, folder: Path, zero: bool = False, does: Callable[..., N
         )
         for rank in range(count)
     ]
-    return [rank.wait(timeout=300) for rank in ranks]
+    try:
+        return [rank.wait(timeout=120) for rank in ranks]
+    except subprocess.TimeoutExpired:  # some wait for others that are gone
+        return [rank.poll() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
