@@ -326,3 +326,4 @@ def launched(count: int, folder: Path, zero: bool = False, does: Callable[..., N
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait(30)
