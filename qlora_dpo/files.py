@@ -98,6 +98,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
 
 
+def text_lines(text: str) -> list[str]:
+    r"""The lines of `text`, which only "\n" and "\r\n" end.
+
+    `str.splitlines` also splits at U+2028, U+2029, U+0085 and the like, which JSON and TOML allow inside a string.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
