@@ -98,6 +98,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
 
 
+def path_exists(path: Path) -> bool:
+    """True if `path` exists and may be looked at; False too if no file can have that name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def text_lines(text: str) -> list[str]:
     r"""The lines of `text`, which only "\n" and "\r\n" end.
 

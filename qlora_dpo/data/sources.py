@@ -107,22 +107,21 @@ def _read_source(source: DataSource) -> SourceRows:
             raise DataError(f"{title}: holds no rows; a preference set has one pair per row")
         fingerprint = json.dumps([name, commit, source.config, source.data_dir, split])
         return SourceRows(title, rows, lambda row: f"{title}, row {row}", fingerprint)
-    files = [read_data_file(path) for path in _data_files(source)]
+    files = [read_data_file(path, split) for path in _data_files(source)]
+    if split != source.default_split and not _is_folder(Path(name).expanduser()) and not files[0].has_splits:
+        raise _no_splits_error(source)
     shown_name = display_path(Path(name).expanduser())
     title = files[0].name if len(files) == 1 else shown_name if is_glob(name) else f"{shown_name}, split {split}"
     return _concatenate(title, files)
 
 
 def check_sources(table: DataTable, part: DataPart) -> None:
-    """Raise RecipeError if the data keys of `part` do not fit together; no file is opened."""
+    """Raise RecipeError if the data keys of `part` do not fit together; only JSON that may hold splits is opened."""
     for source in list_sources(table, part):
         path = Path(source.name).expanduser()
         is_file = is_local_path(source.name) and (is_glob(source.name) or not _is_folder(path))
-        if is_file and source.split != source.default_split:
-            raise RecipeError(
-                f'{source.split_key} is "{source.split}", but {display_path(Path(source.name))} is one file and has no '
-                "splits; remove the key, or name a folder with one file per split"
-            )
+        if is_file and source.split != source.default_split and not _may_hold_splits(path):
+            raise _no_splits_error(source)
     if part == "eval" and table.effective_eval_share is None:
         (eval_source,) = list_sources(table, "eval")
         for train_source in list_sources(table, "train"):
@@ -134,7 +133,8 @@ def _check_disjoint(train: DataSource, evaluation: DataSource) -> None:
     if is_local_path(train.name) and is_local_path(evaluation.name):
         files = {file.resolve() for file in _data_files(train)}
         shared_files = [file for file in _data_files(evaluation) if file.resolve() in files]
-        if shared_files:
+        are_splits = len(shared_files) == 1 and train.split != evaluation.split and _may_hold_splits(shared_files[0])
+        if shared_files and not (are_splits and read_data_file(shared_files[0], evaluation.split).has_splits):
             raise RecipeError(
                 f"{display_path(shared_files[0])}: would give both the training and the held-out pairs; name two files "
                 "that share no rows, in data.train and data.eval or by data.train_split and data.eval_split"
@@ -144,6 +144,18 @@ def _check_disjoint(train: DataSource, evaluation: DataSource) -> None:
             f'{train.name}: {train.split_key} is "{train.split}" and {evaluation.split_key} is "{evaluation.split}", '
             "so held-out pairs would be training pairs; name two splits that share no rows"
         )
+
+
+def _may_hold_splits(path: Path) -> bool:
+    """True for a file of JSON, which may be a dictionary of splits."""
+    return path.name.lower().endswith((".json", ".json.gz")) and path.is_file()
+
+
+def _no_splits_error(source: DataSource) -> RecipeError:
+    return RecipeError(
+        f'{source.split_key} is "{source.split}", but {display_path(Path(source.name))} is one file and has no '
+        "splits; remove the key, or name a folder with one file per split"
+    )
 
 
 def _dataset_key(source: DataSource) -> tuple[str | None, ...]:
