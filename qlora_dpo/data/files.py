@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import logging
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +13,13 @@ from qlora_dpo.data.reading.file_rows import FileRows as FileRows
 from qlora_dpo.data.reading.file_rows import Row as Row
 from qlora_dpo.data.reading.file_rows import display_path as display_path
 from qlora_dpo.data.reading.file_rows import json_type as json_type
+from qlora_dpo.data.reading.file_rows import log_once as log_once
 from qlora_dpo.data.reading.json_text import read_json_text
 from qlora_dpo.data.reading.text_index import index_lines
 from qlora_dpo.data.spool import SPOOL_MEMORY_BYTES, Spool
 from qlora_dpo.errors import DataError, RecipeError, SourceError
 from qlora_dpo.files import file_sha256
 from qlora_dpo.recipe.tables import DATA_SUFFIXES
-
-logger = logging.getLogger(__name__)
-
-_told = set[tuple[Path, str]]()
-"""Sentences about files that were logged: a command reads a file several times and says each of them once."""
 
 
 def data_suffix(path: Path) -> str | None:
@@ -52,9 +47,7 @@ def read_data_file(path: Path, split: str = "train") -> FileRows:
     if not read.rows:
         raise DataError(f"{name}: holds no rows; a preference set has one pair per row")
     for note in read.notes:
-        if (path.absolute(), note) not in _told:
-            logger.info(note)
-            _told.add((path.absolute(), note))
+        log_once(note)
     return replace(read, fingerprint=file_sha256(path) + (f" {split}" if read.has_splits else ""))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,8 @@ class SourceRows:
     """The location of a row number in messages: `pairs.jsonl:17`, or `OWNER/NAME, split train, row 17`."""
     fingerprint: str = ""
     """Identifies the rows: the SHA-256 of their files, or the commit on the hub; empty if unknown."""
+    repeated_keys: Callable[[], Mapping[int, str]] = dict
+    """A key that stands twice in one object, by row number, of the rows that were read so far."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,17 @@ def _concatenate(name: str, parts: Sequence[FileRows] | Sequence[SourceRows]) ->
         concatenate_sequences([rows.rows for rows in parts]),
         _row_locator(parts),
         json.dumps(fingerprints) if all(fingerprints) else "",
+        lambda: _join_repeated_keys(parts),
     )
+
+
+def _join_repeated_keys(parts: Sequence[FileRows] | Sequence[SourceRows]) -> dict[int, str]:
+    """The repeated keys of several parts, by row number over all of them."""
+    start, joined = 0, dict[int, str]()
+    for part in parts:
+        joined |= {start + row: key for row, key in part.repeated_keys().items()}
+        start += len(part.rows)
+    return joined
 
 
 def _read_source(source: DataSource) -> SourceRows:

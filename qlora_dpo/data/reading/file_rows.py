@@ -1,7 +1,8 @@
-"""The rows of a data file, and where each stands in it."""
+"""The rows of a data file, where each stands in it, and what is said of it once."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ KNOWN_COLUMNS = frozenset(
     }
 )
 """Names of columns by which a header or the columns of a JSON object are told from data."""
+
+
+logger = logging.getLogger(__name__)
+_logged = set[tuple[Path, str]]()
+"""Sentences that were logged, each with the current folder, to which the paths in it are relative."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class FileRows:
     """What was recognised in the file, a sentence each."""
     has_splits: bool = False
     """True if the file holds several splits, of which these rows are one."""
-    repeated_keys: Mapping[int, str] = field(default_factory=dict)
-    """A key that stands twice in one object, by row number from 1; known of the rows that were read."""
+    repeated_keys: Callable[[], Mapping[int, str]] = dict
+    """A key that stands twice in one object, by row number from 1, of the rows that were read so far."""
 
     def location(self, row: int) -> str:
         """The location of row `row`, from 1: `pairs.jsonl:17`, or `pairs.parquet, row 17` without lines."""
@@ -68,3 +74,10 @@ def json_type(value: object) -> str:
 def count_of(count: int, thing: str) -> str:
     """`1 row`, `1,200 rows`."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def log_once(sentence: str) -> None:
+    """Log a sentence about a file: a command reads a file several times, and says each sentence once."""
+    if (Path.cwd(), sentence) not in _logged:
+        logger.info(sentence)
+        _logged.add((Path.cwd(), sentence))

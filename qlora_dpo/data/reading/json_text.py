@@ -38,7 +38,7 @@ def read_json_text(name: str, index: TextIndex, is_json: bool, split: str) -> Fi
         rows, repeated = _read_whole(name, index.text())
         if not is_json:
             notes.append(f"{name}: is one JSON array of {count_of(len(rows), 'row')}, not JSON lines; read as an array")
-        return FileRows(name, rows, None, notes=tuple(notes), repeated_keys=repeated)
+        return FileRows(name, rows, None, notes=tuple(notes), repeated_keys=repeated.copy)
     if index.first == "{" and count > 1 and not index.is_object_lines and _is_pretty_printed(index):
         return _read_objects(name, index, notes, split)
     read = _read_json_lines(name, index, tuple(notes))
@@ -75,7 +75,7 @@ def _read_json_lines(name: str, index: TextIndex, notes: tuple[str, ...]) -> Fil
         return _require_object(f"{name}:{index.numbers[row]}", value)
 
     rows = LazySequence(len(index.numbers), make)
-    return FileRows(name, rows, index.numbers, notes=notes, repeated_keys=repeated)
+    return FileRows(name, rows, index.numbers, notes=notes, repeated_keys=repeated.copy)
 
 
 def _read_objects(name: str, index: TextIndex, notes: list[str], split: str) -> FileRows:
@@ -94,7 +94,7 @@ def _read_objects(name: str, index: TextIndex, notes: list[str], split: str) -> 
     pretty = f"{name}: holds {count_of(len(rows), 'object')} over several lines each, not JSON lines; read one by one"
     if len(rows) > 1:
         notes.append(pretty)
-    read = FileRows(name, rows, lines, notes=tuple(notes), repeated_keys=repeated)
+    read = FileRows(name, rows, lines, notes=tuple(notes), repeated_keys=repeated.copy)
     return _read_table(read, text, split) if len(rows) == 1 else read
 
 
@@ -109,7 +109,7 @@ def _read_table(read: FileRows, text: str, split: str) -> FileRows:
     rows = [_require_object(f"{read.name}, row {number}", row) for number, row in enumerate(table.rows, 1)]
     repeated = {number: key for number, row in enumerate(rows, 1) if (key := _first_repeated(row))}
     notes = (*read.notes, *table.notes)
-    return FileRows(read.name, rows, None, notes=notes, has_splits=table.has_splits, repeated_keys=repeated)
+    return FileRows(read.name, rows, None, notes=notes, has_splits=table.has_splits, repeated_keys=repeated.copy)
 
 
 def _read_whole(name: str, text: str) -> tuple[list[Row], dict[int, str]]:
