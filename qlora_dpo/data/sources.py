@@ -2,16 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_dpo.data.files import FileRows, Row, data_suffix, display_path, read_data_file
+from qlora_dpo.data.files import FileRows, Row, data_suffix, display_path, log_once, read_data_file
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
-from qlora_dpo.errors import DataError, RecipeError, SourceError
+from qlora_dpo.data.reading.arrow_tables import saved_dataset_files, saved_splits
+from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
+from qlora_dpo.files import path_exists
 from qlora_dpo.recipe.data import DataTable, MixTable
-from qlora_dpo.recipe.tables import DATA_SUFFIXES, is_glob, is_local_path
+from qlora_dpo.recipe.tables import DATA_SUFFIXES, SAVED_DATASET_NAMES, is_glob, is_local_path
 
 DataPart = Literal["train", "eval"]
 
@@ -114,17 +117,36 @@ def _read_source(source: DataSource) -> SourceRows:
         )
 
         title = f"{name}, split {split}"
-        rows, commit = read_hub_dataset(name, split, source.revision, source.config, source.data_dir)
+        with _naming_local_folder(name, source.key):
+            rows, commit = read_hub_dataset(name, split, source.revision, source.config, source.data_dir)
         if not rows:
             raise DataError(f"{title}: holds no rows; a preference set has one pair per row")
         fingerprint = json.dumps([name, commit, source.config, source.data_dir, split])
         return SourceRows(title, rows, lambda row: f"{title}, row {row}", fingerprint)
     files = [read_data_file(path, split) for path in _data_files(source)]
-    if split != source.default_split and not _is_folder(Path(name).expanduser()) and not files[0].has_splits:
+    is_folder = _is_folder(Path(name).expanduser())
+    if split != source.default_split and not is_folder and not files[0].has_splits:
         raise _no_splits_error(source)
     shown_name = display_path(Path(name).expanduser())
     title = files[0].name if len(files) == 1 else shown_name if is_glob(name) else f"{shown_name}, split {split}"
     return _concatenate(title, files)
+
+
+@contextmanager
+def _naming_local_folder(name: str, key: str) -> Iterator[None]:
+    """Say in an error, or after reading, that a folder here is called like the hub data set `name`."""
+    is_folder_here = path_exists(Path(name))
+    try:
+        yield
+    except QloraDpoError as error:
+        if not is_folder_here:
+            raise
+        raise type(error)(
+            f'{error}; a folder here has that name: write "./{name}" in {key} if it is meant (in a recipe, relative to '
+            "the recipe's own folder)"
+        ) from error
+    if is_folder_here:
+        log_once(f'{name}: was read from the hub, not from the folder of that name here, which is "./{name}"')
 
 
 def check_sources(table: DataTable, part: DataPart) -> None:
@@ -213,6 +235,8 @@ def _split_files(folder: Path, source: DataSource) -> list[Path]:
         )
     except OSError as error:
         raise SourceError(f"{display_path(folder)}: cannot be read: {error.strerror}") from error
+    if any(all((folder / name).is_file() for name in names) for names in SAVED_DATASET_NAMES):
+        return _saved_dataset_files(folder, source)
     names = ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")
     if not files:
         raise RecipeError(
@@ -232,6 +256,23 @@ def _split_files(folder: Path, source: DataSource) -> list[Path]:
             f"leave one of them, or name the file itself in {source.key}"
         )
     return split_files
+
+
+def _saved_dataset_files(folder: Path, source: DataSource) -> list[Path]:
+    """The files of what `datasets` saved: of one data set, or of the split of several."""
+    splits = saved_splits(folder)
+    if splits is None:
+        if source.split != source.default_split:
+            raise RecipeError(
+                f'{source.split_key} is "{source.split}", but {display_path(folder)} is one saved data set and has no '
+                "splits; remove the key"
+            )
+        return saved_dataset_files(folder)
+    if source.split not in splits:
+        raise RecipeError(
+            f'{display_path(folder)}: has no split "{source.split}"; it has {", ".join(splits)}; set {source.split_key}'
+        )
+    return saved_dataset_files(folder / source.split)
 
 
 def _row_locator(parts: Sequence[FileRows] | Sequence[SourceRows]) -> Callable[[int], str]:

@@ -12,6 +12,7 @@ from qlora_dpo.recipe.tables import (
     has_data_suffix,
     is_glob,
     is_local_path,
+    is_saved_dataset,
 )
 
 FormatName = Literal[
@@ -58,8 +59,8 @@ class DataTable(RecipeTable):
     """The source of the held-out pairs; absent: the same as `train`."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Hold out the pairs of this share of the prompts of `train`, so that no prompt is both trained on and held out.
-    Absent: 0.1 if `train` is a file, a pattern or a mixture and there is no `eval`; otherwise the split `eval_split` is
-    held out."""
+    Absent: 0.1 if `train` is a file, a pattern, a saved data set without splits or a mixture and there is no `eval`;
+    otherwise the split `eval_split` is held out."""
     eval_split: NonEmptyStr = "test"
     """The split of a hub data set or folder that is held out."""
     revision: NonEmptyStr | None = None
@@ -138,8 +139,8 @@ class DataTable(RecipeTable):
         """The share of the training prompts that is held out; None if the held-out pairs have a source or split."""
         if self.eval_share is not None or self.eval is not None:
             return self.eval_share
-        has_no_splits = self.train is None or has_data_suffix(self.train) or is_glob(self.train)
-        return 0.1 if has_no_splits else None
+        is_file = self.train is None or has_data_suffix(self.train) or is_glob(self.train)
+        return 0.1 if is_file or is_saved_dataset(str(self.train)) else None
 
     @property
     def train_description(self) -> str:

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qlora_dpo.files import path_exists
-
 DATA_SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz"),
     *(".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".arrow"),
 )
+SAVED_DATASET_NAMES = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
+"""What `save_to_disk` of `datasets` leaves beside the files of one data set, and beside folders of splits."""
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
@@ -48,5 +48,21 @@ def is_glob(name: str) -> bool:
     path = Path(name)
     with suppress(RuntimeError):  # the home folder of nobody
         path = path.expanduser()
-    existing = next((place for place in (path, *path.parents) if path_exists(place)), Path())
+    existing = next((place for place in (path, *path.parents) if _exists(place)), Path())
     return any(letter in part for part in path.parts[len(existing.parts) :] for letter in "*?[")
+
+
+def _exists(path: Path) -> bool:
+    """`qlora_dpo.files.path_exists`, which the tables of a recipe may not import."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_saved_dataset(name: str) -> bool:
+    """True if `name` is a local folder that `datasets` wrote with `save_to_disk`, of one data set without splits."""
+    path = Path(name)
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    return is_local_path(name) and all(_exists(path / file) for file in SAVED_DATASET_NAMES[0])
