@@ -57,6 +57,12 @@ def disk_error(error: OSError, target: str) -> QloraDpoError | None:
             return None
 
 
+def read_error(error: OSError, name: str) -> QloraDpoError:
+    """The error of this project for one of the operating system about reading the file or folder `name`."""
+    too_long = disk_error(error, name) if error.errno == errno.ENAMETOOLONG else None
+    return too_long or SourceError(f"{name}: cannot be read: {error.strerror}")
+
+
 def check_disk_space(target: Path, needed: int) -> None:
     """Raise SourceError if the disk of `target`, which need not exist yet, has fewer than `needed` bytes free."""
     home = next(parent for parent in target.absolute().parents if parent.exists())

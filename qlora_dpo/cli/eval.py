@@ -187,7 +187,8 @@ def _eval_data_table(
             )
         eval_split = {"eval_split": split} if split else {}
         return run_data.model_copy(update={"max_eval_samples": max_pairs, **eval_split}), "eval"
-    if split is not None and has_data_suffix(data):
+    may_hold_splits = data.lower().endswith((".json", ".json.gz"))
+    if split is not None and has_data_suffix(data) and not may_hold_splits:
         raise RecipeError(f"--split {split}: {data} is one file and has no splits; leave it out")
     path = Path(data).expanduser()
     name = str(path.resolve()) if path.exists() else data

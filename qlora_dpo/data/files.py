@@ -17,8 +17,8 @@ from qlora_dpo.data.reading.file_rows import log_once as log_once
 from qlora_dpo.data.reading.json_text import read_json_text
 from qlora_dpo.data.reading.text_index import index_lines
 from qlora_dpo.data.spool import SPOOL_MEMORY_BYTES, Spool
-from qlora_dpo.errors import DataError, RecipeError, SourceError
-from qlora_dpo.files import file_sha256
+from qlora_dpo.errors import DataError, RecipeError
+from qlora_dpo.files import file_sha256, read_error
 from qlora_dpo.recipe.tables import DATA_SUFFIXES
 
 
@@ -86,4 +86,4 @@ def _open_spooled(path: Path, kind: str) -> Spool:
             "else copy or download the file again"
         ) from error
     except OSError as error:
-        raise SourceError(f"{name}: cannot be read: {error.strerror}") from error
+        raise read_error(error, name) from error

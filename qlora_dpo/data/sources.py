@@ -11,8 +11,8 @@ from typing import Literal
 from qlora_dpo.data.files import FileRows, Row, data_suffix, display_path, log_once, read_data_file
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
 from qlora_dpo.data.reading.arrow_tables import saved_dataset_files, saved_splits
-from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
-from qlora_dpo.files import path_exists
+from qlora_dpo.errors import DataError, QloraDpoError, RecipeError
+from qlora_dpo.files import path_exists, read_error
 from qlora_dpo.recipe.data import DataTable, MixTable
 from qlora_dpo.recipe.tables import DATA_SUFFIXES, SAVED_DATASET_NAMES, is_glob, is_local_path
 
@@ -182,7 +182,7 @@ def _check_disjoint(train: DataSource, evaluation: DataSource) -> None:
 
 def _may_hold_splits(path: Path) -> bool:
     """True for a file of JSON, which may be a dictionary of splits."""
-    return path.name.lower().endswith((".json", ".json.gz")) and path.is_file()
+    return path.name.lower().endswith((".json", ".json.gz")) and path_exists(path) and path.is_file()
 
 
 def _no_splits_error(source: DataSource) -> RecipeError:
@@ -200,7 +200,7 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise SourceError(f"{display_path(path)}: cannot be read: {error.strerror}") from error
+        raise read_error(error, display_path(path)) from error
 
 
 def _data_files(source: DataSource) -> list[Path]:
@@ -234,7 +234,7 @@ def _split_files(folder: Path, source: DataSource) -> list[Path]:
             file for file in folder.iterdir() if file.is_file() and data_suffix(file) and file.name[0] != "."
         )
     except OSError as error:
-        raise SourceError(f"{display_path(folder)}: cannot be read: {error.strerror}") from error
+        raise read_error(error, display_path(folder)) from error
     if any(all((folder / name).is_file() for name in names) for names in SAVED_DATASET_NAMES):
         return _saved_dataset_files(folder, source)
     names = ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")

@@ -288,7 +288,6 @@ LONG_NAME = "é" * 140
         ["runs", LONG_NAME],
         ["report", LONG_NAME],
         ["verify", LONG_NAME],
-        ["check", LONG_NAME + ".toml"],
         ["init", LONG_NAME + ".toml"],
         ["compare", LONG_NAME, "-p", "Hi"],
     ],
@@ -301,7 +300,7 @@ def test_a_name_of_more_than_255_bytes_is_a_sentence(
     Path("p.jsonl").write_text("".join(line.format(number) for number in range(40)))
     code = main(arguments)
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (code, "foresee" in told, "é" in told) in [(2, False, True), (1, False, True)]
+    assert (code, "foresee" in told, "é" in told) == (2, False, True)
     assert sorted(path.name for path in empty_folder.iterdir()) == ["p.jsonl"]
 
 

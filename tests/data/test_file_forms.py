@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_dpo.data.files import FileRows, read_data_file
+from qlora_dpo.data.pairs import parse_pairs
 from qlora_dpo.data.sources import concatenate_rows, read_sources
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable
@@ -70,6 +71,12 @@ FORMS: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         ",\n\n".join(json.dumps(row, indent=2) for row in ROWS),
         ["holds 3 objects over several lines each, not JSON lines; read one by one"],
         [":1", ":7", ":13"],
+    ),
+    "an object a line with commas between": (
+        "p.jsonl",
+        LINES.replace("\n", ",\n"),
+        ["holds 3 objects with commas between them, not JSON lines; read one by one"],
+        [":1", ":2", ":3"],
     ),
     "a pretty-printed object behind JSON lines": (
         "p.jsonl",
@@ -296,6 +303,13 @@ SHARED = {
     "sep_line.csv": ["its first line says that columns are separated by commas; that line is left out"],
     "tab.csv": ["its columns are separated by tabs, not commas"],
 }
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not beside this checkout")
+def test_cases_of_new_emoji_are_all_pairs() -> None:
+    (rows,) = read_sources(DataTable(train=str(CASES / "emoji_only.jsonl")), "train")
+    parsed = parse_pairs(rows)
+    assert (parsed.dropped, len(parsed.pairs)) == ({}, len(rows.rows))
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not beside this checkout")

@@ -91,9 +91,9 @@ def _read_objects(name: str, index: TextIndex, notes: list[str], split: str) -> 
         part = text[start:end]
         if part.count('":') != _count_keys(value) and (key := _repeated_key(part)):
             repeated[len(rows)] = key
-    pretty = f"{name}: holds {count_of(len(rows), 'object')} over several lines each, not JSON lines; read one by one"
     if len(rows) > 1:
-        notes.append(pretty)
+        form = "with commas between them" if len(rows) == len(index.numbers) else "over several lines each"
+        notes.append(f"{name}: holds {count_of(len(rows), 'object')} {form}, not JSON lines; read one by one")
     read = FileRows(name, rows, lines, notes=tuple(notes), repeated_keys=repeated.copy)
     return _read_table(read, text, split) if len(rows) == 1 else read
 

@@ -31,7 +31,7 @@ class TextIndex:
     is_object_lines: bool = True
     """True if every line begins with { and ends with }."""
     has_open_line: bool = False
-    """True if a line is a bracket alone, as in a pretty-printed object."""
+    """True if a line is a bracket alone, as in a pretty-printed object, or an object with a comma behind it."""
 
     def line(self, index: int) -> str:
         """Line `index` with all that follows it up to the next one that is neither blank nor a comment."""
@@ -85,7 +85,7 @@ def _index(name: str, content: Spool) -> TextIndex:
         if not (text[0] == "{" and text.rstrip().endswith("}")):
             stripped = text.strip()
             index.is_object_lines = index.is_object_lines and stripped[0] == "{" and stripped[-1] == "}"
-            index.has_open_line = index.has_open_line or stripped in ("{", "[")
+            index.has_open_line = index.has_open_line or stripped in ("{", "[") or stripped.endswith("},")
         index.first = index.first or text.lstrip()[0]
         index.starts.append(start)
         index.numbers.append(number)
