@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.errors import SourceError
+from qlora_dpo.errors import QloraDpoError, RecipeError, SourceError
+
+MAX_SHOWN_PATH = 120
+"""Characters of a path that a message shows."""
 
 
 def cache_home() -> Path:
@@ -23,18 +26,41 @@ def cache_home() -> Path:
 
 @contextmanager
 def translate_disk_errors(target: Path) -> Iterator[None]:
-    """Raise SourceError, naming `target`, for the OSError of a full or read-only disk."""
+    """Raise SourceError, or RecipeError for a name that is too long, for an OSError of writing to `target`."""
     try:
         yield
     except OSError as error:
-        match error.errno:
-            case errno.ENOSPC | errno.EDQUOT:
-                sentence = f"{target}: the disk is full; {_free_space_advice(target)}"
-            case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR:
-                sentence = f"{target}: cannot be written ({error.strerror}); choose a folder that you may write to"
-            case _:
-                raise
-        raise SourceError(sentence) from error
+        if (translated := disk_error(error, str(target))) is None:
+            raise
+        raise translated from error
+
+
+def disk_error(error: OSError, target: str) -> QloraDpoError | None:
+    """The error of this project for one of the operating system about the file `target`; None for any other."""
+    shown = target if len(target) <= MAX_SHOWN_PATH else f"{target[:MAX_SHOWN_PATH]}..."
+    in_cache = Path(target).absolute().is_relative_to(cache_home().absolute())
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return SourceError(f"{shown}: the disk is full; {_free_space_advice(Path(target))}")
+        case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR:
+            advice = "set QLORA_DPO_CACHE to a folder" if in_cache else "choose a folder"
+            return SourceError(f"{shown}: cannot be written ({error.strerror}); {advice} that you may write to")
+        case errno.EFBIG:
+            return SourceError(
+                f"{shown}: would be larger than a file may be here; choose another disk, or raise the limit (ulimit -f)"
+            )
+        case errno.ENAMETOOLONG:
+            return RecipeError(f"{shown}: is too long for the name of a file (255 bytes at most); name a shorter one")
+        case errno.EISDIR:
+            return SourceError(f"{shown}: is a folder; name a file")
+        case _:
+            return None
+
+
+def read_error(error: OSError, name: str) -> QloraDpoError:
+    """The error of this project for one of the operating system about reading the file or folder `name`."""
+    too_long = disk_error(error, name) if error.errno == errno.ENAMETOOLONG else None
+    return too_long or SourceError(f"{name}: cannot be read: {error.strerror}")
 
 
 def check_disk_space(target: Path, needed: int) -> None:
@@ -58,7 +84,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -72,6 +98,11 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         _fsync_folder(path.parent)
 
 
+def _temporary_prefix(path: Path) -> str:
+    """What the temporary name of `path` begins with; short enough to be a name wherever that of `path` is one."""
+    return f".{path.name[:40]}."
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON; raises ValueError for NaN and infinity."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -82,7 +113,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which is renamed to `path` at the end, or removed after any error."""
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(path), dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o755)
@@ -96,6 +127,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _fsync_folder(path.parent)
+
+
+def path_exists(path: Path) -> bool:
+    """True if `path` exists and may be looked at; False too if no file can have that name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def text_lines(text: str) -> list[str]:
+    r"""The lines of `text`, which only "\n" and "\r\n" end.
+
+    `str.splitlines` also splits at U+2028, U+2029, U+0085 and the like, which JSON and TOML allow inside a string.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def file_sha256(path: Path) -> str:

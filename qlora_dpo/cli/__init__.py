@@ -11,6 +11,7 @@ from qlora_dpo import __version__
 from qlora_dpo.cli.allocator import use_expandable_segments
 from qlora_dpo.cli.chat import chat_command
 from qlora_dpo.cli.check import check_command
+from qlora_dpo.cli.closed_output import lasting_output
 from qlora_dpo.cli.compare import compare_command
 from qlora_dpo.cli.data import data_group
 from qlora_dpo.cli.eval import eval_command
@@ -26,7 +27,7 @@ from qlora_dpo.cli.serve import serve_command
 from qlora_dpo.cli.sweep import sweep_command
 from qlora_dpo.cli.train import train_command
 from qlora_dpo.cli.verify import verify_command
-from qlora_dpo.errors import EXIT_OK
+from qlora_dpo.errors import EXIT_FAILURE, EXIT_OK
 from qlora_dpo.tracking.console import console_logging
 
 
@@ -76,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_expandable_segments()
     # SIGTERM acts like Ctrl+C, so that half-written folders are removed
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    with console_logging():
-        return _run_command(arguments)
+    with lasting_output() as is_reader_gone, console_logging():
+        code = _run_command(arguments)
+        # as click does, and without a sentence, since the reader went away on purpose
+        return EXIT_FAILURE if code == EXIT_OK and is_reader_gone() else code
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:

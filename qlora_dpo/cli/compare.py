@@ -10,6 +10,7 @@ import click
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.dialogue import Message
+    from qlora_dpo.data.files import Row
     from qlora_dpo.talk.compare import ComparedReplies, ScoredReply
 
 DEFAULT_PROMPTS = 3
@@ -25,7 +26,7 @@ DEFAULT_PROMPTS = 3
     "file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help='Questions: JSON lines with "prompt" (text or messages), or plain text, one a line.',
+    help='Questions: a data file with "prompt" (text or messages), or plain text, one a line.',
 )
 @click.option("-s", "--system", metavar="TEXT", help="System prompt; absent: what the model's template puts there.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
@@ -131,40 +132,46 @@ def _user_message(text: str) -> "list[Message]":
 
 
 def _read_prompts(file: Path) -> "list[list[Message]]":
-    """The prompts of a file; raises RecipeError with the line that is not a prompt."""
-    from qlora_dpo.data.dialogue import InvalidRow, check_roles
+    """The prompts of a data file's rows or of a text's lines; raises RecipeError with the place of one that is none."""
+    from qlora_dpo.data.files import data_suffix, read_data_file
     from qlora_dpo.errors import RecipeError
+    from qlora_dpo.files import text_lines
 
+    path = file.expanduser()
+    if data_suffix(path):
+        rows = read_data_file(path)
+        return [_row_prompt(row, rows.location(number)) for number, row in enumerate(rows.rows, 1)]
     try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error.strerror}; name a file of prompts") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            prompts.append(_user_message(line))
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-            turns = (
-                _user_message(prompt)
-                if isinstance(prompt, str)
-                else [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in prompt]
-            )
-            check_roles(turns)
-        except (ValueError, KeyError, TypeError) as error:
-            example = '{"prompt": "TEXT"}, or a list of messages'
-            raise RecipeError(f"{file}:{number}: is no prompt; write {example}") from error
-        except InvalidRow as error:
-            raise RecipeError(f"{file}:{number}: is no prompt: {error}") from error
-        prompts.append(turns)
+    prompts = [_user_message(line) for line in lines if line.strip()]
     if not prompts:
         raise RecipeError(f"{file}: holds no prompts; write one a line")
     return prompts
+
+
+def _row_prompt(row: "Row", place: str) -> "list[Message]":
+    """The column `prompt` of a row, text or messages; raises RecipeError if it is no prompt."""
+    from qlora_dpo.data.dialogue import InvalidRow, check_roles
+    from qlora_dpo.errors import RecipeError
+
+    try:
+        prompt = row["prompt"]
+        turns = (
+            _user_message(prompt)
+            if isinstance(prompt, str)
+            else [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in prompt]
+        )
+        check_roles(turns)
+    except (ValueError, KeyError, TypeError) as error:
+        example = '{"prompt": "TEXT"}, or a list of messages'
+        raise RecipeError(f"{place}: is no prompt; write {example}") from error
+    except InvalidRow as error:
+        raise RecipeError(f"{place}: is no prompt: {error}") from error
+    return turns
 
 
 def _prompt_record(comparison: "ComparedReplies", opened: "OpenedModel", tokens: bool) -> dict[str, Any]:

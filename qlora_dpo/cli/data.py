@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from qlora_dpo.data.encoded import EncodedPair
+    from qlora_dpo.data.files import Row
+    from qlora_dpo.data.lint import LintFinding
     from qlora_dpo.data.pairs import Pair, ParsedRows
     from qlora_dpo.data.sources import DataPart, SourceRows
+    from qlora_dpo.data.template_lint import TokenQuantiles
     from qlora_dpo.recipe import Recipe
     from qlora_dpo.recipe.data import DataTable
 
@@ -46,7 +51,7 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
     """
     import random
 
-    from qlora_dpo.errors import RecipeError
+    from qlora_dpo.errors import DataError, RecipeError
 
     if row is not None and sample is not None:
         raise click.UsageError("--row and --sample exclude each other")
@@ -58,33 +63,39 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
         if not pairs:
             raise RecipeError(f"{rows.name}: row {row} is {f'no pair: {reason}' if reason else 'not there'}")
     else:
+        if not parsed.pairs:
+            raise DataError(f"{rows.name}: holds no pair: {_reasons(parsed, rows)}")
         pairs = random.Random(0).sample(parsed.pairs, min(sample or 1, len(parsed.pairs)))  # noqa: S311 - no secret
     click.echo(f"{rows.name}: {parsed.format.value}", err=True)
     tokenizer = _load_tokenizer(model, recipe)
     for pair in sorted(pairs, key=lambda pair: pair.row):
-        click.echo(_format_pair(pair, tokenizer, rows.location(pair.row), tokens))
+        text = _format_pair(pair, tokenizer, rows.location(pair.row), tokens)
+        click.echo(text, color=None if _has_colour() else False)
 
 
 @data_group.command("lint", short_help="Find problems in preference data.")
 @click.argument("source")
+@click.option("--model", metavar="NAME", help="Also find what this model's template makes of the rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every row number.")
 @click.option(
     "--fix",
     "fixed",
     metavar="OUT",
     type=click.Path(path_type=Path),
-    help="Write the rows without fixable problems as JSON lines.",
+    help="Write the rows without fixable problems as JSON lines, mended where that is possible.",
 )
 @click.option("--strict", is_flag=True, help="Exit with 3 if there are problems.")
-def lint_command(source: str, as_json: bool, fixed: Path | None, strict: bool) -> None:
+def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | None, strict: bool) -> None:
     """Find problems in the rows of SOURCE, a recipe, data file, folder or hub data set.
 
-    Reports rows that are no pairs, duplicates, contradictions, answers that repeat the question, length bias,
-    unbalanced labels and, for a recipe, prompts that are both trained on and held out.
+    Reports rows that are no pairs, duplicates, contradictions, answers that repeat the question, keys that stand twice,
+    length bias, unbalanced labels and, for a recipe, prompts that are both trained on and held out; with a model, also
+    what its template refuses or changes, and pairs that are too long.
 
     \b
     qlora-dpo data lint recipes/quickstart.toml
     qlora-dpo data lint pairs.jsonl --fix mended.jsonl
+    qlora-dpo data lint pairs.jsonl --model Qwen/Qwen2-0.5B-Instruct
     """
     from qlora_dpo.data import lint as linting
     from qlora_dpo.errors import EXIT_GATE
@@ -98,15 +109,18 @@ def lint_command(source: str, as_json: bool, fixed: Path | None, strict: bool) -
                 "held-out prompts that are trained on", shared, "set data.eval_share, or other splits", False
             )
         )
+    tokens: TokenQuantiles = {}
+    if model is not None:
+        from qlora_dpo.data.template_lint import find_template_problems
+
+        template_findings, tokens = find_template_problems(parsed.pairs, _load_tokenizer(model, recipe), table)
+        findings += template_findings
     if fixed is not None:
-        dropped = {number for finding in findings if finding.fixable for number in finding.rows}
-        kept = [row for number, row in enumerate(rows.rows, 1) if number not in dropped]
-        _write_rows(fixed, kept)
-        click.echo(f"{fixed}: {len(kept):,} of {len(rows.rows):,} rows", err=True)
+        _write_mended_rows(fixed, rows, parsed, findings)
     if as_json:
-        click.echo(
-            json.dumps({"source": rows.name, "rows": len(rows.rows), **linting.findings_json(parsed, findings, bias)})
-        )
+        record = {"source": rows.name, "rows": len(rows.rows), **linting.findings_json(parsed, findings, bias)}
+        quantiles = {part: dict(zip(("p50", "p95", "max"), each, strict=True)) for part, each in tokens.items()}
+        click.echo(json.dumps(record | ({"tokens": quantiles} if model is not None else {})))
     else:
         click.echo(f"{rows.name}: {parsed.format.value}, {len(rows.rows):,} rows, {len(parsed.pairs):,} pairs")
         for finding in findings:
@@ -116,6 +130,9 @@ def lint_command(source: str, as_json: bool, fixed: Path | None, strict: bool) -
             click.echo(f"  {len(finding.rows):>7,}  {_printable(finding.problem)}: rows {numbers}; {finding.advice}")
         if bias:
             click.echo(f"  {bias.describe()}")
+        if tokens:
+            each = ", ".join(f"{part} {' / '.join(map(str, lengths))}" for part, lengths in tokens.items())
+            click.echo(f"  tokens (p50 / p95 / max): {each}")
         if not findings:
             click.echo("  nothing odd")
     if strict and findings:
@@ -157,6 +174,39 @@ def split_command(source: str, folder: Path, share: float) -> None:
         click.echo(f"{folder / name}.jsonl: {len(numbers):,} rows")
     if dropped := sum(map(len, parsed.dropped.values())):
         click.echo(f"left out: {dropped:,} rows that are no pairs; qlora-dpo data lint lists them", err=True)
+
+
+def _write_mended_rows(path: Path, rows: "SourceRows", parsed: "ParsedRows", findings: "Sequence[LintFinding]") -> None:
+    """Write the rows that no finding removes, without the question at the head of their answers, and say so."""
+    from qlora_dpo.data.lint import QUESTION_FIRST, leave_question_out
+
+    def rows_of(is_meant: "Callable[[LintFinding], bool]") -> set[int]:
+        return {number for finding in findings if is_meant(finding) for number in finding.rows}
+
+    to_mend = rows_of(lambda finding: finding.problem == QUESTION_FIRST)
+    removed = rows_of(lambda finding: finding.fixable and finding.problem != QUESTION_FIRST)
+    pairs_by_row = dict[int, "list[Pair]"]()
+    for pair in parsed.pairs if to_mend else ():
+        pairs_by_row.setdefault(pair.row, []).append(pair)
+    kept, mended, beyond_mending = list[Any](), 0, 0
+    for number, row in enumerate(rows.rows, 1):
+        if number in removed:
+            continue
+        if number not in to_mend:
+            kept.append(row)
+        elif (changed := leave_question_out(row, pairs_by_row[number])) is not None:
+            kept.append(changed)
+            mended += 1
+        else:
+            beyond_mending += 1
+    _write_rows(path, kept)
+    click.echo(f"{path}: {len(kept):,} of {len(rows.rows):,} rows", err=True)
+    if mended:
+        click.echo(f"{path}: the question at the head of the answers is left out of {mended:,} rows", err=True)
+    if beyond_mending:
+        click.echo(f"{path}: {beyond_mending:,} rows are left out, which are no pairs without the question", err=True)
+    if twice := len(parsed.repeated_keys.keys() - removed):
+        click.echo(f"{path}: {twice:,} rows have the last value of a key that stands twice", err=True)
 
 
 def _data_table_and_recipe(source: str) -> "tuple[DataTable, Recipe | None]":
@@ -243,10 +293,24 @@ def _format_pair(pair: "Pair", tokenizer: Any, location: str, tokens: bool) -> s
 
 def _mark_scored(text: str) -> str:
     """`text`, between brackets if the output has no colour to mark it."""
+    return text if _has_colour() else f"⟦{text}⟧"
+
+
+def _has_colour() -> bool:
+    """True on a terminal, unless NO_COLOR is set."""
     import os
     import sys
 
-    return text if sys.stdout.isatty() and "NO_COLOR" not in os.environ else f"⟦{text}⟧"
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _reasons(parsed: "ParsedRows", rows: "SourceRows") -> str:
+    """The reasons why rows are no pairs, with the place of the first row of each."""
+    reasons = [
+        f"{_printable(reason)} ({len(numbers):,}, first {rows.location(numbers[0])})"
+        for reason, numbers in parsed.dropped.items()
+    ]
+    return ", ".join(reasons[:5]) + (", ..." if len(reasons) > 5 else "")
 
 
 def _format_tokens(tokenizer: Any, encoded: "EncodedPair", names: Sequence[str]) -> list[str]:
@@ -261,7 +325,12 @@ def _printable(text: str) -> str:
     return sanitize_text(text)
 
 
-def _write_rows(path: Path, rows: Sequence[Any]) -> None:
+def _write_rows(path: Path, rows: "Iterable[Row]") -> None:
+    """Write rows as JSON lines, and say which values JSON does not have."""
+    from qlora_dpo.cli.text.json_rows import json_rows
     from qlora_dpo.files import atomic_write
 
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    written = json_rows(rows)
+    atomic_write(path, written.text)
+    for note in written.notes():
+        click.echo(f"{path}: {note}", err=True)

@@ -175,7 +175,7 @@ def _eval_data_table(
     """The data to read, and as which part; raises RecipeError for options that contradict each other."""
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.recipe.data import DataTable
-    from qlora_dpo.recipe.tables import DATA_SUFFIXES
+    from qlora_dpo.recipe.tables import has_data_suffix
 
     run_data = recipe.data if recipe is not None else None
     if data is None:
@@ -187,12 +187,13 @@ def _eval_data_table(
             )
         eval_split = {"eval_split": split} if split else {}
         return run_data.model_copy(update={"max_eval_samples": max_pairs, **eval_split}), "eval"
-    if split is not None and data.endswith(DATA_SUFFIXES):
+    may_hold_splits = data.lower().endswith((".json", ".json.gz"))
+    if split is not None and has_data_suffix(data) and not may_hold_splits:
         raise RecipeError(f"--split {split}: {data} is one file and has no splits; leave it out")
     path = Path(data).expanduser()
     name = str(path.resolve()) if path.exists() else data
     table = run_data or DataTable(train=name, eval=f"{name}/")
-    default_split = "train" if path.is_file() or data.endswith(DATA_SUFFIXES) else table.eval_split
+    default_split = "train" if path.is_file() or has_data_suffix(data) else table.eval_split
     return table.model_copy(
         update={
             "train": name,

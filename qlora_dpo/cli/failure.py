@@ -3,6 +3,7 @@
 import errno
 import os
 import traceback
+from pathlib import Path
 
 import click
 
@@ -16,6 +17,7 @@ from qlora_dpo.errors import (
     QloraDpoError,
     is_out_of_memory,
 )
+from qlora_dpo.files import cache_home, disk_error
 from qlora_dpo.tracking.console import printable
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -57,8 +59,21 @@ def _sentence_and_exit_code(error: BaseException) -> tuple[str, int]:
         case OSError() if error.errno in DISK_FULL_ERRNOS:
             prefix = f"{error.filename}: " if error.filename else ""
             return f"{prefix}the disk is full; free some space, or set QLORA_DPO_CACHE to another disk", EXIT_FAILURE
+        case OSError(errno=errno.ENAMETOOLONG | errno.EFBIG | errno.EROFS | errno.EACCES | errno.EPERM):
+            return _system_error(error)
         case _:
             return f"{_unexpected_error_text(error)}; set QLORA_DPO_TRACEBACK=1 to see where it came from", EXIT_FAILURE
+
+
+def _system_error(error: OSError) -> tuple[str, int]:
+    """The sentence and the exit code for a file that the operating system refuses to read or write."""
+    name = str(error.filename or error.filename2 or "a file")
+    if error.errno in (errno.ENAMETOOLONG, errno.EFBIG) and (translated := disk_error(error, name)):
+        return str(translated), translated.exit_code
+    advice = "look at its permissions, or name another"
+    if Path(name).absolute().is_relative_to(cache_home().absolute()):
+        advice = "set QLORA_DPO_CACHE to a folder that you may read and write"
+    return f"{name}: cannot be read or written ({error.strerror}); {advice}", EXIT_FAILURE
 
 
 def _help_hint(error: click.UsageError) -> str:

@@ -27,7 +27,9 @@ def runs_command(arguments: tuple[str, ...], sort: str, as_json: bool) -> None:
     """
     from rich.console import Console
 
+    from qlora_dpo.errors import RunError
     from qlora_dpo.report.runs import diff_runs, find_runs, run_diff_table, runs_table, sort_runs, summarize_run
+    from qlora_dpo.tracking.console import printable
 
     if arguments[:1] == ("diff",):
         diff = diff_runs(*_two_run_folders(arguments[1:]))
@@ -39,12 +41,21 @@ def runs_command(arguments: tuple[str, ...], sort: str, as_json: bool) -> None:
     home = _runs_folder(arguments)
     folders = find_runs(home)
     if not folders:
-        from qlora_dpo.errors import RunError
-
         raise RunError(f"{home}: holds no runs; train one first: qlora-dpo train recipes/quickstart.toml")
-    runs = sort_runs([summarize_run(folder) for folder in folders], sort)
+    summaries, unreadable = [], list[RunError]()
+    for folder in folders:
+        try:
+            summaries.append(summarize_run(folder))
+        except RunError as error:
+            unreadable.append(error)
+    if not summaries:
+        raise unreadable[0]
+    for problem in unreadable:
+        click.echo(f"left out: {printable(str(problem))}", err=True)
+    runs = sort_runs(summaries, sort)
     if as_json:
-        click.echo(json.dumps({"runs": runs}, ensure_ascii=False))
+        left_out = {"unreadable": [str(problem) for problem in unreadable]} if unreadable else {}
+        click.echo(json.dumps({"runs": runs, **left_out}, ensure_ascii=False))
     else:
         console = Console()
         console.print(runs_table(runs, console.width))

@@ -20,7 +20,7 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but newline and tab, DEL, C1
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that reorder text
-    r"\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"  # no width: they hide words in words
+    r"\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0001\U000e0020-\U000e007f"  # no width: they hide words in words
     r"\u2028\u2029]"  # line ends other than newline
 )
 _SURROGATES = re.compile(r"[\ud800-\udfff]")

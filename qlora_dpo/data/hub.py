@@ -25,8 +25,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from qlora_dpo.data.files import Row, arrow_rows
+from qlora_dpo.data.files import Row, arrow_rows, log_once
 from qlora_dpo.data.lazy_sequence import LazySequence
+from qlora_dpo.data.reading.arrow_tables import checked_table
 from qlora_dpo.errors import DataError, QloraDpoError, RecipeError, SourceError
 from qlora_dpo.files import atomic_write, cache_home
 
@@ -60,7 +61,10 @@ def read_hub_dataset(
                 cached_folder = Path(table.cache_files[0]["filename"]).parent
                 with suppress(SourceError):  # without the note, the next run asks the hub again
                     atomic_write(_cache_note_path(name, commit, config, data_dir), str(cached_folder))
-        return arrow_rows(table.data.table), commit
+        checked, notes = checked_table(f"{name}, split {split}", table.data.table)
+    for note in notes:
+        log_once(note)
+    return arrow_rows(checked), commit
 
 
 def _resolve_commit(name: str, revision: str | None, config: str | None, data_dir: str | None) -> str:

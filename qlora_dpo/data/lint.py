@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -11,8 +11,17 @@ from qlora_dpo.data.pairs import Pair, ParsedRows
 
 MIN_LEAK_CHARACTERS = 40
 """Shorter questions may well be quoted in an answer."""
+MIN_HEAD_CHARACTERS, MIN_HEAD_QUESTION_CHARACTERS = 20, 8
+"""The shortest prompt, and the shortest that ends with a question mark, at the head of an answer that is said to repeat
+it: a greeting is often answered by itself."""
+QUESTION_FIRST = "the answers begin with the question"
+"""The finding that is mended by leaving the question out."""
 MEDIUM_EFFECT_SIZE = 0.5
 """The effect size from which a difference is called medium (Cohen 1988)."""
+
+
+_PUNCTUATION = re.compile(r"(?:[^\w\u2190-\u2bff\ue000-\uf8ff\U0001f000-\U000dffff]|_)+")
+"""All but letters, digits, arrows and pictures: emoji, those of later Unicode versions too, are words of their own."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,13 @@ def find_problems(parsed: ParsedRows) -> list[LintFinding]:
         scan.add(pair)
     return [
         *unusable,
+        *_repeated_keys(parsed.repeated_keys),
         *_optional_finding("the same pair again", scan.duplicates, "keep one of them"),
         *_optional_finding("alike but for case, punctuation and spaces", scan.near_duplicates, "keep one of them"),
         *_optional_finding(
             "the opposite of another pair", scan.contradictions(), "decide which answer is the better one"
         ),
+        *_optional_finding(QUESTION_FIRST, scan.question_first, "leave it out, as --fix does"),
         *_optional_finding("an answer repeats the question", scan.leaks, "remove the question from the answer"),
         *_label_imbalance(scan.labels),
     ]
@@ -69,6 +80,7 @@ class _LintScan:
 
     def __init__(self) -> None:
         self.duplicates, self.near_duplicates, self.leaks = list[int](), list[int](), list[int]()
+        self.question_first = list[int]()
         self.labels = list[tuple[int, bool | None]]()
         self._exact, self._normalized = set[bytes](), set[bytes]()
         self._rows_by_answers = dict[bytes, list[int]]()
@@ -83,7 +95,9 @@ class _LintScan:
             self.near_duplicates.append(pair.row)
         self._exact.add(exact)
         self._normalized.add(normalized)
-        if _leaks_prompt(pair):
+        if begin_with_question(pair):
+            self.question_first.append(pair.row)
+        elif _leaks_prompt(pair):
             self.leaks.append(pair.row)
         self.labels.append((pair.row, pair.label))
         if pair.label is None:
@@ -134,7 +148,7 @@ def _exact_key(pair: Pair) -> Hashable:
 
 def _normalized_key(pair: Pair) -> Hashable:
     texts = [*(turn["content"] for turn in pair.prompt), pair.chosen, *([pair.rejected] if pair.label is None else [])]
-    return tuple(re.sub(r"[\W_]+", " ", text).casefold().strip() for text in texts)
+    return tuple(_PUNCTUATION.sub(" ", text).casefold().strip() for text in texts)
 
 
 def _digest(key: Hashable) -> bytes:
@@ -143,8 +157,67 @@ def _digest(key: Hashable) -> bytes:
 
 def _leaks_prompt(pair: Pair) -> bool:
     question = pair.prompt[-1]["content"].strip()
-    answers = (pair.chosen, pair.rejected) if pair.label is None else (pair.chosen,)
-    return len(question) >= MIN_LEAK_CHARACTERS and any(question in answer for answer in answers)
+    return len(question) >= MIN_LEAK_CHARACTERS and any(question in answer for answer in _answers(pair))
+
+
+def begin_with_question(pair: Pair) -> bool:
+    """True if both answers, or the only one, begin with the last turn of the prompt."""
+    question = pair.prompt[-1]["content"].strip()
+    shortest = MIN_HEAD_QUESTION_CHARACTERS if question.endswith(("?", "？")) else MIN_HEAD_CHARACTERS
+    return len(question) >= shortest and all(_rest(answer, question) is not None for answer in _answers(pair))
+
+
+def _answers(pair: Pair) -> tuple[str, ...]:
+    return (pair.chosen, pair.rejected) if pair.label is None else (pair.chosen,)
+
+
+def _rest(answer: str, question: str) -> str | None:
+    """What follows the question at the head of an answer; None if the answer does not begin with it."""
+    text = answer.lstrip()
+    rest = text.removeprefix(question)
+    is_longer_word = question[-1:].isalnum() and rest[:1].isalnum()
+    return None if len(rest) == len(text) or is_longer_word else rest.lstrip()
+
+
+def leave_question_out(row: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    """`row` without the question at the head of its answers; None if that leaves no pair, or the answers are not found.
+
+    `pairs` are all pairs of the row. A text of the row is an answer if it ends with it, as a whole dialogue does.
+    """
+    mended = dict[str, str]()
+    for pair in filter(begin_with_question, pairs):
+        rests = [_rest(answer, pair.prompt[-1]["content"].strip()) or "" for answer in _answers(pair)]
+        if not all(rests) or (len(rests) == 2 and rests[0] == rests[1]):
+            return None
+        mended |= dict(zip(_answers(pair), rests, strict=True))
+    found = set[str]()
+
+    def edit(value: Any) -> Any:
+        match value:
+            case str():
+                answer = next((answer for answer in mended if value.endswith(answer)), None)
+                if answer is None:
+                    return value
+                found.add(answer)
+                return value[: len(value) - len(answer)] + mended[answer]
+            case dict():
+                return {key: edit(inner) for key, inner in value.items()}
+            case list():
+                return [edit(inner) for inner in value]
+            case _:
+                return value
+
+    edited: dict[str, Any] = edit(dict(row))
+    return edited if found == mended.keys() else None
+
+
+def _repeated_keys(repeated_keys: Mapping[int, str]) -> list[LintFinding]:
+    """A finding about rows of JSON that have a key twice; it cannot be told which value was meant."""
+    if not repeated_keys:
+        return []
+    names = ", ".join(f'"{key}"' for key in list(dict.fromkeys(repeated_keys.values()))[:3])
+    problem = f"a key twice in one object ({names})"
+    return [LintFinding(problem, tuple(sorted(repeated_keys)), "the last value is read; keep one", fixable=False)]
 
 
 def _label_imbalance(labels: Sequence[tuple[int, bool | None]]) -> list[LintFinding]:

@@ -129,6 +129,11 @@ def _concatenate_parsed(parts: Sequence[ParsedRows], first_rows: Sequence[int]) 
         dropped,
         np.concatenate(rows),
         np.concatenate(is_eval) if is_eval else None,
+        {
+            row + first - 1: key
+            for parsed, first in zip(parts, first_rows, strict=True)
+            for row, key in parsed.repeated_keys.items()
+        },
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from types import MappingProxyType
+from unicodedata import category
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 
 from qlora_dpo.data import arrow_cache
 from qlora_dpo.data.arrow_columns import binary_array, number_array, read_numbers
-from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles
-from qlora_dpo.data.files import Row
+from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles, sanitize_text
+from qlora_dpo.data.files import Row, log_once
 from qlora_dpo.data.formats import (
     FORMATS_BY_NAME,
     PreferenceFormat,
@@ -32,7 +33,7 @@ from qlora_dpo.errors import RecipeError
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-PARSE_VERSION = 1
+PARSE_VERSION = 2
 """Incremented when the same row would become another pair, so that older cache entries are not used."""
 MAX_CHARACTERS = 1_000_000
 """The longest prompt with answers; more is not a conversation, and would take seconds to tokenize."""
@@ -77,6 +78,8 @@ class ParsedRows:
     row_P: IntArray
     is_eval_P: BoolArray | None = None
     """A mask of the held-out pairs, if a share of the prompts is held out."""
+    repeated_keys: Mapping[int, str] = field(default_factory=dict)
+    """A key that stands twice in one object of a row, by row number; its last value was read."""
 
     def select(self, keep_P: BoolArray) -> "ParsedRows":
         """The same rows with only the pairs of a mask."""
@@ -111,6 +114,7 @@ def parse_pairs(
     if scan is None:
         scan = _scan_rows(rows, extra_columns, options, eval_share, progress)
         _store_parse(key, scan)
+    _log_repeated_keys(rows, scan.repeated_keys)
     format, row_P, pair_index_P = scan.format, scan.row_P, scan.pair_index_P
 
     def make(index: int) -> Pair:
@@ -122,7 +126,8 @@ def parse_pairs(
         return Pair(prompt, chosen, rejected, number, extra, label, parse_tools(row))
 
     is_eval_P = np.array(scan.is_eval_P, dtype=bool) if eval_share is not None else None
-    parsed = ParsedRows(format, LazySequence(len(row_P), make), scan.dropped, np.array(row_P), is_eval_P)
+    pairs = LazySequence(len(row_P), make)
+    parsed = ParsedRows(format, pairs, scan.dropped, np.array(row_P), is_eval_P, scan.repeated_keys)
     return _with_mismatched_answers(parsed, scan.answer_digests) if format is PreferenceFormat.UNPAIRED else parsed
 
 
@@ -137,6 +142,7 @@ class _Scan:
     answer_digests: list[bytes]
     """A digest of each unpaired answer."""
     dropped: dict[str, list[int]]
+    repeated_keys: Mapping[int, str]
 
 
 def _load_cached_parse(key: str | None) -> _Scan | None:
@@ -148,9 +154,9 @@ def _load_cached_parse(key: str | None) -> _Scan | None:
     is_eval_P = array("b", read_numbers(table, "is_eval").tobytes()) if "is_eval" in table.column_names else array("b")
     answers = table["answer"].to_pylist() if "answer" in table.column_names else []
     metadata = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
-    return _Scan(
-        PreferenceFormat(metadata["format"]), row_P, pair_index_P, is_eval_P, answers, json.loads(metadata["dropped"])
-    )
+    repeated = {int(row): key for row, key in json.loads(metadata["repeated_keys"]).items()}
+    format, dropped = PreferenceFormat(metadata["format"]), json.loads(metadata["dropped"])
+    return _Scan(format, row_P, pair_index_P, is_eval_P, answers, dropped, repeated)
 
 
 def _store_parse(key: str | None, scan: _Scan) -> None:
@@ -159,7 +165,11 @@ def _store_parse(key: str | None, scan: _Scan) -> None:
         columns["is_eval"] = number_array(scan.is_eval_P, np.int8)
     if scan.answer_digests:
         columns["answer"] = binary_array(scan.answer_digests, 16)
-    metadata = {"format": scan.format.value, "dropped": json.dumps(scan.dropped)}
+    metadata = {
+        "format": scan.format.value,
+        "dropped": json.dumps(scan.dropped),
+        "repeated_keys": json.dumps(dict(scan.repeated_keys)),
+    }
     fields = [pa.field(name, column.type) for name, column in columns.items()]
     table = pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata))
     arrow_cache.store_table(key, table)
@@ -194,7 +204,17 @@ def _scan_rows(
                 is_eval_P.append(in_eval_share(prompt, eval_share))
             if format is PreferenceFormat.UNPAIRED:
                 answers.append(sha256(chosen.encode()).digest()[:16])
-    return _Scan(format, row_P, pair_index_P, is_eval_P, answers, dropped)
+    return _Scan(format, row_P, pair_index_P, is_eval_P, answers, dropped, rows.repeated_keys())
+
+
+def _log_repeated_keys(rows: SourceRows, repeated_keys: Mapping[int, str]) -> None:
+    """Say which rows have a key twice, since only the last of its values is read."""
+    if repeated_keys:
+        first = min(repeated_keys)
+        which = f'row has a key twice ("{sanitize_text(repeated_keys[first])}" in {rows.location(first)})'
+        if len(repeated_keys) > 1:
+            which = which.replace("row has a key twice (", "rows have a key twice (first ", 1)
+        log_once(f"{rows.name}: {len(repeated_keys):,} {which}; the last value is read")
 
 
 def in_eval_share(prompt: tuple[Message, ...], share: float) -> bool:
@@ -241,8 +261,13 @@ def _check_pair(prompt: tuple[Message, ...], chosen: str, rejected: str | None) 
 
 
 def _is_blank(text: str) -> bool:
-    """True if `text` shows nothing: it is white space, control characters and characters without width."""
-    return not any(letter.isprintable() and not letter.isspace() for letter in text)
+    """True if `text` shows nothing: it is white space, control characters and characters without width.
+
+    A code point that Python's Unicode tables do not know yet, as that of a new emoji, is text.
+    """
+    return not any(
+        (letter.isprintable() and not letter.isspace()) or category(letter) in ("Cn", "Co") for letter in text
+    )
 
 
 def _is_encodable(text: str) -> bool:

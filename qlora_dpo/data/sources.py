@@ -2,16 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_dpo.data.files import FileRows, Row, data_suffix, display_path, read_data_file
+from qlora_dpo.data.files import FileRows, Row, data_suffix, display_path, log_once, read_data_file
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
-from qlora_dpo.errors import DataError, RecipeError, SourceError
+from qlora_dpo.data.reading.arrow_tables import saved_dataset_files, saved_splits
+from qlora_dpo.errors import DataError, QloraDpoError, RecipeError
+from qlora_dpo.files import path_exists, read_error
 from qlora_dpo.recipe.data import DataTable, MixTable
-from qlora_dpo.recipe.tables import DATA_SUFFIXES, is_glob, is_local_path
+from qlora_dpo.recipe.tables import DATA_SUFFIXES, SAVED_DATASET_NAMES, is_glob, is_local_path
 
 DataPart = Literal["train", "eval"]
 
@@ -26,6 +29,8 @@ class SourceRows:
     """The location of a row number in messages: `pairs.jsonl:17`, or `OWNER/NAME, split train, row 17`."""
     fingerprint: str = ""
     """Identifies the rows: the SHA-256 of their files, or the commit on the hub; empty if unknown."""
+    repeated_keys: Callable[[], Mapping[int, str]] = dict
+    """A key that stands twice in one object, by row number, of the rows that were read so far."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,17 @@ def _concatenate(name: str, parts: Sequence[FileRows] | Sequence[SourceRows]) ->
         concatenate_sequences([rows.rows for rows in parts]),
         _row_locator(parts),
         json.dumps(fingerprints) if all(fingerprints) else "",
+        lambda: _join_repeated_keys(parts),
     )
+
+
+def _join_repeated_keys(parts: Sequence[FileRows] | Sequence[SourceRows]) -> dict[int, str]:
+    """The repeated keys of several parts, by row number over all of them."""
+    start, joined = 0, dict[int, str]()
+    for part in parts:
+        joined |= {start + row: key for row, key in part.repeated_keys().items()}
+        start += len(part.rows)
+    return joined
 
 
 def _read_source(source: DataSource) -> SourceRows:
@@ -102,27 +117,45 @@ def _read_source(source: DataSource) -> SourceRows:
         )
 
         title = f"{name}, split {split}"
-        rows, commit = read_hub_dataset(name, split, source.revision, source.config, source.data_dir)
+        with _naming_local_folder(name, source.key):
+            rows, commit = read_hub_dataset(name, split, source.revision, source.config, source.data_dir)
         if not rows:
             raise DataError(f"{title}: holds no rows; a preference set has one pair per row")
         fingerprint = json.dumps([name, commit, source.config, source.data_dir, split])
         return SourceRows(title, rows, lambda row: f"{title}, row {row}", fingerprint)
-    files = [read_data_file(path) for path in _data_files(source)]
+    files = [read_data_file(path, split) for path in _data_files(source)]
+    is_folder = _is_folder(Path(name).expanduser())
+    if split != source.default_split and not is_folder and not files[0].has_splits:
+        raise _no_splits_error(source)
     shown_name = display_path(Path(name).expanduser())
     title = files[0].name if len(files) == 1 else shown_name if is_glob(name) else f"{shown_name}, split {split}"
     return _concatenate(title, files)
 
 
+@contextmanager
+def _naming_local_folder(name: str, key: str) -> Iterator[None]:
+    """Say in an error, or after reading, that a folder here is called like the hub data set `name`."""
+    is_folder_here = path_exists(Path(name))
+    try:
+        yield
+    except QloraDpoError as error:
+        if not is_folder_here:
+            raise
+        raise type(error)(
+            f'{error}; a folder here has that name: write "./{name}" in {key} if it is meant (in a recipe, relative to '
+            "the recipe's own folder)"
+        ) from error
+    if is_folder_here:
+        log_once(f'{name}: was read from the hub, not from the folder of that name here, which is "./{name}"')
+
+
 def check_sources(table: DataTable, part: DataPart) -> None:
-    """Raise RecipeError if the data keys of `part` do not fit together; no file is opened."""
+    """Raise RecipeError if the data keys of `part` do not fit together; only JSON that may hold splits is opened."""
     for source in list_sources(table, part):
         path = Path(source.name).expanduser()
         is_file = is_local_path(source.name) and (is_glob(source.name) or not _is_folder(path))
-        if is_file and source.split != source.default_split:
-            raise RecipeError(
-                f'{source.split_key} is "{source.split}", but {display_path(Path(source.name))} is one file and has no '
-                "splits; remove the key, or name a folder with one file per split"
-            )
+        if is_file and source.split != source.default_split and not _may_hold_splits(path):
+            raise _no_splits_error(source)
     if part == "eval" and table.effective_eval_share is None:
         (eval_source,) = list_sources(table, "eval")
         for train_source in list_sources(table, "train"):
@@ -134,7 +167,8 @@ def _check_disjoint(train: DataSource, evaluation: DataSource) -> None:
     if is_local_path(train.name) and is_local_path(evaluation.name):
         files = {file.resolve() for file in _data_files(train)}
         shared_files = [file for file in _data_files(evaluation) if file.resolve() in files]
-        if shared_files:
+        are_splits = len(shared_files) == 1 and train.split != evaluation.split and _may_hold_splits(shared_files[0])
+        if shared_files and not (are_splits and read_data_file(shared_files[0], evaluation.split).has_splits):
             raise RecipeError(
                 f"{display_path(shared_files[0])}: would give both the training and the held-out pairs; name two files "
                 "that share no rows, in data.train and data.eval or by data.train_split and data.eval_split"
@@ -146,6 +180,18 @@ def _check_disjoint(train: DataSource, evaluation: DataSource) -> None:
         )
 
 
+def _may_hold_splits(path: Path) -> bool:
+    """True for a file of JSON, which may be a dictionary of splits."""
+    return path.name.lower().endswith((".json", ".json.gz")) and path_exists(path) and path.is_file()
+
+
+def _no_splits_error(source: DataSource) -> RecipeError:
+    return RecipeError(
+        f'{source.split_key} is "{source.split}", but {display_path(Path(source.name))} is one file and has no '
+        "splits; remove the key, or name a folder with one file per split"
+    )
+
+
 def _dataset_key(source: DataSource) -> tuple[str | None, ...]:
     return source.name, source.config, source.data_dir
 
@@ -154,7 +200,7 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise SourceError(f"{display_path(path)}: cannot be read: {error.strerror}") from error
+        raise read_error(error, display_path(path)) from error
 
 
 def _data_files(source: DataSource) -> list[Path]:
@@ -188,7 +234,9 @@ def _split_files(folder: Path, source: DataSource) -> list[Path]:
             file for file in folder.iterdir() if file.is_file() and data_suffix(file) and file.name[0] != "."
         )
     except OSError as error:
-        raise SourceError(f"{display_path(folder)}: cannot be read: {error.strerror}") from error
+        raise read_error(error, display_path(folder)) from error
+    if any(all((folder / name).is_file() for name in names) for names in SAVED_DATASET_NAMES):
+        return _saved_dataset_files(folder, source)
     names = ", ".join(file.name for file in files[:8]) + (", ..." if len(files) > 8 else "")
     if not files:
         raise RecipeError(
@@ -208,6 +256,23 @@ def _split_files(folder: Path, source: DataSource) -> list[Path]:
             f"leave one of them, or name the file itself in {source.key}"
         )
     return split_files
+
+
+def _saved_dataset_files(folder: Path, source: DataSource) -> list[Path]:
+    """The files of what `datasets` saved: of one data set, or of the split of several."""
+    splits = saved_splits(folder)
+    if splits is None:
+        if source.split != source.default_split:
+            raise RecipeError(
+                f'{source.split_key} is "{source.split}", but {display_path(folder)} is one saved data set and has no '
+                "splits; remove the key"
+            )
+        return saved_dataset_files(folder)
+    if source.split not in splits:
+        raise RecipeError(
+            f'{display_path(folder)}: has no split "{source.split}"; it has {", ".join(splits)}; set {source.split_key}'
+        )
+    return saved_dataset_files(folder / source.split)
 
 
 def _row_locator(parts: Sequence[FileRows] | Sequence[SourceRows]) -> Callable[[int], str]:

@@ -13,6 +13,7 @@ import tomli_w
 
 from qlora_dpo.data.dialogue import sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError, RunError
+from qlora_dpo.files import text_lines
 from qlora_dpo.manifest import MANIFEST, find_damage
 from qlora_dpo.recipe.tables import is_local_path
 from qlora_dpo.redact import find_secret_line, redact_secrets
@@ -182,7 +183,7 @@ def _find_secrets(text: str, folder: Path) -> Iterator[tuple[int, str]]:
         yield secret_line, "there is what looks like a token or a password"
     # A folder right below the root, such as /tmp, reveals nothing and is a token of many tokenizers
     local_folders = {path for path in (folder.resolve().parent, Path.home(), Path.cwd()) if len(path.parts) > 2}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text_lines(text), start=1):
         if any(f"{local_folder}/" in line for local_folder in local_folders):
             yield number, "there is a path of this machine"
 

@@ -12,6 +12,7 @@ from qlora_dpo.data.encode import encode_pairs, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.files import text_lines
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.tables import is_local_path
 
@@ -90,7 +91,7 @@ def _load_samples(file: Path, tokenizer: Any) -> list[EncodedPair]:
     if not file.is_file():
         return []
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:MAX_PAIRS]]
+        records = [json.loads(line) for line in text_lines(file.read_text(encoding="utf-8"))[:MAX_PAIRS]]
         pairs = [
             Pair(prompt=tuple(record["prompt"]), chosen=record["tuned"], rejected=record["base"], row=row, extra={})
             for row, record in enumerate(records, start=1)

@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qlora_dpo.recipe.tables import (
-    DATA_SUFFIXES,
     NonEmptyStr,
     PositiveFloat,
     PositiveInt,
     RecipeTable,
+    has_data_suffix,
     is_glob,
     is_local_path,
+    is_saved_dataset,
 )
 
 FormatName = Literal[
@@ -47,9 +48,9 @@ class DataTable(RecipeTable):
     """The preference pairs, and how they are tokenized."""
 
     train: NonEmptyStr | None = None
-    """A hub data set (`Dahoas/full-hh-rlhf`), a local file (.jsonl, .json, both also as .gz, .csv, .parquet), a pattern
-    (`./part-*.jsonl`) or a folder of files. Paths in a recipe are relative to the recipe's folder, paths given with
-    `--set` to the current one. Required unless there are `[[data.mix]]` tables."""
+    """A hub data set (`Dahoas/full-hh-rlhf`), a local file (.jsonl, .ndjson, .json, .csv, .tsv, also as .gz, .parquet,
+    .arrow), a pattern (`./part-*.jsonl`) or a folder of files. Paths in a recipe are relative to the recipe's folder,
+    paths given with `--set` to the current one. Required unless there are `[[data.mix]]` tables."""
     mix: list[MixTable] | None = None
     """Train on a mixture: one `[[data.mix]]` table per source, instead of `train`."""
     train_split: NonEmptyStr = "train"
@@ -58,8 +59,8 @@ class DataTable(RecipeTable):
     """The source of the held-out pairs; absent: the same as `train`."""
     eval_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Hold out the pairs of this share of the prompts of `train`, so that no prompt is both trained on and held out.
-    Absent: 0.1 if `train` is a file, a pattern or a mixture and there is no `eval`; otherwise the split `eval_split` is
-    held out."""
+    Absent: 0.1 if `train` is a file, a pattern, a saved data set without splits or a mixture and there is no `eval`;
+    otherwise the split `eval_split` is held out."""
     eval_split: NonEmptyStr = "test"
     """The split of a hub data set or folder that is held out."""
     revision: NonEmptyStr | None = None
@@ -115,7 +116,8 @@ class DataTable(RecipeTable):
             raise ValueError("has both eval and eval_share; name the held-out pairs, or hold a share out, not both")
         if self.train is None:
             return self
-        if self.eval == self.train and self.train.endswith(DATA_SUFFIXES):
+        may_hold_splits = self.train.lower().endswith((".json", ".json.gz")) and self.train_split != self.eval_split
+        if self.eval == self.train and has_data_suffix(self.train) and not may_hold_splits:
             raise ValueError("trains and evaluates on the same file; name another file of held-out pairs")
         if (
             self.effective_eval_share is None
@@ -137,8 +139,8 @@ class DataTable(RecipeTable):
         """The share of the training prompts that is held out; None if the held-out pairs have a source or split."""
         if self.eval_share is not None or self.eval is not None:
             return self.eval_share
-        has_no_splits = self.train is None or self.train.endswith(DATA_SUFFIXES) or is_glob(self.train)
-        return 0.1 if has_no_splits else None
+        is_file = self.train is None or has_data_suffix(self.train) or is_glob(self.train)
+        return 0.1 if is_file or is_saved_dataset(str(self.train)) else None
 
     @property
     def train_description(self) -> str:

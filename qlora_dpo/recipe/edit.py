@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 import tomli_w
 
+from qlora_dpo.files import text_lines
 from qlora_dpo.recipe.errors import key_lines
 
 
@@ -12,7 +13,7 @@ def edit_table(text: str, table: str, values: Mapping[str, str], removed: Collec
 
     A comment on the line of an old value is about that value and goes too. Values of several lines are not supported.
     """
-    lines, where = text.splitlines(), key_lines(text)
+    lines, where = text_lines(text), key_lines(text)
     gone = [where[table, key] for key in removed if (table, key) in where and key not in values]
     new = []
     for key, value in values.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qlora_dpo.files import text_lines
 from qlora_dpo.recipe.data import MixTable
 from qlora_dpo.recipe.former_keys import describe_former_key
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES, PlainLoss, loss_types
@@ -155,7 +156,7 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
     table: tuple[str, ...] = ()
     counts: dict[tuple[str, ...], int] = {}
     open_string = ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text_lines(text), 1):
         if open_string:
             open_string = "" if open_string in line else open_string
             continue

@@ -1,6 +1,7 @@
 """The recipe as one frozen value: its tables, keys and defaults, and the reader that checks them."""
 
 import difflib
+import logging
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import tomli_w
 from pydantic import ValidationError, ValidationInfo, field_validator
 
 from qlora_dpo.errors import RecipeError
+from qlora_dpo.files import path_exists
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.errors import describe_errors
 from qlora_dpo.recipe.former_keys import REMOVED_KEYS, describe_former_key, upgrade_stored_recipe
@@ -22,6 +24,8 @@ from qlora_dpo.recipe.tables import RecipeTable, is_local_path
 from qlora_dpo.recipe.train import SamplesTable, TrackTable, TrainTable
 from qlora_dpo.recipe.watch import WatchTable
 from qlora_dpo.redact import find_secret_line
+
+logger = logging.getLogger(__name__)
 
 MAX_RECIPE_BYTES = 2**16
 """A longer file is not a recipe but data or a model named by mistake, and parsing it as TOML could take long."""
@@ -249,7 +253,11 @@ def _with_absolute_paths(recipe: Recipe, home: Path, set_by_hand: set[str]) -> R
             raise RecipeError(f"{key} is {name}, and there is no such home folder; write the full path") from error
 
     def absolute_if_local(key: str, name: str) -> str:
-        return absolute(key, name) if is_local_path(name) else name
+        if is_local_path(name):
+            return absolute(key, name)
+        if key.startswith("data.") and home != Path.cwd() and path_exists(home / name):
+            logger.info(f'{key} = "{name}" names a hub data set; the folder beside the recipe is "./{name}"')
+        return name
 
     names = {"train": recipe.data.train, "eval": recipe.data.eval}
     data: dict[str, Any] = {

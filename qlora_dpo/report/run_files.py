@@ -52,5 +52,6 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The records of a JSON lines file, without a last line that was cut off; empty if there is no such file."""
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [dict(json.loads(line)) for line in lines if line.endswith("\n") and line.strip()]
+    # a line that was cut off is the last one, without its end; only "\n" ends a line, not the U+2028 of a text
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [dict(json.loads(line)) for line in lines if line.strip()]

@@ -69,6 +69,9 @@ def summarize_run(folder: Path) -> dict[str, Any]:
         shown = by_step.get(run.get("adapter_step"), evals[-1] if evals else {})
         accuracy, pairs = shown.get(METRIC_KEYS["accuracy"]), shown.get("eval_pairs")
         seconds = (run.get("seconds") or {}).get("total")
+        _check_numbers(
+            recipe["train"]["learning_rate"], seconds, run.get("steps"), *map(shown.get, METRIC_KEYS.values())
+        )
         return {
             "name": folder.resolve().name,
             "folder": str(folder),
@@ -86,10 +89,19 @@ def summarize_run(folder: Path) -> dict[str, Any]:
             "minutes": None if seconds is None else round(seconds / 60, 2),
             "signs": [sign["name"] for sign in results.get("signs") or []],
         }
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror}); look at the permissions of its files") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{folder}: is damaged ({type(error).__name__}: {str(error)[:60]}); take it from a backup"
         ) from error
+
+
+def _check_numbers(*values: object) -> None:
+    """Raise TypeError for a figure that is neither a number nor missing."""
+    for value in values:
+        if value is not None and not isinstance(value, int | float):
+            raise TypeError(f"{value!r} is no number")
 
 
 def sort_runs(runs: Sequence[Record], key: str) -> list[Record]:

@@ -1,7 +1,9 @@
 """The command line: help at once, one sentence for every failure, and the right exit code."""
 
 import errno
+import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from qlora_dpo import __version__, cli, errors
+from qlora_dpo import __version__, cli, errors, files
 from qlora_dpo.cli import main
 
 SHOW_WHERE = "; set QLORA_DPO_TRACEBACK=1 to see where it came from"
@@ -227,3 +229,121 @@ def test_importing_the_quantizer_prints_nothing() -> None:
     code = "from qlora_dpo.cli.quiet import quiet_libraries; quiet_libraries(); import transformers, bitsandbytes"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "sentence"),
+    [
+        (errno.EACCES, 1, "cannot be read or written (Permission denied); look at its permissions, or name another"),
+        (
+            errno.EROFS,
+            1,
+            "cannot be read or written (Read-only file system); look at its permissions, or name another",
+        ),
+        (
+            errno.EFBIG,
+            1,
+            "would be larger than a file may be here; choose another disk, or raise the limit (ulimit -f)",
+        ),
+        (errno.ENAMETOOLONG, 2, "is too long for the name of a file (255 bytes at most); name a shorter one"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_a_sentence(
+    number: int,
+    code: int,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert failing_with(OSError(number, os.strerror(number), "/x/y"), monkeypatch) == code
+    assert capsys.readouterr().err == f"qlora-dpo: /x/y: {sentence}\n"
+
+
+def test_an_unwritable_cache_names_the_variable_that_moves_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QLORA_DPO_CACHE", "/x")
+    assert failing_with(PermissionError(errno.EACCES, "Permission denied", "/x/logps/y"), monkeypatch) == 1
+    assert capsys.readouterr().err == (
+        "qlora-dpo: /x/logps/y: cannot be read or written (Permission denied); set QLORA_DPO_CACHE to a folder that "
+        "you may read and write\n"
+    )
+    with pytest.raises(errors.SourceError) as refused, files.translate_disk_errors(Path("/x/logps/y")):
+        raise OSError(errno.EROFS, "Read-only file system")
+    assert str(refused.value) == (
+        "/x/logps/y: cannot be written (Read-only file system); set QLORA_DPO_CACHE to a folder that you may write to"
+    )
+
+
+LONG_NAME = "é" * 140
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "lint", "p.jsonl", "--fix", LONG_NAME],
+        ["data", "split", "p.jsonl", "-o", LONG_NAME],
+        ["data", "show", LONG_NAME + ".jsonl"],
+        ["data", "show", LONG_NAME],
+        ["runs", LONG_NAME],
+        ["report", LONG_NAME],
+        ["verify", LONG_NAME],
+        ["init", LONG_NAME + ".toml"],
+        ["compare", LONG_NAME, "-p", "Hi"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_of_more_than_255_bytes_is_a_sentence(
+    empty_folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = '{{"prompt": "{}?", "chosen": "a", "rejected": "b"}}\n'
+    Path("p.jsonl").write_text("".join(line.format(number) for number in range(40)))
+    code = main(arguments)
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (code, "foresee" in told, "é" in told) == (2, False, True)
+    assert sorted(path.name for path in empty_folder.iterdir()) == ["p.jsonl"]
+
+
+def test_a_name_of_255_bytes_can_be_written(empty_folder: Path) -> None:
+    name = "é" * 125 + ".txt"
+    files.atomic_write(Path(name), "text")
+    assert Path(name).read_text() == "text"
+    with files.atomic_folder(Path("x" * 255)) as folder:
+        (folder / "y").write_text("z")
+    assert Path("x" * 255, "y").read_text() == "z"
+
+
+def test_a_file_larger_than_allowed_is_named_and_nothing_is_left(empty_folder: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(errors.SourceError) as refused:
+            files.atomic_write(Path("big"), "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(refused.value).startswith("big: would be larger than a file may be here; ")
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_a_command_goes_on_when_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(io.FileIO(writer, "w"), encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "__stdout__", stream)
+        done = []
+
+        def told() -> None:
+            for _ in range(3):
+                click.echo("line")
+                sys.stdout.flush()
+            done.append(True)
+
+        monkeypatch.setitem(cli.commands.commands, "told", click.Command("told", callback=told))
+        assert (main(["told"]), done) == (1, [True])
+        assert sys.stdout is stream
+
+
+def test_a_command_goes_on_without_any_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["runs", "--help"]) == 0

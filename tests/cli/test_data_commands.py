@@ -1,10 +1,15 @@
 """`qlora-dpo data`: pairs as the trainer sees them, what is odd about them, and a split by prompt."""
 
+import io
 import json
 import re
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import tiny_run
@@ -12,6 +17,7 @@ import tiny_run
 from qlora_dpo.cli import main
 from qlora_dpo.data import lint
 from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.data.files import read_data_file
 from qlora_dpo.data.pairs import parse_pairs
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.recipe.data import DataTable
@@ -163,3 +169,56 @@ def test_split_puts_every_prompt_on_one_side(empty_folder: Path, capsys: pytest.
     assert told.err == "left out: 1 rows that are no pairs; qlora-dpo data lint lists them\n"
     assert main(["data", "split", "p.jsonl", "-o", "pairs"]) == 1
     assert capsys.readouterr().err == "qlora-dpo: pairs: is there already; name a new folder with -o DIR\n"
+
+
+def test_show_without_a_pair_says_why(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(row(chosen=""), row(rejected=" "), row(rejected="No, it is early."))
+    assert main(["data", "show", "p.jsonl"]) == 1
+    assert capsys.readouterr().err == (
+        "qlora-dpo: p.jsonl: holds no pair: empty answer (2, first p.jsonl:1), equal answers (1, first p.jsonl:3)\n"
+    )
+
+
+@pytest.mark.parametrize(("no_color", "is_coloured"), [("1", False), ("", True), (None, True)])
+def test_show_has_colour_on_a_terminal_unless_no_color_is_set(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, no_color: str | None, is_coloured: bool
+) -> None:
+    write(row())
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    assert main(["data", "show", "p.jsonl"]) == 0
+    assert ("\x1b[" in shown.getvalue()) is is_coloured
+
+
+WHEN = datetime(2024, 2, 3, 4, 5, 6, tzinfo=UTC)
+UNUSUAL = {"score": float("nan"), "at": WHEN, "raw": b"\xff\x00", "word": b"ab", "deep": [{"x": [float("inf")]}]}
+WRITTEN = {"score": None, "at": WHEN.isoformat(), "raw": "/wA=", "word": "ab", "deep": [{"x": [None]}]}
+SAID = [
+    "2 values that are not finite (NaN, infinity) are written as null",
+    "3 values that JSON does not have (dates, bytes, ...) are written as text",
+]
+
+
+def test_what_json_does_not_have_is_written_so_that_it_can_be_read(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.Table.from_pylist([row("0?") | UNUSUAL]), "p.parquet")
+    assert main(["data", "lint", "p.parquet", "--fix", "mended.jsonl"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        *(f"mended.jsonl: {each}" for each in SAID),
+        "mended.jsonl: 1 of 1 rows",
+    ]
+    assert list(read_data_file(Path("mended.jsonl")).rows) == [row("0?") | WRITTEN]
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(empty_folder: Path) -> None:
+    write(*[row(f"{n}? é", note="half \ud83d") for n in range(30)])
+    assert main(["data", "split", "p.jsonl", "-o", "pairs", "--share", "0.3"]) == 0
+    sides = [list(read_data_file(Path(f"pairs/{name}.jsonl")).rows) for name in ("train", "test")]
+    assert sorted(map(str, [*sides[0], *sides[1]])) == sorted(
+        str(row(f"{n}? é", note="half \ud83d")) for n in range(30)
+    )

@@ -38,6 +38,10 @@ def test_a_marker_inside_a_line_is_text() -> None:
     assert parse_hh("\n\nHuman: Write\nAssistant: or Human: there.") == [user("Write\nAssistant: or Human: there.")]
 
 
+NEW_LETTERS = "\U0001fae8\U0001fadf \u0378\ue000 \U000e0002\u2065"
+"""Emoji of a later Unicode version than Python's tables, and code points that no version has given a meaning."""
+
+
 @pytest.mark.parametrize("text", ["", "Hello", "\n\nAssistant: Hello.", " \n\nHuman: Hi."])
 def test_text_that_begins_otherwise_has_no_turns(text: str) -> None:
     with pytest.raises(InvalidRow, match=r"^no Human turn at the start$"):
@@ -102,6 +106,7 @@ def test_a_prompt_is_an_optional_system_turn_then_user_and_assistant_in_turn() -
         ("abc\u202edcba\u202c \u2066x\u2069 \u200f\u061c", "abcdcba x "),
         ("half \ud83d", "half \ufffd"),
         ("pass\u200bword\u200d\u2060\ufeff \u00adx\U000e0041", "password x"),
+        (NEW_LETTERS, NEW_LETTERS),
         ("one\u2028line\u2029", "oneline"),
         ("\x1b\u200b[31mred", "[31mred"),
         ("\x1b\x1b[31m[31mtwice", "[31mtwice"),

@@ -20,7 +20,7 @@ from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe.data import DataTable
 
 GOOD = {"prompt": "Is it late?", "chosen": "No, it is early.", "rejected": "Yes."}
-ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .parquet"
+ENDINGS = ".jsonl, .jsonl.gz, .ndjson, .ndjson.gz, .json, .json.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, .arrow"
 
 
 def lines(*rows: Any) -> bytes:
@@ -90,11 +90,60 @@ TEXT = {
     "two objects on a line": one(
         "p.jsonl", lines(json.dumps(GOOD) * 2), 1, "p.jsonl:1: is not valid JSON (column 76): Extra data"
     ),
-    "a pretty-printed object": one(
+    "a pretty-printed object that was cut off": one(
         "p.json",
-        json.dumps(GOOD, indent=1).encode(),
+        json.dumps(GOOD, indent=1).encode()[:-3],
         1,
-        "p.json:1: is not valid JSON (column 2): Expecting property name enclosed in double quotes",
+        "p.json:4: is not valid JSON (column 14): Unterminated string starting at",
+    ),
+    "a bad object after pretty-printed ones": one(
+        "p.jsonl",
+        (json.dumps(GOOD, indent=1) + '\n\n{\n "prompt": x\n}').encode(),
+        1,
+        "p.jsonl:8: is not valid JSON (column 12): Expecting value",
+    ),
+    "an array that was cut off": one(
+        "p.jsonl",
+        json.dumps([GOOD, GOOD], indent=1).encode()[:-2],
+        1,
+        "p.jsonl:11: is not valid JSON (column 3): Expecting ',' delimiter",
+    ),
+    "arrays one a line": one(
+        "p.jsonl",
+        b'["a", "b"]\n["c", "d"]\n',
+        1,
+        "p.jsonl:1: is a list; every row must be an object with named columns",
+    ),
+    "splits without the one that is read": one(
+        "p.json",
+        json.dumps({"dev": [GOOD], "test": [GOOD, GOOD]}).encode(),
+        2,
+        'p.json: holds the splits dev (1 row), test (2 rows), and none is called "train"; set data.train_split or '
+        "data.eval_split to one of them",
+    ),
+    "pandas' split orient with a cell too few": one(
+        "p.json",
+        json.dumps({"columns": ["prompt", "chosen"], "data": [["a", "b"], ["c"]]}).encode(),
+        1,
+        "p.json, row 2: has 1 values where there are 2 columns",
+    ),
+    "bad JSON behind a comment": one(
+        "p.jsonl",
+        b"# mine\n" + lines(GOOD, "{x}"),
+        1,
+        "p.jsonl:3: is not valid JSON (column 2): Expecting property name enclosed in double quotes",
+    ),
+    "bad JSON behind CR line ends": one(
+        "p.jsonl",
+        lines(GOOD, GOOD, "{x}").replace(b"\n", b"\r"),
+        1,
+        "p.jsonl:3: is not valid JSON (column 2): Expecting property name enclosed in double quotes",
+    ),
+    "no UTF-8 behind CR line ends": one(
+        "p.csv",
+        b"prompt,chosen,rejected\ra,b,c\rd,e,\xff\r",
+        1,
+        "p.csv:3: is not UTF-8 text (byte 33); save it as UTF-8",
     ),
     "not JSON at all": one(
         "p.jsonl", b"chosen,rejected\n", 1, "p.jsonl:1: is not valid JSON (column 1): Expecting value"
@@ -241,6 +290,13 @@ FILES = {
         b"prompt,chosen,rejected\na,b\n",
         1,
         "p.csv:2: has 2 fields where the header has 3; put text with commas, quotes or line breaks in double quotes",
+    ),
+    "CSV with semicolons, a comment and a row too long": one(
+        "p.csv",
+        b"# mine\nsep=;\nprompt;chosen;rejected\na;b;c\nWell; now;b;c\n",
+        1,
+        "p.csv:5: has 4 fields where the header has 3; put text with semicolons, quotes or line breaks in double "
+        "quotes",
     ),
     "CSV with an open quote": one(
         "p.csv",

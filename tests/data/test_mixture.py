@@ -20,6 +20,7 @@ from qlora_dpo.errors import DataError, RecipeError
 from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.recipe import resolved_toml
+from qlora_dpo.recipe.tables import DATA_SUFFIXES
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,8 +169,7 @@ def test_a_pattern_stands_for_the_files_that_match(empty_folder: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         concatenate_rows(read_sources(DataTable(train="./dart-*.jsonl"), "train"))
     assert str(refused.value) == (
-        "dart-*.jsonl: no data file matches that; they end in .jsonl, .jsonl.gz, .json, .json.gz, .csv, .parquet; "
-        "correct data.train"
+        f"dart-*.jsonl: no data file matches that; they end in {', '.join(DATA_SUFFIXES)}; correct data.train"
     )
 
 

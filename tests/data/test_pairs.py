@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qlora_dpo.data.lint import find_problems
 from qlora_dpo.data.pairs import Pair, PreferenceFormat, parse_pairs
 from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.recipe.data import DataTable
@@ -165,3 +166,22 @@ def test_every_real_oasst_pair_is_usable() -> None:
     found = parse_pairs(real("oasst/messages-pairs.jsonl.gz"))
     assert (found.format, len(found.pairs), found.dropped) == (PreferenceFormat.MESSAGES, 754, {})
     assert any(len(pair.prompt) > 1 for pair in found.pairs)
+
+
+@pytest.mark.parametrize("text", ["\U0001fae8", "\U0001fadf\U0001fae9", "\u0378", "\ue000", "\U0001fbfa"])
+def test_a_code_point_that_python_does_not_know_yet_is_text(text: str) -> None:
+    parsed = parse_pairs(rows({"prompt": text, "chosen": text, "rejected": f"{text}!"}))
+    assert [(pair.prompt[0]["content"], pair.chosen) for pair in parsed.pairs] == [(text, text)]
+    assert parsed.dropped == {}
+
+
+@pytest.mark.parametrize("text", ["\u200b\u2060\ufeff", "\u061c\u202e", "\x01\x7f\x9f", " \u2028\u3000", "\U000e0041"])
+def test_control_format_and_bidi_characters_alone_are_no_text(text: str) -> None:
+    parsed = parse_pairs(rows({"prompt": "Hi", "chosen": text, "rejected": "no"}))
+    assert parsed.dropped == {"empty answer": [1]}
+
+
+def test_answers_of_different_emoji_are_not_alike() -> None:
+    emoji = ["\U0001f600", "\U0001f602", "\U0001fae8", "\U0001fae9"]
+    found = rows(*({"prompt": "Which one?", "chosen": each, "rejected": "None."} for each in emoji))
+    assert find_problems(parse_pairs(found)) == []

@@ -10,6 +10,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.cli.init import DEFAULT_TEMPLATE
 from qlora_dpo.recipe import load_recipe
 from qlora_dpo.recipe.edit import edit_table
+from qlora_dpo.recipe.errors import key_lines
 from qlora_dpo.recipe.shipped import recipe_purpose, shipped_recipes
 
 NAMES = list(shipped_recipes())
@@ -154,3 +155,9 @@ def test_init_imports_nothing_heavy(empty_folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_a_line_separator_inside_a_value_ends_no_line() -> None:
+    text = '[data]\ntrain = "a\u2028b"\n# c\x85d\neval = "e"\n'
+    assert key_lines(text) == {("data",): 1, ("data", "train"): 2, ("data", "eval"): 4}
+    assert edit_table(text, "data", {"eval": "f"}) == text.replace('"e"', '"f"')

@@ -17,6 +17,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.recipe.objective import OBJECTIVE_TABLES
 from qlora_dpo.report import plots
 from qlora_dpo.report.objective_names import OBJECTIVE_NAMES, describe_objective, objective_tags
+from qlora_dpo.report.run_files import read_run_files
 from qlora_dpo.report.write import base_licence, write_report
 
 DRAWS_PLOTS = True
@@ -59,6 +60,15 @@ def finished(tmp_path: Path) -> Path:
     (folder / "resolved.toml").write_text(RESOLVED)
     (folder / "recipe.toml").write_text(f'# by /home/alice/me\n{RESOLVED}# <script>alert("recipe")</script>\n')
     return folder
+
+
+def test_a_line_separator_inside_a_sampled_text_ends_no_record(finished: Path) -> None:
+    prompt = [{"role": "user", "content": "One\u2028two\u2029three\x85four?"}]
+    text = json.dumps({**SAMPLES[0], "prompt": prompt, "tuned": "Yes\u2028no."}, ensure_ascii=False) + "\n"
+    (finished / "samples.jsonl").write_text(text + text[:40], encoding="utf-8")  # the last line was cut off
+    (read,) = read_run_files(finished).samples
+    assert (read["prompt"], read["tuned"]) == (prompt, "Yes\u2028no.")
+    assert main(["report", str(finished)]) == 0
 
 
 def parsed(folder: Path) -> Tags:

@@ -110,6 +110,41 @@ def test_the_table_tells_of_trouble(home: Path, capsys: pytest.CaptureFixture[st
     assert shown.splitlines()[-2:] == ["b: kl", "d: unfinished"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        (
+            "run.json",
+            "?",
+            "is damaged (JSONDecodeError: Expecting value: line 1 column 1 (char 0)); take it from a backup",
+        ),
+        (
+            "results.json",
+            '{"evals": [{"step": 1, "eval_loss": "low"}]}',
+            "is damaged (TypeError: 'low' is no number); take it from a backup",
+        ),
+        (
+            "resolved.toml",
+            "model = 1",
+            "is damaged (KeyError: 'train'); take it from a backup",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_left_out_and_named(
+    home: Path, file: str, content: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("run.json", "results.json"):
+        (home / "b" / name).unlink()
+    (home / "b" / file).write_text(content)
+    assert main(["runs", "--json"]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert [run["name"] for run in found["runs"]] == ["a", "c", "d"]
+    assert found["unreadable"] == [f"adapters/b: {reason}"]
+    assert told.err == f"left out: adapters/b: {reason}\n"
+    assert main(["runs"]) == 0
+
+
 def test_two_runs_differ_in_recipe_data_and_results(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(home, "e", 0.9, rate="2e-5", held_out="beef")
     assert main(["runs", "diff", "adapters/a", "adapters/e", "--json"]) == 0

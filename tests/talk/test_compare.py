@@ -14,6 +14,7 @@ from tiny_run import LIBRARIES_WARN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_dpo.cli import main
+from qlora_dpo.cli.compare import _read_prompts
 from qlora_dpo.report.compare_view import comparison_page
 
 pytestmark = LIBRARIES_WARN
@@ -117,15 +118,28 @@ def test_prompts_come_from_files_and_from_the_run_itself(
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Is it late?"}]
     lines.write_text(json.dumps({"prompt": "Is it far?"}) + "\n" + json.dumps({"prompt": turns}) + "\n")
     words.write_text("Is it far?\n\nIs it late?\n")
+    others = [tmp_path / name for name in ("p.json", "p.csv")]
+    others[0].write_text(json.dumps([{"prompt": "Is it far?"}, {"prompt": turns}], indent=1))
+    others[1].write_text("id,prompt\n1,Is it far?\n2,Is it late?\n")
     (made / "one" / "samples.jsonl").write_text(lines.read_text())
     short = ("--max-new-tokens", "2", "--json")
     found = []
-    for given in (["--prompts", str(lines)], ["--prompts", str(words)], [], ["-s", "Be brief."]):
+    files = [["--prompts", str(file)] for file in (lines, words, *others)]
+    for given in (*files, [], ["-s", "Be brief."]):
         assert main(["compare", str(made / "one"), *given, *short]) == 0
         found.append([each["prompt"] for each in json.loads(capsys.readouterr().out)["prompts"]])
     far, late = [[{"role": "user", "content": each}] for each in ("Is it far?", "Is it late?")]
     brief = {"role": "system", "content": "Be brief."}
-    assert found == [[far, turns], [far, late], [far, turns], [[brief, *far], [brief, *late]]]
+    from_files = [[far, turns], [far, late], [far, turns], [far, late]]
+    assert found == [*from_files, [far, turns], [[brief, *far], [brief, *late]]]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_line_separator_inside_a_prompt_ends_no_prompt(tmp_path: Path, name: str) -> None:
+    asked = ["Is\u2028it\x85far?", "Is it\u2029late?"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) if name.endswith("l") else text for text in asked]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    assert [turn["content"] for (turn,) in _read_prompts(tmp_path / name)] == asked
 
 
 @pytest.mark.parametrize(
