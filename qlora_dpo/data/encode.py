@@ -33,7 +33,7 @@ from qlora_dpo.data.encoded_cache import (
     tokenizer_key,
 )
 from qlora_dpo.data.mixture import Mixture, parse_sources
-from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows
+from qlora_dpo.data.pairs import PARSE_VERSION, BoolArray, IntArray, Pair, ParsedRows
 from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
 from qlora_dpo.data.selection import (
     Selection,
@@ -143,7 +143,7 @@ def _reading_key(
     keys = table.model_dump(mode="json", exclude={"train", "eval", "max_bad_share"}) | {
         "share": table.effective_eval_share
     }
-    return f"{encoder.key}-{cache_key(rows.fingerprint, keys, part, seed, sorted(extra_columns))}"
+    return f"{encoder.key}-{cache_key(PARSE_VERSION, rows.fingerprint, keys, part, seed, sorted(extra_columns))}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _Encoder:
 
     def _repairs(self, pair: Pair) -> tuple[str, ...]:
         answers: list[Message] = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
-        return tuple(list_repairs(template_traits(self.tokenizer), [*pair.prompt, *answers], pair.tools))
+        return (*pair.repairs, *list_repairs(template_traits(self.tokenizer), [*pair.prompt, *answers], pair.tools))
 
 
 def _until_source_limits(order: IntArray, source_P: IntArray, remaining: Sequence[float]) -> Iterator[int]:

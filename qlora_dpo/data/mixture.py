@@ -7,8 +7,9 @@ import numpy as np
 
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
-from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows, ParseOptions, parse_pairs
+from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows, parse_pairs
 from qlora_dpo.data.progress import ProgressCallback, no_progress
+from qlora_dpo.data.row_reader import ParseOptions
 from qlora_dpo.data.sources import DataPart, SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable, MixTable
