@@ -99,12 +99,12 @@ FAMILIES = (
     _family("OpenChat", r"GPT4 Correct (User|Assistant|System):[ ]?", _BOS),
     _family(
         "Alpaca",
-        r"\s*### ?(Instruction|Input|Response|Human|User|Assistant|System)[ ]?:[ \t]*\n?",
+        r"### ?(Instruction|Input|Response|Human|User|Assistant|System)[ ]?:[ \t]*\n?",
         rf"{_BOS}|{_ALPACA_LEAD}",
         is_control=False,
     ),
     _family("Vicuna", r"(?:^|(?<=\s)|(?<=</s>))(USER|ASSISTANT):[ ]?", _BOS, is_control=False, has_lead=True),
-    _family("User and Assistant", r"(?:^|\n+)(User|Assistant|System):[ ]?", _BOS, is_control=False),
+    _family("User and Assistant", r"(?:^|(?<=\n))(User|Assistant|System):[ ]?", _BOS, is_control=False),
 )
 
 _MARK_ROLES = {
@@ -127,11 +127,14 @@ _DEEPSEEK_USER = "<｜User｜>"
 
 @dataclass(frozen=True)
 class RenderedText:
-    """The turns of a text; `is_open` if the last one is an assistant turn that waits for its answer."""
+    """The turns of a text."""
 
     family: MarkFamily
     turns: tuple[Message, ...]
     is_open: bool
+    """True if an assistant turn waits for its answer behind them."""
+    is_closed: bool
+    """True if a mark ends the last of them."""
 
 
 @lru_cache(maxsize=64)
@@ -177,7 +180,8 @@ def _read_as(family: MarkFamily, text: str) -> RenderedText | None:
     is_open = turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() and not is_closed
     if is_open:
         turns.pop()
-    return RenderedText(family, tuple(turns), is_open) if any(turn["role"] == "user" for turn in turns) else None
+    has_question = any(turn["role"] == "user" for turn in turns)
+    return RenderedText(family, tuple(turns), is_open, is_closed) if has_question else None
 
 
 def _role_name(mark: re.Match[str]) -> str:
@@ -203,7 +207,7 @@ def is_rendered_prompt(text: str) -> MarkFamily | None:
     rendered = read_rendered(text)
     if rendered is None:
         return None
-    ends_with_user = rendered.turns[-1]["role"] in ("user", "tool") and rendered.family.is_control
+    ends_with_user = rendered.turns[-1]["role"] in ("user", "tool") and rendered.is_closed
     return rendered.family if rendered.is_open or ends_with_user else None
 
 
