@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 Message = dict[str, str]
 """One turn: `role` is system, user, assistant or tool; `content` is its text."""
@@ -97,11 +98,17 @@ def check_roles(prompt: Sequence[Message]) -> None:
 
     Tool turns may stand after an assistant turn, and be the last ones.
     """
-    roles = "".join(_ROLE_LETTERS.get(turn["role"], "?") for turn in prompt)
-    if not roles.removeprefix("s"):
-        raise InvalidRow("no user turn before the answer")
-    if not _PROMPT_ROLES.fullmatch(roles):
-        raise InvalidRow("roles do not alternate")
+    if reason := _wrong_roles(tuple([turn["role"] for turn in prompt])):
+        raise InvalidRow(reason)
+
+
+@lru_cache(maxsize=256)
+def _wrong_roles(roles: tuple[str, ...]) -> str:
+    """Why these are no roles of a prompt; empty if they are."""
+    letters = "".join(_ROLE_LETTERS.get(role, "?") for role in roles)
+    if not letters.removeprefix("s"):
+        return "no user turn before the answer"
+    return "" if _PROMPT_ROLES.fullmatch(letters) else "roles do not alternate"
 
 
 def is_blank(text: str) -> bool:

@@ -18,7 +18,7 @@ from qlora_dpo.data.dialogue import (
     split_hh,
 )
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.messages import ROLE_NAMES, check_unread_keys, read_messages
+from qlora_dpo.data.rows.messages import ROLE_NAMES, check_unread_keys, read_messages
 
 
 class PreferenceFormat(Enum):
@@ -131,7 +131,7 @@ def parse_row(
             chosen, rejected = (_as_messages(row, column, "assistant", repairs) for column in ("chosen", "rejected"))
             if len(chosen) < 2 and len(rejected) < 2:
                 return [(_with_system(row, prompt), _single_answer(chosen), _single_answer(rejected))]
-            if _roles(chosen) & _roles(rejected) == {"assistant"}:
+            if not from_difference and _roles(chosen) & _roles(rejected) == {"assistant"}:
                 raise InvalidRow("answer holds more than one turn")
             prompt, better, worse = _split_chats((*prompt, *chosen), (*prompt, *rejected), repairs, from_difference)
             return [(_with_system(row, prompt), better, worse)]

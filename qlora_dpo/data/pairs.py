@@ -18,7 +18,7 @@ from qlora_dpo.data.files import Row
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
-from qlora_dpo.data.row_reader import ParseOptions, RowReader, list_columns, make_reader, rename_columns
+from qlora_dpo.data.rows.reader import ParseOptions, RowReader, list_columns, make_reader, rename_columns
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import RecipeError
 

@@ -12,7 +12,7 @@ import tiny_run
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.formats import FORMATS_BY_NAME, PreferenceFormat
 from qlora_dpo.data.pairs import Pair, parse_pairs
-from qlora_dpo.data.row_reader import ParseOptions
+from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import DataError
 from qlora_dpo.recipe.data import DataTable

@@ -12,9 +12,9 @@ import tiny
 
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.formats import PreferenceFormat
-from qlora_dpo.data.messages import parse_list_text
 from qlora_dpo.data.pairs import Pair, parse_pairs
-from qlora_dpo.data.row_reader import ParseOptions
+from qlora_dpo.data.rows.messages import parse_list_text
+from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import DataError
 from qlora_dpo.recipe.data import DataTable
@@ -395,3 +395,112 @@ def test_or_it_is_refused_in_a_sentence(name: str, empty_folder: Path) -> None:
         load_case(name)
     assert REFUSED_CASES[name] in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+PARTED: dict[str, tuple[PreferenceFormat, dict[str, Any]]] = {
+    "message lists": (
+        PreferenceFormat.MESSAGES,
+        {"prompt": [ASK], "chosen": [NO, ASK, NO], "rejected": [YES, ASK, NO]},
+    ),
+    "answers of other lengths": (
+        PreferenceFormat.MESSAGES,
+        {"prompt": [ASK], "chosen": [NO, turn("tool", "8"), NO], "rejected": [YES]},
+    ),
+    "whole chats": (PreferenceFormat.CHATS, {"chosen": [ASK, NO, ASK, NO], "rejected": [ASK, YES]}),
+    "HH dialogues": (
+        PreferenceFormat.HH,
+        {
+            "chosen": "\n\nHuman: Is it late?\n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: So.",
+            "rejected": "\n\nHuman: Is it late?\n\nAssistant: Yes.\n\nHuman: Oh?\n\nAssistant: So.",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTED)
+def test_from_difference_compares_the_first_answers_that_differ(case: str) -> None:
+    shape, row = PARTED[case]
+    found = parse_pairs(rows(row), options=ParseOptions(answer="from_difference"))
+    assert found.format is shape
+    assert found.pairs == [Pair(ASKED, "No.", "Yes.", 1, {}, repairs=("turns behind the first difference left out",))]
+    assert parse_pairs(rows(row)).pairs == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ([ASK, NO], [turn("user", "Is it early?"), NO], "last turn is not the assistant's"),
+        ([ASK, NO, ASK, NO], [ASK, NO], "equal answers"),
+        ([ASK, NO, ASK, NO], [ASK, NO, turn("user", "Why?"), NO], "last turn is not the assistant's"),
+    ],
+)
+def test_chats_that_part_in_no_answer_have_a_reason(chosen: Any, rejected: Any, reason: str) -> None:
+    row = {"chosen": chosen, "rejected": rejected}
+    assert parse_pairs(rows(row), options=ParseOptions(answer="from_difference")).dropped == {reason: [1]}
+
+
+def test_from_difference_changes_nothing_for_chats_that_part_at_the_end() -> None:
+    row = {"chosen": [ASK, YES, ASK, NO], "rejected": [ASK, YES, ASK, YES]}
+    last, first = (parse_pairs(rows(row), options=ParseOptions(answer=each)) for each in ("last", "from_difference"))
+    assert last.pairs == first.pairs == [Pair((ASK, YES, ASK), "No.", "Yes.", 1, {})]
+
+
+@pytest.mark.parametrize("name", ["earlier_differs.jsonl", "multi_turn_answer.jsonl"])
+def test_files_whose_chats_part_earlier_are_read_where_the_recipe_says_how(name: str, empty_folder: Path) -> None:
+    held = load_case(name, answer="from_difference")
+    assert held.audit.repaired == {"turns behind the first difference left out": tuple(range(1, 21))}
+    assert held.pairs[0].chosen == "Fold the sheet in half, then lift the corners. 0"
+
+
+def write(*content: dict[str, Any]) -> None:
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+TOOLS = LISTS | {"prompt": [ASK, turn("assistant", "clock()"), turn("tool", "It is 8.")]}
+
+
+def test_the_template_writes_a_tool_turn_or_the_row_is_dropped(empty_folder: Path) -> None:
+    write(LISTS, TOOLS)
+    deaf = (
+        "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+    )
+    deaf += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    for template, dropped in (
+        (tiny.CHATML, {}),
+        (deaf, {"the chat template leaves out tool turns": (2,)}),
+        ("{% if messages[2:] %}{{ raise_exception('No tools.') }}{% endif %}" + tiny.CHATML, None),
+    ):
+        words = tiny.tokenizer(template)
+        held = load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", words, 0)
+        assert dropped is None or held.audit.dropped == dropped
+        assert ("It is 8." in words.decode(held.encoded[-1].prompt)) == (dropped == {})
+
+
+def test_a_prompt_with_tools_is_cut_at_a_question(empty_folder: Path) -> None:
+    long = [*TOOLS["prompt"], turn("assistant", "No. " * 30), turn("user", "Why is that? " * 9)]
+    write(LISTS | {"prompt": long})
+    table = DataTable(train="./p.jsonl", eval="./q.jsonl", max_length=60, overlong="cut_prompt")
+    (pair,) = load_pairs(table, "train", tiny.tokenizer(), 0).pairs
+    assert [each["role"] for each in pair.prompt] == ["user"]
+    assert "Why is that? Why is that? ".endswith(pair.prompt[0]["content"][-20:])
+
+
+def test_answers_that_differ_in_thoughts_alone_are_told_from_equal_ones(empty_folder: Path) -> None:
+    row = {"prompt": "Is it late?", "chosen": "<think>It is 8.</think>No.", "rejected": "<think>Hm.</think>No."}
+    write(row, STRINGS)
+    thoughtless = tiny.CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    audit = load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", tiny.tokenizer(thoughtless), 0).audit
+    assert audit.dropped == {"answers that differ only in what the chat template leaves out, such as thoughts": (1,)}
+
+
+def test_a_first_row_of_another_shape_is_what_a_part_without_pairs_is_put_down_to(empty_folder: Path) -> None:
+    write(STRINGS, *[LISTS] * 19)
+    table = DataTable(train="./p.jsonl")
+    part = "eval" if load_pairs(table, "train", tiny.tokenizer(), 0).audit.used else "train"
+    with pytest.raises(DataError) as refused:
+        load_pairs(table, part, tiny.tokenizer(), 0)
+    assert str(refused.value) == (
+        "p.jsonl: 19 of its 20 rows are no usable pairs, and no other is a held-out pair; most often: prompt is a "
+        "list, not a string (19, first p.jsonl:2); they are read as strings (prompt, chosen and rejected), the format "
+        "of the first row that has one; data.format names another"
+    )

@@ -11,8 +11,8 @@ import tiny
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.pairs import Pair, parse_pairs
-from qlora_dpo.data.rendered import FAMILIES, read_rendered
-from qlora_dpo.data.row_reader import ParseOptions
+from qlora_dpo.data.rows.reader import ParseOptions
+from qlora_dpo.data.rows.rendered import FAMILIES, read_rendered
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.recipe.data import DataTable
 

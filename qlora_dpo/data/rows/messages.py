@@ -65,7 +65,8 @@ def read_messages(value: list[Any], column: str, repairs: list[str], is_sharegpt
     An empty system turn is left out. With `is_sharegpt`, turns of `from` and `value` are as they should be. Raises
     InvalidRow for whatever is no turn of text.
     """
-    messages = [read_message(message, f"a message of {column}", repairs, is_sharegpt) for message in value]
+    name = f"a message of {column}"
+    messages = [read_message(message, name, repairs, is_sharegpt) for message in value]
     if not any(turn["role"] == "system" and is_blank(turn["content"]) for turn in messages):
         return tuple(messages)
     repairs.append(EMPTY_SYSTEM)
@@ -74,6 +75,9 @@ def read_messages(value: list[Any], column: str, repairs: list[str], is_sharegpt
 
 def read_message(value: Any, name: str, repairs: list[str], is_sharegpt: bool = False) -> Message:
     """One message; `name` is what a reason calls it."""
+    match value:
+        case {"role": ("system" | "user" | "assistant") as plain_role, "content": str(text)} if len(value) == 2:
+            return {"role": plain_role, "content": text}  # as nearly all are
     if not isinstance(value, dict):
         keys = "from and value" if is_sharegpt else "role and content"
         raise InvalidRow(f"{name} is {json_type(value)}, not an object with {keys}")
@@ -113,12 +117,15 @@ def check_unread_keys(values: Mapping[str, Any], name: str) -> None:
         raise InvalidRow(f"{name} has {key}, which is not trained on; write it into its content, or leave it out")
 
 
+_MEDIA_NAMES = frozenset(MEDIA_COLUMNS)
 _UNREAD_KEYS = {*MEDIA_COLUMNS, *REASONING_KEYS, *CALL_KEYS}
 
 
 def check_media_columns(row: Mapping[str, Any]) -> None:
     """Raise InvalidRow if a row has pictures, videos or sound beside its text."""
-    for column in row.keys() & MEDIA_COLUMNS.keys():
+    if _MEDIA_NAMES.isdisjoint(row):
+        return
+    for column in row.keys() & _MEDIA_NAMES:
         if _holds_something(row[column]):
             raise InvalidRow(
                 f"{column}: {MEDIA_COLUMNS[column]} beside the text, which no text model is shown; leave the row out, "

@@ -17,9 +17,9 @@ from qlora_dpo.data.formats import (
     parse_row,
     parse_tools,
 )
-from qlora_dpo.data.layouts import SourceTraits, find_traits, normalize_row
 from qlora_dpo.data.lazy_sequence import LazySequence
-from qlora_dpo.data.rendered import find_end_marks, strip_end_marks
+from qlora_dpo.data.rows.layouts import SourceTraits, find_traits, normalize_row
+from qlora_dpo.data.rows.rendered import find_end_marks, strip_end_marks
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import DataError
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qlora_dpo.data.dialogue import InvalidRow, Message, is_hh
-from qlora_dpo.data.messages import ROLE_NAMES
+from qlora_dpo.data.rows.messages import ROLE_NAMES
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from qlora_dpo.data.dialogue import InvalidRow, is_hh, sanitize_text
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.messages import check_media_columns, is_message, parse_list_text
-from qlora_dpo.data.rendered import (
+from qlora_dpo.data.rows.messages import check_media_columns, is_message, parse_list_text
+from qlora_dpo.data.rows.rendered import (
     MarkFamily,
     is_rendered_chat,
     is_rendered_prompt,
