@@ -18,7 +18,7 @@ from qlora_dpo.data.dialogue import (
     split_hh,
 )
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.rows.messages import ROLE_NAMES, check_unread_keys, read_messages
+from qlora_dpo.data.rows.messages import ROLE_NAMES, check_unread_keys, parse_messages
 
 
 class PreferenceFormat(Enum):
@@ -136,14 +136,14 @@ def parse_row(
             prompt, better, worse = _split_chats((*prompt, *chosen), (*prompt, *rejected), repairs, from_difference)
             return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.CHATS:
-            chosen, rejected = (read_messages(row[column], column, repairs) for column in required)
+            chosen, rejected = (parse_messages(row[column], column, repairs) for column in required)
             prompt, better, worse = _split_chats(chosen, rejected, repairs, from_difference)
             _check_prompt_column(row.get("prompt"), prompt)
             return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.SHAREGPT:
-            prompt = read_messages(row["conversations"], "conversations", repairs, is_sharegpt=True)
+            prompt = parse_messages(row["conversations"], "conversations", repairs, is_sharegpt=True)
             better, worse = (
-                _single_answer(read_messages([row[column]], column, repairs, is_sharegpt=True))
+                _single_answer(parse_messages([row[column]], column, repairs, is_sharegpt=True))
                 for column in ("chosen", "rejected")
             )
             return [(_with_system(row, prompt), better, worse)]
@@ -197,7 +197,7 @@ def _as_messages(row: Row, column: str, role: str, repairs: list[str]) -> tuple[
             repairs.append(f"a string read as the {role}'s turn")
             return ({"role": role, "content": text},)
         case list(messages):
-            return read_messages(messages, column, repairs)
+            return parse_messages(messages, column, repairs)
         case None:
             raise InvalidRow(f"{column} is null" if column in row else f"no column {column}")
         case other:
@@ -222,7 +222,9 @@ def _split_chats(
 def _with_system(row: Row, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
     """The prompt, with the text of a `system` column before it unless it already begins with a system turn."""
     match row.get("system"):
-        case None | "":
+        case None:
+            return prompt
+        case str(text) if not text.strip():
             return prompt
         case str(text):
             has_system = prompt[:1] and prompt[0]["role"] == "system"
@@ -290,14 +292,14 @@ def _parse_unpaired(row: Row, repairs: list[str]) -> PromptAndAnswers:
         raise InvalidRow(f"label is {json_type(row.get('label'))}, not true or false")
     for column in ("messages", "conversations"):
         if isinstance(row.get(column), list):
-            chat = read_messages(row[column], column, repairs, is_sharegpt=column == "conversations")
+            chat = parse_messages(row[column], column, repairs, is_sharegpt=column == "conversations")
             if not chat or chat[-1]["role"] != "assistant":
                 raise InvalidRow("last turn is not the assistant's")
             return _with_system(row, chat[:-1]), chat[-1]["content"], ""
     prompt = _parse_prompt(row.get("prompt"), row, repairs)
     completion = row.get("completion")
     if isinstance(completion, list):
-        return prompt, _single_answer(read_messages(completion, "completion", repairs)), ""
+        return prompt, _single_answer(parse_messages(completion, "completion", repairs)), ""
     return prompt, _answer_text(completion), ""
 
 
@@ -306,7 +308,7 @@ def _parse_prompt(prompt: Any, row: Row, repairs: list[str]) -> tuple[Message, .
         case str():
             return _with_system(row, ({"role": "user", "content": prompt},))
         case list():
-            return _with_system(row, read_messages(prompt, "prompt", repairs))
+            return _with_system(row, parse_messages(prompt, "prompt", repairs))
         case _:
             raise InvalidRow(f"prompt is {json_type(prompt)}, not a string or a list")
 
@@ -354,7 +356,7 @@ def _check_prompt_column(column: Any, prompt: tuple[Message, ...]) -> None:
         case str():
             agrees = column in (turn["content"] for turn in prompt if turn["role"] == "user")
         case list():
-            agrees = read_messages(column, "prompt", []) == prompt
+            agrees = parse_messages(column, "prompt", []) == prompt
         case _:
             raise InvalidRow(f"prompt is {json_type(column)}, not a string or a list")
     if not agrees:

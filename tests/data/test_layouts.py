@@ -113,6 +113,12 @@ READ: dict[str, tuple[dict[str, Any], tuple[dict[str, str], ...], tuple[str, ...
         ASKED,
         ("content in parts read as text",),
     ),
+    "an empty system column": (STRINGS | {"system": " "}, ASKED, ()),
+    "JSON in JSON in strings": (
+        {"chosen": json.dumps(json.dumps([ASK, NO])), "rejected": json.dumps(json.dumps([ASK, YES]))},
+        ASKED,
+        (AS_LIST,),
+    ),
     "an empty system turn": (
         LISTS | {"prompt": [turn("system", " "), ASK]},
         ASKED,
@@ -209,6 +215,10 @@ NO_PAIR: dict[str, tuple[dict[str, Any], str]] = {
         LISTS | {"audios": ["a.wav"]},
         "audios: sound beside the text, which no text model is shown; leave the row out, or the column if the text "
         "says all",
+    ),
+    "a column of thoughts": (
+        LISTS | {"reasoning_content": "It is 8."},
+        "reasoning_content: is not trained on; write it into the answers, or leave the column out",
     ),
     "a picture among the parts": (
         LISTS | {"prompt": [turn("user", [{"type": "image"}, {"type": "text", "text": "What is it?"}])]},
@@ -319,6 +329,11 @@ def test_text_that_no_parser_reads_is_no_list(text: str) -> None:
             'set data.columns = { prompt = "question" } if "question" is meant',
         ),
         (
+            {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
+            'set data.columns = { prompt = "instruction", chosen = "chosen_response", rejected = "rejected_response" } '
+            'if "instruction" and "chosen_response" and "rejected_response" are meant',
+        ),
+        (
             {"question": "a", "good": "b", "bad": "c"},
             'set data.columns = { prompt = "question", chosen = "good", rejected = "bad" } if "question" and "good" '
             'and "bad" are meant',
@@ -333,6 +348,7 @@ def test_rows_of_other_columns_are_shown_with_the_line_that_might_help(row: dict
 
 READ_CASES = {
     "alpaca_pos_neg.jsonl": (PreferenceFormat.ALPACA, "output read as the better and the worse answer"),
+    "arena.jsonl": (PreferenceFormat.STRINGS, "response_a and response_b read as chosen and rejected by winner"),
     "axolotl_messages_dict.jsonl": (PreferenceFormat.MESSAGES, "messages read as the prompt"),
     "chatml_strings.jsonl": (PreferenceFormat.MESSAGES, "ChatML marks read as turns"),
     "chatml_strings_whole.jsonl": (PreferenceFormat.MESSAGES, "ChatML marks read as turns"),
@@ -340,6 +356,10 @@ READ_CASES = {
     "empty_system.jsonl": (PreferenceFormat.MESSAGES, "empty system turn left out"),
     "eos_in_answer.jsonl": (PreferenceFormat.STRINGS, "<|im_end|> at the end of an answer left out"),
     "fromvalue_chats.jsonl": (PreferenceFormat.CHATS, FROM_VALUE),
+    "helpsteer.jsonl": (
+        PreferenceFormat.STRINGS,
+        "response_1 and response_2 read as chosen and rejected by preference_strength",
+    ),
     "inst_strings.jsonl": (PreferenceFormat.MESSAGES, "Llama 2 and Mistral marks read as turns"),
     "kto.csv": (PreferenceFormat.UNPAIRED, "label written as text or as 0 and 1, read as true or false"),
     "kto_int.jsonl": (PreferenceFormat.UNPAIRED, "label written as text or as 0 and 1, read as true or false"),
@@ -503,4 +523,78 @@ def test_a_first_row_of_another_shape_is_what_a_part_without_pairs_is_put_down_t
         "p.jsonl: 19 of its 20 rows are no usable pairs, and no other is a held-out pair; most often: prompt is a "
         "list, not a string (19, first p.jsonl:2); they are read as strings (prompt, chosen and rejected), the format "
         "of the first row that has one; data.format names another"
+    )
+
+
+COMPARED: dict[str, tuple[dict[str, Any], str]] = {
+    "arena's winner": ({"response_a": "No.", "response_b": "Yes.", "winner": "model_a"}, "winner"),
+    "the second one": ({"response_a": "Yes.", "response_b": "No.", "winner": "B"}, "winner"),
+    "a column's own name": ({"answer_1": "Yes.", "answer_2": "No.", "preferred": "answer_2"}, "preferred"),
+    "a number beside numbered columns": ({"output_1": "Yes.", "output_2": "No.", "preference": 2}, "preference"),
+    "numbers from 0": ({"response_0": "Yes.", "response_1": "No.", "better_response_id": 1}, "better_response_id"),
+    "HelpSteer's strength": (
+        {"response_1": "No.", "response_2": "Yes.", "preference_strength": -2},
+        "preference_strength",
+    ),
+    "HelpSteer's preference as text": (
+        {"response1": "Yes.", "response2": "No.", "overall_preference": "1"},
+        "overall_preference",
+    ),
+    "one column a model": (
+        {"response_a": "Yes.", "response_b": "No.", "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+        "winner_model_a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_of_two_answers_the_better_one_is_chosen(case: str) -> None:
+    row, column = COMPARED[case]
+    found = parse_pairs(rows({"prompt": "Is it late?"} | row))
+    first, second, *_ = row
+    repair = f"{first} and {second} read as chosen and rejected by {column}"
+    assert found.pairs == [Pair(ASKED, "No.", "Yes.", 1, {}, repairs=(repair,))]
+
+
+def test_two_whole_chats_of_an_arena_are_compared() -> None:
+    row = {"conversation_a": [ASK, NO], "conversation_b": [ASK, YES], "winner": "model_a"}
+    found = parse_pairs(rows(row))
+    assert (found.format, found.pairs[0].prompt, found.pairs[0].chosen) == (PreferenceFormat.CHATS, ASKED, "No.")
+
+
+def test_helpsteers_context_is_the_prompt() -> None:
+    row = {"context": [ASK], "response1": "No.", "response2": "Yes.", "overall_preference": -1}
+    assert [(pair.prompt, pair.chosen) for pair in parse_pairs(rows(row)).pairs] == [(ASKED, "No.")]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reason"),
+    [
+        ("tie", "neither of two answers is the better one"),
+        ("tie (bothbad)", "neither of two answers is the better one"),
+        ("model_c", 'winner is "model_c", which names neither response_a nor response_b'),
+        (1, 'winner is "1", which names neither response_a nor response_b'),
+        (None, "winner is null"),
+    ],
+)
+def test_answers_of_which_none_is_better_are_counted(verdict: Any, reason: str) -> None:
+    row = {"prompt": "Is it late?", "response_a": "No.", "response_b": "Yes.", "winner": "model_a"}
+    assert parse_pairs(rows(row, row | {"winner": verdict})).dropped == {reason: [2]}
+
+
+def test_two_answers_without_a_word_on_which_is_better_are_refused() -> None:
+    with pytest.raises(DataError) as refused:
+        parse_pairs(rows({"prompt": "Is it late?", "response_a": "No.", "response_b": "Yes."}))
+    assert str(refused.value) == (
+        "p.jsonl:1: response_a and response_b are two answers, but no column says which is the better one (winner, "
+        "preference, preferred, better, ...); no other row is a usable pair either"
+    )
+
+
+def test_labels_that_are_no_labels_are_what_a_file_is_refused_for() -> None:
+    with pytest.raises(DataError) as refused:
+        parse_pairs(rows({"prompt": "Is it late?", "completion": "No.", "label": "yes"}))
+    assert str(refused.value) == (
+        "p.jsonl:1: label is a string, not true or false; write true or 1 for a good answer and false or 0 for a bad "
+        'one; the row: {"prompt": "Is it late?", "completion": "No.", "label": "yes"}'
     )

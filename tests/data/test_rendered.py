@@ -329,3 +329,31 @@ def test_long_text_takes_no_long_time(text: str) -> None:
     start = time.process_time()
     read_rendered(text)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EVERY if not name.startswith(("a prompt", "an open"))))
+def test_rendered_answers_beside_a_plain_prompt_are_read_as_turns(name: str) -> None:
+    prompt, end, turns = EVERY[name]
+    question = turns[-1]["content"]
+    row = {"prompt": question, "chosen": f"{prompt}No.{end}", "rejected": f"{prompt}Yes.{end}"}
+    found = parse_pairs(rows(row))
+    assert (found.format, [(pair.prompt, pair.chosen, pair.rejected) for pair in found.pairs]) == (
+        PreferenceFormat.CHATS,
+        [(turns, "No.", "Yes.")],
+    )
+
+
+def test_an_assistant_turn_beside_a_plain_prompt_loses_its_marks() -> None:
+    row = plain(chosen="<|im_start|>assistant\nNo.<|im_end|>", rejected="<|im_start|>assistant\nYes.<|im_end|>")
+    (pair,) = parse_pairs(rows(row)).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((turn("user", "Is it late?"),), "No.", "Yes.")
+
+
+def test_labelled_and_ranked_answers_may_be_rendered_too() -> None:
+    prompt = chatml()["prompt"]
+    rated = [{"prompt": prompt, "completion": f"{n}<|im_end|>", "label": n > 0} for n in range(2)]
+    assert [(pair.prompt, pair.chosen) for pair in parse_pairs(rows(*rated)).pairs] == [((ASK,), "0"), ((ASK,), "1")]
+    ranked = {"prompt": prompt, "responses": ["No.<|im_end|>", "Yes.<|im_end|>"], "scores": [2, 1]}
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in parse_pairs(rows(ranked)).pairs] == [
+        ((ASK,), "No.", "Yes.")
+    ]

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from qlora_dpo.data.dialogue import InvalidRow, is_hh, sanitize_text
+from qlora_dpo.data.dialogue import InvalidRow, Message, is_hh, sanitize_text
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.rows.messages import check_media_columns, is_message, parse_list_text
+from qlora_dpo.data.rows.compared import ANSWER_NAMES, VERDICT_COLUMNS, join_compared
+from qlora_dpo.data.rows.messages import check_unread_columns, is_message, parse_list_text
 from qlora_dpo.data.rows.rendered import (
     MarkFamily,
+    is_rendered_answer,
     is_rendered_chat,
     is_rendered_prompt,
     split_rendered_answer,
@@ -29,6 +31,8 @@ LIST_COLUMNS = (
     "output",
     "rejected_messages",
     "history",
+    "context",
+    *(f"{name}_{ending}" for name in ANSWER_NAMES for ending in "ab012"),
 )
 """Columns that may hold lists, and whose text may be one."""
 KNOWN_COLUMNS = (
@@ -46,6 +50,7 @@ KNOWN_COLUMNS = (
     "image",
     "videos",
     "audios",
+    *VERDICT_COLUMNS,
 )
 TRUE_WORDS, FALSE_WORDS = ("true", "1", "1.0", "desirable", "good"), ("false", "0", "0.0", "undesirable", "bad")
 
@@ -87,9 +92,10 @@ def normalize_row(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
     Raises InvalidRow for a row that holds pictures and the like, or text that cannot be read as its source's is.
     """
     row = _rename_known_columns(row, repairs) if traits.renames else row
-    check_media_columns(row)
+    check_unread_columns(row)
     for column in traits.list_texts & row.keys():
         row = _with_parsed_list(row, column, repairs)
+    row = join_compared(row, repairs)
     row = _read_label(_join_columns(row, repairs), repairs)
     row = _unwrap_single_values(row, repairs)
     if not traits.is_literal:
@@ -100,7 +106,7 @@ def normalize_row(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
 def _parse_all(column: str, texts: Iterable[str]) -> Iterable[Any]:
     """The list that each text is, or None."""
     for text in texts:
-        value = parse_list_text(text) if text.lstrip()[:1] in ("[", "{", "a") else None
+        value = parse_list_text(text) if text.lstrip()[:1] in ("[", "{", "a", '"') else None
         yield value if _is_list_of(column, value) else None
 
 
@@ -158,7 +164,9 @@ def _join_columns(row: Row, repairs: list[str]) -> Row:
         return {**row, "chosen": output[0], "rejected": output[1]}
     if "chosen" not in row and ("rejected_response" in row or "rejected_messages" in row):
         return _join_rejected_response(row, repairs)
-    conversation = next((name for name in ("messages", "conversations") if isinstance(row.get(name), list)), None)
+    conversation = next(
+        (name for name in ("messages", "conversations", "conversation") if isinstance(row.get(name), list)), None
+    )
     answers = row.get("chosen"), row.get("rejected")
     if conversation is None or row.get("prompt") is not None or None in answers or row.get("instruction") is not None:
         return row
@@ -244,11 +252,11 @@ def _unwrap_single_values(row: Row, repairs: list[str]) -> Row:
 
 
 def _find_family(row: Row) -> MarkFamily | None:
-    """The family whose marks the prompt of a row is written in, or its chats if it has no prompt."""
+    """The family whose marks the text of a row is written in: its prompt, its answers, or its chats."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
-    if isinstance(prompt, str):
-        return is_rendered_prompt(prompt)
-    return is_rendered_chat(chosen) if prompt is None and isinstance(chosen, str) else None
+    if isinstance(prompt, str) and (family := is_rendered_prompt(prompt)) is not None:
+        return family
+    return is_rendered_answer(chosen) if isinstance(chosen, str) and not isinstance(prompt, list) else None
 
 
 def _split_rendered(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
@@ -259,12 +267,17 @@ def _split_rendered(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
         if found is not None and found.is_control:
             raise InvalidRow(f"text is written in {found.name} marks, unlike most rows'")
         return row
-    changed = dict[str, Any]()
-    turns = split_rendered_prompt(prompt, family) if isinstance(prompt, str) else None
-    if turns is not None:
-        changed["prompt"] = list(turns)
-    elif prompt is not None:
+    if isinstance(prompt, list):
         return row
+    changed = dict[str, Any]()
+    turns: tuple[Message, ...] | None = None
+    is_plain = isinstance(prompt, str) and is_rendered_prompt(prompt) is None and _find_family(row) is family
+    if isinstance(prompt, str) and is_plain:
+        # answers alone are rendered: whole chats, which have their own prompt, or a turn of the assistant's
+        turns = None if is_rendered_chat(row["chosen"]) else ()
+    elif isinstance(prompt, str):
+        turns = split_rendered_prompt(prompt, family)
+        changed["prompt"] = list(turns)
     for column in ("chosen", "rejected", "completion"):
         if isinstance(row.get(column), str):
             changed[column] = list(split_rendered_answer(row[column], turns, family))

@@ -43,6 +43,9 @@ MEDIA_COLUMNS = {
     "images": "pictures",
     "image_url": "a picture",
     "image_urls": "pictures",
+    "image_path": "a picture",
+    "image_paths": "pictures",
+    "pixel_values": "a picture",
     "video": "a video",
     "videos": "videos",
     "audio": "sound",
@@ -59,21 +62,21 @@ EMPTY_SYSTEM = "empty system turn left out"
 _NUMPY_GAP = re.compile(r"\}\s*\n\s*\{")
 
 
-def read_messages(value: list[Any], column: str, repairs: list[str], is_sharegpt: bool = False) -> tuple[Message, ...]:
+def parse_messages(value: list[Any], column: str, repairs: list[str], is_sharegpt: bool = False) -> tuple[Message, ...]:
     """Role and content of each message of a list; what is read otherwise than it is written goes to `repairs`.
 
     An empty system turn is left out. With `is_sharegpt`, turns of `from` and `value` are as they should be. Raises
     InvalidRow for whatever is no turn of text.
     """
     name = f"a message of {column}"
-    messages = [read_message(message, name, repairs, is_sharegpt) for message in value]
+    messages = [parse_message(message, name, repairs, is_sharegpt) for message in value]
     if not any(turn["role"] == "system" and is_blank(turn["content"]) for turn in messages):
         return tuple(messages)
     repairs.append(EMPTY_SYSTEM)
     return tuple(turn for turn in messages if turn["role"] != "system" or not is_blank(turn["content"]))
 
 
-def read_message(value: Any, name: str, repairs: list[str], is_sharegpt: bool = False) -> Message:
+def parse_message(value: Any, name: str, repairs: list[str], is_sharegpt: bool = False) -> Message:
     """One message; `name` is what a reason calls it."""
     match value:
         case {"role": ("system" | "user" | "assistant") as plain_role, "content": str(text)} if len(value) == 2:
@@ -118,13 +121,17 @@ def check_unread_keys(values: Mapping[str, Any], name: str) -> None:
 
 
 _MEDIA_NAMES = frozenset(MEDIA_COLUMNS)
+_UNREAD_COLUMNS = _MEDIA_NAMES | {"reasoning_content", "tool_calls"}
 _UNREAD_KEYS = {*MEDIA_COLUMNS, *REASONING_KEYS, *CALL_KEYS}
 
 
-def check_media_columns(row: Mapping[str, Any]) -> None:
-    """Raise InvalidRow if a row has pictures, videos or sound beside its text."""
-    if _MEDIA_NAMES.isdisjoint(row):
+def check_unread_columns(row: Mapping[str, Any]) -> None:
+    """Raise InvalidRow if a row has pictures, videos or sound, thoughts or calls beside its text."""
+    if _UNREAD_COLUMNS.isdisjoint(row):
         return
+    for column in ("reasoning_content", "tool_calls"):
+        if _holds_something(row.get(column)):
+            raise InvalidRow(f"{column}: is not trained on; write it into the answers, or leave the column out")
     for column in row.keys() & _MEDIA_NAMES:
         if _holds_something(row[column]):
             raise InvalidRow(
@@ -137,13 +144,15 @@ def parse_list_text(text: str) -> list[Any] | dict[str, Any] | None:
     """The list or object that `text` is in JSON, in Python or as NumPy prints one; None for any other text."""
     text = text.strip()
     text = text.removeprefix("array(").removesuffix(", dtype=object)") if text.startswith("array(") else text
-    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")):
+    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}"), ('"', '"')):
         return None
     for read in (json.loads, _parse_python, _parse_numpy):
         try:
             value = read(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
+        if isinstance(value, str) and len(value) < len(text):
+            return parse_list_text(value)  # written as text twice
         return value if isinstance(value, list | dict) else None
     return None
 

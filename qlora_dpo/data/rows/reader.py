@@ -143,6 +143,11 @@ def detect_format(rows: SourceRows, traits: SourceTraits) -> PreferenceFormat:
 
 def _no_format_message(rows: SourceRows, row: Row) -> str:
     """What a row without a supported format holds, and which columns might be meant."""
+    if "chosen" not in row and "label" in row and {"completion", "messages", "conversations"} & row.keys():
+        return (
+            f"{rows.location(rows.rows.index(row) + 1)}: label is {json_type(row['label'])}, not true or false; write "
+            f"true or 1 for a good answer and false or 0 for a bad one{_shown(row)}"
+        )
     for column in ("chosen", "rejected"):
         if column not in row:
             advice = _renaming_advice(row) or SUPPORTED_FORMATS
@@ -169,6 +174,7 @@ def _renaming_advice(row: Row) -> str:
             continue
         others = [str(other) for other in row if other not in (*OTHER_NAMES, *meant.values())]
         close = difflib.get_close_matches(column, others, n=1)
+        close = close or [other for other in others if other.casefold().startswith(f"{column}_")][:1]
         found = [other for name in names for other in others if other.casefold() == name]
         begun = [other for name in names[:9] for other in others if other.casefold().startswith(f"{name}_")]
         if candidates := [*close, *found, *begun]:

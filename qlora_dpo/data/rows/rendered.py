@@ -143,12 +143,17 @@ def read_rendered(text: str, family: MarkFamily | None = None) -> RenderedText |
 
     None for any other text: one that only mentions marks, that has words outside of turns, or whose roles are unknown.
     """
-    if is_hh(text) or not (_OPENER.match(text) or _DEEPSEEK_USER in text):
+    if not _may_be_rendered(text):
         return None
     for candidate in (family,) if family else FAMILIES:
         if (read := _read_as(candidate, text)) is not None:
             return read
     return None
+
+
+def _may_be_rendered(text: str) -> bool:
+    """False for nearly every text that is not: it begins otherwise."""
+    return not is_hh(text) and (_OPENER.match(text) is not None or _DEEPSEEK_USER in text)
 
 
 def _read_as(family: MarkFamily, text: str) -> RenderedText | None:
@@ -216,6 +221,23 @@ def is_rendered_chat(text: str) -> MarkFamily | None:
     rendered = read_rendered(text)
     ends_with_answer = rendered is not None and not rendered.is_open and rendered.turns[-1]["role"] == "assistant"
     return rendered.family if rendered is not None and ends_with_answer else None
+
+
+def is_rendered_answer(text: str) -> MarkFamily | None:
+    """The family in whose marks an answer is written: a whole chat, or an assistant turn from its mark to its end."""
+    if not _may_be_rendered(text):
+        return None
+    if (family := is_rendered_chat(text)) is not None:
+        return family
+    for family in FAMILIES:
+        opened = family.turn.match(text.lstrip()) if family.is_control else None
+        if (
+            opened is not None
+            and _MARK_ROLES.get(_role_name(opened)) == "assistant"
+            and _split_end(text)[1] is not None
+        ):
+            return family
+    return None
 
 
 def split_rendered_prompt(prompt: str, family: MarkFamily) -> tuple[Message, ...]:
