@@ -38,6 +38,7 @@ _TIES = (
     "tie (bothbad)",
     "tie (both bad)",
 )
+_ANSWERED = frozenset({"chosen", "rejected", "responses"})
 _SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
 
 
@@ -57,8 +58,7 @@ def join_compared(row: Row, repairs: list[str]) -> Row:
 
     Raises InvalidRow if they tie, or if it is not clear which one is the better.
     """
-    columns = find_answer_columns(row)
-    if columns is None or not {"chosen", "rejected", "responses"}.isdisjoint(row):
+    if not _ANSWERED.isdisjoint(row) or (columns := find_answer_columns(row)) is None:
         return row
     verdict_columns, place = _find_better(row, columns)
     better, worse = columns if place == 0 else columns[::-1]
