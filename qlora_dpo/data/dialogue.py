@@ -1,10 +1,12 @@
 """Conversation turns: parses HH text into messages, and makes text safe to show on a terminal."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 Message = dict[str, str]
-"""One turn: `role` is system, user or assistant; `content` is its text."""
+"""One turn: `role` is system, user, assistant or tool; `content` is its text."""
 
 HH_HUMAN = "\n\nHuman:"
 
@@ -24,6 +26,11 @@ _CONTROLS = re.compile(
     r"\u2028\u2029]"  # line ends other than newline
 )
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
+_UNSEEN_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
+_TAGS = range(0xE0000, 0xE0080)
+_ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+_PROMPT_ROLES = re.compile(r"s?u(?:a(?:t+a)*u)*(?:at+)*")
+"""The roles of a prompt: tools answer the assistant, before it or the user goes on."""
 
 
 class InvalidRow(Exception):
@@ -50,17 +57,27 @@ def parse_hh(text: str) -> list[Message]:
     ]
 
 
-def split_hh(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
+def split_hh(chosen: str, rejected: str, from_difference: bool = False) -> "SplitChats":
     """Split two whole HH dialogues into their common prompt and the two last replies.
 
     The prompt ends at the last Assistant marker, and all turns before it must be equal. The common character prefix is
     not used, because replies often begin alike. Raises InvalidRow with the reason if this is impossible.
     """
-    return split_chats(parse_hh(chosen), parse_hh(rejected))
+    return split_chats(parse_hh(chosen), parse_hh(rejected), from_difference)
 
 
-def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[tuple[Message, ...], str, str]:
-    """Split two whole chats into their common prompt and the two last replies; raises InvalidRow with the reason."""
+SplitChats = tuple[tuple[Message, ...], str, str]
+"""A common prompt and two answers."""
+
+
+def split_chats(chosen: Sequence[Message], rejected: Sequence[Message], from_difference: bool = False) -> SplitChats:
+    """Split two whole chats into their common prompt and the two last replies; raises InvalidRow with the reason.
+
+    With `from_difference`, the answers are the first replies that differ, and what follows them is left out.
+    """
+    if from_difference:
+        parted = differing_turn(chosen, rejected)
+        chosen, rejected = chosen[: parted + 1], rejected[: parted + 1]
     for chat in (chosen, rejected):
         if not chat or chat[-1]["role"] != "assistant":
             raise InvalidRow("last turn is not the assistant's")
@@ -70,14 +87,38 @@ def split_chats(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple
     return tuple(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
 
 
+def differing_turn(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """The number of the first turn in which two chats differ, from 0; of their last common one if none differs."""
+    turns = enumerate(zip(chosen, rejected, strict=False))
+    return next((place for place, (one, other) in turns if one != other), min(len(chosen), len(rejected)) - 1)
+
+
 def check_roles(prompt: Sequence[Message]) -> None:
-    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant turns, a user turn last."""
-    roles = [turn["role"] for turn in prompt]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns:
-        raise InvalidRow("no user turn before the answer")
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise InvalidRow("roles do not alternate")
+    """Raise InvalidRow unless `prompt` is an optional system turn, then user and assistant turns, a user turn last.
+
+    Tool turns may stand after an assistant turn, and be the last ones.
+    """
+    if reason := _wrong_roles(tuple([turn["role"] for turn in prompt])):
+        raise InvalidRow(reason)
+
+
+@lru_cache(maxsize=256)
+def _wrong_roles(roles: tuple[str, ...]) -> str:
+    """Why these are no roles of a prompt; empty if they are."""
+    letters = "".join(_ROLE_LETTERS.get(role, "?") for role in roles)
+    if not letters.removeprefix("s"):
+        return "no user turn before the answer"
+    return "" if _PROMPT_ROLES.fullmatch(letters) else "roles do not alternate"
+
+
+def is_blank(text: str) -> bool:
+    """True if `text` shows nothing: it is white space, control characters and characters without width.
+
+    A character that Python's Unicode tables do not know yet is text.
+    """
+    return not any(letter.isprintable() and not letter.isspace() for letter in text) and not any(
+        unicodedata.category(letter) not in _UNSEEN_CATEGORIES and ord(letter) not in _TAGS for letter in text
+    )
 
 
 def sanitize_text(text: str) -> str:

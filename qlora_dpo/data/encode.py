@@ -33,8 +33,9 @@ from qlora_dpo.data.encoded_cache import (
     tokenizer_key,
 )
 from qlora_dpo.data.mixture import Mixture, parse_sources
-from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows
+from qlora_dpo.data.pairs import PARSE_VERSION, BoolArray, IntArray, Pair, ParsedRows
 from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
+from qlora_dpo.data.rows.tool_turns import NO_TOOL_TURNS, has_tool_turn, writes_tool_turns
 from qlora_dpo.data.selection import (
     Selection,
     no_pairs_message,
@@ -50,6 +51,8 @@ from qlora_dpo.recipe.data import DataTable
 
 ENCODE_CHUNK = 1024
 """Pairs rendered and tokenized at once: enough for the tokenizer's threads, few enough to sample 50 pairs quickly."""
+
+EQUAL_AS_WRITTEN = "answers that differ only in what the chat template leaves out, such as thoughts"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def load_pairs(
     """
     form = detect_chat_format(tokenizer)
     mixture = parse_sources(table, part, extra_columns, progress)
-    rows, (parsed, in_part_P, other_split) = mixture.rows, _split_part(mixture.parsed, part)
+    every = mixture.parsed
+    rows, (parsed, in_part_P, other_split) = mixture.rows, _split_part(every, part)
     mixture = replace(mixture, parsed=parsed, source_P=mixture.source_P[in_part_P])
     max_pairs = table.max_train_samples if part == "train" else table.max_eval_samples
     in_order = max_pairs is None and not mixture.is_drawn
@@ -127,6 +131,8 @@ def load_pairs(
         per_source=_pairs_per_source(mixture, mixture.source_P[position_U[kept_U]]),
     )
     if not len(row_U):
+        if not audit.dropped and sum(map(len, every.dropped.values())) > len(every.pairs):
+            raise DataError(_few_pairs_message(rows, every, part))
         raise DataError(no_pairs_message(audit, part, table))
     by_row = np.flatnonzero(kept_U)[np.argsort(row_U, kind="stable")]
     return PairSet(selection.encoded.pairs().select(by_row), selection.texts(parsed.pairs).select(by_row), audit)
@@ -143,7 +149,7 @@ def _reading_key(
     keys = table.model_dump(mode="json", exclude={"train", "eval", "max_bad_share"}) | {
         "share": table.effective_eval_share
     }
-    return f"{encoder.key}-{cache_key(rows.fingerprint, keys, part, seed, sorted(extra_columns))}"
+    return f"{encoder.key}-{cache_key(PARSE_VERSION, rows.fingerprint, keys, part, seed, sorted(extra_columns))}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ class _Encoder:
 
     def _repairs(self, pair: Pair) -> tuple[str, ...]:
         answers: list[Message] = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
-        return tuple(list_repairs(template_traits(self.tokenizer), [*pair.prompt, *answers], pair.tools))
+        return (*pair.repairs, *list_repairs(template_traits(self.tokenizer), [*pair.prompt, *answers], pair.tools))
 
 
 def _until_source_limits(order: IntArray, source_P: IntArray, remaining: Sequence[float]) -> Iterator[int]:
@@ -254,6 +260,17 @@ def _split_part(parsed: ParsedRows, part: DataPart) -> tuple[ParsedRows, BoolArr
     return replace(selected, dropped={}), in_part_P, other_split + sum(map(len, parsed.dropped.values()))
 
 
+def _few_pairs_message(rows: SourceRows, parsed: ParsedRows, part: DataPart) -> str:
+    """The error of a part that has no pair since most rows are none."""
+    reason, numbers = max(parsed.dropped.items(), key=lambda item: len(item[1]))
+    which, count = "held-out" if part == "eval" else "training", sum(map(len, parsed.dropped.values()))
+    return (
+        f"{rows.name}: {count:,} of its {len(rows.rows):,} rows are no usable pairs, and no other is a {which} pair; "
+        f"most often: {reason} ({len(numbers):,}, first {rows.location(numbers[0])}); they are read as "
+        f"{parsed.format.value}, the format of the first row that has one; data.format names another"
+    )
+
+
 def _sampling_order(row_P: IntArray, rows: int, seed: int) -> IntArray:
     """The pairs in sampling order. `random.random()` is the one method that Python keeps the same in all versions."""
     generator = random.Random(seed)  # noqa: S311 - sampling, not a secret
@@ -265,6 +282,10 @@ def encode_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, form: ChatFormat
 ) -> list[EncodedPair | str]:
     """Encode pairs of any length in one batch; the ids of each, or the reason why it has none."""
+    if any(has_tool_turn(pair.prompt) for pair in pairs) and not writes_tool_turns(tokenizer):
+        others = [pair for pair in pairs if not has_tool_turn(pair.prompt)]
+        results = iter(encode_pairs(others, tokenizer, form) if others else [])
+        return [NO_TOOL_TURNS if has_tool_turn(pair.prompt) else next(results) for pair in pairs]
     chosen, rejected = ([_with_answer(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
     tools = [pair.tools for pair in pairs]
     if any(tools) and not supports_tools(tokenizer):
@@ -303,7 +324,7 @@ def _encode_answers(
     except InvalidRow as unusable:
         return str(unusable)
     if answers[0] == answers[1]:
-        return "equal answers"
+        return "equal answers" if pair.chosen == pair.rejected else EQUAL_AS_WRITTEN
     return EncodedPair(prompt, *answers, pair.row, digest_ids(prompt, *answers))
 
 

@@ -1,8 +1,8 @@
 """The formats of preference data: detects the format of a source and parses its rows into prompts and answers."""
 
-import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from enum import Enum
 from itertools import combinations
 from typing import Any, assert_never
@@ -11,18 +11,14 @@ from qlora_dpo.data.dialogue import (
     InvalidRow,
     Message,
     check_roles,
+    differing_turn,
     is_hh,
     parse_hh,
-    sanitize_text,
     split_chats,
     split_hh,
 )
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.sources import SourceRows
-from qlora_dpo.errors import DataError
-
-MESSAGE_ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+from qlora_dpo.data.rows.messages import ROLE_NAMES, check_unread_keys, parse_messages
 
 
 class PreferenceFormat(Enum):
@@ -52,7 +48,7 @@ REQUIRED_COLUMNS = {
     PreferenceFormat.HH: {"chosen": "a string", "rejected": "a string"},
     PreferenceFormat.HH_PROMPT: {"prompt": "a string", "chosen": "a string", "rejected": "a string"},
     PreferenceFormat.STRINGS: {"prompt": "a string", "chosen": "a string", "rejected": "a string"},
-    PreferenceFormat.MESSAGES: {"prompt": "a list", "chosen": "a list", "rejected": "a list"},
+    PreferenceFormat.MESSAGES: {},
     PreferenceFormat.CHATS: {"chosen": "a list", "rejected": "a list"},
     PreferenceFormat.SHAREGPT: {"conversations": "a list", "chosen": "an object", "rejected": "an object"},
     PreferenceFormat.ALPACA: {"instruction": "a string", "chosen": "a string", "rejected": "a string"},
@@ -60,30 +56,11 @@ REQUIRED_COLUMNS = {
     PreferenceFormat.UNPAIRED: {},
 }
 
+LATER_TURNS = "turns behind the first difference left out"
+UNSCORED = "an answer without a score left out"
+
 PromptAndAnswers = tuple[tuple[Message, ...], str, str]
 """A prompt and two answers."""
-
-
-def detect_format(rows: SourceRows) -> PreferenceFormat:
-    """The format of the first row that has one; raises DataError, about the first row with answers, if none has."""
-    for row in rows.rows:
-        if format := detect_row_format(row):
-            return format
-    first = next((row for row in rows.rows if not {"chosen", "rejected"} <= row.keys() or _has_answers(row)), None)
-    if first is None:
-        raise DataError(f'{rows.name}: "chosen" or "rejected" is null in every row')
-    _check_answer_columns(first, rows.name)
-    kinds = json_type(first.get("prompt")), json_type(first["chosen"]), json_type(first["rejected"])
-    if kinds == ("null", "a string", "a string"):
-        raise DataError(
-            f'{rows.name}: "chosen" and "rejected" are strings without "\\n\\nHuman:" and "\\n\\nAssistant:" '
-            f'turns, and there is no "prompt"; it has the columns {list_columns(first)}; {SUPPORTED_FORMATS}'
-        )
-    prompt = f'"prompt" is {kinds[0]}' if "prompt" in first else 'there is no "prompt"'
-    raise DataError(
-        f'{rows.location(rows.rows.index(first) + 1)}: {prompt}, "chosen" is {kinds[1]} and "rejected" is {kinds[2]}; '
-        f"it has the columns {list_columns(first)}; {SUPPORTED_FORMATS}"
-    )
 
 
 def detect_row_format(row: Row) -> PreferenceFormat | None:
@@ -102,18 +79,33 @@ def detect_row_format(row: Row) -> PreferenceFormat | None:
         case str(prompt), str(), str():
             return PreferenceFormat.HH_PROMPT if is_hh(prompt) else PreferenceFormat.STRINGS
         case list(), list(chosen), list():
-            return PreferenceFormat.CHATS if _has_user_turn(chosen) else PreferenceFormat.MESSAGES
-        case None | str(), list(), list():
+            return PreferenceFormat.CHATS if _holds_prompt(chosen) else PreferenceFormat.MESSAGES
+        case None, list(), list():
             return PreferenceFormat.CHATS
+        case str(), list(chosen), list():
+            return PreferenceFormat.CHATS if _holds_prompt(chosen) or not chosen else PreferenceFormat.MESSAGES
+        case str() | list() as prompt, str() | list() as chosen, str() | list() as rejected:
+            lists = [value for value in (prompt, chosen, rejected) if isinstance(value, list)]
+            return PreferenceFormat.MESSAGES if all(map(_are_objects, lists)) else None
         case _:
             return None
 
 
-def parse_row(format: PreferenceFormat, row: Row, every_pair: bool) -> list[PromptAndAnswers]:
+def parse_row(
+    format: PreferenceFormat,
+    row: Row,
+    repairs: list[str],
+    *,
+    every_pair: bool,
+    from_difference: bool,
+    is_forced: bool = False,
+) -> list[PromptAndAnswers]:
     """Prompt and two answers of a row, or several of them for ranked answers; raises InvalidRow for another format.
 
     The second answer of an unpaired row is empty. With `every_pair`, any two ranked answers of different rank make a
-    pair; otherwise the best and the worst do.
+    pair; otherwise the best and the worst do. With `from_difference`, the answers of two chats are the first turns in
+    which they differ. With `is_forced`, the format is the recipe's, whatever a prompt looks like. What is read
+    otherwise than it is written goes to `repairs`.
     """
     required = REQUIRED_COLUMNS[format]
     for column, kind in required.items():
@@ -125,34 +117,42 @@ def parse_row(format: PreferenceFormat, row: Row, every_pair: bool) -> list[Prom
         case PreferenceFormat.HH:
             if row.get("prompt") is not None:
                 raise InvalidRow("a prompt beside whole HH dialogues")
+            if from_difference:
+                return [_split_chats(parse_hh(row["chosen"]), parse_hh(row["rejected"]), repairs, from_difference)]
             return [split_hh(row["chosen"], row["rejected"])]
         case PreferenceFormat.HH_PROMPT:
             return [_parse_hh_prompt(row["prompt"], row["chosen"], row["rejected"])]
         case PreferenceFormat.STRINGS:
-            if is_hh(row["prompt"]):
+            if is_hh(row["prompt"]) and not is_forced:
                 raise InvalidRow("prompt is marked as HH text, unlike the first row's")
             return [(_with_system(row, ({"role": "user", "content": row["prompt"]},)), row["chosen"], row["rejected"])]
         case PreferenceFormat.MESSAGES:
-            prompt, chosen, rejected = (_parse_messages(row[column], column) for column in required)
-            return [(_with_system(row, prompt), _single_answer(chosen), _single_answer(rejected))]
+            prompt = _as_messages(row, "prompt", "user", repairs)
+            chosen, rejected = (_as_messages(row, column, "assistant", repairs) for column in ("chosen", "rejected"))
+            if len(chosen) < 2 and len(rejected) < 2:
+                return [(_with_system(row, prompt), _single_answer(chosen), _single_answer(rejected))]
+            if not from_difference and _roles(chosen) & _roles(rejected) == {"assistant"}:
+                raise InvalidRow("answer holds more than one turn")
+            prompt, better, worse = _split_chats((*prompt, *chosen), (*prompt, *rejected), repairs, from_difference)
+            return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.CHATS:
-            chosen, rejected = (_parse_messages(row[column], column) for column in required)
-            prompt, better, worse = split_chats(chosen, rejected)
+            chosen, rejected = (parse_messages(row[column], column, repairs) for column in required)
+            prompt, better, worse = _split_chats(chosen, rejected, repairs, from_difference)
             _check_prompt_column(row.get("prompt"), prompt)
             return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.SHAREGPT:
-            prompt = _parse_messages(row["conversations"], "conversations", _parse_sharegpt)
+            prompt = parse_messages(row["conversations"], "conversations", repairs, is_sharegpt=True)
             better, worse = (
-                _single_answer(_parse_messages([row[column]], column, _parse_sharegpt))
+                _single_answer(parse_messages([row[column]], column, repairs, is_sharegpt=True))
                 for column in ("chosen", "rejected")
             )
             return [(_with_system(row, prompt), better, worse)]
         case PreferenceFormat.ALPACA:
             return [(_parse_alpaca_prompt(row), row["chosen"], row["rejected"])]
         case PreferenceFormat.RANKED:
-            return _parse_ranked(row, every_pair)
+            return _parse_ranked(row, every_pair, repairs)
         case PreferenceFormat.UNPAIRED:
-            return [_parse_unpaired(row)]
+            return [_parse_unpaired(row, repairs)]
         case _:
             assert_never(format)
 
@@ -172,41 +172,59 @@ def parse_tools(row: Row) -> str:
     return json.dumps(tools, ensure_ascii=False)
 
 
-def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """`row` with its columns renamed as `data.columns` says."""
-    return {**row, **{name: row[column] for name, column in columns.items() if column in row}} if columns else row
+def _holds_prompt(messages: Sequence[Any]) -> bool:
+    """True if an answer's message list is a whole chat: it has a user turn, and an answer does not come first."""
+    roles = [
+        ROLE_NAMES.get(str(message.get("role") or message.get("from")).strip().casefold())
+        for message in messages
+        if isinstance(message, dict)
+    ]
+    return "user" in roles and roles[0] not in ("assistant", "tool")
 
 
-def list_columns(row: Row) -> str:
-    """The columns of a row for messages: the first twelve, up to 40 characters of each."""
-    names = [sanitize_text(str(column))[:40] for column in row]
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"
+def _are_objects(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
-def _has_answers(row: Row) -> bool:
-    return row["chosen"] is not None and row["rejected"] is not None
+def _roles(messages: Sequence[Message]) -> set[str]:
+    return {message["role"] for message in messages}
 
 
-def _has_user_turn(messages: Sequence[Any]) -> bool:
-    return any(isinstance(message, dict) and message.get("role") == "user" for message in messages)
+def _as_messages(row: Row, column: str, role: str, repairs: list[str]) -> tuple[Message, ...]:
+    """The messages of a column; a string is one turn of `role`."""
+    match row.get(column):
+        case str(text):
+            repairs.append(f"a string read as the {role}'s turn")
+            return ({"role": role, "content": text},)
+        case list(messages):
+            return parse_messages(messages, column, repairs)
+        case None:
+            raise InvalidRow(f"{column} is null" if column in row else f"no column {column}")
+        case other:
+            raise InvalidRow(f"{column} is {json_type(other)}, not a list")
 
 
-def _check_answer_columns(row: Row, place: str) -> None:
-    """Raise DataError if an answer column is missing, and suggest a column with a similar name."""
-    for column in ("chosen", "rejected"):
-        if column in row:
-            continue
-        others = [str(other) for other in row if other not in ("prompt", "chosen", "rejected")]
-        close = difflib.get_close_matches(column, others, n=1)
-        meant = sanitize_text(close[0]) if close else ""
-        hint = f'set data.columns = {{ {column} = "{meant}" }} if "{meant}" is meant' if close else SUPPORTED_FORMATS
-        raise DataError(f'{place}: has no column "{column}"; it has {list_columns(row)}; {hint}')
+def _split_chats(
+    chosen: Sequence[Message], rejected: Sequence[Message], repairs: list[str], from_difference: bool
+) -> PromptAndAnswers:
+    """Split two chats, and say so if turns are left out, or which key would read chats that part earlier."""
+    place = differing_turn(chosen, rejected)
+    is_earlier = 0 <= place < min(len(chosen), len(rejected)) - 1
+    if is_earlier and not from_difference and chosen[place]["role"] == rejected[place]["role"] == "assistant":
+        check_roles(chosen[:place])
+        raise InvalidRow('chats part before their last answers; data.answer = "from_difference" compares where they do')
+    pair = split_chats(chosen, rejected, from_difference)
+    if from_difference and place + 1 < max(len(chosen), len(rejected)):
+        repairs.append(LATER_TURNS)
+    return pair
 
 
 def _with_system(row: Row, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
     """The prompt, with the text of a `system` column before it unless it already begins with a system turn."""
     match row.get("system"):
-        case None | "":
+        case None:
+            return prompt
+        case str(text) if not text.strip():
             return prompt
         case str(text):
             has_system = prompt[:1] and prompt[0]["role"] == "system"
@@ -243,19 +261,24 @@ def _parse_alpaca_prompt(row: Row) -> tuple[Message, ...]:
     return _with_system(row, tuple(turns))
 
 
-def _parse_ranked(row: Row, every_pair: bool) -> list[PromptAndAnswers]:
+def _parse_ranked(row: Row, every_pair: bool, repairs: list[str]) -> list[PromptAndAnswers]:
     """The pairs of a better and a worse answer to one prompt."""
-    prompt = _parse_prompt(row.get("prompt"), row)
+    prompt = _parse_prompt(row.get("prompt"), row, repairs)
     if "scores" in row:
-        order = _parse_scores(row["scores"], "scores")
+        order = _parse_scores(row["scores"], "scores", repairs)
     elif "ranks" in row:
-        order = [-rank for rank in _parse_scores(row["ranks"], "ranks")]
+        order = [-rank for rank in _parse_scores(row["ranks"], "ranks", repairs)]
     else:
         raise InvalidRow("neither scores nor ranks beside the responses")
     answers = [_answer_text(response) for response in row["responses"]]
     if len(answers) != len(order):
         raise InvalidRow("another number of scores than of responses")
-    ranked = sorted(zip(order, answers, strict=True), key=lambda scored: -scored[0])
+    scored = [(score, answer) for score, answer in zip(order, answers, strict=True) if not math.isnan(score)]
+    if len(scored) < len(order):
+        if len(scored) < 2:
+            raise InvalidRow("fewer than two responses have a score that is a number")
+        repairs.append(UNSCORED)
+    ranked = sorted(scored, key=lambda scored: -scored[0])
     candidates = combinations(ranked, 2) if every_pair else [(ranked[0], ranked[-1])] if ranked else []
     pairs = [(prompt, better[1], worse[1]) for better, worse in candidates if better[0] > worse[0]]
     if not pairs:
@@ -263,33 +286,29 @@ def _parse_ranked(row: Row, every_pair: bool) -> list[PromptAndAnswers]:
     return pairs
 
 
-def _parse_unpaired(row: Row) -> PromptAndAnswers:
+def _parse_unpaired(row: Row, repairs: list[str]) -> PromptAndAnswers:
     """The prompt and the answer that the label rates."""
     if not isinstance(row.get("label"), bool):
         raise InvalidRow(f"label is {json_type(row.get('label'))}, not true or false")
-    for column, read in (("messages", _parse_message), ("conversations", _parse_sharegpt)):
+    for column in ("messages", "conversations"):
         if isinstance(row.get(column), list):
-            chat = _parse_messages(row[column], column, read)
+            chat = parse_messages(row[column], column, repairs, is_sharegpt=column == "conversations")
             if not chat or chat[-1]["role"] != "assistant":
                 raise InvalidRow("last turn is not the assistant's")
             return _with_system(row, chat[:-1]), chat[-1]["content"], ""
-    prompt = _parse_prompt(row.get("prompt"), row)
+    prompt = _parse_prompt(row.get("prompt"), row, repairs)
     completion = row.get("completion")
-    return (
-        prompt,
-        _single_answer(_parse_messages(completion, "completion"))
-        if isinstance(completion, list)
-        else (_answer_text(completion)),
-        "",
-    )
+    if isinstance(completion, list):
+        return prompt, _single_answer(parse_messages(completion, "completion", repairs)), ""
+    return prompt, _answer_text(completion), ""
 
 
-def _parse_prompt(prompt: Any, row: Row) -> tuple[Message, ...]:
+def _parse_prompt(prompt: Any, row: Row, repairs: list[str]) -> tuple[Message, ...]:
     match prompt:
         case str():
             return _with_system(row, ({"role": "user", "content": prompt},))
         case list():
-            return _with_system(row, _parse_messages(prompt, "prompt"))
+            return _with_system(row, parse_messages(prompt, "prompt", repairs))
         case _:
             raise InvalidRow(f"prompt is {json_type(prompt)}, not a string or a list")
 
@@ -298,50 +317,27 @@ def _answer_text(value: Any) -> str:
     match value:
         case str():
             return value
-        case {"role": "assistant", "content": str(text)} | {"content": str(text)} | {"response": str(text)}:
-            return text
-        case _:
-            raise InvalidRow(f"an answer is {json_type(value)}, not a string")
+        case dict() if {"content", "response", "value"} & value.keys():
+            check_unread_keys(value, "an answer")
+            match value:
+                case {"content": str(text)} | {"response": str(text)} | {"value": str(text)}:
+                    return text
+    raise InvalidRow(f"an answer is {json_type(value)}, not a string")
 
 
-def _parse_scores(values: Any, column: str) -> list[float]:
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+def _parse_scores(values: Any, column: str, repairs: list[str]) -> list[float]:
+    """Scores as numbers; NaN for one that is null or NaN."""
+    if not isinstance(values, list):
         raise InvalidRow(f"{column} is no list of numbers")
-    return [float(value) for value in values]
-
-
-MessageParser = Callable[[Any, str], Message]
-
-
-def _parse_message(value: Any, name: str) -> Message:
-    if not isinstance(value, dict):
-        raise InvalidRow(f"{name} is {json_type(value)}, not an object with role and content")
-    for key in ("role", "content"):
-        if not isinstance(value.get(key), str):
-            wrong = f"has {json_type(value[key])} as its {key}" if key in value else f"has no {key}"
-            raise InvalidRow(f"{name} {wrong}")
-    if value["role"] not in MESSAGE_ROLES:
-        role = sanitize_text(value["role"])[:20]
-        raise InvalidRow(f'{name} has the role "{role}", which is none of {", ".join(MESSAGE_ROLES)}')
-    return {"role": value["role"], "content": value["content"]}
-
-
-def _parse_sharegpt(value: Any, name: str) -> Message:
-    """A message from a turn with the keys `from` and `value`."""
-    if not isinstance(value, dict):
-        raise InvalidRow(f"{name} is {json_type(value)}, not an object with from and value")
-    for key in ("from", "value"):
-        if not isinstance(value.get(key), str):
-            raise InvalidRow(f"{name} has no {key} that is a string")
-    if value["from"] not in SHAREGPT_ROLES:
-        role = sanitize_text(value["from"])[:20]
-        raise InvalidRow(f'{name} is from "{role}", which is none of {", ".join(SHAREGPT_ROLES)}')
-    return {"role": SHAREGPT_ROLES[value["from"]], "content": value["value"]}
-
-
-def _parse_messages(value: list[Any], column: str, read: MessageParser = _parse_message) -> tuple[Message, ...]:
-    """Check a message list and keep the role and the content of each message."""
-    return tuple(read(message, f"a message of {column}") for message in value)
+    scores = list[float]()
+    for value in values:
+        try:
+            scores.append(math.nan if value is None or value == "" else float(value))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidRow(f"{column} is no list of numbers") from error
+    if any(isinstance(value, str) for value in values):
+        repairs.append(f"{column} written as text read as numbers")
+    return scores
 
 
 def _single_answer(answer: tuple[Message, ...]) -> str:
@@ -360,7 +356,7 @@ def _check_prompt_column(column: Any, prompt: tuple[Message, ...]) -> None:
         case str():
             agrees = column in (turn["content"] for turn in prompt if turn["role"] == "user")
         case list():
-            agrees = _parse_messages(column, "prompt") == prompt
+            agrees = parse_messages(column, "prompt", []) == prompt
         case _:
             raise InvalidRow(f"prompt is {json_type(column)}, not a string or a list")
     if not agrees:

@@ -7,8 +7,9 @@ import numpy as np
 
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
-from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows, ParseOptions, parse_pairs
+from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows, parse_pairs
 from qlora_dpo.data.progress import ProgressCallback, no_progress
+from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.sources import DataPart, SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable, MixTable
@@ -69,7 +70,7 @@ def parse_sources(
         parse_pairs(
             rows,
             extra_columns,
-            ParseOptions(source.format, source.columns, every_pair),
+            ParseOptions(source.format, source.columns, every_pair, table.answer),
             table.effective_eval_share,
             progress,
         )

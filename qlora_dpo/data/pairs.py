@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from types import MappingProxyType
-from unicodedata import category
 
 import numpy as np
 import pyarrow as pa
@@ -14,19 +13,12 @@ from numpy.typing import NDArray
 
 from qlora_dpo.data import arrow_cache
 from qlora_dpo.data.arrow_columns import binary_array, number_array, read_numbers
-from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles, sanitize_text
+from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles, is_blank, sanitize_text
 from qlora_dpo.data.files import Row, log_once
-from qlora_dpo.data.formats import (
-    FORMATS_BY_NAME,
-    PreferenceFormat,
-    detect_format,
-    list_columns,
-    parse_row,
-    parse_tools,
-    rename_columns,
-)
+from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
+from qlora_dpo.data.rows.reader import ParseOptions, RowReader, list_columns, make_reader, rename_columns
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import RecipeError
 
@@ -41,7 +33,10 @@ MAX_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt (optional system turn, then alternating user and assistant turns, user last) and its two answers."""
+    """A prompt (optional system turn, then alternating user and assistant turns, user last) and its two answers.
+
+    Tool turns may follow an assistant turn, and be the last ones of the prompt.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -54,15 +49,8 @@ class Pair:
     """For unpaired data: is `chosen` desirable? `rejected` is then a mismatched answer for KTO's KL estimate."""
     tools: str = ""
     """The tools passed to the chat template, as a JSON list of their schemas; empty if there are none."""
-
-
-@dataclass(frozen=True)
-class ParseOptions:
-    """How the recipe says that rows are parsed."""
-
-    format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    every_pair: bool = True
+    repairs: tuple[str, ...] = ()
+    """What was read otherwise than it is written in the row, in the words of the audit table."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +92,14 @@ def parse_pairs(
     """
     options = options or ParseOptions()
     if options.columns:
-        original, columns = rows.rows, options.columns
-        renamed = LazySequence(len(original), lambda index: rename_columns(original[index], columns))
-        rows = replace(rows, rows=renamed)
+        rows = replace(rows, rows=rename_columns(rows, options.columns))
     is_cached = rows.fingerprint and len(rows.rows) >= arrow_cache.MIN_CACHED_ROWS
     key_parts = (PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
     key = f"parsed-{arrow_cache.cache_key(*key_parts)}" if is_cached else None
     scan = _load_cached_parse(key)
+    reader = make_reader(rows, options, scan.format if scan is not None else None)
     if scan is None:
-        scan = _scan_rows(rows, extra_columns, options, eval_share, progress)
+        scan = _scan_rows(rows, reader, extra_columns, eval_share, progress)
         _store_parse(key, scan)
     _log_repeated_keys(rows, scan.repeated_keys)
     format, row_P, pair_index_P = scan.format, scan.row_P, scan.pair_index_P
@@ -120,10 +107,10 @@ def parse_pairs(
     def make(index: int) -> Pair:
         number = row_P[index]
         row = rows.rows[number - 1]
-        prompt, chosen, rejected = parse_row(format, row, options.every_pair)[pair_index_P[index]]
+        read = reader.read(row)
+        prompt, chosen, rejected = read.pairs[pair_index_P[index]]
         extra = {column: _extra_value(row, column, key, rows) for column, key in extra_columns.items()}
-        label = row["label"] if format is PreferenceFormat.UNPAIRED else None
-        return Pair(prompt, chosen, rejected, number, extra, label, parse_tools(row))
+        return Pair(prompt, chosen, rejected, number, extra, read.label, read.tools, read.repairs)
 
     is_eval_P = np.array(scan.is_eval_P, dtype=bool) if eval_share is not None else None
     pairs = LazySequence(len(row_P), make)
@@ -177,19 +164,18 @@ def _store_parse(key: str | None, scan: _Scan) -> None:
 
 def _scan_rows(
     rows: SourceRows,
+    reader: RowReader,
     extra_columns: Mapping[str, str],
-    options: ParseOptions,
     eval_share: float | None,
     progress: ProgressCallback,
 ) -> _Scan:
     """Check every row; raises what `parse_pairs` raises."""
-    format = detect_format(rows) if options.format == "auto" else FORMATS_BY_NAME[options.format]
+    format = reader.format
     dropped = dict[str, list[int]]()
     row_P, pair_index_P, is_eval_P, answers = array("q"), array("q"), array("b"), list[bytes]()
     for number, row in enumerate(track_progress(rows.rows, "read", len(rows.rows), progress), 1):
         try:
-            pairs = parse_row(format, row, options.every_pair)
-            parse_tools(row)
+            pairs = reader.read(row).pairs
             for prompt, chosen, rejected in pairs:
                 _check_pair(prompt, chosen, rejected if format is not PreferenceFormat.UNPAIRED else None)
         except InvalidRow as unusable:
@@ -250,24 +236,14 @@ def _check_pair(prompt: tuple[Message, ...], chosen: str, rejected: str | None) 
     texts = (*answers, *(turn["content"] for turn in prompt))
     if not all(map(_is_encodable, texts)):
         raise InvalidRow("text with half a surrogate pair")
-    if any(_is_blank(turn["content"]) for turn in prompt):
+    if any(is_blank(turn["content"]) for turn in prompt):
         raise InvalidRow("empty turn in the prompt")
-    if any(map(_is_blank, answers)):
+    if any(map(is_blank, answers)):
         raise InvalidRow("empty answer")
     if rejected is not None and chosen.strip() == rejected.strip():
         raise InvalidRow("equal answers")
     if sum(map(len, texts)) > MAX_CHARACTERS:
         raise InvalidRow(f"more than {MAX_CHARACTERS:,} characters")
-
-
-def _is_blank(text: str) -> bool:
-    """True if `text` shows nothing: it is white space, control characters and characters without width.
-
-    A code point that Python's Unicode tables do not know yet, as that of a new emoji, is text.
-    """
-    return not any(
-        (letter.isprintable() and not letter.isspace()) or category(letter) in ("Cn", "Co") for letter in text
-    )
 
 
 def _is_encodable(text: str) -> bool:

@@ -53,7 +53,7 @@ class Selection:
         for index in np.intersect1d(valid_rows(self._table, "repairs"), self._usable_U).tolist():
             row = int(row_N[index])
             for repair in json.loads(self._table["repairs"][index].as_py()) if row in used else ():
-                repaired[repair].append(row)
+                repaired.setdefault(repair, []).append(row)
         by_first_row = sorted(repaired.items(), key=lambda item: sorted(item[1])[:1])
         return {repair: tuple(sorted(rows)) for repair, rows in by_first_row if rows}
 
@@ -64,7 +64,9 @@ class Selection:
         texts_N = self._table["truncated"]
         for index in np.flatnonzero(np.isin(self._usable_U, valid_rows(self._table, "truncated"))).tolist():
             fields = json.loads(texts_N[int(self._usable_U[index])].as_py())
-            truncated[index] = Pair(**{**fields, "prompt": tuple(fields["prompt"])})
+            truncated[index] = Pair(
+                **{**fields, "prompt": tuple(fields["prompt"]), "repairs": tuple(fields["repairs"])}
+            )
         return LazySequence(len(position_U), lambda index: truncated.get(index) or pairs[int(position_U[index])])
 
 

@@ -16,14 +16,16 @@ def truncate_prompt(pair: Pair, tokenizer: PreTrainedTokenizerBase, excess: Call
     """Return `pair` with as little as possible cut off the front of its prompt until `excess` is 0 or less.
 
     `excess(pair)` encodes the pair and returns by how many tokens it is too long, so the template stays whole. The
-    system turn stays. The oldest user and assistant turns go first, then whole tokens from the front of the last user
-    turn. Raises InvalidRow if nothing of that turn would be left.
+    system turn stays. The oldest turns go first, each question with its answer and tool turns, then whole tokens from
+    the front of the last user turn. Raises InvalidRow if nothing of that turn would be left.
     """
     has_system = pair.prompt[0]["role"] == "system"
     head, turns = pair.prompt[:has_system], pair.prompt[has_system:]
     num_excess = excess(pair)
-    while num_excess > 0 and len(turns) > 1:
-        turns = turns[2:]
+    questions = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    while num_excess > 0 and len(questions) > 1:
+        turns = turns[questions[1] - questions[0] :]
+        del questions[0]
         num_excess = excess(replace(pair, prompt=head + turns))
     text = turns[0]["content"]
     starts = _token_starts(text, tokenizer) if num_excess > 0 else []

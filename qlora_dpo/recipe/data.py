@@ -75,6 +75,9 @@ class DataTable(RecipeTable):
     """Our names of columns, and the names that the data has for them: `{ prompt = "question", chosen = "good" }`."""
     ranked_pairs: Literal["all", "best_worst"] = "all"
     """Which ranked completions of a prompt become pairs: any two of different rank, or the best and the worst."""
+    answer: Literal["last", "from_difference"] = "last"
+    """Which answers of two whole chats are compared: the last ones, before which the chats must be equal, or the first
+    ones in which they differ; what follows these is left out and counted."""
     max_length: PositiveInt = 512
     """Maximum length of prompt plus completion, in tokens."""
     overlong: Literal["drop", "cut_prompt", "error"] = "drop"

@@ -149,14 +149,19 @@ TYPED: dict[str, tuple[Row, Row, str]] = {
     "prompt is null": (strings(), strings(prompt=None), "prompt is null"),
     "a number": (strings(), strings(chosen=3), "chosen is a number, not a string"),
     "true": (strings(), strings(prompt=True), "prompt is true or false, not a string"),
-    "a list": (strings(), strings(rejected=["Yes."]), "rejected is a list, not a string"),
+    "a list": (strings(), strings(rejected=["Yes.", "No."]), "rejected is a list, not a string"),
+    "a list of one": (strings(), strings(rejected=["Yes."]), "repaired: a list of one string read as the string"),
     "an object": (strings(), strings(chosen={"text": "No."}), "chosen is an object, not a string"),
     "no chosen column": (strings(), {"prompt": "a", "rejected": "b"}, "no column chosen"),
     "no prompt column": (strings(), {"chosen": "a", "rejected": "b"}, "no column prompt"),
     "an empty object": (strings(), {}, "no column prompt"),
     "a prompt beside HH dialogues": (GOOD_HH, GOOD_HH | {"prompt": "Hi."}, "a prompt beside whole HH dialogues"),
     "half a surrogate pair": (strings(), strings(chosen="\ud83d"), "text with half a surrogate pair"),
-    "strings among message lists": (messages(), strings(), "prompt is a string, not a list"),
+    "a string for a message": (
+        messages(),
+        messages(chosen="No.", rejected="Yes."),
+        "repaired: a string read as the assistant's turn",
+    ),
     "a list in a list": (
         messages(),
         messages(chosen=[[turn("assistant", "No.")]]),
@@ -167,7 +172,12 @@ TYPED: dict[str, tuple[Row, Row, str]] = {
     "content in parts": (
         messages(),
         messages(chosen=[turn("assistant", [{"type": "text", "text": "No."}])]),
-        "a message of chosen has a list as its content",
+        "repaired: content in parts read as text",
+    ),
+    "content in parts that are no text": (
+        messages(),
+        messages(chosen=[turn("assistant", [7])]),
+        "a message of chosen has a list as its content whose parts are no text",
     ),
     "content is null": (
         messages(),

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl.data_utils import extract_prompt
 
 from qlora_dpo.data.chat_format import detect_chat_format
-from qlora_dpo.data.encode import PairSet, encode_pairs, load_pairs, pair_num_tokens
+from qlora_dpo.data.encode import EQUAL_AS_WRITTEN, PairSet, encode_pairs, load_pairs, pair_num_tokens
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.errors import DataError, ModelError
@@ -166,7 +166,7 @@ def test_a_chat_that_the_template_refuses_is_dropped_alone() -> None:
 def test_answers_that_a_template_makes_equal_are_dropped() -> None:
     tokenizer = tiny.tokenizer(tiny.CHATML.replace("message['content']", "message['content'] | replace('!', '')"))
     pair = Pair((user("Is it late?"),), "No!", "No", 1, {})
-    assert encode_pairs([pair], tokenizer, detect_chat_format(tokenizer)) == ["equal answers"]
+    assert encode_pairs([pair], tokenizer, detect_chat_format(tokenizer)) == [EQUAL_AS_WRITTEN]
 
 
 def test_the_digest_is_sha_256_of_lengths_and_ids() -> None:

@@ -11,7 +11,8 @@ import tiny_run
 
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.formats import FORMATS_BY_NAME, PreferenceFormat
-from qlora_dpo.data.pairs import Pair, ParseOptions, parse_pairs
+from qlora_dpo.data.pairs import Pair, parse_pairs
+from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import DataError
 from qlora_dpo.recipe.data import DataTable
@@ -94,10 +95,8 @@ def test_a_shape_can_be_forced() -> None:
     row = {"prompt": "\n\nHuman: Is it late?\n\nAssistant:", "chosen": "No.", "rejected": "Yes."}
     assert parse_pairs(rows(row)).format is PreferenceFormat.HH_PROMPT
     found = parse_pairs(rows(row), options=ParseOptions(format="strings"))
-    assert (found.format, found.dropped) == (
-        PreferenceFormat.STRINGS,
-        {"prompt is marked as HH text, unlike the first row's": [1]},
-    )
+    prompt = (user("\n\nHuman: Is it late?\n\nAssistant:"),)
+    assert (found.format, found.pairs) == (PreferenceFormat.STRINGS, [Pair(prompt, "No.", "Yes.", 1, {})])
     assert set(FORMATS_BY_NAME) == {
         value for value in DataTable.model_fields["format"].annotation.__args__ if value != "auto"
     }  # type: ignore[union-attr]
@@ -292,5 +291,8 @@ def test_real_files_train_five_steps_from_a_recipe_of_two_lines(files: list[str]
 
 
 def test_a_file_without_any_shape_is_refused() -> None:
-    with pytest.raises(DataError, match=r"^p\.jsonl: has no column \"chosen\"; it has text; understood are"):
+    with pytest.raises(
+        DataError,
+        match=r"^p\.jsonl: has no column \"chosen\"; it has text; understood are .*; the row: {\"text\": \"a\"}$",
+    ):
         parse_pairs(rows({"text": "a"}))

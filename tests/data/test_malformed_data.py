@@ -274,7 +274,8 @@ FILES = {
         "p.csv",
         b"Is it late?,No.,Yes.\nIs it early?,Yes.,No.\n",
         1,
-        f'p.csv: has no column "chosen"; it has Is it late?, No., Yes.; {SUPPORTED_FORMATS}',
+        f'p.csv: has no column "chosen"; it has Is it late?, No., Yes.; {SUPPORTED_FORMATS}'
+        '; the row: {"Is it late?": "Is it early?", "No.": "Yes.", "Yes.": "No."}',
     ),
     "CSV header only": one(
         "p.csv", b"prompt,chosen,rejected\n", 1, "p.csv: holds no rows; a preference set has one pair per row"
@@ -333,7 +334,8 @@ FILES = {
         parquet([good(chosen=1)]),
         1,
         'p.parquet, row 1: "prompt" is a string, "chosen" is a number and "rejected" is a string; it has the columns '
-        f"prompt, chosen, rejected; {SUPPORTED_FORMATS}",
+        f'prompt, chosen, rejected; {SUPPORTED_FORMATS}; the row: {{"prompt": "Is it late?", "chosen": 1, "rejected": '
+        '"Yes."}',
     ),
 }
 
@@ -342,27 +344,30 @@ COLUMNS = {
         "p.jsonl",
         lines(without("rejected")),
         1,
-        f'p.jsonl: has no column "rejected"; it has prompt, chosen; {SUPPORTED_FORMATS}',
+        f'p.jsonl: has no column "rejected"; it has prompt, chosen; {SUPPORTED_FORMATS}'
+        '; the row: {"prompt": "Is it late?", "chosen": "No, it is early."}',
     ),
     "misspelt column": one(
         "p.jsonl",
         lines(without("rejected") | {"rejcted": "b"}),
         1,
         'p.jsonl: has no column "rejected"; it has prompt, chosen, rejcted; set data.columns = '
-        '{ rejected = "rejcted" } if "rejcted" is meant',
+        '{ rejected = "rejcted" } if "rejcted" is meant; the row: {"prompt": "Is it late?", "chosen": "No, it is '
+        'early.", "rejcted": "b"}',
     ),
     "terminal escapes in a column name": one(
         "p.jsonl",
         lines({"\x1b[2J\u202ewords": 1}),
         1,
-        f'p.jsonl: has no column "chosen"; it has words; {SUPPORTED_FORMATS}',
+        f'p.jsonl: has no column "chosen"; it has words; {SUPPORTED_FORMATS}; the row: {{"words": 1}}',
     ),
     "string beside a list": one(
         "p.jsonl",
-        lines(good(rejected=["Yes."])),
+        lines(good(rejected=["Yes.", "No."])),
         1,
         'p.jsonl:1: "prompt" is a string, "chosen" is a string and "rejected" is a list; it has the columns prompt, '
-        f"chosen, rejected; {SUPPORTED_FORMATS}",
+        f'chosen, rejected; {SUPPORTED_FORMATS}; the row: {{"prompt": "Is it late?", "chosen": "No, it is early.", '
+        '"rejected": ["Yes.", "No."]}',
     ),
     "answers null everywhere": one(
         "p.jsonl",

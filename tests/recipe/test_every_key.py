@@ -116,6 +116,7 @@ ELSEWHERE = {
     "model.revision": ("model/test_model_sources.py", "revision"),
     "model.sha256": ("model/test_model_sources.py", "sha256"),
     "data.mix": ("data/test_mixture.py", "data.mix"),
+    "data.answer": ("data/test_layouts.py", 'answer="from_difference"'),
     "data.config": ("data/test_mixture.py", "config"),
     "data.data_dir": ("data/test_mixture.py", "data_dir"),
     "data.revision": ("data/test_sources.py", "revision"),
@@ -125,7 +126,7 @@ ELSEWHERE = {
     "track.tensorboard": ("tracking/test_trackers.py", "tensorboard"),
     "track.trackio": ("tracking/test_trackers.py", "trackio"),
 }
-"""Keys that need a hub, a package index, a GPU or a service, and the tests that have one."""
+"""Keys that need a hub, a package index, a GPU or a service, or rows of their own, and the tests that have these."""
 
 
 def every_key() -> list[str]:
