@@ -51,8 +51,8 @@ def check_adapter_off_is_base(
     # a single completion, which in 16 bits moves by more than many together
     if not math.isclose(computed, expected, rel_tol=3 * device.tolerance, abs_tol=10 * device.tolerance):
         raise ModelError(
-            f"the log-probability of a probe answer is {expected:.4f} by the model and {computed:.4f} by this program: "
-            "the model changes its logits after the output head, which is not supported yet"
+            f"the log-probability of a probe answer is {expected:.4f} by the model and {computed:.4f} by this program, "
+            "which would train on wrong numbers; name a model of another family in model.name"
         )
 
 

@@ -19,6 +19,7 @@ from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.malloc import malloc_release_eagerly, malloc_retain, malloc_trim
 from qlora_dpo.model.memory import cache_dequantized_if_fits, free_bytes
+from qlora_dpo.model.output_head import logit_map_of
 from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing, shortest_pairs
@@ -74,6 +75,8 @@ def load_base_for_run(prepared: PreparedData, device: Device) -> LoadedBase:
     pairs = concatenate_sequences([prepared.train.encoded, prepared.heldout.encoded])
     with malloc_release_eagerly() if device.type == "cpu" else nullcontext():
         base = load_base(prepared.source, recipe.model, device)
+    if mapped := logit_map_of(base, device).describe():
+        logger.info(f"head: {mapped}, as in the model's own forward pass")
     is_dense = False
     if not is_trl and not processes.is_sharded():
         is_dense = _cache_dequantized(base, prepared, device)

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -57,3 +58,9 @@ def made(config: Any, seed: int = 0) -> Any:
                 parameter.data = 0.15 * torch.randn_like(parameter)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def tiny_config(kind: str, **changed: Any) -> Any:
+    """A tiny config of the class `kind` ("Gemma2"), with `changed` keys; a key that is None is left to the class."""
+    shape = {**SHAPE, "hidden_size": 32, "intermediate_size": 64, **changed}
+    return getattr(transformers, f"{kind}Config")(**{key: value for key, value in shape.items() if value is not None})
