@@ -56,6 +56,25 @@ def check_adapter_off_is_base(
         )
 
 
+def check_training_mode(model: nn.Module, base_logits_LV: Tensor, pair: EncodedPair, device: Device) -> None:
+    """Check that an untrained policy in training mode, as it is trained, is the base in evaluation mode.
+
+    Raises ModelError for noise that `disable_dropout` does not know.
+    """
+    training = model.training
+    model.train()
+    try:
+        logits_LV = probe_logits(model, pair, device)
+    finally:
+        model.train(training)
+    distance = (logits_LV.float() - base_logits_LV.float()).norm()
+    if not torch.equal(logits_LV, base_logits_LV) and distance > device.tolerance * base_logits_LV.float().norm():
+        raise ModelError(
+            "in training mode this model computes other logits than in evaluation mode, by dropout or noise of its own "
+            "that is not switched off, so the first loss would not be ln 2; name a model of another family"
+        )
+
+
 def check_first_loss(policy_P2: Tensor, reference_P2: Tensor, beta: float, device: Device) -> None:
     """Check that an untrained policy has the reference's log-probabilities, so that the first loss is ln 2.
 
