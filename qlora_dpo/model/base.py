@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import re
+from functools import partial
 from typing import Any, assert_never
 
 import torch
@@ -102,20 +102,33 @@ def disable_dropout(model: PreTrainedModel) -> dict[str, float]:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             was_on |= {"dropout": module.p} if module.p else {}
             module.p = 0.0
-        was_on |= _zero_noise(vars(module))
+        was_on |= _zero_rates(vars(module))
+        # a router's noise stands in for its threshold in evaluation mode too (Phi-MoE), so it keeps its value
+        if noise := {name: value for name, value in vars(module).items() if "jitter" in name and type(value) is float}:
+            was_on |= {name: value for name, value in noise.items() if value and not hasattr(module, "stays_in_eval")}
+            module.stays_in_eval = True
+            module.train = partial(_train_children, module)
+            module.training = False
     for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
-        was_on |= _zero_noise(vars(config))
+        was_on |= _zero_rates(vars(config))
         if getattr(config, "altup_coef_clip", None) is not None:  # Gemma 3n would clip weights of the base in place
             config.altup_coef_clip = None
     return was_on
 
 
-def _zero_noise(values: dict[str, Any]) -> dict[str, float]:
-    """Set the numbers of `values` that are rates of dropout or noise to 0; returns those that were not."""
+def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
+    """What `module.train` does to its children; the module itself stays in evaluation mode."""
+    for child in module.children():
+        child.train(mode)
+    return module
+
+
+def _zero_rates(values: dict[str, Any]) -> dict[str, float]:
+    """Set the numbers of `values` that are rates of dropout to 0; returns those that were not."""
     rates = {
         name: value
         for name, value in values.items()
-        if type(value) is float and value and re.search("drop|jitter", name) and not name.startswith("_")
+        if type(value) is float and value and "drop" in name and not name.startswith("_")
     }
     values |= dict.fromkeys(rates, 0.0)
     return rates

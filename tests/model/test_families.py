@@ -136,8 +136,10 @@ NOISY = ("OPT", "GPT2", "GPTBigCode", "SeedOss", "BioGpt", "Falcon", "Starcoder2
 @pytest.mark.parametrize("kind", NOISY)
 def test_the_bases_own_dropout_and_noise_are_off_so_that_the_first_loss_is_ln_2(kind: str) -> None:
     base, pairs = architectures.family(kind), tiny_run.pairs(4)
-    assert not torch.equal(base(input_ids=IDS).logits, base.train()(input_ids=IDS).logits)
-    was_on = disable_dropout(base)
+    before_LV = base(input_ids=IDS).logits
+    assert not torch.equal(before_LV, base.train()(input_ids=IDS).logits)
+    was_on = disable_dropout(base.eval())
+    assert torch.equal(base(input_ids=IDS).logits, before_LV)
     assert was_on
     assert all(rate > 0 for rate in was_on.values())
     assert disable_dropout(base) == {}
