@@ -14,6 +14,8 @@ from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_disabled
 from qlora_dpo.model.malloc import malloc_trim
+from qlora_dpo.model.output_head import head_logits
+from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference.logps import hidden_states
 from qlora_dpo.preference.objective import dpo
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, micro_batches
@@ -126,7 +128,7 @@ def _trained_and_merged(name: str, value_2: Tensor) -> dict[str, float]:
 
 def _token_chunks(batch: MicroBatch, model: Any) -> Sequence[Tensor]:
     """Indices of the scored tokens, split so that a chunk has at most `MAX_CHUNK_LOGITS` logits."""
-    chunk_tokens = max(1, MAX_CHUNK_LOGITS // int(model.config.vocab_size))
+    chunk_tokens = max(1, MAX_CHUNK_LOGITS // len(model.get_output_embeddings().weight))
     chunks: Sequence[Tensor] = torch.arange(len(batch.target_N), device=batch.target_N.device).split(chunk_tokens)
     return chunks
 
@@ -138,9 +140,8 @@ def _add_token_logps(logp_S: Tensor, logp_cV: Tensor, batch: MicroBatch, c: Tens
 
 
 def _log_probs(model: Any, hidden_cD: Tensor, device: Device) -> Tensor:
-    with device.autocast():
-        logits_cV: Tensor = model.get_output_embeddings()(hidden_cD)
-    return logits_cV.float().log_softmax(-1)
+    weight_VD = dense_weight(model.get_output_embeddings(), device.torch_dtype)
+    return head_logits(model, hidden_cD, weight_VD, device).log_softmax(-1)
 
 
 def _num_correct(reward_2S: Tensor) -> Tensor:

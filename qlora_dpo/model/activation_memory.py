@@ -1,13 +1,16 @@
 """Bytes per token that a model's layers keep for the backward pass, and how checkpointing changes them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_dpo.model.decoder_layers import checkpointable_layers
+from qlora_dpo.model.decoder_layers import checkpointable_layers, unwrap_peft
+from qlora_dpo.model.live_tensors import LiveTensorBytes
+from qlora_dpo.model.lora import adapter_disabled
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def measure_activation_bytes(model: Any, forward: Callable[[], Tensor], tokens: 
 
     def record_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal input_itemsize
-        if inputs:  # the hidden states may have another dtype than the stored embeddings
+        if inputs and isinstance(
+            inputs[0], Tensor
+        ):  # the hidden states may have another dtype than the stored embeddings
             input_itemsize = inputs[0].dtype.itemsize
 
     hooks = [layer.register_forward_pre_hook(record_input) for layer in layers[:1]]
@@ -61,3 +66,25 @@ def measure_activation_bytes(model: Any, forward: Callable[[], Tensor], tokens: 
     return ActivationBytes(
         layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=hidden_size * input_itemsize
     )
+
+
+def measure_pass(model: Any, forward: Callable[[], Tensor], tokens: int) -> ActivationBytes:
+    """What `forward` over `tokens` tokens saves, and takes beside that, per token; tensors may be real or fake.
+
+    `model` may have an adapter, with and without which the pass without gradients is measured.
+    """
+    kept = measure_activation_bytes(unwrap_peft(model), forward, tokens)
+    with LiveTensorBytes() as live:
+        end_TD = forward()
+        before, live.peak = live.now, live.now
+        end_TD.sum().backward()
+    peak = max(_forward_bytes(model, forward, without_adapter=off) for off in (True, False))
+    return replace(kept, working=(live.peak - before) / tokens, forward=peak / tokens)
+
+
+def _forward_bytes(model: Any, forward: Callable[[], Tensor], *, without_adapter: bool) -> int:
+    """Peak bytes of a pass without gradients, with or without the adapter."""
+    with torch.no_grad(), adapter_disabled(model) if without_adapter else nullcontext(), LiveTensorBytes() as live:
+        forward()
+    peak: int = live.peak
+    return peak

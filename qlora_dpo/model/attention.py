@@ -1,7 +1,8 @@
 """Attention within a packed row, where every token attends to its own sequence only, by one of three backends.
 
-T tokens of the row, S spans or tiles, H query heads, K key heads, G = H / K, D width of a head, W = H * D or K * D; q
-tokens of a span and k tokens that it attends to; Q and K padded queries and keys of all tiles.
+T tokens of the row, S spans or tiles, H query heads, K key heads, G = H / K, D width of a head (that of values may be
+another), W = H * D or K * D; q tokens of a span and k tokens that it attends to; Q and K padded queries and keys of all
+tiles.
 """
 
 from collections.abc import Callable, Mapping
@@ -141,8 +142,6 @@ def packing_unsupported_reason(model: Any, longest: int) -> str:
         return f"{type(model).__name__} has no rotary positions"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention scores"
-    if getattr(config, "attention_dropout", None):
-        return "it drops attention scores at random"
     windows = [getattr(module, "sliding_window", None) for module in model.modules()]
     if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         windows.append(getattr(config, "sliding_window", None))
@@ -210,7 +209,7 @@ def spans_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLay
 
     The G query heads of a key head are stacked along the query dimension, so that keys are never repeated.
     """
-    heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+    heads, key_heads, width = query.shape[1], key.shape[1], value.shape[-1]
     group = heads // key_heads
     # split instead of slices: the gradient of each slice would be a row of zeros, that of a split is one concatenation
     queries = query.split([tile.tokens for tile in layout.tiles], 2)
@@ -218,7 +217,7 @@ def spans_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLay
     outputs = []
     for tile, chunks, query_HqD in zip(layout.tiles, layout.visible_chunks, queries, strict=True):
         output = F.scaled_dot_product_attention(
-            query_HqD.reshape(1, key_heads, group * tile.tokens, width),
+            query_HqD.reshape(1, key_heads, group * tile.tokens, -1),
             torch.cat([keys[chunk] for chunk in chunks], 2),
             torch.cat([values[chunk] for chunk in chunks], 2),
             attn_mask=layout.bias(tile.tokens, tile.num_visible, group, query.dtype),
@@ -233,7 +232,7 @@ def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedL
 
     A T4 has neither flash attention nor varlen kernels; its memory-efficient kernel accepts a mask.
     """
-    heads, key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+    heads, key_heads, width = query.shape[1], key.shape[1], value.shape[-1]
     group, index = heads // key_heads, layout.index
     query_QW = gather_rows_padded(_by_token(query), index["query"], index["place"])
     key_KW, value_KW = (
@@ -245,12 +244,12 @@ def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedL
     keys, values = (part.split([tiles * k for tiles, _, k in sizes]) for part in (key_KW, value_KW))
     outputs = []
     for bucket, (tiles, q, k) in enumerate(sizes):
-        query_SqKGD = queries[bucket].view(tiles, q, key_heads, group, width)
-        key_SkKD, value_SkKD = (part[bucket].view(tiles, k, key_heads, width) for part in (keys, values))
+        query_SqKGD = queries[bucket].view(tiles, q, key_heads, group, -1)
+        key_SkKD, value_SkKD = (part[bucket].view(tiles, k, key_heads, -1) for part in (keys, values))
         # the query heads of a key head are stacked along the query dimension, so that keys are not repeated: with a
         # mask, torch's fused CUDA kernels do not support grouped-query attention
         output_SKqD = F.scaled_dot_product_attention(
-            query_SqKGD.transpose(1, 2).reshape(tiles, key_heads, q * group, width),
+            query_SqKGD.transpose(1, 2).reshape(tiles, key_heads, q * group, -1),
             key_SkKD.transpose(1, 2),
             value_SkKD.transpose(1, 2),
             attn_mask=layout.bucket_bias(bucket, group, query.dtype),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from typing import Any, assert_never
 
 import torch
@@ -88,6 +89,49 @@ def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:
         case never:
             assert_never(never)
     return {"quantization_config": config}
+
+
+def disable_dropout(model: PreTrainedModel) -> dict[str, float]:
+    """Switch off what the base does in training mode alone: dropout, layer drop and router noise; returns what was on.
+
+    Only LoRA's own dropout may tell the policy from its reference. Some layers have nn.Dropout, others read a number of
+    theirs or of the config; the config on disk is not touched.
+    """
+    was_on: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            was_on |= {"dropout": module.p} if module.p else {}
+            module.p = 0.0
+        was_on |= _zero_rates(vars(module))
+        # a router's noise stands in for its threshold in evaluation mode too (Phi-MoE), so it keeps its value
+        if noise := {name: value for name, value in vars(module).items() if "jitter" in name and type(value) is float}:
+            was_on |= {name: value for name, value in noise.items() if value and not hasattr(module, "stays_in_eval")}
+            module.stays_in_eval = True
+            module.train = partial(_train_children, module)
+            module.training = False
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        was_on |= _zero_rates(vars(config))
+        if getattr(config, "altup_coef_clip", None) is not None:  # Gemma 3n would clip weights of the base in place
+            config.altup_coef_clip = None
+    return was_on
+
+
+def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
+    """What `module.train` does to its children; the module itself stays in evaluation mode."""
+    for child in module.children():
+        child.train(mode)
+    return module
+
+
+def _zero_rates(values: dict[str, Any]) -> dict[str, float]:
+    """Set the numbers of `values` that are rates of dropout to 0; returns those that were not."""
+    rates = {
+        name: value
+        for name, value in values.items()
+        if type(value) is float and value and "drop" in name and not name.startswith("_")
+    }
+    values |= dict.fromkeys(rates, 0.0)
+    return rates
 
 
 def store_embeddings(model: PreTrainedModel, device: Device) -> None:

@@ -4,7 +4,10 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_dpo.errors import ModelError
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -13,9 +16,17 @@ def unwrap_peft(model: Any) -> Any:
 
 
 def decoder_body(model: Any) -> Any:
-    """The transformers model without its output head; it is called with token ids and returns hidden states."""
+    """The transformers model without its output head; it is called with token ids and returns hidden states.
+
+    Raises ModelError for a model that has no such part.
+    """
     base = unwrap_peft(model)
-    return getattr(base, base.base_model_prefix)
+    # Llama 4 keeps its decoder under another name than its class says
+    inner = (child for child in base.children() if isinstance(child, PreTrainedModel))
+    body = getattr(base, base.base_model_prefix, None) or next(inner, None)
+    if body is None:
+        raise ModelError(f"{type(base).__name__} has no decoder that can be run without its head; name another model")
+    return body
 
 
 def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

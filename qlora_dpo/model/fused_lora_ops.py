@@ -81,6 +81,15 @@ def _ranks(all_b_Or: Sequence[Tensor]) -> list[int]:
     return [b_Or.shape[1] for b_Or in all_b_Or]
 
 
+def _reshaped(output: Tensor, shape: Sequence[int]) -> Tensor:
+    """`output` in another shape, without a copy and without being a view.
+
+    Falcon and Gemma 3n add to what a layer returns in place, which autograd refuses for a view.
+    """
+    reshaped: Tensor = torch.ops.aten._unsafe_view(output, list(shape))
+    return reshaped
+
+
 def fused_linear(input_TI: Tensor, group: LoraGroup) -> tuple[Tensor, ...]:
     """W x + b + scaling * B A x of each layer of `group`, in the dtype of the products."""
     outputs: tuple[Tensor, ...] = _FusedLinear.apply(input_TI, group, *group.adapters)  # type: ignore[no-untyped-call]
@@ -116,7 +125,7 @@ class _FusedLinear(torch.autograd.Function):
             outputs, low_TR = group.outputs(x_TI, weights)
         ctx.save_for_backward(x_TI, low_TR, *weights)
         ctx.group, ctx.input = group, (shape, input_TI.dtype)
-        return tuple(output_TO.view(*shape[:-1], -1) for output_TO in outputs)
+        return tuple(_reshaped(output_TO, (*shape[:-1], output_TO.shape[-1])) for output_TO in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,7 +160,7 @@ class _FusedGatedMLP(torch.autograd.Function):
             (output_TI,), low_Tr = down.outputs(gated_TO, weights_down)
         ctx.save_for_backward(x_TI, gate_TO, up_TO, low_TR, low_Tr, *weights_gate_up, *weights_down)
         ctx.groups, ctx.input = (gate_up, down), (shape, input_TI.dtype)
-        return output_TI.view(shape)
+        return _reshaped(output_TI, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -52,6 +52,9 @@ class MemoryEstimate:
     """Why the pairs would be padded batches; empty for packed rows."""
     smaller_rows_reason: str = ""
     """Why rows would be smaller than the default; empty if they are not, or if the recipe sets their size."""
+    unplanned_reason: str = ""
+    """Why `bytes_by_part` has no step and no reference pass: what these take is measured by the run itself; empty if
+    everything is planned."""
     caches_dequantized: bool = False
     """True if the linear layers fit in the compute dtype, so that they are dequantized only once."""
 
@@ -97,9 +100,11 @@ def estimate_memory(
     # decided for a full row, even if a step has fewer tokens
     rows = choose_row_plan(footprint, table, longest, max(0, headroom - sum(conversion.values())))
     row_tokens = max(longest, min(rows.tokens, workload.step_tokens))
-    step = step_bytes(footprint, row_tokens, rows.recomputed_layers)
-    extra = _reference_extra_bytes(sum(step.values()), footprint, recipe, rows, workload, device)
-    parts |= conversion | step | {REFERENCE_EXTRA_PART: extra} | reserve
+    if not footprint.unplanned_reason:
+        step = step_bytes(footprint, row_tokens, rows.recomputed_layers)
+        extra = _reference_extra_bytes(sum(step.values()), footprint, recipe, rows, workload, device)
+        conversion |= step | {REFERENCE_EXTRA_PART: extra}
+    parts |= conversion | reserve
     process_bytes, loading_bytes = 0, 0
     if device.type == "cpu":
         # pages of a mapped file count towards the process as long as it is mapped
@@ -117,6 +122,7 @@ def estimate_memory(
         loading_bytes=loading_bytes,
         padding_reason=footprint.padding_reason,
         smaller_rows_reason=rows.reason,
+        unplanned_reason=footprint.unplanned_reason,
         caches_dequantized=caches_dequantized,
     )
 

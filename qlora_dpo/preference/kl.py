@@ -13,6 +13,7 @@ from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.model.output_head import head_logits
 from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference import rank_split
 from qlora_dpo.preference.logps import hidden_states
@@ -63,8 +64,7 @@ def _sum_kl(
             continue
         for policy_cD, base_cD in zip(policy_RD.split(chunk_states), base_RD.split(chunk_states), strict=True):
             policy_cV, base_cV = (
-                nn.functional.linear(hidden_cD, weight_VD, head.bias).float().log_softmax(-1)
-                for hidden_cD in (policy_cD, base_cD)
+                head_logits(model, hidden_cD, weight_VD, device).log_softmax(-1) for hidden_cD in (policy_cD, base_cD)
             )
             total += (policy_cV.exp() * (policy_cV - base_cV)).sum(dtype=torch.float64).item()
         tokens += len(states_R)

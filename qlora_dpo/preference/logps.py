@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qlora_dpo.model.decoder_layers import decoder_body, unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.gather import sum_rows
+from qlora_dpo.model.output_head import LogitMap, logit_map_of
 from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference.objective import Logps, LossColumns
 from qlora_dpo.preference.pack import MicroBatch
@@ -64,8 +65,9 @@ def score_batch(
     """
     head = unwrap_peft(model).get_output_embeddings()
     weight_VD = dense_weight(head, device.torch_dtype)
+    logit_map, hidden_TD = logit_map_of(model, device), hidden_states(model, batch, device)
     logp_N, logits_R, entropy_R, top1_N, squares_R = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_states(model, batch, device), weight_VD, head.bias, batch, metrics, wpo_weights
+        hidden_TD, weight_VD, head.bias, logit_map, batch, metrics, wpo_weights
     )
     row_M = batch.row_N[batch.scored_M]
     pairs = batch.pairs
@@ -127,17 +129,21 @@ class _ChunkedLogps(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        logit_map: LogitMap,
         batch: MicroBatch,
         metrics: bool,
         wpo_weights: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         hidden_RD = hidden_TD[batch.state_R].to(weight_VD.dtype)
+        if logit_map.input_scale != 1:
+            hidden_RD = hidden_RD * logit_map.input_scale
         needs_grad = hidden_TD.requires_grad
         chunks = [
             _chunk(
                 hidden_RD[states],
                 weight_VD,
                 bias_V,
+                logit_map,
                 batch.row_N[tokens] - states.start,
                 batch.target_N[tokens],
                 metrics,
@@ -146,44 +152,52 @@ class _ChunkedLogps(torch.autograd.Function):
             )
             for states, tokens in batch.chunks
         ]
-        logp_N, logits_R, entropy_R, top1_N, squares_R, others_RD = (
+        logp_N, slope_N, logits_R, entropy_R, top1_N, squares_R, others_RD = (
             torch.cat(parts) for parts in zip(*chunks, strict=True)
         )
-        ctx.save_for_backward(others_RD, logp_N, weight_VD, batch.state_R, batch.row_N, batch.target_N, batch.tokens_R)
-        ctx.hidden = hidden_TD.shape, hidden_TD.dtype
+        ctx.save_for_backward(
+            others_RD, logp_N, slope_N, weight_VD, batch.state_R, batch.row_N, batch.target_N, batch.tokens_R
+        )
+        ctx.hidden, ctx.logit_map = (hidden_TD.shape, hidden_TD.dtype), logit_map
         ctx.mark_non_differentiable(logits_R, entropy_R, top1_N, squares_R)
         return logp_N, logits_R, entropy_R, top1_N, squares_R
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, gradient_N: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         """With p the probability of a token and W its row of the head, d logp / d hidden = W_target - sum of p W.
 
-        The forward pass summed over the tokens that are not scored. The scored ones are added here, so that 1 - p
-        keeps its digits where p is almost 1.
+        Where the model maps its logits, each W counts with the slope of its own logit. The forward pass summed over the
+        tokens that are not scored. The scored ones are added here, so that 1 - p keeps its digits where p is almost 1.
         """
-        others_RD, logp_N, weight_VD, state_R, row_N, target_N, tokens_R = ctx.saved_tensors
+        others_RD, logp_N, slope_N, weight_VD, state_R, row_N, target_N, tokens_R = ctx.saved_tensors
         shape, dtype = ctx.hidden
         gradient_R = sum_rows(gradient_N, tokens_R)
         grad_RD = others_RD * -gradient_R[:, None]
         factor_N = gradient_N - gradient_R[row_N] * logp_N.exp()
+        if not ctx.logit_map.is_identity:
+            factor_N = factor_N * slope_N
         grad_RD += sum_rows(factor_N[:, None] * weight_VD[target_N].to(factor_N.dtype), tokens_R)
+        if ctx.logit_map.input_scale != 1:
+            grad_RD *= ctx.logit_map.input_scale
         grad_TD = torch.zeros(shape, dtype=dtype, device=gradient_N.device)
         grad_TD[state_R] = grad_RD.to(dtype)
-        return grad_TD, None, None, None, None, None
+        return grad_TD, None, None, None, None, None, None
 
 
 def _chunk(
     hidden_cD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
+    logit_map: LogitMap,
     row_n: Tensor,
     target_n: Tensor,
     metrics: bool,
     needs_grad: bool,
     wpo_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One chunk: log-probability (n) and top-1 match (n) of the scored tokens; mean logit (c), entropy (c) and log of
-    the sum of squared probabilities (c) of the states; probability-weighted rows of the head (c, D) for the gradient.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One chunk: log-probability (n), slope of the logit (n) and top-1 match (n) of the scored tokens; mean logit (c),
+    entropy (c) and log of the sum of squared probabilities (c) of the states; probability-weighted rows of the head
+    (c, D) for the gradient.
 
     The vocabulary is processed in tiles of v entries. Sums of exponentials are kept relative to the largest logit so
     far and rescaled when a larger one comes, as flash attention does (Dao et al. 2022, algorithm 1).
@@ -201,6 +215,7 @@ def _chunk(
         logits_cv = nn.functional.linear(hidden_cD, tile_vD).to(exact)
         if bias_V is not None:
             logits_cv += bias_V[start : start + tile_size].to(exact)
+        logits_cv = logit_map.apply_(logits_cv)
         column_n = target_n - start
         # indexing with a mask would make the host wait for the GPU, for the number of tokens
         inside_n = (column_n >= 0) & (column_n < len(tile_vD))
@@ -220,10 +235,13 @@ def _chunk(
             squares_c = squares_c * shrink_c.square() + torch.linalg.vecdot(share_cv, share_cv)
         if needs_grad:
             _subtract_at(share_cv, place, torch.where(inside_n, share_cv[place], 0))
+            if not logit_map.is_identity:
+                share_cv *= logit_map.slope_(logits_cv)
             others_cD.mul_(shrink_c[:, None]).add_(share_cv.to(hidden_cD.dtype) @ tile_vD)
     log_total_c = top_c + total_c.log()
     return (
         target_logit_n - log_total_c[row_n],
+        target_logit_n if logit_map.is_identity else logit_map.slope_(target_logit_n.clone()),  # not read if identical
         logits_c / vocabulary,
         (log_total_c - weighted_c / total_c) if metrics else weighted_c,
         (best_c[row_n] == target_n).to(exact),  # meaningless without `metrics`

@@ -65,7 +65,8 @@ def reference_cache_dir(
     run's name do not matter.
     """
     key = {
-        "format": 2,  # 1: before quantized layers returned the compute dtype
+        # 1: before quantized layers returned the compute dtype; 2: before scales and caps of logits were applied
+        "format": 3,
         "base": source.fingerprint,
         "quantization": table.quantization,
         "double_quant": table.double_quant and table.quantization in ("nf4", "fp4"),

@@ -51,8 +51,27 @@ def check_adapter_off_is_base(
     # a single completion, which in 16 bits moves by more than many together
     if not math.isclose(computed, expected, rel_tol=3 * device.tolerance, abs_tol=10 * device.tolerance):
         raise ModelError(
-            f"the log-probability of a probe answer is {expected:.4f} by the model and {computed:.4f} by this program: "
-            "the model changes its logits after the output head, which is not supported yet"
+            f"the log-probability of a probe answer is {expected:.4f} by the model and {computed:.4f} by this program, "
+            "which would train on wrong numbers; name a model of another family in model.name"
+        )
+
+
+def check_training_mode(model: nn.Module, base_logits_LV: Tensor, pair: EncodedPair, device: Device) -> None:
+    """Check that an untrained policy in training mode, as it is trained, is the base in evaluation mode.
+
+    Raises ModelError for noise that `disable_dropout` does not know.
+    """
+    training = model.training
+    model.train()
+    try:
+        logits_LV = probe_logits(model, pair, device)
+    finally:
+        model.train(training)
+    distance = (logits_LV.float() - base_logits_LV.float()).norm()
+    if not torch.equal(logits_LV, base_logits_LV) and distance > device.tolerance * base_logits_LV.float().norm():
+        raise ModelError(
+            "in training mode this model computes other logits than in evaluation mode, by dropout or noise of its own "
+            "that is not switched off, so the first loss would not be ln 2; name a model of another family"
         )
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
 from qlora_dpo.model.attention import Backend
-from qlora_dpo.model.base import load_base
+from qlora_dpo.model.base import disable_dropout, load_base
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
@@ -19,14 +19,26 @@ from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.malloc import malloc_release_eagerly, malloc_retain, malloc_trim
 from qlora_dpo.model.memory import cache_dequantized_if_fits, free_bytes
+from qlora_dpo.model.output_head import logit_map_of
 from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing, shortest_pairs
 from qlora_dpo.preference.reference_adapter import ADAPTER_OFF, ReferenceAdapter, clone_adapter
-from qlora_dpo.preference.start_checks import check_adapter_off_is_base, check_matches_peft, probe_logits
+from qlora_dpo.preference.start_checks import (
+    check_adapter_off_is_base,
+    check_matches_peft,
+    check_training_mode,
+    probe_logits,
+)
 from qlora_dpo.recipe.reference import EmaReference
 from qlora_dpo.training.engine import engine_of
-from qlora_dpo.training.meta_model import ModelFootprint, Workload, measure_footprint, workload_of
+from qlora_dpo.training.meta_model import (
+    ModelFootprint,
+    Workload,
+    measure_footprint,
+    measure_loaded,
+    workload_of,
+)
 from qlora_dpo.training.prepare import PreparedData
 from qlora_dpo.training.row_plan import (
     adapter_bytes,
@@ -74,6 +86,11 @@ def load_base_for_run(prepared: PreparedData, device: Device) -> LoadedBase:
     pairs = concatenate_sequences([prepared.train.encoded, prepared.heldout.encoded])
     with malloc_release_eagerly() if device.type == "cpu" else nullcontext():
         base = load_base(prepared.source, recipe.model, device)
+    if dropout := disable_dropout(base):
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in sorted(dropout.items()))
+        logger.info(f"dropout: the base's own is off ({rates}), since its reference has none; lora.lora_dropout acts")
+    if mapped := logit_map_of(base, device).describe():
+        logger.info(f"head: {mapped}, as in the model's own forward pass")
     is_dense = False
     if not is_trl and not processes.is_sharded():
         is_dense = _cache_dequantized(base, prepared, device)
@@ -107,6 +124,8 @@ def build_model(base: LoadedBase, prepared: PreparedData, device: Device, row_to
     check_adapter_off_is_base(
         model, base.probe_LV.to(device.torch_device), base.probe_pair, packing, device, fresh=is_new
     )
+    if is_new:
+        check_training_mode(model, base.probe_LV.to(device.torch_device), base.probe_pair, device)
     loaded = PreparedModel(model, packing, packing, reference_adapter)
     if not is_trl:
         loaded = _with_planned_rows(loaded, base, prepared, device, row_tokens)
@@ -118,6 +137,8 @@ def build_model(base: LoadedBase, prepared: PreparedData, device: Device, row_to
 def _cache_dequantized(base: PreTrainedModel, prepared: PreparedData, device: Device) -> bool:
     """Keep dense weights if they fit beside the adapter and a row; True if they do."""
     footprint, workload = _footprint(prepared, device)
+    if footprint.unplanned_reason and device.type == "cuda":  # what a step leaves is known when the model is loaded
+        return False
     free = max(0, free_bytes(device) - sum(adapter_bytes(footprint, prepared.recipe).values()))
     longest = workload.longest_pair_tokens(padded=bool(footprint.padding_reason))
     headroom = dense_weight_budget(footprint, prepared.recipe.train, longest, free, device)
@@ -142,6 +163,9 @@ def _with_planned_rows(
     """`loaded` with rows as memory allows, with as many layers checkpointed as they need."""
     recipe = prepared.recipe
     footprint, workload = _footprint(prepared, device)
+    if footprint.unplanned_reason:
+        footprint = measure_loaded(footprint, loaded.model, base.probe_pair, loaded.packing, device)
+        logger.info("memory: what a token keeps was measured on the loaded model, with one pair")
     converted = 0 if base.is_dense else conversion_bytes(footprint, recipe, device)
     still_to_come = 4 * footprint.num_trainable + footprint.optimizer_state_bytes + converted
     longest = workload.longest_pair_tokens(padded=base.backend is None)

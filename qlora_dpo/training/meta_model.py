@@ -3,9 +3,9 @@
 V vocabulary, D width.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, assert_never
@@ -18,15 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dpo.data.encode import PairSet
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths, sequence_lengths
-from qlora_dpo.errors import ModelError
+from qlora_dpo.errors import ModelError, QloraDpoError
 from qlora_dpo.model import attention
-from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
-from qlora_dpo.model.base import store_embeddings
-from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack, unwrap_peft
+from qlora_dpo.model.activation_memory import ActivationBytes, measure_pass
+from qlora_dpo.model.base import disable_dropout, store_embeddings
+from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
-from qlora_dpo.model.live_tensors import LiveTensorBytes
-from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
+from qlora_dpo.model.lora import attach_lora, trainable_parameters
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states
 from qlora_dpo.preference.pack import STATES_PER_CHUNK, MicroBatch, Packing, collate
@@ -105,6 +104,8 @@ class ModelFootprint:
     """The weights on disk."""
     padding_reason: str
     """Why pairs are padded; empty if they are packed."""
+    unplanned_reason: str = ""
+    """Why `activations` are not known, and 0, before the weights are loaded; empty if they are."""
 
 
 _footprints: dict[tuple[str, ...], ModelFootprint] = {}
@@ -133,13 +134,18 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
     elements = [layer.weight.numel() for layer in linear]
     widest = max((features for layer in linear for features in layer.weight.shape), default=0)
     padded = attention.packing_unsupported_reason(base, workload.max_sequence_tokens)
-    if not padded:
-        attention.enable_packed_attention(base)
     head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
-    model = attach_lora(base, recipe.lora, recipe.train.seed)
-    mimic_quantized(linear, recipe.model, device)
-    fuse_lora(model, device.torch_dtype)
+    model = _with_adapter(base, recipe, device, packed=not padded)
     trained = trainable_parameters(model)
+    pairs, unplanned = _longest_pair(workload), ""
+    activations, failure = _try_activations(model, device, pairs, packed=not padded)
+    if failure and not padded:
+        # a layer that cannot read packed rows, as the loaded model will find too
+        padded = f"in packed rows {device.attention} fails ({failure})"
+        model = _with_adapter(build_on_meta(source, device), recipe, device, packed=False)
+        activations, failure = _try_activations(model, device, pairs, packed=False)
+    if failure:
+        unplanned = f"its layers cannot be run without weights ({failure})"
     return ModelFootprint(
         weight_bytes=weights,
         num_parameters=parameters,
@@ -148,7 +154,7 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
         dense_bytes=sum(elements) * itemsize,
         largest_layer_bytes=max(elements, default=0) * itemsize,
         num_layers=len(checkpointable_layers(base)),
-        activations=activation_bytes_per_token(model, device, packed=not padded, pairs=_longest_pair(workload)),
+        activations=activations,
         vocab_size=len(head),
         head_copy_bytes=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
         head_tile_bytes=logit_tile_bytes(len(head), device),
@@ -156,7 +162,61 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
         fragmentation_bytes_per_token=4 * widest if device.type == "cpu" else 0,
         file_bytes=parameters * (stored or torch.float32).itemsize,
         padding_reason=padded,
+        unplanned_reason=unplanned,
     )
+
+
+def _with_adapter(base: Any, recipe: Recipe, device: Device, *, packed: bool) -> PeftModel:
+    """`base`, on meta, as a run trains it."""
+    linear = _linear_layers(base)
+    if packed:
+        attention.enable_packed_attention(base)
+    model = attach_lora(base, recipe.lora, recipe.train.seed)
+    mimic_quantized(linear, recipe.model, device)
+    fuse_lora(model, device.torch_dtype)
+    return model
+
+
+def _try_activations(
+    model: PeftModel, device: Device, pairs: Sequence[EncodedPair], *, packed: bool
+) -> tuple[ActivationBytes, str]:
+    """`activation_bytes_per_token`, and why it fails; any model may do what shapes alone do not allow.
+
+    Routing to experts depends on values, and so do some masks; a kernel may have no rule for shapes.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints a traceback for each failure
+    try:
+        return activation_bytes_per_token(model, device, packed=packed, pairs=pairs), ""
+    except QloraDpoError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
+        return ActivationBytes(0, 0), f"{type(error).__name__}: {reason}"
+    finally:
+        log.setLevel(level)
+
+
+def measure_loaded(
+    footprint: ModelFootprint, model: Any, pair: EncodedPair, packing: Packing, device: Device
+) -> ModelFootprint:
+    """`footprint` with the activations that were unknown before: measured on the loaded model, by one pair.
+
+    Takes a few passes, leaves no gradients, and changes no random state.
+    """
+    batch, states, training = collate([pair], packing).to(device.torch_device), get_rng_states(), model.training
+    model.train()
+    try:
+        return replace(
+            footprint,
+            activations=measure_pass(model, partial(hidden_states, model, batch, device), batch.input_ids_BL.numel()),
+            unplanned_reason="",
+        )
+    finally:
+        model.train(training)
+        model.zero_grad()
+        set_rng_states(states)
 
 
 def build_on_meta(source: ModelSource, device: Device) -> Any:
@@ -168,6 +228,7 @@ def build_on_meta(source: ModelSource, device: Device) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise _unknown_config_error(source) from error
     store_embeddings(model, device)
+    disable_dropout(model)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
@@ -318,26 +379,11 @@ def _measure_activations(
         for module in model.modules():
             _fake_parameters(module, mode, cpu)
         with mode:
-            tokens = batch.input_ids_BL.numel()
-            kept = measure_activation_bytes(unwrap_peft(model), lambda: hidden_states(model, batch, device), tokens)
-            with LiveTensorBytes() as live:
-                end_TD = hidden_states(model, batch, device)
-                before, live.peak = live.now, live.now
-                end_TD.sum().backward()
-            forward = max(_forward_bytes(model, batch, device, off) for off in (True, False))
-            return replace(kept, working=(live.peak - before) / tokens, forward=forward / tokens)
+            return measure_pass(model, partial(hidden_states, model, batch, device), batch.input_ids_BL.numel())
     finally:
         model.zero_grad()
         if holder is not None:
             holder.layers = whole
-
-
-def _forward_bytes(model: Any, batch: MicroBatch, device: Device, without_adapter: bool) -> int:
-    """Peak bytes of a pass without gradients, with or without the adapter."""
-    with torch.no_grad(), adapter_disabled(model) if without_adapter else nullcontext(), LiveTensorBytes() as live:
-        hidden_states(model, batch, device)
-    peak: int = live.peak
-    return peak
 
 
 def _fake_parameters(module: Any, mode: FakeTensorMode, cpu: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention
 from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.model.output_head import LogitMap
 from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.logps import Scores, score_batch
 from qlora_dpo.preference.pack import collate
@@ -107,7 +108,8 @@ def test_the_heads_gradient_is_the_numeric_one(states: int, words: int, monkeypa
     hidden_TD = torch.randn(batch.input_ids_BL.numel(), 5, dtype=torch.float64, generator=generator, requires_grad=True)
     weight_VD, bias_V = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((11, 5), (11,)))
     assert torch.autograd.gradcheck(
-        lambda hidden: logps._ChunkedLogps.apply(hidden, weight_VD, bias_V, batch, True, False)[0], hidden_TD
+        lambda hidden: logps._ChunkedLogps.apply(hidden, weight_VD, bias_V, LogitMap(), batch, True, False)[0],
+        hidden_TD,
     )
 
 

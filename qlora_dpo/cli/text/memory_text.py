@@ -15,12 +15,19 @@ MIN_SHOWN_BYTES = 0.01 * GIB
 def memory_lines(memory: MemoryEstimate) -> list[str]:
     """The verdict, each part, and the peak of the process."""
     fits = "fits" if memory.fits else "does not fit"
+    if memory.fits and memory.unplanned_reason:
+        fits = "without a step"
     return [
         f"{fits}: {memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free",
         *(f"{size / GIB:6.2f} GiB  {part}" for part, size in memory.bytes_by_part.items()),
         *([memory.smaller_rows_reason] if memory.smaller_rows_reason else []),
+        *([_unplanned_line(memory)] if memory.unplanned_reason else []),
         *_process_lines(memory),
     ]
+
+
+def _unplanned_line(memory: MemoryEstimate) -> str:
+    return f"a step cannot be planned, since {memory.unplanned_reason}; a run measures it on the loaded model"
 
 
 def _process_lines(memory: MemoryEstimate) -> list[str]:
@@ -41,7 +48,8 @@ def memory_line(memory: MemoryEstimate) -> str:
     others = memory.needed - sum(size for size, _ in shown)
     parts = [f"{part} {size / GIB:.2f}" for size, part in shown] + ([f"others {others / GIB:.2f}"] if others else [])
     total = f"{memory.needed / GIB:.2f} GiB of {memory.free_bytes / GIB:.2f} GiB that are free"
-    return f"memory      {total}: {'; '.join(parts)}"
+    unplanned = f"; {_unplanned_line(memory)}" if memory.unplanned_reason else ""
+    return f"memory      {total}: {'; '.join(parts)}{unplanned}"
 
 
 def does_not_fit_message(path: Path, memory: MemoryEstimate, fixes: Sequence[MemoryFix], device: Device) -> str:
