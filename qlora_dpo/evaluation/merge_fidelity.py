@@ -79,7 +79,10 @@ def record_trained(
 def free_weights(trained_outputs: TrainedOutputs) -> None:
     """Free the weights of the trained model in place, except those of its head."""
     model: Any = trained_outputs.model
-    head_ids = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    # PEFT keeps the trained rows of a tied head in the embeddings' module
+    tied = getattr(getattr(head, "token_adapter", None), "tied_adapter", None)
+    head_ids = {id(parameter) for module in (head, tied) if module is not None for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in head_ids:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -126,7 +129,7 @@ def _trained_and_merged(name: str, value_2: Tensor) -> dict[str, float]:
 
 def _token_chunks(batch: MicroBatch, model: Any) -> Sequence[Tensor]:
     """Indices of the scored tokens, split so that a chunk has at most `MAX_CHUNK_LOGITS` logits."""
-    chunk_tokens = max(1, MAX_CHUNK_LOGITS // int(model.config.vocab_size))
+    chunk_tokens = max(1, MAX_CHUNK_LOGITS // int(model.config.get_text_config().vocab_size))
     chunks: Sequence[Tensor] = torch.arange(len(batch.target_N), device=batch.target_N.device).split(chunk_tokens)
     return chunks
 
