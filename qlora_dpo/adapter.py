@@ -19,7 +19,7 @@ from qlora_dpo.model.lora import nonfinite_names
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, newest_adapter
+from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, find_model_folder
 
 
 @dataclass
@@ -69,17 +69,13 @@ def open_model(target: str | None, dtype: str = "auto", base_model: str | None =
     `base_model` is where an adapter's base lies now, if that is not where the adapter says. Raises RecipeError if
     `target` does not exist, ModelError if it cannot be loaded or does not fit its base.
     """
-    folder = newest_adapter() if target is None else Path(target).expanduser()
+    folder = find_model_folder(target)
+    if folder is None:
+        return _open_from_hub(str(target), dtype, base_model)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return open_adapter(folder, dtype, base_model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise RecipeError(f"{folder}: is neither an adapter ({ADAPTER_CONFIG_NAME}) nor a model (config.json)")
-        _refuse_base_model(target, base_model)
-        return _open_dense(ModelTable(name=str(folder.resolve()), quantization="none"), dtype, folder)
-    if target is not None and target.count("/") == 1 and not target.startswith((".", "~", "/", "adapters/", "merged/")):
-        return _open_from_hub(target, dtype, base_model)
-    raise RecipeError(f"{target}: there is no such folder; name an adapter, a merged model or a hub model")
+    _refuse_base_model(target, base_model)
+    return _open_dense(ModelTable(name=str(folder.resolve()), quantization="none"), dtype, folder)
 
 
 def _open_from_hub(name: str, dtype: str, base_model: str | None) -> OpenedModel:

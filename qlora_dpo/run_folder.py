@@ -116,6 +116,43 @@ def newest_adapter(home: Path = ADAPTERS_DIR) -> Path:
     return configs[-1].parent
 
 
+def find_model_folder(target: str | None) -> Path | None:
+    """The folder of the adapter or full model `target`, None for a hub name; the newest adapter if `target` is None.
+
+    Raises RecipeError if it is neither, or cannot be read. No model library is imported.
+    """
+    if target is None:
+        return newest_adapter()
+    try:
+        folder = Path(target).expanduser()
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            return folder
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise RecipeError(f"{folder}: is neither an adapter ({ADAPTER_CONFIG_NAME}) nor a model (config.json)")
+            return folder
+    except (OSError, RuntimeError) as error:  # a name beyond 255 bytes, a folder of others, an unknown ~user
+        if " " not in target:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise RecipeError(
+                f"{_shortened(target)}: cannot be read ({reason}); name a folder that you may read"
+            ) from error
+    if any(letter.isspace() for letter in target.strip()):
+        raise RecipeError(
+            f'"{_shortened(target)}": there is no such folder; if that is a question, pipe it in: echo "..." | '
+            "qlora-dpo chat"
+        )
+    if target.count("/") == 1 and not target.startswith((".", "~", "/", "adapters/", "merged/")):
+        return None
+    raise RecipeError(f"{_shortened(target)}: there is no such folder; name an adapter, a merged model or a hub model")
+
+
+def _shortened(text: str) -> str:
+    """The start of a long text, on one line."""
+    line = sanitize_text(" ".join(text.split()))
+    return line if len(line) <= 100 else f"{line[:100]}..."
+
+
 def read_run_metadata(
     folder: Path, base_model: str | None = None
 ) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:

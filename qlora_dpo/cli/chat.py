@@ -54,6 +54,10 @@ def chat_command(
     """
     SamplingParams(**{name: value for name, value in given.items() if value is not None})
     question = None if sys.stdin is not None and sys.stdin.isatty() else _read_stdin()
+    from qlora_dpo.run_folder import find_model_folder
+
+    if model is not None or not go_on:
+        find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
     from qlora_dpo.adapter import open_model
     from qlora_dpo.talk.chat import reply_to_pipe, run_chat
     from qlora_dpo.talk.chat_history import load_chat

@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from qlora_dpo.adapter import OpenedModel
 from qlora_dpo.adapter_weights import base_name
@@ -247,4 +247,9 @@ def _write_whole_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dty
     for name, parameter in full.named_parameters():
         _rounded(name, parameter, dtype)
     full.config._name_or_path = ""
+    generation_config = opened.source.folder / GENERATION_CONFIG_NAME
+    if generation_config.is_file():
+        full.generation_config = GenerationConfig()  # transformers loads files that it refuses to save
     full.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    if generation_config.is_file():
+        shutil.copyfile(generation_config, folder / GENERATION_CONFIG_NAME)

@@ -64,7 +64,7 @@ def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrai
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
-    if table.quantization == "none":
+    if "quantization_config" in json.loads((source.folder / "config.json").read_text(encoding="utf-8")):
         _compute_in_device_dtype(model, device)
     compute_with_dequantized_weights(model)
     store_embeddings(model, device)
@@ -78,7 +78,7 @@ def _compute_in_device_dtype(model: nn.Module, device: Device) -> None:
     weights = {id(layer.weight) for layer in quantized.values()}
     for layer in linear4bit_layers(model).values():
         layer.compute_dtype = device.torch_dtype
-    for parameter in model.parameters() if quantized else ():
+    for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in weights:
             parameter.data = parameter.data.to(device.weight_dtype)
 

@@ -19,6 +19,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -239,6 +240,28 @@ def test_an_update_of_the_vision_tower_is_not_dropped(gemma: Path, tmp_path: Pat
         "model.vision_tower.encoder.layers.0.self_attn.q_proj, and its base here has no such part; name the whole "
         "model with --base-model"
     )
+
+
+def test_a_multimodal_model_is_merged_and_compared_by_its_text(
+    gemma: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_with_peft(tmp_path / "a", gemma / "whole", target_modules=r".*language_model.*(q|v)_proj")
+    assert main(["merge", str(tmp_path / "a"), "--dtype", "fp32", "-o", str(tmp_path / "m")]) == 0
+    assert json.loads((tmp_path / "m" / "merge.json").read_text())["kl"] < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT's own, for the experts
+@pytest.mark.parametrize("targets", [["q_proj", "w1", "w2", "w3"], "all-linear"])
+def test_experts_that_transformers_stacks_are_merged(targets: Any, tmp_path: Path) -> None:
+    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**shape, **heads), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    wanted = save_with_peft(tmp_path / "a", tmp_path / "base", target_modules=targets)
+    insist_on(tmp_path / "a", wanted, tmp_path / "m")
 
 
 # --- bases
