@@ -250,7 +250,7 @@ def test_a_multimodal_model_is_merged_and_compared_by_its_text(
     assert json.loads((tmp_path / "m" / "merge.json").read_text())["kl"] < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT's own, for the experts
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT's own, for the experts
 @pytest.mark.parametrize("targets", [["q_proj", "w1", "w2", "w3"], "all-linear"])
 def test_experts_that_transformers_stacks_are_merged(targets: Any, tmp_path: Path) -> None:
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
