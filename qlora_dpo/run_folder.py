@@ -17,6 +17,7 @@ from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.recipe.recipe import LoadedRecipe, read_stored_recipe, resolved_toml
+from qlora_dpo.recipe.tables import is_local_path
 
 Record = Mapping[str, Any]
 """A JSON object that a run writes: a line of metrics.jsonl or samples.jsonl, or a whole file such as run.json."""
@@ -115,19 +116,71 @@ def newest_adapter(home: Path = ADAPTERS_DIR) -> Path:
     return configs[-1].parent
 
 
-def read_run_metadata(folder: Path) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:
-    """The folder's [model] table, run.json and resolved recipe; the last two are None for an adapter made elsewhere."""
+def find_model_folder(target: str | None) -> Path | None:
+    """The folder of the adapter or full model `target`, None for a hub name; the newest adapter if `target` is None.
+
+    Raises RecipeError if it is neither, or cannot be read. No model library is imported.
+    """
+    if target is None:
+        return newest_adapter()
+    try:
+        folder = Path(target).expanduser()
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            return folder
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise RecipeError(f"{folder}: is neither an adapter ({ADAPTER_CONFIG_NAME}) nor a model (config.json)")
+            return folder
+    except (OSError, RuntimeError) as error:  # a name beyond 255 bytes, a folder of others, an unknown ~user
+        if " " not in target:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise RecipeError(
+                f"{_shortened(target)}: cannot be read ({reason}); name a folder that you may read"
+            ) from error
+    if any(letter.isspace() for letter in target.strip()):
+        raise RecipeError(
+            f'"{_shortened(target)}": there is no such folder; if that is a question, pipe it in: echo "..." | '
+            "qlora-dpo chat"
+        )
+    if target.count("/") == 1 and not target.startswith((".", "~", "/", "adapters/", "merged/")):
+        return None
+    raise RecipeError(f"{_shortened(target)}: there is no such folder; name an adapter, a merged model or a hub model")
+
+
+def _shortened(text: str) -> str:
+    """The start of a long text, on one line."""
+    line = sanitize_text(" ".join(text.split()))
+    return line if len(line) <= 100 else f"{line[:100]}..."
+
+
+def read_run_metadata(
+    folder: Path, base_model: str | None = None
+) -> tuple[ModelTable, dict[str, Any] | None, Recipe | None]:
+    """The folder's [model] table, run.json and resolved recipe; the last two are None for an adapter made elsewhere.
+
+    `base_model`, a folder or a hub name, takes the place of the base that the folder names. Raises ModelError if the
+    files are damaged, or name no base and `base_model` is None.
+    """
     try:
         if (folder / "run.json").is_file() and (folder / "resolved.toml").is_file():
             recipe = read_stored_recipe(tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8")))
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            return _at_revision(recipe.model, run["base"].get("revision")), run, recipe
+            table = _at_revision(recipe.model, run["base"].get("revision"))
+            return (table if base_model is None else _with_base(table, base_model)), run, recipe
         config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        return _foreign_base(config["base_model_name_or_path"], config.get("revision")), None, None
-    except (ValueError, KeyError, ValidationError) as error:
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if base_model is None and isinstance(name, str) and name.strip():
+            return _foreign_base(name, revision if isinstance(revision, str) else None), None, None
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise ModelError(
             f"{folder}: its {ADAPTER_CONFIG_NAME}, run.json or resolved.toml is damaged ({type(error).__name__})"
         ) from error
+    if base_model is None:
+        raise ModelError(
+            f"{folder}: its {ADAPTER_CONFIG_NAME} names no base (base_model_name_or_path is {json.dumps(name)}); say "
+            "which model it was trained on with --base-model PATH or --base-model OWNER/NAME"
+        )
+    return _foreign_base(base_model, None), None, None
 
 
 def _at_revision(table: ModelTable, revision: str | None) -> ModelTable:
@@ -135,7 +188,18 @@ def _at_revision(table: ModelTable, revision: str | None) -> ModelTable:
     return table if revision is None else table.model_copy(update={"revision": revision})
 
 
+def _with_base(table: ModelTable, base_model: str) -> ModelTable:
+    """`table` for the same model at another place, loaded in the same quantization."""
+    other = _foreign_base(base_model, None)
+    return table.model_copy(update={"name": other.name, "revision": None, "sha256": None})
+
+
 def _foreign_base(name: str, revision: str | None) -> ModelTable:
     """The base of an adapter made elsewhere, whose config does not name a quantization: loaded unquantized."""
-    base = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return ModelTable(name=base, revision=None if Path(name).is_dir() else revision, quantization="none")
+    if name.startswith("pypi:"):
+        raise RecipeError(f"{name}: only a recipe can pin a PyPI package; name a folder or a hub model as the base")
+    path = Path(name).expanduser()
+    # A name with more slashes than a hub's is the path of a folder that is gone
+    if path.is_dir() or name.count("/") > 1 or is_local_path(name):
+        return ModelTable(name=str(path.resolve()), quantization="none")
+    return ModelTable(name=name, revision=revision or None, quantization="none")

@@ -450,20 +450,24 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('| {"base_model_name_or_path": base}', "", "deploy/test_push.py"),
     ],
     "deploy/merged_weights.py": [
-        ("weight.addmm_(b, a, alpha=layer.scaling[name])", "weight.addmm_(b, a)", MERGE),
-        ("weight.mul_((magnitude / weight.norm(dim=1))[:, None])", "weight.mul_(1)", MERGE),
-        ("for name in layer.active_adapters:", "for name in layer.active_adapters[:1]:", MERGE),
+        ("weight_OI.addmm_(_to(b, weight), _to(a, weight), alpha=layer.scaling[name])", "pass", MERGE),
+        ("weight_OI.mul_((magnitude_O / weight_OI.norm(dim=1))[:, None])", "pass", MERGE),
+        (
+            "if name in (layer.lora_embedding_A if embedding",
+            "if name == 'default' and name in (layer.lora_embedding_A if embedding",
+            MERGE,
+        ),
     ],
     "deploy/shards.py": [
-        ('if layer is not None and onto == "trained":', "if False:", MERGE),
-        ("tensor if layer is None else", "tensor if True else", MERGE),
+        ('original if onto == "original" else None)\n', "original)\n", MERGE),
+        ("if changed is None:", "if True:", MERGE),
     ],
     "deploy/base_choice.py": [
         ('metrics["kl"] > self.max_kl', "False", MERGE),
         ('one["merged_accuracy"] >= other["merged_accuracy"]', "True", MERGE),
     ],
     "deploy/merge.py": [
-        ('onto == "trained" and kl > MAX_KL', "False", MERGE),
+        ('onto == "trained" and kl > max_kl', "False", MERGE),
         ("if reason := beyond_delta_weights(vars(config)):", 'if reason := "":', "deploy/test_foreign_adapters.py"),
     ],
     "manifest.py": [

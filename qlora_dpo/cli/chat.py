@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Start of the random draws. [default: another one in every chat]")
 @click.option("-c", "--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
 @click.option("--base", is_flag=True, help="Begin with the adapter switched off.")
-def chat_command(model: str | None, system: str | None, go_on: bool, base: bool, **given: Any) -> None:
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
+def chat_command(
+    model: str | None, system: str | None, go_on: bool, base: bool, base_model: str | None, **given: Any
+) -> None:
     """Talk to MODEL: an adapter folder, a merged folder or a hub name; absent: the newest adapter.
 
     \b
@@ -47,13 +54,17 @@ def chat_command(model: str | None, system: str | None, go_on: bool, base: bool,
     """
     SamplingParams(**{name: value for name, value in given.items() if value is not None})
     question = None if sys.stdin is not None and sys.stdin.isatty() else _read_stdin()
+    from qlora_dpo.run_folder import find_model_folder
+
+    if model is not None or not go_on:
+        find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
     from qlora_dpo.adapter import open_model
     from qlora_dpo.talk.chat import reply_to_pipe, run_chat
     from qlora_dpo.talk.chat_history import load_chat
 
     last = load_chat() if go_on else None
     target = last.model if last and model is None else model
-    conversation = _make_conversation(open_model(target), system, base, given)
+    conversation = _make_conversation(open_model(target, base_model=base_model), system, base, given)
     if last is not None:
         conversation.messages, conversation.system = list(last.messages), system or last.system
     if question is None:

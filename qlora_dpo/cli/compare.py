@@ -38,6 +38,11 @@ DEFAULT_PROMPTS = 3
     show_default=True,
     help="What all models compute in.",
 )
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page that needs no network, too."
@@ -49,6 +54,7 @@ def compare_command(
     dtype: str,
     as_json: bool,
     html: Path | None,
+    base_model: str | None,
     **prompt_options: Any,
 ) -> None:
     """Let the base and each ADAPTER answer the same prompts greedily, from one loaded model.
@@ -67,7 +73,7 @@ def compare_command(
     prompts = _collect_prompts(folders[0], **prompt_options)
     from qlora_dpo.talk import compare as comparing
 
-    opened, loaded = comparing.open_adapters(folders, dtype)
+    opened, loaded = comparing.open_adapters(folders, dtype, base_model)
     total = len(prompts) * (1 + len(loaded))
     with click.progressbar(length=total, label=f"writing {total} answers", file=sys.stderr) as bar:
         compared = comparing.compare_replies(opened, loaded, prompts, max_new_tokens, bar.update)

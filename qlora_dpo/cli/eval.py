@@ -74,6 +74,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compute dtype of both models.",
 )
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def eval_command(
     adapter: Path | None,
@@ -87,6 +92,7 @@ def eval_command(
     as_json: bool,
     judge: str | None,
     tasks: str | None,
+    base_model: str | None,
     **judge_and_task_options: Any,
 ) -> None:
     """Evaluate ADAPTER, by default the newest one, and its base on all held-out pairs of its run.
@@ -114,10 +120,10 @@ def eval_command(
     folder = newest_adapter() if adapter is None else adapter.expanduser()
     _check_is_adapter(folder)
     contents = {str(file): _read_plain_text(file) for file in texts}
-    table, part = _eval_data_table(folder, read_run_metadata(folder)[2], data, split, max_pairs)
+    table, part = _eval_data_table(folder, read_run_metadata(folder, base_model)[2], data, split, max_pairs)
     if max_length is not None:
         table = table.model_copy(update={"max_length": max_length})
-    opened = open_adapter(folder, dtype)
+    opened = open_adapter(folder, dtype, base_model)
     pair_set = _load_eval_pairs(opened, table, part)
     metrics = _compute_metrics(opened, pair_set, contents)
     if judge_client is not None:
@@ -262,13 +268,12 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
     from qlora_dpo.preference.packing_choice import choose_packing
     from qlora_dpo.preference.reference_cache import ReferenceLogpCache, reference_cache_dir
     from qlora_dpo.recipe.train import TrainTable
-    from qlora_dpo.run_folder import read_run_metadata
     from qlora_dpo.talk.generate import context_tokens
     from qlora_dpo.training.loss_columns import read_loss_columns
 
     model, device, objective = opened.model, opened.device, _objective_or_default(opened)
-    assert opened.folder is not None  # noqa: S101 - an adapter has one
-    table = read_run_metadata(opened.folder)[0]
+    table = opened.table
+    assert table is not None  # noqa: S101 - an adapter has one
     row_tokens = (opened.recipe.train if opened.recipe is not None else TrainTable()).row_tokens
     window = min(MAX_TEXT_WINDOW, context_tokens(model) or MAX_TEXT_WINDOW)
     windows: dict[str, list[EncodedPair]] = {}

@@ -19,6 +19,11 @@ EXPECTED_KL = 0.001
 @click.command("merge", short_help="Write an adapter, or several, and its base as one full model.")
 @click.argument("adapters", metavar="[ADAPTER]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write [merged/NAME]")
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
 @click.option("--weights", metavar="W,W", help="How much of each adapter is added, as in 0.7,0.3 [default: 1 for one]")
 @click.option(
     "--onto",
@@ -45,6 +50,7 @@ def merge_command(
     weights: str | None,
     onto: Any,
     dtype: "Dtype",
+    base_model: str | None,
     **thresholds: float | None,
 ) -> None:
     """Write ADAPTER and its base as one full model that any program loads; absent: the newest adapter.
@@ -69,7 +75,7 @@ def merge_command(
     target = output.expanduser() if output else default
     merging.check_output_free(target)
     click.echo(f"merging {' and '.join(map(str, (first, *others)))} into {target}", err=True)
-    opened = merging.open_for_merge(first, others, adapter_weights)
+    opened = merging.open_for_merge(first, others, adapter_weights, base_model)
     needed = estimate_merge_memory(opened, TORCH_DTYPES[dtype], len(merging.candidate_bases(opened, onto)))
     click.echo("\n".join(needed.lines()), err=True)
     check_merge_memory(needed, opened, target)

@@ -53,6 +53,11 @@ MIN_KEY_LENGTH = 16
     help=f"The longest reply, in tokens. [default: {SamplingParams.max_new_tokens}, if it fits]",
 )
 @click.option("--seed", type=int, help="Where a request names none. [default: another one for every reply]")
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
 @click.option("--open/--no-open", "browse", default=None, help="Open the page in a browser. [default: if there is one]")
 def serve_command(
     model: str | None,
@@ -61,6 +66,7 @@ def serve_command(
     api_key: str | None,
     collect: Path | None,
     browse: bool | None,
+    base_model: str | None,
     **given: Any,
 ) -> None:
     """Serve MODEL: an adapter folder, a merged folder or a hub name; absent: the newest adapter.
@@ -73,6 +79,9 @@ def serve_command(
     """
     SamplingParams(**{name: value for name, value in given.items() if value is not None})
     _check_api_key(host, api_key)
+    from qlora_dpo.run_folder import find_model_folder
+
+    find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
     from qlora_dpo.talk.collect import check_pair_file
     from qlora_dpo.talk.http_server import bind_socket
 
@@ -87,7 +96,7 @@ def serve_command(
         from qlora_dpo.talk.http_server import serve_until_stopped
         from qlora_dpo.talk.serve import Service, create_app
 
-        opened = open_model(model)
+        opened = open_model(model, base_model=base_model)
         service = Service(
             engine=Engine(opened.model.eval(), opened.tokenizer, opened.device),
             models=served_model_ids(opened),

@@ -8,7 +8,12 @@ import click
 
 @click.command("verify", short_help="Check a run, an adapter or a merged model against its manifest and base.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-def verify_command(folder: Path) -> None:
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
+def verify_command(folder: Path, base_model: str | None) -> None:
     """Check every file of DIR, a run, an adapter or a merged model, against its manifest, and the base of an adapter.
 
     \b
@@ -18,7 +23,7 @@ def verify_command(folder: Path) -> None:
 
     folder = folder.expanduser()
     damaged, parts = 0, 0
-    for part, damage in _damage_by_part(folder):
+    for part, damage in _damage_by_part(folder, base_model):
         click.echo(f"{part}: {damage or 'as it was written'}")
         damaged, parts = damaged + bool(damage), parts + 1
     if not parts:
@@ -32,7 +37,7 @@ def verify_command(folder: Path) -> None:
         )
 
 
-def _damage_by_part(folder: Path) -> Iterator[tuple[str, str]]:
+def _damage_by_part(folder: Path, base_model: str | None) -> Iterator[tuple[str, str]]:
     """The parts of `folder`, each with a description of its damage, empty if it is intact."""
     from qlora_dpo.manifest import find_damage
     from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
@@ -40,7 +45,7 @@ def _damage_by_part(folder: Path) -> Iterator[tuple[str, str]]:
 
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         yield "adapter", find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)
-        yield "base", _base_damage(folder)
+        yield "base", _base_damage(folder, base_model)
     elif (folder / "merge.json").is_file():
         yield "merged model", find_damage(folder, required="config.json")
     elif (folder / "export.json").is_file():
@@ -49,19 +54,14 @@ def _damage_by_part(folder: Path) -> Iterator[tuple[str, str]]:
         yield f"checkpoints/{checkpoint.name}", checkpoint_damage(checkpoint)
 
 
-def _base_damage(folder: Path) -> str:
+def _base_damage(folder: Path, base_model: str | None) -> str:
     """Why the base, fetched if it is not cached, is not the one that the adapter was trained on; empty if it is."""
     from qlora_dpo.data.dialogue import sanitize_text
     from qlora_dpo.errors import QloraDpoError
-    from qlora_dpo.model.sources import fetch_model
-    from qlora_dpo.run_folder import read_run_metadata
+    from qlora_dpo.model.sources import find_base
 
     try:
-        table, run, _ = read_run_metadata(folder)
-        source = fetch_model(table)
+        run = find_base(folder, base_model).run
     except QloraDpoError as error:
-        return sanitize_text(str(error))
-    if run is None:
-        return "run.json is missing, which would say on which weights it was trained"
-    same = source.fingerprint == run["base"]["fingerprint"]
-    return "" if same else f"{sanitize_text(source.name)} has other weights than it was trained on"
+        return sanitize_text(str(error).removeprefix(f"{folder}: "))
+    return "" if run is not None else "run.json is missing, which would say on which weights it was trained"

@@ -110,7 +110,10 @@ def _base_name(folder: Path, base: str | None) -> str:
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
     trained_on = run.get("base", {})
-    name = str(trained_on.get("hub_id") or config.get("base_model_name_or_path"))
+    named = trained_on.get("hub_id") or config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip():
+        raise RecipeError(f"{folder}: its {ADAPTER_CONFIG_NAME} names no base; name it with --base OWNER/NAME")
+    name = named
     if not is_local_path(name):
         return name
     if str(trained_on.get("name")).startswith("pypi:"):

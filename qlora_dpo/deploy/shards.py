@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from qlora_dpo.adapter import OpenedModel
+from qlora_dpo.adapter_weights import base_name
 from qlora_dpo.deploy.merge_card import BaseWeights
-from qlora_dpo.deploy.merged_weights import add_delta_weight, base_layer_weight, changed_layers, modules_to_save_tensors
+from qlora_dpo.deploy.merged_weights import ChangedTensor, changed_tensors, tied_names
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files import write_json
 from qlora_dpo.model.decoder_layers import unwrap_peft
@@ -33,6 +34,8 @@ class StoredTensor:
     """A tensor in one of a model's files."""
 
     file: Path
+    name: str
+    """Its name in that file."""
     shape: tuple[int, ...]
     itemsize: int | None
     """Bytes of an element of a plain floating-point type; None for another type, which is copied unchanged."""
@@ -51,18 +54,21 @@ class StoredTensor:
 def write_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: torch.dtype) -> None:
     """Write weights, config, generation config, tokenizer and chat template.
 
-    Everything except changed linear layers and modules_to_save is copied from the base's files: bitsandbytes casts the
-    bias of a 4-bit layer to the compute dtype in its first forward pass, so the opened model's biases may be rounded.
+    Everything except the changed tensors is copied from the base's files: bitsandbytes casts the bias of a 4-bit layer
+    to the compute dtype in its first forward pass, so the opened model's biases may be rounded.
     """
     folder.mkdir(exist_ok=True)
-    stored = base_tensors(opened)
+    stored, untied = base_tensors(opened), untied_head(opened.model)
     if stored is None:
         _write_whole_model(opened, folder, onto, dtype)
     else:
         _write_shards(opened, stored, folder, onto, dtype)
         config: Any = AutoConfig.from_pretrained(opened.source.folder, trust_remote_code=False)
         config.dtype, config._name_or_path = dtype, ""
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         config.architectures = [type(unwrap_peft(opened.model)).__name__]
+        _fit_config(config, opened.model, untied=untied is not None)
         config.save_pretrained(folder)
         if (opened.source.folder / GENERATION_CONFIG_NAME).is_file():
             shutil.copyfile(opened.source.folder / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
@@ -71,26 +77,69 @@ def write_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: tor
     opened.tokenizer.save_pretrained(folder)
 
 
-def base_tensors(opened: OpenedModel) -> dict[str, StoredTensor] | None:
-    """The tensors of the base's files by name; None if the files name or store layers differently from the model.
+def _fit_config(config: Any, model: Any, *, untied: bool) -> None:
+    """Make `config` that of the merged model: with its number of tokens, and with a head of its own if `untied`."""
+    for each in {id(each): each for each in (config, config.get_text_config())}.values():
+        if untied:
+            each.tie_word_embeddings = False
+        if hasattr(each, "vocab_size") and each is config.get_text_config():
+            each.vocab_size = len(model.get_input_embeddings().weight)
 
-    That is the case for some architectures, and for bases that are stored quantized. A second name of a tied tensor is
-    omitted, as in transformers.
+
+def untied_head(model: Any) -> tuple[str, str] | None:
+    """The names of head and embeddings if the base ties them and the adapter has changed one otherwise than the other.
+
+    The merged model then has a head of its own, as the adapter model has; PEFT's `merge_and_unload` would change both.
+    """
+    names = tied_names(model)
+    if names is None:
+        return None
+    changed = changed_tensors(model)
+    head, embeddings = (changed.get(name) for name in names)
+    if head is None and embeddings is None:
+        return None
+    if head is not None and embeddings is not None and torch.equal(head.merged(), embeddings.merged()):
+        return None
+    return names
+
+
+def base_tensors(opened: OpenedModel) -> dict[str, StoredTensor] | None:
+    """The tensors to write, by name; None if the base's files name or store layers differently from the model.
+
+    That is the case for some architectures. Each comes from the tensor of the base's files that is named, in the shape
+    that it has merged. A second name of a tied tensor is omitted, as in transformers. Of a base that is stored in 4 or
+    8 bits, the quantized layers are written dequantized.
     """
     model = unwrap_peft(opened.model)
-    if getattr(AutoConfig.from_pretrained(opened.source.folder), "quantization_config", None) is not None:
-        return None
-    tensors = list_tensors(opened.source.folder)
-    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tied_to = {name: first_names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    tensors, changed = list_tensors(opened.source.folder), changed_tensors(opened.model)
+    first_names = {id(parameter): base_name(name) for name, parameter in model.named_parameters()}
+    parameters = model.named_parameters(remove_duplicate=False)
+    tied_to = {base_name(name): first_names[id(parameter)] for name, parameter in parameters}
     stored = {name: t for name, t in tensors.items() if tied_to.get(name, name) not in tensors.keys() - {name}}
-    changed = {f"{name}.weight" for name in changed_layers(model)} | modules_to_save_tensors(model).keys()
-    return stored if changed and changed <= stored.keys() else None
+    if names := untied_head(opened.model):
+        one = next((name for name in names if name in stored), None)
+        stored |= {name: replace(stored[one], shape=stored[one].shape) for name in names if one is not None}
+    elif names := tied_names(opened.model):
+        # one of both is in the files; it has both names' values
+        changed = {name: tensor for name, tensor in changed.items() if name not in names or name in stored}
+    if is_stored_quantized(opened):
+        stored = {name: tensor for name, tensor in stored.items() if name in changed or name in tied_to}
+    if not changed or not changed.keys() <= stored.keys():
+        return None
+    return stored | {
+        name: replace(stored[name], shape=tensor.shape, itemsize=stored[name].itemsize or FLOAT_ITEMSIZES["F32"])
+        for name, tensor in changed.items()
+    }
+
+
+def is_stored_quantized(opened: OpenedModel) -> bool:
+    """True if the files of the base hold quantized weights, so that there are no original ones."""
+    return getattr(AutoConfig.from_pretrained(opened.source.folder), "quantization_config", None) is not None
 
 
 def largest_layer_bytes(opened: OpenedModel, stored: Mapping[str, StoredTensor]) -> int:
     """Bytes of the largest changed layer in float32; one layer is summed at a time."""
-    return max(4 * stored[f"{name}.weight"].elements for name in changed_layers(opened.model))
+    return max(4 * stored[name].elements for name in changed_tensors(opened.model) if name in stored)
 
 
 def plan_shards(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> Any:
@@ -115,20 +164,19 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
                 tensor = file.get_slice(name)
                 shape, itemsize = tuple(tensor.get_shape()), FLOAT_ITEMSIZES.get(tensor.get_dtype())
                 size = math.prod(shape) * itemsize if itemsize else file.get_tensor(name).nbytes
-                tensors[name] = StoredTensor(path, shape, itemsize, size)
+                tensors[name] = StoredTensor(path, name, shape, itemsize, size)
     return tensors
 
 
 def _write_shards(
     opened: OpenedModel, stored: Mapping[str, StoredTensor], folder: Path, onto: BaseWeights, dtype: torch.dtype
 ) -> None:
-    layers, trained = changed_layers(opened.model), modules_to_save_tensors(opened.model)
+    changed = changed_tensors(opened.model)
     split = plan_shards(stored, dtype)
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for name in names:
-            layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            tensor = trained[name] if name in trained else _merged_tensor(name, layer, stored[name], onto)
+            tensor = _merged_tensor(name, changed.get(name), stored[name], onto)
             shard[name] = _rounded(name, tensor, dtype)
             del tensor
         try:
@@ -144,16 +192,17 @@ def _write_shards(
         )
 
 
-def _merged_tensor(name: str, layer: nn.Module | None, stored: StoredTensor, onto: BaseWeights) -> Tensor:
-    """The merged weight of a changed layer in float32; any other tensor unchanged from the base's file."""
-    if layer is not None and onto == "trained":
-        weight = base_layer_weight(layer)
-        if weight.shape != stored.shape:
-            raise ModelError(f"{name} has another shape quantized than in the files of the base; not merged")
-        return add_delta_weight(layer, weight)
-    with safe_open(stored.file, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor if layer is None else add_delta_weight(layer, tensor.to(torch.float32, copy=True))
+def _merged_tensor(name: str, changed: ChangedTensor | None, stored: StoredTensor, onto: BaseWeights) -> Tensor:
+    """The merged tensor in float32 if it is `changed`; any other one as it is in the base's file."""
+
+    def original() -> Tensor:
+        with safe_open(stored.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored.name)
+        return tensor
+
+    if changed is None:
+        return original()
+    return changed.merged(original if onto == "original" else None)
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,6 +217,11 @@ def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_whole_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: torch.dtype) -> None:
     """Merge into a second copy of the model, for a base whose files name its layers differently from its code."""
+    if is_stored_quantized(opened):
+        raise ModelError(
+            f"{opened.source.name}: is stored quantized, and its files name layers otherwise than transformers' code; "
+            "train on the model that it was made from, or use the adapter with the base"
+        )
     try:
         # Only a sum onto the original weights needs them in float32; the target dtype takes half the memory
         full: Any = AutoModelForCausalLM.from_pretrained(
@@ -176,16 +230,26 @@ def _write_whole_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dty
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{opened.source.name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     full.requires_grad_(False).eval()
-    for name, layer in changed_layers(opened.model).items():
-        parameter = full.get_submodule(name).weight
-        weight = parameter.to(torch.float32, copy=True) if onto == "original" else base_layer_weight(layer)
-        if weight.shape != parameter.shape:
-            raise ModelError(f"{name}.weight has another shape quantized than in the files of the base; not merged")
-        parameter.data = add_delta_weight(layer, weight).cpu().to(dtype)
-    for name, tensor in modules_to_save_tensors(opened.model).items():
-        full.get_parameter(name).data = tensor.cpu().to(dtype)
+    if len(full.get_input_embeddings().weight) != len(opened.model.get_input_embeddings().weight):
+        full.resize_token_embeddings(len(opened.model.get_input_embeddings().weight), mean_resizing=False)
+    if untied_head(opened.model):
+        full.get_output_embeddings().weight = nn.Parameter(
+            full.get_input_embeddings().weight.detach().clone(), requires_grad=False
+        )
+        _fit_config(full.config, opened.model, untied=True)
+    for name, changed in changed_tensors(opened.model).items():
+        parameter = full.get_parameter(name)
+        merged = changed.merged(parameter.detach if onto == "original" else None)
+        if merged.shape != parameter.shape:
+            raise ModelError(f"{name} has another shape quantized than in the files of the base; not merged")
+        parameter.data = merged.cpu().to(dtype)
     full.to(dtype)
     for name, parameter in full.named_parameters():
         _rounded(name, parameter, dtype)
     full.config._name_or_path = ""
+    generation_config = opened.source.folder / GENERATION_CONFIG_NAME
+    if generation_config.is_file():
+        full.generation_config = GenerationConfig()  # transformers loads files that it refuses to save
     full.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    if generation_config.is_file():
+        shutil.copyfile(generation_config, folder / GENERATION_CONFIG_NAME)

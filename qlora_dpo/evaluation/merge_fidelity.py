@@ -81,7 +81,10 @@ def record_trained(
 def free_weights(trained_outputs: TrainedOutputs) -> None:
     """Free the weights of the trained model in place, except those of its head."""
     model: Any = trained_outputs.model
-    head_ids = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    # PEFT keeps the trained rows of a tied head in the embeddings' module
+    tied = getattr(getattr(head, "token_adapter", None), "tied_adapter", None)
+    head_ids = {id(parameter) for module in (head, tied) if module is not None for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in head_ids:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)

@@ -15,7 +15,7 @@ from qlora_dpo.errors import ModelError
 from qlora_dpo.model.cast_output import CastOutput
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.quantized import compute_with_dequantized_weights
+from qlora_dpo.model.quantized import compute_with_dequantized_weights, linear4bit_layers, quantized_layers
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe.model import ModelTable
 
@@ -65,10 +65,23 @@ def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrai
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if "quantization_config" in json.loads((source.folder / "config.json").read_text(encoding="utf-8")):
+        _compute_in_device_dtype(model, device)
     compute_with_dequantized_weights(model)
     store_embeddings(model, device)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def _compute_in_device_dtype(model: nn.Module, device: Device) -> None:
+    """Give a base that is stored quantized the dtypes of `device`; its files name others, which transformers keeps."""
+    quantized = quantized_layers(model)
+    weights = {id(layer.weight) for layer in quantized.values()}
+    for layer in linear4bit_layers(model).values():
+        layer.compute_dtype = device.torch_dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in weights:
+            parameter.data = parameter.data.to(device.weight_dtype)
 
 
 def _quantization(table: ModelTable, device: Device) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def use_exact_norms(model: nn.Module) -> None:
 def reset_magnitudes(model: nn.Module) -> None:
     """Set each magnitude to the norm by which the forward pass divides it, as PEFT does for a new adapter."""
     for name, layer, dora in _dora_layers(model):
-        norm_O = _weight_norm(layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.scaling[name])
+        norm_O = _weight_norm(dora, layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.scaling[name])
         dora.weight.data = norm_O.to(dora.weight.device)
 
 
@@ -57,7 +57,7 @@ def _forward(
 
     `base_result` is the base layer's output, or None with dropout, where the base is computed on the dropped-out input.
     """
-    norm_O = _weight_norm(base_layer, lora_A, lora_B, scaling)
+    norm_O = _weight_norm(dora, base_layer, lora_A, lora_B, scaling)
     scale_O = dora.weight / norm_O
     base_output_TO = base_layer(x) if base_result is None else base_result
     base_TO = base_output_TO if base_layer.bias is None else base_output_TO - base_layer.bias
@@ -66,10 +66,12 @@ def _forward(
 
 
 @torch.no_grad()
-def _weight_norm(base_layer: Any, lora_A: Any, lora_B: Any, scaling: float) -> Tensor:
+def _weight_norm(dora: Any, base_layer: Any, lora_A: Any, lora_B: Any, scaling: float) -> Tensor:
     """The L2 norm (O,) of each row of W + scaling * B A, in float32."""
     quantized = quantization_of(base_layer) != "none"
     weight_OI = dequantized(base_layer) if quantized else base_layer.weight.to(torch.float32, copy=True)
+    if dora.fan_in_fan_out:  # GPT-2's Conv1D stores (I, O)
+        weight_OI = weight_OI.T
     # in place, since autocast leaves in-place operations in float32
     weight_OI.addmm_(lora_B.weight.float(), lora_A.weight.float(), alpha=scaling)
     norm_O: Tensor = torch.linalg.vector_norm(weight_OI, dim=1)

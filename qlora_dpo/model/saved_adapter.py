@@ -47,13 +47,8 @@ UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "arrow_config": None,
 }
 """Keys of adapter_config.json that [lora] does not have, with the value that switches each feature off."""
-NOT_IN_DELTA_WEIGHTS = {
-    "lora_bias": "lora_bias, which the base has no place for",
-    "bias": 'bias = "{bias}", trained biases',
-    "trainable_token_indices": "trainable_token_indices, trained embeddings",
-    "layer_replication": "layer_replication, another number of layers",
-}
-"""Those of the unsupported features that change more than the weights of linear layers, in words."""
+NOT_IN_DELTA_WEIGHTS = {"layer_replication": "layer_replication, another number of layers"}
+"""Those of the unsupported features that change more than the values of the base's tensors, in words."""
 IDENTITY_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base unchanged. PiSSA and its kin subtract their initial B A from it."""
 
@@ -193,7 +188,7 @@ def opened_by_peft(base: PreTrainedModel, saved: SavedAdapter) -> Iterator[nn.Mo
 
 
 def beyond_delta_weights(config: Mapping[str, Any]) -> str:
-    """Why an adapter is more than B A added to the weights of linear layers; empty if it is not.
+    """Why an adapter is more than a change of the base's tensors; empty if it is not.
 
     `config` is the content of its adapter_config.json.
     """

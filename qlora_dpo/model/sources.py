@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -24,10 +25,12 @@ from huggingface_hub.errors import (
 )
 
 from qlora_dpo.data.dialogue import sanitize_text
-from qlora_dpo.errors import ModelError, RecipeError, SourceError
+from qlora_dpo.errors import ModelError, QloraDpoError, RecipeError, SourceError
 from qlora_dpo.files import atomic_folder, cache_home, file_sha256, translate_disk_errors, write_json
+from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.recipe.tables import is_local_path
+from qlora_dpo.run_folder import read_run_metadata
 
 # the files that transformers needs, and the model card, which names the license; no pickled weights, no code
 WEIGHT_PATTERN = "*.safetensors"
@@ -61,6 +64,61 @@ def fetch_model(table: ModelTable) -> ModelSource:
     if is_local_path(table.name):
         return _from_folder(Path(table.name).expanduser())
     return _from_hub(table.name, table.revision)
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The base of an adapter folder, found and checked, with the folder's metadata as `read_run_metadata` has it."""
+
+    table: ModelTable
+    source: ModelSource
+    run: dict[str, Any] | None
+    recipe: Recipe | None
+
+
+def find_base(folder: Path, base_model: str | None = None) -> AdapterBase:
+    """Find the base of the adapter in `folder`, at `base_model` if that is given, and check that it is the same one.
+
+    Raises ModelError if it has other weights than the adapter was trained on, and as `fetch_model` does.
+    """
+    table, run, recipe = read_run_metadata(folder, base_model)
+    try:
+        source = fetch_model(table)
+    except QloraDpoError as error:
+        if base_model is not None:
+            raise type(error)(f"--base-model {base_model}: {error}") from error
+        if is_local_path(table.name) and not Path(table.name).expanduser().is_dir():
+            found = f"its base {table.name} is not there any more"
+            raise ModelError(f"{folder}: {found}; say where it lies now with --base-model PATH") from error
+        hint = "if you have its base elsewhere, name it with --base-model PATH"
+        raise type(error)(f"{folder}: its base cannot be opened: {error}; {hint}") from error
+    if run is not None:
+        _check_base_matches(run, table, source, folder, base_model)
+    return AdapterBase(table, source, run, recipe)
+
+
+def _check_base_matches(
+    run: dict[str, Any], table: ModelTable, source: ModelSource, folder: Path, base_model: str | None
+) -> None:
+    """Raise ModelError if the adapter of `run` was trained on other or differently quantized weights."""
+    trained_on = run["base"]
+    if source.fingerprint != trained_on["fingerprint"]:
+        if base_model is not None:
+            name = f" ({trained_on['name']})" if trained_on.get("name") else ""
+            raise ModelError(
+                f"{folder}: was trained on other weights than --base-model {base_model} has; name the base that it was "
+                f"trained on{name}"
+            )
+        raise ModelError(
+            f"{folder}: was trained on other weights of {source.name} than are there now; if you have the former ones, "
+            "say where with --base-model PATH"
+        )
+    for key in ("quantization", "double_quant"):
+        if trained_on.get(key, getattr(table, key)) != getattr(table, key):
+            raise ModelError(
+                f"{folder}: was trained with model.{key} = {json.dumps(trained_on[key])}, and its resolved.toml says "
+                f"{json.dumps(getattr(table, key))}; put that back"
+            )
 
 
 def fetch_without_weights(table: ModelTable) -> ModelSource:

@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
-
 from qlora_dpo.adapter import OpenedModel, open_adapter
+from qlora_dpo.adapter_weights import add_adapter, check_undamaged
 from qlora_dpo.data.dialogue import Message, sanitize_text
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.manifest import MANIFEST, find_damage
-from qlora_dpo.model.sources import fetch_model
+from qlora_dpo.model.sources import find_base
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.run_folder import ADAPTER_SAFE_WEIGHTS_NAME, read_run_metadata
 from qlora_dpo.talk.generate import Completion, generate_greedy, tokenize_prompt
 from qlora_dpo.talk.reward import ImplicitReward, adapter_beta, rewards_per_adapter, use_adapter
 
@@ -45,7 +41,9 @@ class ComparedReplies:
     replies: tuple[ScoredReply, ...]
 
 
-def open_adapters(folders: Sequence[Path], dtype: str) -> tuple[OpenedModel, list[LoadedAdapter]]:
+def open_adapters(
+    folders: Sequence[Path], dtype: str, base_model: str | None = None
+) -> tuple[OpenedModel, list[LoadedAdapter]]:
     """Load the base once, with every adapter of `folders` attached.
 
     Raises ModelError if one was trained on another base, or if its tensors do not fit.
@@ -55,43 +53,28 @@ def open_adapters(folders: Sequence[Path], dtype: str) -> tuple[OpenedModel, lis
         names = [str(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise RecipeError(f"{folders[0]}: an adapter is named twice; name each once")
-    opened = open_adapter(folders[0], dtype)
+    opened = open_adapter(folders[0], dtype, base_model)
     adapters = [LoadedAdapter(names[0], "default", adapter_beta(opened.recipe))]
     for number, (folder, name) in enumerate(zip(folders[1:], names[1:], strict=True), 2):
-        recipe = _attach_adapter(opened, folder, f"adapter_{number}")
+        recipe = _attach_adapter(opened, folder, f"adapter_{number}", base_model)
         adapters.append(LoadedAdapter(name, f"adapter_{number}", adapter_beta(recipe)))
     opened.model.eval()
     return opened, adapters
 
 
-def _attach_adapter(opened: OpenedModel, folder: Path, adapter_name: str) -> Recipe | None:
+def _attach_adapter(opened: OpenedModel, folder: Path, adapter_name: str, base_model: str | None) -> Recipe | None:
     """Attach the adapter of `folder` to the loaded model under `adapter_name`, and return its recipe."""
-    assert opened.folder is not None  # noqa: S101 - it is an adapter
-    table, run, recipe = read_run_metadata(folder)
-    first = read_run_metadata(opened.folder)[0]
-    source = fetch_model(table)
-    if (source.fingerprint, table.quantization) != (opened.source.fingerprint, first.quantization):
+    assert opened.table is not None  # noqa: S101 - it is an adapter
+    saved, first = find_base(folder, base_model), opened.table
+    if (saved.source.fingerprint, saved.table.quantization) != (opened.source.fingerprint, first.quantization):
         raise ModelError(
-            f"{folder}: is an adapter of {sanitize_text(source.name)} ({table.quantization}), and {opened.folder} one "
-            f"of {sanitize_text(opened.source.name)} ({first.quantization}); compare adapters of one base"
+            f"{folder}: is an adapter of {sanitize_text(saved.source.name)} ({saved.table.quantization}), and "
+            f"{opened.folder} one of {sanitize_text(opened.source.name)} ({first.quantization}); compare adapters of "
+            "one base"
         )
-    if run is not None and source.fingerprint != run["base"]["fingerprint"]:
-        raise ModelError(f"{folder}: was trained on other weights of {source.name} than are there now")
-    if (folder / MANIFEST).is_file() and (damaged := find_damage(folder, required=ADAPTER_SAFE_WEIGHTS_NAME)):
-        raise ModelError(f"{folder}: is damaged: {damaged}; take it from a backup, or train again with --resume")
-    try:
-        with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, framework="pt") as file:
-            saved = set(file.keys())
-        opened.model.load_adapter(str(folder), adapter_name=adapter_name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"{folder}: the adapter cannot be attached to its base: {sanitize_text(first_line)}"
-        ) from error
-    placed = set(get_peft_model_state_dict(opened.model, adapter_name=adapter_name, save_embedding_layers=False))
-    if misplaced := saved ^ placed:
-        raise ModelError(f"{folder}: {len(misplaced)} tensors do not fit the base, for example {min(misplaced)}")
-    return recipe
+    check_undamaged(folder)
+    add_adapter(opened.model, folder, adapter_name)
+    return saved.recipe
 
 
 def compare_replies(

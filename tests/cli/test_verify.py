@@ -70,7 +70,10 @@ def test_another_base_than_the_adapter_was_trained_on_is_found(
         shutil.rmtree(base)
         kept.rename(base)
     out = capsys.readouterr().out
-    assert out == f"adapter: as it was written\nbase: {base} has other weights than it was trained on\n"
+    assert out == (
+        f"adapter: as it was written\nbase: was trained on other weights of {base} than are there now; if you have the "
+        "former ones, say where with --base-model PATH\n"
+    )
 
 
 def test_a_base_that_is_gone_is_said_to_be(adapter: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:

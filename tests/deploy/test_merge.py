@@ -343,7 +343,7 @@ def test_if_the_check_raises_nothing_is_left(place: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kl", "sentence"),
     [
-        (0.2, "the merged model is not the trained one: KL 0.2 nats per token, at most 0.05 is rounding; "),
+        (0.2, "the merged model is not the trained one: KL 0.2 nats per token, at most 0.005 is rounding; "),
         (math.nan, "the merged model gives no finite log-probabilities in bf16; "),
     ],
 )

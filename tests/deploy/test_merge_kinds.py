@@ -183,7 +183,10 @@ def test_adapters_of_different_bases_or_quantizations_are_not_added_up(
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("dora", "an adapter with DoRA is no sum and"), ("whole norms", "an adapter with modules_to_save")],
+    [
+        ("dora", "an adapter with DoRA is no sum and"),
+        ("whole norms", "an adapter that holds whole tensors (modules_to_save, embeddings, biases or tokens)"),
+    ],
 )
 def test_what_is_no_sum_cannot_be_weighed(
     kind: str, name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_dpo import adapter, run_folder
+from qlora_dpo.adapter_weights import attach_adapter
 from qlora_dpo.deploy import merge as merging
-from qlora_dpo.errors import Interrupted, ModelError, RecipeError
+from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model import attention, modules_to_save, sources
 from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
@@ -161,7 +162,7 @@ def test_copies_trained_in_float32_are_not_rounded_when_a_16_bit_base_is_opened(
     adapter.save_adapter(tmp_path / "saved", model, load_tokenizer(untied), untied)
     table = tiny_run.ModelTable(name=untied.name, quantization="none")
     base = load_base(untied, table, tiny_run.device.select_device("bf16")).to(torch.bfloat16)
-    opened = adapter.attach_saved_adapter(base, tmp_path / "saved")
+    opened = attach_adapter(base, tmp_path / "saved")
     (reopened,) = modules_to_save.trained_copies(opened).values()
     assert torch.equal(reopened.weight, copy.weight)
 
@@ -195,17 +196,6 @@ def test_embeddings_that_the_head_shares_are_refused() -> None:
     assert str(raised.value) == (
         "lora.modules_to_save names embed_tokens, which shares its weights with the output head of this model, and the "
         "head is not trained here; leave it out"
-    )
-
-
-def test_a_foreign_adapter_that_trained_tied_embeddings_is_not_merged(tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"), dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    get_peft_model(base, config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ModelError) as raised:
-        merging.open_for_merge(tmp_path / "a")
-    assert str(raised.value) == (
-        f"{tmp_path / 'a'}: cannot be merged: it trained embeddings or head, which are tied to each other"
     )
 
 

@@ -527,3 +527,30 @@ def test_a_ctrl_c_in_a_forward_stops_only_the_reply(
     assert signal.getsignal(signal.SIGINT) is before
     assert [message["content"] for message in held.messages[:-1]] == ["rice?"]
     assert "\n(stopped)\n" in capsys.readouterr().err
+
+
+# names
+
+
+QUESTION = "How do I keep a garden in a dry summer, and what would you plant first? " * 5
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (QUESTION, f'"{QUESTION[:100]}...": there is no such folder; if that is a question, pipe it in: echo "..." | '),
+        ("What now?", '"What now?": there is no such folder; if that is a question, pipe it in: echo "..." | '),
+        ("x" * 300, f"{'x' * 100}...: cannot be read (File name too long); name a folder that you may read"),
+        ("~nobody-here/x", "~nobody-here/x: cannot be read (Could not determine home directory.); name a folder "),
+        ("no\0name", "noname: there is no such folder; name an adapter, a merged model or a hub model"),
+        ("./away", "./away: there is no such folder; name an adapter, a merged model or a hub model"),
+    ],
+)
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_what_is_no_model_is_told_before_anything_is_loaded(
+    command: str, target: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"How?")))
+    monkeypatch.setitem(sys.modules, "qlora_dpo.adapter", None)  # the module that imports torch
+    assert main([command, target]) == 2
+    assert capsys.readouterr().err.startswith(f"qlora-dpo: {says}")

@@ -1,6 +1,8 @@
 """Generation: greedy batches equal transformers' own, remembered replies equal fresh ones, characters come whole."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -284,6 +286,31 @@ def test_settings_are_the_users_then_the_models_then_the_defaults() -> None:
         config, None, {"temperature": 0.0, "top_p": 0.5, "max_new_tokens": 7, "seed": 1}
     ) == SamplingParams(0.0, 0.5, 7, 1)
     assert resolve_sampling_params(GenerationConfig(), 600, {"seed": 1}) == SamplingParams(0.7, 0.9, 300, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [
+        ("temperature", 1e-6, "0"),
+        ("temperature", -1, "0.7, the default"),
+        ("temperature", 1e9, "0.7, the default"),
+        ("temperature", float("nan"), "0.7, the default"),
+        ("temperature", "hot", "0.7, the default"),
+        ("top_p", 0, "0.9, the default"),
+        ("top_p", 1.5, "0.9, the default"),
+        ("top_p", True, "0.9, the default"),
+    ],
+)
+def test_a_value_of_the_model_that_cannot_be_used_is_told_and_the_chat_starts(
+    name: str, value: Any, used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SimpleNamespace(**{name: value})
+    with caplog.at_level("INFO", "qlora_dpo"):
+        found = getattr(resolve_sampling_params(config, None, {}), name)
+    assert f"{found:g}" == used.partition(",")[0]
+    assert caplog.messages == [f"the model's generation_config.json has {name} = {value!r}; used instead: {used}"]
+    assert getattr(resolve_sampling_params(config, None, {name: 0.5}), name) == 0.5
+    assert len(caplog.messages) == 1, "what the user gave is used, and the file's value does not matter"
 
 
 @pytest.mark.parametrize(
