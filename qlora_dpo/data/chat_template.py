@@ -241,7 +241,7 @@ def template_traits(tokenizer: Any) -> TemplateTraits:
 
 @lru_cache(maxsize=8)
 def _template_traits(tokenizer: Any, template: str) -> TemplateTraits:
-    words = sorted(filter(str.strip, special_tokens(tokenizer).values()), key=len, reverse=True)
+    words = sorted(filter(str.strip, control_tokens(tokenizer).values()), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, words))) if words else None
     return TemplateTraits(special, _detect_system_folding(tokenizer))
 
@@ -264,6 +264,32 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     """The control tokens of a tokenizer, by id."""
     added = {int(number): token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
+
+
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that text must not forge, by id: `special_tokens`, and added ones that mark the template's turns."""
+    return special_tokens(tokenizer) | _turn_tokens(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _turn_tokens(tokenizer: Any, template: str) -> dict[int, str]:
+    """Added tokens that are not flagged as special and stand in a rendered conversation all the same.
+
+    The assistant's turn is not the last, since some templates write an empty `<think>` block there, which is text. Of
+    plain words and white space, which may be added tokens too, only marks with brackets or bars count.
+    """
+    question: Message = {"role": "user", "content": "Is it so?"}
+    chats = [[question, {"role": "assistant", "content": "Yes."}, question], [question]]
+    try:
+        text = "".join(render_chats(tokenizer, chats, answered=True))
+    except (*TEMPLATE_ERRORS, LimitExceeded):
+        return {}
+    added = {int(number): token for number, token in tokenizer.added_tokens_decoder.items()}
+    return {
+        number: token.content
+        for number, token in added.items()
+        if not token.special and token.content in text and re.search(r"[<>\[\]{}|\uff5c]", token.content)
+    }
 
 
 def fold_system(traits: TemplateTraits, chat: Chat) -> list[Message]:
@@ -333,7 +359,7 @@ def _renamed_tokenizer(tokenizer: Any) -> tuple[Tokenizer, dict[str, str]] | Non
 
     None if a renamed control token would get another id.
     """
-    special = special_tokens(tokenizer)
+    special = control_tokens(tokenizer)
     names = {word: chr(_RENAMED_TOKENS_START + number) for number, word in enumerate(special.values())}
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:

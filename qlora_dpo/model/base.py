@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, assert_never
 
@@ -11,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from qlora_dpo.errors import ModelError
+from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.cast_output import CastOutput
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
@@ -26,10 +28,82 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _default_template(tokenizer.chat_template, source)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _vocab_size(source):
         tokenizer.pad_token = tokenizer.eos_token
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def _default_template(templates: dict[str, str], source: ModelSource) -> str:
+    """The chat template called "default" of several named ones, as Hermes and Command R have."""
+    if "default" not in templates:
+        raise ModelError(
+            f"{source.name}: has several chat templates ({', '.join(sorted(templates))}) and none is called default; "
+            "write the one to use into chat_template.jinja of a copy of the model folder, and name that"
+        )
+    return templates["default"]
+
+
+def _vocab_size(source: ModelSource) -> float:
+    """Embeddings that the config promises; infinity in a folder without a config, such as an adapter's."""
+    config = _config_dict(source)
+    size = (config.get("text_config") or config).get("vocab_size") or config.get("vocab_size")
+    return size if isinstance(size, int) else math.inf
+
+
+def _config_dict(source: ModelSource) -> dict[str, Any]:
+    file = source.folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: Any, largest_id: Callable[[], int], source: ModelSource
+) -> None:
+    """Raise ModelError if pairs have token ids for which the base has no embedding.
+
+    `largest_id` finds the largest id of all pairs; it is called for a tokenizer that has ids beyond the embeddings.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values(), default=0) < embeddings or (largest := largest_id()) < embeddings:
+        return
+    raise ModelError(
+        f"{source.name}: its tokenizer writes token {largest} ({tokenizer.convert_ids_to_tokens(largest)}), and the "
+        f"model has embeddings for {embeddings} tokens; name a model whose tokenizer belongs to it, or resize its "
+        "embeddings with model.resize_token_embeddings(len(tokenizer)) and train the new ones first"
+    )
+
+
+def check_stored_quantization(source: ModelSource, table: ModelTable) -> None:
+    """Raise ModelError or RecipeError for a base that is stored in other bits than `table` says.
+
+    A base that bitsandbytes has quantized is loaded as it is stored, and may be named as that. Other tools' formats
+    have layers of their own, which neither train here nor merge.
+    """
+    stored = _config_dict(source).get("quantization_config")
+    if not isinstance(stored, dict):
+        return
+    method = str(stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown"))
+    if method == "mxfp4" and table.quantization == "none":  # GPT-OSS, which transformers dequantizes as it loads
+        return
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"{source.name}: is stored in the format {method}, whose layers cannot be trained here; name the original "
+            'model that it was made from, and let model.quantization = "nf4" quantize that'
+        )
+    kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+    double = bool(stored.get("bnb_4bit_use_double_quant")) if kind != "int8" else table.double_quant
+    if (table.quantization, table.double_quant) == (kind, double):
+        return
+    wanted = f'model.quantization = "{kind}"'
+    if kind != "int8":
+        wanted += f" and model.double_quant = {str(double).lower()}"
+    raise RecipeError(
+        f'{source.name}: is stored as {kind} of bitsandbytes already, and the recipe says "{table.quantization}"; '
+        f"write {wanted}, or name the original model"
+    )
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
@@ -55,17 +129,18 @@ def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrai
     Linear layers are quantized as `table` says, embeddings and output head have the device's `embedding_dtype`, other
     weights its `weight_dtype`. Raises ModelError if it cannot be loaded.
     """
+    is_stored = "quantization_config" in _config_dict(source)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=device.weight_dtype,
             device_map={"": device.type},
             trust_remote_code=False,  # if unset, transformers would prompt on the terminal
-            **_quantization(table, device),
+            **({} if is_stored else _quantization(table, device)),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
-    if "quantization_config" in json.loads((source.folder / "config.json").read_text(encoding="utf-8")):
+    if is_stored:
         _compute_in_device_dtype(model, device)
     compute_with_dequantized_weights(model)
     store_embeddings(model, device)

@@ -74,7 +74,8 @@ def head_logits(model: Any, hidden_cD: Tensor, weight_VD: Tensor, device: Device
     hidden_cD = hidden_cD.to(weight_VD.dtype)
     if logit_map.input_scale != 1:
         hidden_cD = hidden_cD * logit_map.input_scale
-    bias = None if head.bias is None else head.bias.to(weight_VD.dtype)
+    bias = getattr(head, "bias", None)  # PEFT's wrapper of trained tokens has none
+    bias = None if bias is None else bias.to(weight_VD.dtype)
     return logit_map.apply_(nn.functional.linear(hidden_cD, weight_VD, bias).float())
 
 

@@ -126,7 +126,8 @@ def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     chat: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     with _template_errors(tokenizer):
         after = tokenize_texts(tokenizer, [render_chats(tokenizer, [chat], answered=True)[0].rpartition("!")[2]])[0]
-    template_ids = [token for token in after[:1] if token in tokenizer.added_tokens_decoder]
+    # white space may come first, and a tokenizer may begin every text with a mark of its own
+    template_ids = [token for token in after if token in tokenizer.added_tokens_decoder][:1]
     return frozenset(token for token in (tokenizer.eos_token_id, *eos_ids, *template_ids) if token is not None)
 
 

@@ -1,6 +1,7 @@
 """Loads the base, lays out rows for it, and attaches the adapter that training starts from; each part is checked."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
 from qlora_dpo.model.attention import Backend
-from qlora_dpo.model.base import disable_dropout, load_base
+from qlora_dpo.model.base import check_vocabulary, disable_dropout, load_base
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
@@ -55,6 +56,11 @@ PROBE_TOKENS = 128
 """Tokens of a prompt's end and of a completion's beginning on which adapter-off is compared with the base."""
 
 
+def largest_token_id(pairs: Sequence[EncodedPair]) -> int:
+    """The largest token id of all pairs."""
+    return max(max(pair.prompt + pair.chosen + pair.rejected) for pair in pairs)
+
+
 @dataclass(frozen=True)
 class LoadedBase:
     """The base before an adapter is attached; the runs of a sweep share it."""
@@ -86,6 +92,7 @@ def load_base_for_run(prepared: PreparedData, device: Device) -> LoadedBase:
     pairs = concatenate_sequences([prepared.train.encoded, prepared.heldout.encoded])
     with malloc_release_eagerly() if device.type == "cpu" else nullcontext():
         base = load_base(prepared.source, recipe.model, device)
+    check_vocabulary(base, prepared.tokenizer, lambda: largest_token_id(pairs), prepared.source)
     if dropout := disable_dropout(base):
         rates = ", ".join(f"{name} {rate:g}" for name, rate in sorted(dropout.items()))
         logger.info(f"dropout: the base's own is off ({rates}), since its reference has none; lora.lora_dropout acts")

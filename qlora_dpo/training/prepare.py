@@ -1,6 +1,7 @@
 """All that is read before the first weight: the source of the base, its tokenizer, the pairs, and the reference."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.encoded import EncodedPair, pair_digests, pairs_without_rejected
+from qlora_dpo.data.encoded import EncodedPair, pair_digests, pairs_without_rejected, sequence_lengths
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model.base import load_tokenizer, tokenizer_fingerprints, vocabulary_fingerprint
+from qlora_dpo.model.base import (
+    check_stored_quantization,
+    load_tokenizer,
+    tokenizer_fingerprints,
+    vocabulary_fingerprint,
+)
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.saved_adapter import SavedAdapter, check_base_matches, find_saved_adapter
 from qlora_dpo.model.sources import ModelSource, fetch_model
@@ -28,6 +35,11 @@ from qlora_dpo.recipe.objective import Sft
 from qlora_dpo.recipe.reference import AdapterReference, EmaReference, ModelReference
 from qlora_dpo.training.data_order import DataOrder, make_data_order
 from qlora_dpo.training.loss_columns import column_keys
+
+logger = logging.getLogger(__name__)
+
+TABLES_OF_POSITIONS = ("gpt2", "gptj", "codegen", "gpt_bigcode", "openai-gpt", "ctrl", "opt", "biogpt", "gpt_neo")
+"""Model types that look their positions up in a table, which ends at `max_position_embeddings`."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ def _prepare(
     seconds: dict[str, float] = {}
     with timed(seconds, "fetch"):
         source = fetch_source(recipe.model)
+        check_stored_quantization(source, recipe.model)
         tokenizer = load_tokenizer(source)
         reference = resolve_reference(recipe, source, tokenizer)
     with timed(seconds, "encode"):
@@ -125,7 +138,28 @@ def _prepare(
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
         train = load_pairs(recipe.data, "train", tokenizer, seed, columns, watch)
         heldout = load_pairs(recipe.data, "eval", tokenizer, seed, columns | groups, watch)
+        check_positions(source, train, heldout)
     return PreparedData(recipe, source, tokenizer, _for_objective(train, recipe), heldout, reference, seconds, train)
+
+
+def check_positions(source: ModelSource, train: PairSet, heldout: PairSet) -> None:
+    """Raise RecipeError for sequences longer than the base's table of positions; say so of rotary positions.
+
+    A rotary model computes any position, but has not learned those beyond its config's `max_position_embeddings`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError):  # whoever builds the model says so in a sentence
+        return
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = max(int(sequence_lengths(pairs.encoded).max(initial=0)) for pairs in (train, heldout))
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    found = f"{source.name}: the longest pair has {longest:,} tokens, and the model has {limit:,} positions"
+    if config.model_type in TABLES_OF_POSITIONS:
+        raise RecipeError(f"{found}; set data.max_length to at most {limit}")
+    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+        logger.info(f"{found}, beyond which it has learned nothing; set data.max_length to at most {limit}")
 
 
 def reuse_prepared_data(prepared: PreparedData, recipe: Recipe) -> PreparedData:

@@ -94,7 +94,7 @@ def test_auto_prints_all_rows_and_the_merged_folder_carries_them(
 def test_auto_keeps_the_files_of_the_base_it_names(place: Path, tmp_path: Path) -> None:
     for onto in ("trained", "original"):
         other = "original" if onto == "trained" else "trained"
-        said = {onto: figures(0.01, 0.9, loss=0.1, perplexity=1.0), other: figures(0.01, 0.9)}
+        said = {onto: figures(1e-6, 0.9, loss=0.1, perplexity=1.0), other: figures(1e-6, 0.9)}
         kept = merging.merge_adapter(
             merging.open_for_merge(place / "nf4"),
             tmp_path / f"auto-{onto}",

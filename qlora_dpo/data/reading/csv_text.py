@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from qlora_dpo.data.reading.arrow_tables import ARROW_BLOCK_ROWS, arrow_rows
-from qlora_dpo.data.reading.file_rows import KNOWN_COLUMNS, FileRows, count_of
+from qlora_dpo.data.reading.file_rows import HEADER_COLUMNS, FileRows, count_of
 from qlora_dpo.data.reading.text_index import check_utf8
 from qlora_dpo.data.spool import Spool
 from qlora_dpo.errors import DataError
@@ -151,7 +151,7 @@ def _sniff_separator(header: str, default: str) -> str:
 
 
 def _num_known(header: str, separator: str) -> int:
-    return sum(field.strip().casefold() in KNOWN_COLUMNS for field in _split(header, separator))
+    return sum(field.strip().casefold() in HEADER_COLUMNS for field in _split(header, separator))
 
 
 def _split(line: str, separator: str) -> list[str]:

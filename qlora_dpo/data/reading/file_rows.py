@@ -8,7 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-KNOWN_COLUMNS = frozenset(
+HEADER_COLUMNS = frozenset(
     {
         *("prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "instruction", "input"),
         *("question", "query", "response", "responses", "output", "answer", "system", "history", "scores", "ranks"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.data.reading.file_rows import KNOWN_COLUMNS, count_of
+from qlora_dpo.data.reading.file_rows import HEADER_COLUMNS, count_of
 from qlora_dpo.errors import DataError, RecipeError
 
 _MESSAGE_KEYS = {"role", "content", "from", "value", "text", "type"}
@@ -128,4 +128,4 @@ def _is_lists(value: Mapping[str, Any]) -> bool:
 
 
 def _has_known_columns(value: Mapping[str, Any]) -> bool:
-    return any(str(key).strip().casefold() in KNOWN_COLUMNS for key in value)
+    return any(str(key).strip().casefold() in HEADER_COLUMNS for key in value)
