@@ -322,7 +322,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "training/loop.py": [
         ("        tools.schedule.step()", "        pass", LOOP),
-        ("context.data_order.batch_indices(state.step + 1)", "context.data_order.batch_indices(state.step or 1)", LOOP),
+        (
+            "context.data_order.batch_indices(state.step + 1)",
+            "context.data_order.batch_indices(state.step or 1)",
+            "faults/test_not_finite.py",
+        ),
         ("optim.restore_scheduler(tools.schedule, tools.optimizer, state.scheduler)", "pass", CHECKPOINT),
         ("    sync_reference(loop.model, context.reference_adapter, state.step)\n", "", KINDS),
         (
@@ -366,6 +370,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return total / tokens", "return total / len(measured_pairs)", WATCH),
     ],
     "training/train_step.py": [
+        ("context.data_order.batch_indices(state.step + 1)", "context.data_order.batch_indices(state.step or 1)", LOOP),
         ("grad < SMALL_GRAD * state.first_step_grad", "grad < SMALL_GRAD", WATCH),
         ("        parameter.grad = None\n", "        pass\n", LOOP + " " + FITTING),
         ("backward(losses.total_P.sum() / len(batch))", "backward(losses.total_P.mean())", LOOP),
