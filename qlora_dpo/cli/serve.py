@@ -80,8 +80,6 @@ def serve_command(
     SamplingParams(**{name: value for name, value in given.items() if value is not None})
     _check_api_key(host, api_key)
     from qlora_dpo.run_folder import find_model_folder
-
-    find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
     from qlora_dpo.talk.collect import check_pair_file
     from qlora_dpo.talk.http_server import bind_socket
 
@@ -89,6 +87,7 @@ def serve_command(
         check_pair_file(collect)
     listener = bind_socket(host, port)
     try:
+        find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
         from qlora_dpo.adapter import open_model
         from qlora_dpo.talk.access import AccessPolicy
         from qlora_dpo.talk.engine import Engine

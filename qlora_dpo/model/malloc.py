@@ -1,10 +1,10 @@
 """Settings of glibc's malloc that decide when freed memory goes back to the system; no effect elsewhere."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from qlora_dpo.model.memory import rss_bytes
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, numbered as in malloc.h."""
@@ -74,3 +74,9 @@ class HeapTrimmer:
         elif resident > MAX_HEAP_GROWTH * self.needed:
             malloc_trim()
             self.was_trimmed = True
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process in bytes; 0 where the system does not report it."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0

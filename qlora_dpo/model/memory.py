@@ -1,7 +1,6 @@
 """Memory that is free and in use, and which weights may be cached in the compute dtype within it."""
 
 import gc
-import os
 from pathlib import Path
 
 import torch
@@ -41,12 +40,6 @@ def _cgroup_free_bytes() -> int:
         return max(0, int(limit) - int(used))
     except (OSError, ValueError):  # no control group, or its limit is "max"
         return 2**62
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process in bytes; 0 where the system does not report it."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
 
 
 def free_cached_memory() -> None:

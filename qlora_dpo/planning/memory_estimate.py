@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_dpo.model import memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
+from qlora_dpo.model.malloc import rss_bytes
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.recipe import Recipe
@@ -108,7 +108,7 @@ def estimate_memory(
     process_bytes, loading_bytes = 0, 0
     if device.type == "cpu":
         # pages of a mapped file count towards the process as long as it is mapped
-        process_bytes = memory.rss_bytes()
+        process_bytes = rss_bytes()
         loading_bytes = sum(footprint.weight_bytes.values()) + footprint.file_bytes
     return MemoryEstimate(
         bytes_by_part=parts,

@@ -6,17 +6,15 @@ from mutations import MUTANTS, Mutant, first_failure, run_mutants
 def test_a_mistake_that_no_test_finds_is_reported_as_a_survivor() -> None:
     lines = list[str]()
     mutants = [
-        Mutant("errors.py", "def is_out_of_memory", "def is_never_out_of_memory", "cli/test_out_of_memory.py"),
-        Mutant("errors.py", '"""', '"""Here, ', "cli/test_out_of_memory.py"),
-        Mutant("errors.py", '"out of memory", ', "", "cli/test_out_of_memory.py"),
+        Mutant("wilson.py", "def wilson_interval", "def no_interval", "report/test_tables.py"),
+        Mutant("wilson.py", '"""', '"""Here, ', "report/test_tables.py"),
+        Mutant("wilson.py", "return 0.0, 1.0", "return 0.0, 0.0", "report/test_tables.py"),
     ]
-    assert not run_mutants(mutants, 1, lines.append, preload=("torch",))
+    assert not run_mutants(mutants, 1, lines.append, preload=())
     verdicts = [line.split(": ")[2].partition(", ")[0] for line in lines[:-1]]
-    assert verdicts[0].startswith("found by tests/cli/test_out_of_memory.py")
+    assert verdicts[0].startswith("found by tests/report/test_tables.py")
     assert verdicts[1] == "SURVIVES (0)"
-    assert verdicts[2].startswith(
-        "found by tests/cli/test_out_of_memory.py::test_a_lack_of_memory_is_known_by_its_words["
-    )
+    assert verdicts[2] == "found by tests/report/test_tables.py::test_wilson_mirrors_and_knows_nothing_of_no_pairs"
     assert lines[-1].startswith("2 of 3 planted mistakes were found, ")
 
 

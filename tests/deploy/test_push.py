@@ -115,7 +115,7 @@ def test_a_merged_model_is_sent_public_and_talked_to(made: Path, place: Workplac
 def test_a_push_that_was_cut_off_goes_on(made: Path, place: Workplace) -> None:
     command = ("push", str(made / "hh"), "me/hh", "--base", BASE)
     place.hub.uploads_left = 0
-    cut = place.run(*command, **ONLINE)
+    cut = place.run(*command, HUB_RETRIES_AT_ONCE="1", **ONLINE)
     assert cut.returncode == 1
     assert cut.stderr.splitlines()[-1] == (
         "qlora-dpo: me/hh: the hub cannot be reached or the connection ended; run the same command again: files that "

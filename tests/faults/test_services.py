@@ -40,7 +40,7 @@ def run(place: Workplace, *commands: tuple[str, list[str]], down: bool = False, 
     if down:
         environment["HF_ENDPOINT"] = closed_port()
     command = ["-c", COMMANDS, "" if down else place.hub.url, json.dumps(commands)]
-    done = run_forked(command, cwd=place.folder, env=place.environment(**environment))
+    done = run_forked(command, cwd=place.folder, env=place.environment(HUB_RETRIES_AT_ONCE="1", **environment))
     found = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     assert len(found) == len(commands), done.stderr
     assert not any("Traceback" in each[1] for each in found)

@@ -13,8 +13,8 @@ from fork_server import run_forked
 RUN = """
 import contextlib, io, json, sys, time
 from qlora_dpo.cli import main
-from qlora_dpo.report import write
-write.draw_plots = lambda *some: []  # a third of the time of a tiny run, and nobody looks at these plots
+from qlora_dpo.cli.text import train_text
+train_text.write_report = lambda *some: []  # a third of the time of a tiny run, and nobody looks at these reports
 for arguments in json.load(sys.stdin):
     if "accelerate.state" in sys.modules:  # as if the next command had a process of its own
         sys.modules["accelerate.state"].AcceleratorState._reset_state(True)

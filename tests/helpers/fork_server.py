@@ -23,6 +23,7 @@ import tempfile
 import termios
 import threading
 import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +34,7 @@ MAX_SERVERS = 3
 CALL_TIME = (
     *("COLUMNS", "HF_TOKEN", "HOME", "PYTEST_", "QLORA_DPO_CACHE", "RANK", "TMPDIR", "WANDB_", "WORLD_SIZE"),
     *("AWS_", "DATABASE_", "HTTPS_PROXY_", "OPENAI_", "TRACKIO_", "NETRC", "SLURM_", "PWD", "OLDPWD", "_"),
-    *("INPUTRC", "NO_COLOR", "PYTHONPATH", "TERM"),
+    *("INPUTRC", "NO_COLOR", "PYTHONPATH", "TERM", "HUB_RETRIES_AT_ONCE"),
     # those that `quiet_libraries` sets, in the server too
     *("BITSANDBYTES_NOWELCOME", "DATASETS_VERBOSITY", "HF_DATASETS_DISABLE_", "HF_HUB_DISABLE_PROGRESS_BARS"),
     *("PYTORCH_CUDA_ALLOC_CONF", "TQDM_DISABLE", "TRANSFORMERS_NO_", "TRANSFORMERS_VERBOSITY"),
@@ -322,6 +323,10 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     sys.path[1 : 1 + len(of_server)] = own
     os.environ.clear()
     os.environ.update(request["environment"])
+    if request["environment"].get("HUB_RETRIES_AT_ONCE"):  # huggingface_hub's client otherwise waits 23 seconds in all
+        sys.modules["huggingface_hub.utils._http"].time = types.SimpleNamespace(
+            time=time.time, sleep=lambda seconds: None
+        )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None
     random.seed()
@@ -339,8 +344,6 @@ def _perform(arguments: list[str]) -> None:
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
-        import types
-
         main = types.ModuleType("__main__")
         sys.modules["__main__"] = main
         sys.argv = ["-c", *rest[1:]]

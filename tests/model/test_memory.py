@@ -108,8 +108,7 @@ def test_what_a_step_frees_is_not_asked_of_the_system_again() -> None:
 
 HEAP_AFTER_STEPS = """
 import sys, torch
-from qlora_dpo.model.malloc import HeapTrimmer, malloc_retain
-from qlora_dpo.model.memory import rss_bytes
+from qlora_dpo.model.malloc import HeapTrimmer, malloc_retain, rss_bytes
 torch.set_num_threads(1)
 malloc_retain()
 heap, generator = HeapTrimmer(), torch.Generator().manual_seed(0)

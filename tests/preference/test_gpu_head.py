@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.output_head import LogitMap
 from qlora_dpo.preference import logps
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate
@@ -29,6 +30,7 @@ class Headed(nn.Module):
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         self.head = head
+        head.logit_map = LogitMap()  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head

@@ -22,7 +22,7 @@ from qlora_dpo.preference.reference_cache import ReferenceLogpCache, read_logp_t
 from qlora_dpo.preference.start_checks import check_adapter_off_is_base, check_first_loss, probe_logits
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.tracking.run_log import RunLog
-from qlora_dpo.training import build_model, oom_retry
+from qlora_dpo.training import oom_retry, run
 from qlora_dpo.training.prepare import prepare_data
 from qlora_dpo.training.run import RunHooks, RunOptions, TrainingResult, train_prepared
 
@@ -279,7 +279,13 @@ def test_a_reference_pass_that_fits_in_no_rows_ends_the_run(
 def test_a_policy_that_does_not_start_as_its_reference_ends_the_run(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_model, "check_adapter_off_is_base", lambda model, *some, **keys: tiny_run.stirred(model))
+    whole = run.precompute_reference_logps
+
+    def with_another_policy(prepared: Any, loaded: Any, *others: Any) -> Any:
+        tiny_run.stirred(loaded.model)
+        return whole(prepared, loaded, *others)
+
+    monkeypatch.setattr(run, "precompute_reference_logps", with_another_policy)
     with pytest.raises(ModelError, match=r"^the first DPO loss would be 0\.\d{6} instead of ln 2 = 0\.693147: "):
         whole_run(tmp_path / "run", {})
 

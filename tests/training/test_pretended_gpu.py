@@ -531,7 +531,11 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 @pytest.mark.parametrize(
     ("card", "quantization", "train"),
-    [("t4", "nf4", {}), ("t4", "none", {"gradient_checkpointing": True}), ("a10", "int8", {})],
+    [
+        ("t4", "nf4", {}),
+        pytest.param("t4", "none", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("a10", "int8", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_planned_bytes_are_the_counted_ones(
     card: str, quantization: str, train: dict[str, Any], deep: ModelSource, tmp_path: Path
@@ -572,7 +576,7 @@ Once for losses and figures of all pairs, once for the norm of the gradient, and
 """
 
 
-@pytest.mark.parametrize("card", WAITS_OF_A_STEP)
+@pytest.mark.parametrize("card", ["t4", pytest.param("a10", marks=pytest.mark.slow)])
 def test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch(
     card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
