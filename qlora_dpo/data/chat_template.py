@@ -37,6 +37,7 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
 
 SYSTEM_FOLDED = "system turn written before the first question"
 CONTROL_AS_TEXT = "control tokens read as text"
+PARTLY_WRITTEN = "the chat template leaves out a part of the answer, such as its <think> block"
 
 _PRIVATE_USE_AREA, _RENAMED_TOKENS_START = range(0xE000, 0xF900), 0xF0000
 """Unicode private use areas: stand-ins for control tokens in messages, and for the tokenizer's own control tokens."""
@@ -58,8 +59,8 @@ def tokenize_chats(
     """Token ids of each chat as the template writes it: first of `prompts`, up to where the assistant starts to write.
 
     They equal `apply_chat_template`'s, except that a control token in somebody's text (`<|im_end|>`) is tokenized as
-    plain characters. Raises InvalidRow if the tokenizer cannot do that, one of TEMPLATE_ERRORS if the template refuses
-    a chat, and LimitExceeded if it runs or writes without end.
+    plain characters. Raises InvalidRow if the tokenizer cannot do that, or if the template writes only a part of an
+    answer, one of TEMPLATE_ERRORS if the template refuses a chat, and LimitExceeded if it runs or writes without end.
 
     Together they take half the time, since the turns of a prompt are also in its answered chats. `tools` holds the JSON
     text of each chat's tools, if there are any.
@@ -72,10 +73,18 @@ def tokenize_chats(
     inputs, count = [TemplateInput(chat, chat_tools) for chat, chat_tools, _ in masked], len(prompts)
     texts = _render_inputs(tokenizer, inputs[:count], answered=False)
     texts += _render_inputs(tokenizer, inputs[count:], answered=True)
+    for template_input, text in zip(inputs[count:], texts[count:], strict=True):
+        if not _is_within(template_input.chat[-1]["content"], text):
+            raise InvalidRow(PARTLY_WRITTEN)
     return [
         _tokenize_masked(tokenizer, traits, text, words) if words else ids
         for text, ids, (_, _, words) in zip(texts, tokenize_texts(tokenizer, texts), masked, strict=True)
     ]
+
+
+def _is_within(answer: str, text: str) -> bool:
+    """True if a text holds an answer, but for white space."""
+    return answer.strip() in text or "".join(answer.split()) in "".join(text.split())
 
 
 @dataclass(frozen=True)

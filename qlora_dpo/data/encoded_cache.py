@@ -24,7 +24,7 @@ from qlora_dpo.data.chat_format import ChatFormat
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids
 from qlora_dpo.data.pairs import Pair
 
-TOKEN_CACHE_VERSION = 3
+TOKEN_CACHE_VERSION = 4
 """Goes up when the same pair would be encoded otherwise, so that no entry of an older version is used."""
 
 ENCODED_SCHEMA = pa.schema(

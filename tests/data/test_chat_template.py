@@ -161,3 +161,23 @@ def test_a_tokenizer_that_is_not_fast_drops_such_texts(monkeypatch: pytest.Monke
     assert encode_pairs([pair], words, detect_chat_format(words)) == [
         "text holds the control token <|im_end|>, which cannot be read as text"
     ]
+
+
+WITHOUT_THOUGHTS = tiny.CHATML.replace("message['content']", "message['content'].split('</think>')[-1].lstrip()")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "told"),
+    [
+        (WITHOUT_THOUGHTS, "<think>\nHm.\n</think>\n\nYes.", chat_template.PARTLY_WRITTEN),
+        (WITHOUT_THOUGHTS, "  Yes.\n", None),
+        (tiny.CHATML, "<think>\nHm.\n</think>\n\nYes.", None),
+        (tiny.CHATML.replace("message['content']", "message['content'] | trim"), " It \n\n is.\n", None),
+    ],
+)
+def test_an_answer_of_which_the_template_writes_a_part_is_dropped(template: str, answer: str, told: str | None) -> None:
+    words = tiny.tokenizer(template)
+    pairs = [Pair((USER,), text, "No.", row, {}) for row, text in ((1, "Maybe."), (2, answer))]
+    first, second = encode_pairs(pairs, words, detect_chat_format(words))
+    assert isinstance(first, EncodedPair)
+    assert second == told if told else isinstance(second, EncodedPair)
