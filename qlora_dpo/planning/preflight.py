@@ -148,7 +148,8 @@ def _lint_findings(train: PairSet, heldout: PairSet, recipe: Recipe) -> Iterator
     """Problems of the training rows, and prompts that are in both sets."""
     dropped = {reason: list(rows) for reason, rows in train.audit.dropped.items() if reason != OVERLONG}
     row_P = np.array([pair.row for pair in train.pairs])
-    yield from lint.find_problems(ParsedRows(PreferenceFormat(train.audit.format), train.pairs, dropped, row_P))
+    format = PreferenceFormat(train.audit.format.partition("; ")[0])  # of a mixture, that of its first source
+    yield from lint.find_problems(ParsedRows(format, train.pairs, dropped, row_P))
     if recipe.data.effective_eval_share is None and (shared := lint.prompt_overlap(train.pairs, heldout.pairs)):
         yield LintFinding("held-out prompts that are trained on", shared, "set data.eval_share, or other splits", False)
 

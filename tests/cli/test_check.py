@@ -69,6 +69,22 @@ def test_a_recipe_is_told_in_one_table_without_any_weights(place: Path, capsys: 
     assert float(re.search(r"fits: ([\d.]+) GiB", total)[1]) == pytest.approx(sum(parts), abs=0.05)  # type: ignore[index]
 
 
+def test_a_mixture_of_two_formats_is_checked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": each["prompt"]}],
+            **{side: [{"role": "assistant", "content": each[side]}] for side in ("chosen", "rejected")},
+        }
+        for each in map(pair, range(60, 100))
+    ]
+    write("chats.jsonl", chats)
+    recipe = Path("r.toml").read_text(encoding="utf-8").replace('train = "./train.jsonl"\n', "")
+    sources = "".join(f'[[data.mix]]\nsource = "./{name}.jsonl"\n' for name in ("train", "chats"))
+    Path("mix.toml").write_text(recipe + sources, encoding="utf-8")
+    found = checked(capsys, "mix.toml")
+    assert found["data"]["train"]["rows"] == 100
+
+
 def test_the_figures_are_those_of_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(capsys, "r.toml")
     tiny_run.tiny.qwen2().save_pretrained("base")
