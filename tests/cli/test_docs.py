@@ -134,11 +134,13 @@ def test_every_marker_is_explained_to_contributors() -> None:
         assert f"| `{marker.partition(':')[0]}` |" in told
 
 
-def test_every_package_folder_is_in_the_wheel() -> None:
+def test_every_folder_is_in_the_wheel() -> None:
+    """Folders of data too: setuptools takes them for packages, and warns of any that is not listed."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    folders = [path.parent for path in (ROOT / "qlora_dpo").rglob("__init__.py")]
-    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert set(listed) == found | {"qlora_dpo.recipes"}
+    files = [*(ROOT / "qlora_dpo").rglob("*"), *(ROOT / "recipes").rglob("*")]
+    folders = {path.parent for path in files if path.is_file() and "__pycache__" not in path.parts}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(listed) == {f"qlora_dpo.{name}" if name.startswith("recipes") else name for name in names}
 
 
 def test_every_option_of_every_command_has_a_help_text() -> None:
