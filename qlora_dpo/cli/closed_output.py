@@ -16,14 +16,17 @@ class _LastingPipe(io.FileIO):
     was_closed = False
 
     def write(self, data: Any) -> int:
-        """Write `data`, or nothing at all once the reader is gone."""
+        """Write all of `data`, or nothing at all once the reader is gone."""
+        left = memoryview(data).cast("B")
+        size = left.nbytes
         try:
-            return super().write(data)
+            while left.nbytes:
+                left = left[super().write(left) or 0 :]
         except BrokenPipeError:
             self.was_closed = True
             with Path(os.devnull).open("wb") as sink:
                 os.dup2(sink.fileno(), self.fileno())
-            return memoryview(data).nbytes
+        return size
 
 
 @contextmanager
@@ -57,11 +60,13 @@ def _lasting(stream: TextIO | None) -> TextIO:
     if not is_own or not _is_pipe(stream):
         return stream
     stream.flush()
-    buffer = io.BufferedWriter(_LastingPipe(stream.fileno(), "wb", closefd=False))
-    is_unbuffered = stream is sys.__stderr__
-    return io.TextIOWrapper(
-        buffer, stream.encoding, stream.errors, line_buffering=is_unbuffered, write_through=is_unbuffered
-    )
+    pipe = _LastingPipe(stream.fileno(), "wb", closefd=False)
+    encoding, errors = stream.encoding, stream.errors
+    if stream is sys.__stderr__:
+        # no buffer: a signal handler that says something would find it in use, which Python refuses ("reentrant call")
+        unbuffered: Any = pipe
+        return io.TextIOWrapper(unbuffered, encoding, errors, write_through=True)
+    return io.TextIOWrapper(io.BufferedWriter(pipe), encoding, errors)
 
 
 def _is_pipe(stream: TextIO) -> bool:

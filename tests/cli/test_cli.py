@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from fork_server import run_forked
 
 from qlora_dpo import __version__, cli, errors, files
 from qlora_dpo.cli import main
@@ -347,3 +348,28 @@ def test_a_command_goes_on_when_nobody_reads_its_output(monkeypatch: pytest.Monk
 def test_a_command_goes_on_without_any_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["runs", "--help"]) == 0
+
+
+SPEAKING_HANDLER = """
+import os, signal, sys, threading, time
+from qlora_dpo.cli.closed_output import lasting_output
+with lasting_output():
+    signal.signal(signal.SIGUSR1, lambda *given: sys.stderr.write("stopping\\n"))
+    end = time.monotonic() + 1
+    def interrupt():
+        while time.monotonic() < end:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(3e-4)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    while time.monotonic() < end:
+        print("a line", file=sys.stderr)
+    thread.join()
+"""
+
+
+def test_a_signal_handler_may_speak_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = str(Path(__file__).parents[2])
+    done = run_forked(["-c", SPEAKING_HANDLER], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-500:]
+    assert {"a line", "stopping"} <= set(done.stderr.splitlines())
