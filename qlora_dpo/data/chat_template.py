@@ -73,9 +73,10 @@ def tokenize_chats(
     inputs, count = [TemplateInput(chat, chat_tools) for chat, chat_tools, _ in masked], len(prompts)
     texts = _render_inputs(tokenizer, inputs[:count], answered=False)
     texts += _render_inputs(tokenizer, inputs[count:], answered=True)
-    for template_input, text in zip(inputs[count:], texts[count:], strict=True):
-        if not _is_within(template_input.chat[-1]["content"], text):
-            raise InvalidRow(PARTLY_WRITTEN)
+    if len(set(texts[count:])) > 1:  # answers that the template makes equal have that as their reason
+        for template_input, text in zip(inputs[count:], texts[count:], strict=True):
+            if not _is_within(template_input.chat[-1]["content"], text):
+                raise InvalidRow(PARTLY_WRITTEN)
     return [
         _tokenize_masked(tokenizer, traits, text, words) if words else ids
         for text, ids, (_, _, words) in zip(texts, tokenize_texts(tokenizer, texts), masked, strict=True)
