@@ -8,7 +8,7 @@ from types import FrameType
 import click
 
 from qlora_dpo import __version__
-from qlora_dpo.cli.allocator import use_expandable_segments
+from qlora_dpo.cli.allocator import limit_onednn_caches, use_expandable_segments
 from qlora_dpo.cli.chat import chat_command
 from qlora_dpo.cli.check import check_command
 from qlora_dpo.cli.closed_output import lasting_output
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 usage, 3 gate, 4 does not fit, 130 interrupted."""
     quiet_libraries()
     use_expandable_segments()
+    limit_onednn_caches()
     # SIGTERM acts like Ctrl+C, so that half-written folders are removed
     signal.signal(signal.SIGTERM, _raise_interrupt)
     with lasting_output() as is_reader_gone, console_logging():

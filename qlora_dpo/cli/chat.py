@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qlora_dpo.cli.base_model_option import base_model_option
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
@@ -36,11 +37,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Start of the random draws. [default: another one in every chat]")
 @click.option("-c", "--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
 @click.option("--base", is_flag=True, help="Begin with the adapter switched off.")
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
-)
+@base_model_option
 def chat_command(
     model: str | None, system: str | None, go_on: bool, base: bool, base_model: str | None, **given: Any
 ) -> None:

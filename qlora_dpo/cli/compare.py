@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qlora_dpo.cli.base_model_option import base_model_option
+
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.dialogue import Message
@@ -38,11 +40,7 @@ DEFAULT_PROMPTS = 3
     show_default=True,
     help="What all models compute in.",
 )
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
-)
+@base_model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page that needs no network, too."

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qlora_dpo.cli.base_model_option import base_model_option
+
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.encode import PairSet
@@ -74,11 +76,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compute dtype of both models.",
 )
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
-)
+@base_model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def eval_command(
     adapter: Path | None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qlora_dpo.cli.base_model_option import base_model_option
+
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.deploy.merge import Dtype, MergeResult
@@ -19,11 +21,7 @@ EXPECTED_KL = 0.001
 @click.command("merge", short_help="Write an adapter, or several, and its base as one full model.")
 @click.argument("adapters", metavar="[ADAPTER]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write [merged/NAME]")
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
-)
+@base_model_option
 @click.option("--weights", metavar="W,W", help="How much of each adapter is added, as in 0.7,0.3 [default: 1 for one]")
 @click.option(
     "--onto",

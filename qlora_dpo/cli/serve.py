@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qlora_dpo.cli.base_model_option import base_model_option
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
@@ -53,11 +54,7 @@ MIN_KEY_LENGTH = 16
     help=f"The longest reply, in tokens. [default: {SamplingParams.max_new_tokens}, if it fits]",
 )
 @click.option("--seed", type=int, help="Where a request names none. [default: another one for every reply]")
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
-)
+@base_model_option
 @click.option("--open/--no-open", "browse", default=None, help="Open the page in a browser. [default: if there is one]")
 def serve_command(
     model: str | None,

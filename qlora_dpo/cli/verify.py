@@ -5,14 +5,12 @@ from pathlib import Path
 
 import click
 
+from qlora_dpo.cli.base_model_option import base_model_option
+
 
 @click.command("verify", short_help="Check a run, an adapter or a merged model against its manifest and base.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
-)
+@base_model_option
 def verify_command(folder: Path, base_model: str | None) -> None:
     """Check every file of DIR, a run, an adapter or a merged model, against its manifest, and the base of an adapter.
 

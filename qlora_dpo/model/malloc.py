@@ -75,6 +75,10 @@ class HeapTrimmer:
             malloc_trim()
             self.was_trimmed = True
 
+    def after_evaluation(self) -> None:
+        """Learn from the next step what a step needs: an evaluation ends by returning everything that is free."""
+        self.was_trimmed = True
+
 
 def rss_bytes() -> int:
     """Resident memory of this process in bytes; 0 where the system does not report it."""

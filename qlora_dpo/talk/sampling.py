@@ -10,6 +10,8 @@ from qlora_dpo.errors import RecipeError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,8 +41,6 @@ class SamplingParams:
             raise RecipeError(f"seed is {self.seed}; it must be 0 or more")
 
 
-logger = logging.getLogger(__name__)
-
 SAMPLING_PARAM_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -65,7 +65,6 @@ def _usable(name: str, value: Any) -> float | None:
     """A value of a model's generation config as it can be used here; None if it cannot."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    if name == "temperature":
-        # Files write a tiny temperature for the likeliest token, since transformers refuses 0
-        return 0 if 0 <= value < MIN_TEMPERATURE else value if value <= MAX_TEMPERATURE and value > 0 else None
-    return value if 0 < value <= 1 else None
+    if name == "temperature" and 0 <= value < MIN_TEMPERATURE:
+        return 0  # files write a tiny temperature for the likeliest token, since transformers refuses 0
+    return value if 0 < value <= (MAX_TEMPERATURE if name == "temperature" else 1) else None

@@ -216,11 +216,9 @@ class StepProgress:
     `evaluation_steps` are the steps after which the run evaluates; each is expected to take as long as the last one.
     """
 
-    def __init__(
-        self, total_steps: int, start_step: int = 0, evaluation_steps: Sequence[int] = (), style: str = "cyan"
-    ) -> None:
+    def __init__(self, total_steps: int, start_step: int = 0, evaluation_steps: Sequence[int] = ()) -> None:
         self.clock = StepClock()
-        self.progress = make_progress(self.clock, style)
+        self.progress = make_progress(self.clock, style="green")
         self.task = start_task(self.progress, "train", total_steps, start_step)
         self.start_step, self.evaluation_steps, self.evaluation_seconds = start_step, sorted(evaluation_steps), 0.0
 

@@ -81,7 +81,7 @@ def train_loop(
                 with loop.window.paused(), optim.eval_weights(tools.optimizer):
                     run_evaluation(model, context, state, run_log)
                 if loop.heap is not None:
-                    loop.heap.was_trimmed = True  # at the end of the evaluation
+                    loop.heap.after_evaluation()
             now = time.monotonic()
             if reason := stop_reason(stop.is_requested, not is_last and now + (now - began) > context.deadline):
                 saved = _save(loop)
