@@ -46,7 +46,8 @@ def generate_greedy(
     Each token is the likeliest one: sampling, repetition penalties and length rules of the model's generation config
     are not applied. Prompts of similar length share a batch of at most `batch_tokens` tokens, completions included;
     a finished row leaves the batch. The default is large because on a CPU a step of 68 rows costs only about twice a
-    step of one. Call it inside the device's autocast. Raises ModelError if the chat template cannot write a prompt.
+    step of one. A model without a key-value cache runs all of the text for each token, prompts of one length together.
+    Call it inside the device's autocast. Raises ModelError if the chat template cannot write a prompt.
     """
     encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     stop_ids = stop_token_ids(model, tokenizer)
@@ -55,8 +56,10 @@ def generate_greedy(
     training = model.training
     model.eval()
     try:
-        for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens):
-            rows = _greedy(model, [encoded[index] for index in batch], stop_ids, pad, max_new_tokens)
+        with_cache = _supports_dynamic_cache(model)
+        for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=with_cache):
+            complete = _greedy if with_cache else _greedy_without_cache
+            rows = complete(model, [encoded[index] for index in batch], stop_ids, max_new_tokens, pad)
             for index, ids in zip(batch, rows, strict=True):
                 completions[index] = ids
     finally:
@@ -69,6 +72,7 @@ class KVCache:
     """The key-value cache of one conversation and model variant, and the tokens it holds."""
 
     past: DynamicCache | None = None
+    """None before the first token, and always for a model without such a cache."""
     ids: list[int] = field(default_factory=list)
 
 
@@ -151,11 +155,23 @@ def context_tokens(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts by rising length, in batches of `batch_tokens` with padding and completions."""
+def _supports_dynamic_cache(model: Any) -> bool:
+    """False for a model that has no key-value cache (GPT-1), or one of a class of its own (MiniMax, RWKV)."""
+    plain = unwrap_peft(model)
+    return _cache_name(plain) in signature(type(plain).forward).parameters and plain._supports_default_dynamic_cache()
+
+
+def _batches(
+    lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, *, padded: bool = True
+) -> Iterator[list[int]]:
+    """Indices of prompts by rising length, in batches of `batch_tokens` with padding and completions.
+
+    Without padding, the prompts of a batch have one length.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        if batch and (len(batch) + 1) * (lengths[index] + max_new_tokens) > batch_tokens:
+        is_full = (len(batch) + 1) * (lengths[index] + max_new_tokens) > batch_tokens
+        if batch and (is_full or not (padded or lengths[index] == lengths[batch[0]])):
             yield batch
             batch = []
         batch.append(index)
@@ -165,7 +181,7 @@ def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> 
 
 @torch.no_grad()
 def _greedy(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], pad: int, max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int, pad: int
 ) -> list[list[int]]:
     """Continue left-padded `prompts` with their likeliest tokens, including the end token."""
     longest = max(len(prompt) for prompt in prompts)
@@ -174,10 +190,13 @@ def _greedy(
     mask_RT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     position_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
     past = DynamicCache(config=model.config)
+    is_recurrent = getattr(unwrap_peft(model), "_is_stateful", False) and not _takes_positions(model)
     completions: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        chosen_R = _last_logits(model, ids_RT, past, attention_mask=mask_RT, position_ids=position_RT).argmax(-1)
+    for count in range(max_new_tokens):
+        # Once the prompt was run, a recurrent state is past all padding; FalconMamba would mask its new tokens by it
+        mask = {} if is_recurrent and count else {"attention_mask": mask_RT}
+        chosen_R = _last_logits(model, ids_RT, past, position_ids=position_RT, **mask).argmax(-1)
         for row, token in zip(live, chosen_R.tolist(), strict=True):
             completions[row].append(token)
         unfinished = [index for index, row in enumerate(live) if completions[row][-1] not in stop_ids]
@@ -189,6 +208,25 @@ def _greedy(
         ids_RT = chosen_R[unfinished, None]
         mask_RT = torch.cat([mask_RT[unfinished], torch.ones_like(ids_RT)], dim=-1)
         position_RT = position_RT[unfinished, -1:] + 1
+    return completions
+
+
+@torch.no_grad()
+def _greedy_without_cache(
+    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int, pad: int
+) -> list[list[int]]:
+    """Continue `prompts` of one length with their likeliest tokens, including the end token; `pad` is not needed."""
+    ids_RT = torch.tensor(list(prompts), device=model.get_input_embeddings().weight.device)
+    start, live = ids_RT.shape[1], torch.arange(len(prompts), device=ids_RT.device)
+    completions: list[list[int]] = [[] for _ in prompts]
+    for _ in range(max_new_tokens):
+        ids_RT = torch.cat([ids_RT, _last_logits(model, ids_RT, None).argmax(-1)[:, None]], dim=-1)
+        for row, ids in zip(live.tolist(), ids_RT[:, start:].tolist(), strict=True):
+            completions[row] = ids
+        unfinished = [index for index, row in enumerate(live.tolist()) if completions[row][-1] not in stop_ids]
+        if not unfinished:
+            break
+        ids_RT, live = ids_RT[unfinished], live[unfinished]
     return completions
 
 
@@ -207,7 +245,8 @@ def _reuse_prefix(kv_cache: KVCache, model: Any, ids: Sequence[int]) -> list[int
     # Sliding windows and recurrent states cannot be restored by dropping their last entries
     croppable = kv_cache.past is not None and all(type(layer) is DynamicLayer for layer in kv_cache.past.layers)
     if kv_cache.past is None or (surplus and not croppable):
-        kv_cache.past, kv_cache.ids, shared = DynamicCache(config=model.config), [], 0
+        past = DynamicCache(config=model.config) if _supports_dynamic_cache(model) else None
+        kv_cache.past, kv_cache.ids, shared = past, [], 0
     elif surplus:
         kv_cache.past.crop(-surplus)
         kv_cache.ids = kv_cache.ids[:shared]
@@ -219,16 +258,27 @@ def _next_logits(model: Any, new_ids: list[int], kv_cache: KVCache) -> Tensor:
     """Run `new_ids` after the tokens in `kv_cache`; return the next token's logits (V,), float32 on the CPU."""
     past, kv_cache.past = kv_cache.past, None  # an interrupted forward pass leaves an empty cache, not a torn one
     cached_ids, kv_cache.ids = kv_cache.ids, []
-    ids_RT = torch.tensor([new_ids], device=model.get_input_embeddings().weight.device)
-    logits_RV = _last_logits(model, ids_RT, past)
-    kv_cache.past, kv_cache.ids = past, [*cached_ids, *new_ids]
+    ids = [*cached_ids, *new_ids]
+    start = 0 if past is None else len(cached_ids)
+    ids_RT = torch.tensor([ids[start:]], device=model.get_input_embeddings().weight.device)
+    position_RT = torch.arange(start, len(ids), device=ids_RT.device)[None]
+    logits_RV = _last_logits(model, ids_RT, past, position_ids=position_RT)
+    kv_cache.past, kv_cache.ids = past, ids
     return logits_RV[0].float().cpu()
 
 
 def _last_logits(model: Any, ids_RT: Tensor, past: DynamicCache | None, **padding: Tensor) -> Tensor:
-    output = model(input_ids=ids_RT, use_cache=True, logits_to_keep=1, **{_cache_name(model): past}, **padding)
-    logits_RV: Tensor = output.logits[:, -1]
+    """The next token's logits (R, V) after `ids_RT`, which follow what `past` holds."""
+    if not _takes_positions(model):
+        padding.pop("position_ids", None)
+    cache = {"use_cache": False} if past is None else {"use_cache": True, _cache_name(model): past}
+    logits_RV: Tensor = model(input_ids=ids_RT, logits_to_keep=1, **cache, **padding).logits[:, -1]
     return logits_RV
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether the model is told the positions of its tokens; those of recurrent layers alone, and BLOOM, are not."""
+    return "position_ids" in signature(type(unwrap_peft(model)).forward).parameters
 
 
 def _cache_name(model: Any) -> str:
