@@ -2,15 +2,24 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, assert_never
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError, RecipeError
@@ -21,11 +30,31 @@ from qlora_dpo.model.quantized import compute_with_dequantized_weights, linear4b
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe.model import ModelTable
 
+logger = logging.getLogger(__name__)
+
+SPLIT_TEXTS = (
+    "Hello, world!  It's 12345.67 at 2 a.m.; WE'LL see: (x**2) != y_1\n\n\tdef f(x):\r\n    return -x  \n",
+    "na\u00efve cafe\u0301 \u00c5ngstr\u00f6m \ufb01 \u4f60\u597d\uff0c\u4e16\u754c\u3002 "
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \U0001f44d\U0001f3fd \u00a0\u200b",
+    " a leading space, and\u2581a mark",
+)
+"""Texts in which normalizers and splitting rules differ: spaces, digits, contractions, accents, other scripts."""
+
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; if it has no padding token, the end-of-sequence token takes its place."""
+    """Load the tokenizer; if it has no padding token, the end-of-sequence token takes its place.
+
+    transformers builds the tokenizer of a known class from the vocabulary in tokenizer.json alone. Where that splits
+    texts in another way than tokenizer.json says, which other programs follow, the file is used as it is.
+    """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        if _differs_from_file(tokenizer, source.folder / "tokenizer.json"):
+            logger.info(
+                f"{source.name}: tokenizer.json is used as it is; transformers' {type(tokenizer).__name__} would split "
+                "texts in another way"
+            )
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if isinstance(tokenizer.chat_template, dict):
@@ -34,6 +63,18 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def _differs_from_file(tokenizer: Any, file: Path) -> bool:
+    """Whether a tokenizer that transformers has rebuilt splits SPLIT_TEXTS in another way than its own file says."""
+    if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
+        return False
+    as_written = Tokenizer.from_file(str(file))
+    try:
+        rebuilt_ids = [tokenizer.encode(text, add_special_tokens=False) for text in SPLIT_TEXTS]
+    except Exception:  # what `tokenizers` raises for a token that the class expects and the vocabulary lacks
+        return True
+    return rebuilt_ids != [as_written.encode(text, add_special_tokens=False).ids for text in SPLIT_TEXTS]
 
 
 def _default_template(templates: dict[str, str], source: ModelSource) -> str:
