@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -145,6 +146,11 @@ def _render_remaining(tokenizer: Any, inputs: Sequence[TemplateInput], answered:
     if render(inputs[0]) == first:
         return [render(template_input) for template_input in inputs[1:]]
     return [_apply_template(tokenizer, template_input, answered) for template_input in inputs[1:]]
+
+
+def template_date(tokenizer: Any) -> str:
+    """Today's date if the chat template writes the date, as those of Llama 3 and SmolLM3 do; otherwise empty."""
+    return datetime.now().astimezone().date().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
 
 
 def supports_tools(tokenizer: Any) -> bool:

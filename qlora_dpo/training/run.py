@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from qlora_dpo import run_folder
+from qlora_dpo.data.chat_template import template_date
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.files import write_json
 from qlora_dpo.model.base import tokenizer_fingerprints
@@ -166,6 +167,7 @@ def train_prepared(
         step=0,
         recipe=recipe.model_dump(exclude_none=True),
         fingerprints=_fingerprints(prepared),
+        template_date=template_date(prepared.tokenizer),
         row_tokens=loaded.packing.token_budget if is_auto else None,
     )
     processes.check_same_on_all_ranks(state.fingerprints)

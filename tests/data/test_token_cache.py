@@ -1,5 +1,6 @@
 """Pairs are tokenized once: cached ids are found by text and tokenizer, and never used damaged."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tiny
 from qlora_dpo.data import encode as encoding
 from qlora_dpo.data.arrow_cache import read_batches
 from qlora_dpo.data.chat_format import detect_chat_format
+from qlora_dpo.data.chat_template import template_date
 from qlora_dpo.data.encoded_cache import EncodedIndex, EncodedRow, EncodedWriter, text_digest, tokenizer_key
 from qlora_dpo.data.pairs import Pair
 
@@ -72,6 +74,7 @@ def test_another_text_or_template_is_not_found() -> None:
 
 def test_a_template_that_writes_the_date_is_never_cached(own_cache: Path) -> None:
     dated = tiny.tokenizer("{{ strftime_now('%d') }}" + tiny.CHATML)
+    assert (template_date(tiny.tokenizer()), template_date(dated)) == ("", f"{date.today()}")
     store(dated)
     assert not own_cache.exists()
 

@@ -275,6 +275,26 @@ def test_changed_data_tokenizer_template_and_base_are_refused_by_name(stopped: P
         )
 
 
+def test_pairs_into_which_the_template_writes_another_date_are_refused_with_both_dates(stopped: Path) -> None:
+    """A date alone is no change: only that of the pairs, which may have been encoded a moment before midnight."""
+    newest, _ = newest_valid(stopped)
+    kept = TrainState(**save.json.loads((newest / "state.json").read_text()))
+
+    def resumed(**changed: str) -> TrainState:
+        model = tiny_run.fresh(tiny_run.recipe("nf4"))
+        now = TrainState(0, kept.recipe, kept.fingerprints | changed, template_date="2026-11-30")
+        optimizer = torch.optim.AdamW(tiny_run.trainable_parameters(model).values())
+        return save.load_checkpoint(newest, now, model, optimizer)
+
+    assert resumed().template_date == "2026-11-30"
+    with pytest.raises(RunError) as error:
+        resumed(pairs="other")
+    assert str(error.value) == (
+        f"{newest}: belongs to another run; changed since: the training pairs, into which the chat template writes the "
+        "date (another date then, 2026-11-30 now); put it back, or go on with --allow pairs"
+    )
+
+
 def test_a_checkpoint_of_another_version_is_named(stopped: Path, tmp_path: Path) -> None:
     newest, _ = newest_valid(stopped)
     shutil.copytree(newest, tmp_path / newest.name)

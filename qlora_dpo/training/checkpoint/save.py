@@ -167,7 +167,7 @@ def load_checkpoint(
         state.row_tokens = current.row_tokens
     elif _flatten(state.recipe).get(ROW_TOKENS_KEY) == "auto" != _flatten(current.recipe).get(ROW_TOKENS_KEY):
         state.row_tokens = None  # the recipe's number was allowed to replace "auto"
-    state.recipe, state.fingerprints = current.recipe, current.fingerprints
+    state.recipe, state.fingerprints, state.template_date = current.recipe, current.fingerprints, current.template_date
     return state
 
 
@@ -205,8 +205,12 @@ def _resume_differences(state: TrainState, current: TrainState) -> dict[str, str
         if _without_local_path(key, was.get(key)) != _without_local_path(key, now.get(key))
         and not key.startswith(MUTABLE_KEYS)
     }
+    dates = ""
+    if state.template_date != current.template_date:
+        then, now = state.template_date or "another date", current.template_date or "none"
+        dates = f", into which the chat template writes the date ({then} then, {now} now)"
     return changed | {
-        name: label
+        name: label + (dates if name in ("pairs", "heldout") else "")
         for name, label in FINGERPRINT_LABELS.items()
         if state.fingerprints.get(name) != current.fingerprints.get(name)
     }

@@ -54,6 +54,8 @@ class TrainState:
     fingerprints: dict[str, str]
     """SHA-256 of base, tokenizer, template, both sets of pairs, and of the adapters or the model that lora.init_from
     and [reference] name, under the names that --allow knows."""
+    template_date: str = ""
+    """The date that the chat template wrote into the pairs; empty if it writes none."""
     evals: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     num_tokens: int = 0
