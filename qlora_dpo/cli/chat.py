@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.base_model_option import base_model_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import base_model_option
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
@@ -55,6 +56,7 @@ def chat_command(
 
     if model is not None or not go_on:
         find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
+    import_libraries()
     from qlora_dpo.adapter import open_model
     from qlora_dpo.talk.chat import reply_to_pipe, run_chat
     from qlora_dpo.talk.chat_history import load_chat

@@ -4,7 +4,8 @@ import json
 
 import click
 
-from qlora_dpo.cli.set_option import set_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import set_option
 from qlora_dpo.model.gpu_specs import GPU_SPECS
 
 
@@ -54,6 +55,7 @@ def _check_recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None,
 
     loaded = recipe.load_recipe(recipe_file, overrides)
     _check_gpu_known(gpu)
+    import_libraries()
     from qlora_dpo.model import memory
     from qlora_dpo.model.device import device_for_gpu, select_device
 

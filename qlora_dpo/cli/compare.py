@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.base_model_option import base_model_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import base_model_option
 
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
@@ -69,6 +70,7 @@ def compare_command(
     folders = [folder.expanduser() for folder in adapters]
     _check_adapters(folders)
     prompts = _collect_prompts(folders[0], **prompt_options)
+    import_libraries()
     from qlora_dpo.talk import compare as comparing
 
     opened, loaded = comparing.open_adapters(folders, dtype, base_model)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.base_model_option import base_model_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import base_model_option
 
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
@@ -104,6 +105,7 @@ def eval_command(
     qlora-dpo eval adapters/hh --judge http://127.0.0.1:8000/v1 --judge-model NAME
     qlora-dpo eval adapters/hh --data pairs.jsonl --text novel.txt --min-accuracy 0.6 --json
     """
+    import_libraries()
     from qlora_dpo.adapter import open_adapter
     from qlora_dpo.errors import GateError
     from qlora_dpo.evaluation.lm_eval_tasks import evaluate_tasks, make_task_manager

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.base_model_option import base_model_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import base_model_option
 
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel
@@ -60,6 +61,7 @@ def merge_command(
     qlora-dpo merge adapters/hh -o merged/hh-best --onto auto --max-kl 0.3
     qlora-dpo merge adapters/hh adapters/tone --weights 0.7,0.3
     """
+    import_libraries()
     from qlora_dpo.deploy import merge as merging
     from qlora_dpo.deploy.base_choice import MergeThresholds
     from qlora_dpo.deploy.merge_memory import check_merge_memory, estimate_merge_memory

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.base_model_option import base_model_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import base_model_option
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.talk.sampling import SamplingParams, resolve_sampling_params
 
@@ -85,6 +86,7 @@ def serve_command(
     listener = bind_socket(host, port)
     try:
         find_model_folder(model)  # a wrong name is told before torch is imported, which takes seconds
+        import_libraries()
         from qlora_dpo.adapter import open_model
         from qlora_dpo.talk.access import AccessPolicy
         from qlora_dpo.talk.engine import Engine

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_dpo.cli.set_option import set_option, translate_aliases
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import set_option, translate_aliases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +66,7 @@ def sweep_command(
     if dry_run:
         return
 
+    import_libraries()
     from qlora_dpo.cli.sweep_points import open_sweep, report_sweep, train_points
 
     with open_sweep(folder, axes, points, ranking_metric, resume=resume) as sweep:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_dpo.cli.set_option import set_option
+from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.options import set_option
 
 if TYPE_CHECKING:
     from qlora_dpo.recipe import Recipe
@@ -67,6 +68,7 @@ def train_command(
 
     check_extras(loaded.recipe)
 
+    import_libraries()
     from qlora_dpo.cli.text.plan_text import plan_lines
     from qlora_dpo.model import device as devices
     from qlora_dpo.model.distributed import processes as distributed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from qlora_dpo.cli.base_model_option import base_model_option
+from qlora_dpo.cli.options import base_model_option
 
 
 @click.command("verify", short_help="Check a run, an adapter or a merged model against its manifest and base.")

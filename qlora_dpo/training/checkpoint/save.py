@@ -207,8 +207,8 @@ def _resume_differences(state: TrainState, current: TrainState) -> dict[str, str
     }
     dates = ""
     if state.template_date != current.template_date:
-        then, now = state.template_date or "another date", current.template_date or "none"
-        dates = f", into which the chat template writes the date ({then} then, {now} now)"
+        dated, dated_now = state.template_date or "another date", current.template_date or "none"
+        dates = f", into which the chat template writes the date ({dated} then, {dated_now} now)"
     return changed | {
         name: label + (dates if name in ("pairs", "heldout") else "")
         for name, label in FINGERPRINT_LABELS.items()

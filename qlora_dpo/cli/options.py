@@ -1,4 +1,7 @@
-"""The option `--set`. Its keys are those of the recipe; `dpo.`, as other tools call the table, means `objective.`."""
+"""Options that several commands have: `--set` of those that read a recipe, `--base-model` of those that open adapters.
+
+The keys of `--set` are those of the recipe; `dpo.`, as other tools call the table, means `objective.`.
+"""
 
 import click
 
@@ -23,4 +26,10 @@ set_option = click.option(
     multiple=True,
     callback=translate_aliases,
     help="Change a key of the recipe: lora.r=8",
+)
+
+base_model_option = click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
 )
