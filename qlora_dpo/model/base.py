@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from safetensors import SafetensorError
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -145,6 +147,27 @@ def check_stored_quantization(source: ModelSource, table: ModelTable) -> None:
         f'{source.name}: is stored as {kind} of bitsandbytes already, and the recipe says "{table.quantization}"; '
         f"write {wanted}, or name the original model"
     )
+
+
+def merge_obstacle(model: PeftModel, source: ModelSource) -> str:
+    """Why the adapter of `model` cannot be merged, as a sentence; empty if nothing is known to forbid it.
+
+    A base that is stored quantized is merged layer by layer from its own files, which must name each layer as the code
+    does; transformers loads some models of experts under other names.
+    """
+    if not isinstance(_config_dict(source).get("quantization_config"), dict):
+        return ""
+    names: set[str] = set()
+    for file in source.folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(tensors.keys())
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and f"{name}.weight" not in names:
+            return (
+                f"{source.name}: is stored quantized, and its files have no {name}: this adapter can be used with the "
+                "base, but not be merged; for a merged model, name the model that it was made from"
+            )
+    return ""
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:

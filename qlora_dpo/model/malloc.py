@@ -51,23 +51,23 @@ def malloc_trim() -> None:
 
 
 MAX_HEAP_GROWTH = 1.05
-"""How much more than a step needs may be kept of freed memory; beyond it, everything free is returned."""
+"""How much more than a row needs may be kept of freed memory; beyond it, everything free is returned."""
 
 
 class HeapTrimmer:
     """Bounds what `malloc_retain` keeps: blocks of ever-changing lengths would otherwise fragment the heap without end.
 
-    What a step needs is the memory of the process after it, if everything free was returned before it; that is learned
-    from the first step and from each that follows a trim.
+    What a row (a micro-batch) needs is the memory of the process after it, if everything free was returned before it;
+    that is learned from the first row and from each that follows a trim.
     """
 
     def __init__(self) -> None:
         self.needed = 0
         self.was_trimmed = True
-        """Whether everything free was returned since the last step."""
+        """Whether everything free was returned since the last row."""
 
-    def after_step(self) -> None:
-        """Return freed memory to the system if the process has outgrown what its steps need."""
+    def after_backward(self) -> None:
+        """Return freed memory to the system if the process has outgrown what its rows need."""
         resident = rss_bytes()
         if self.was_trimmed:
             self.needed, self.was_trimmed = max(self.needed, resident), False
@@ -76,7 +76,7 @@ class HeapTrimmer:
             self.was_trimmed = True
 
     def after_evaluation(self) -> None:
-        """Learn from the next step what a step needs: an evaluation ends by returning everything that is free."""
+        """Learn from the next row what a row needs: an evaluation ends by returning everything that is free."""
         self.was_trimmed = True
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
 from qlora_dpo.model.attention import Backend
-from qlora_dpo.model.base import check_vocabulary, disable_dropout, load_base
+from qlora_dpo.model.base import check_vocabulary, disable_dropout, load_base, merge_obstacle
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
@@ -120,6 +120,8 @@ def build_model(base: LoadedBase, prepared: PreparedData, device: Device, row_to
     recipe = prepared.recipe
     packing = replace(prepared.padded, backend=base.backend, token_budget=row_tokens or recipe.train.row_tokens)
     model, reference_adapter = _attach(base, prepared, device)
+    if obstacle := merge_obstacle(model, prepared.source):
+        logger.info(obstacle)
     is_trl = engine_of(recipe).is_trl
     if not is_trl:
         logger.info(fuse_lora(model, device.torch_dtype))

@@ -69,8 +69,6 @@ def train_loop(
                     f"stopped within step {state.step + 1}, which begins anew; {saved} is saved, --resume goes on from "
                     "there"
                 ) from aborted
-            if loop.heap is not None:
-                loop.heap.after_step()
             run_log.step(state.step)
             is_last, ends_epoch = state.step == order.total_steps, order.ends_epoch(state.step)
             is_logged = context.is_logged(state.step)
@@ -206,7 +204,7 @@ def _gradient(loop: _Loop) -> tuple[StepResult, float]:
         for attempt in row_attempts(f"step {state.step + 1}", packing, last_try):
             with attempt:
                 result = accumulate_gradients(
-                    model, context, state, attempt.packing, accelerator.backward, lambda: loop.stop.is_requested
+                    model, context, state, attempt.packing, partial(_backward, loop), lambda: loop.stop.is_requested
                 )
         keep_row_tokens(state, packing, attempt.packing)
         result = all_reduce_step(model, result)
@@ -226,6 +224,13 @@ def _gradient(loop: _Loop) -> tuple[StepResult, float]:
         ) from error
     parameters, max_norm = trainable_parameters(model).values(), context.recipe.train.max_grad_norm
     return result, float(accelerator.clip_grad_norm_(parameters, max_norm))
+
+
+def _backward(loop: _Loop, loss: Tensor) -> None:
+    """Add the gradient of a micro-batch."""
+    loop.tools.accelerator.backward(loss)
+    if loop.heap is not None:
+        loop.heap.after_backward()
 
 
 def _restored(

@@ -116,7 +116,7 @@ for step in range(300):
     kept.append(torch.ones(2**10))  # a little of each step stays, and splits the heap
     del tensors
     if sys.argv[1] == "bounded":
-        heap.after_step()
+        heap.after_backward()
     most = max(most, rss_bytes() - start)
 print(most)
 """
@@ -140,7 +140,7 @@ def test_freed_memory_is_returned_once_a_process_has_outgrown_its_steps(monkeypa
     monkeypatch.setattr(malloc, "malloc_trim", lambda: trims.append(1))
     heap, counts = HeapTrimmer(), []
     for _ in range(6):
-        heap.after_step()
+        heap.after_backward()
         counts.append(len(trims))
     # above 1.05 times what the first step needed, and later what the one after the trim did
     assert (counts, heap.needed) == ([0, 0, 1, 1, 1, 2], 102)

@@ -8,14 +8,23 @@ import architectures
 import pytest
 import tiny
 import tiny_run
+from safetensors.torch import load_file, save_file
+from saved_adapters import save_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dpo.data.chat_template import CONTROL_AS_TEXT, list_repairs, template_traits, tokenize_chats
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model.base import check_stored_quantization, check_vocabulary, load_base, load_tokenizer
+from qlora_dpo.model.base import (
+    check_stored_quantization,
+    check_vocabulary,
+    load_base,
+    load_tokenizer,
+    merge_obstacle,
+)
+from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.quantized import quantization_of
 from qlora_dpo.model.sources import ModelSource
-from qlora_dpo.recipe.model import ModelTable
+from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.talk.generate import stop_token_ids
 from qlora_dpo.training.prepare import prepare_data
 
@@ -143,6 +152,25 @@ TURNS = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + ' <|over|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
+
+
+def test_a_quantized_base_whose_files_lack_a_layers_name_is_told_before_training(tmp_path: Path) -> None:
+    """Merging would be refused when all is trained; the adapter itself is of use."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    folder = save_base(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "4bit")
+    source = ModelSource("org/model", tmp_path / "4bit", "")
+    base = load_base(source, ModelTable(name="org/model", double_quant=False), tiny_run.CPU)
+    model = attach_lora(base, LoraTable(), 0)
+    assert merge_obstacle(model, source) == ""
+    file = tmp_path / "4bit" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("layers.0.mlp.", "layers.0.experts."): tensors[name] for name in tensors}, file)
+    assert merge_obstacle(model, source) == (
+        "org/model: is stored quantized, and its files have no model.layers.0.mlp.gate_proj: this adapter can be used "
+        "with the base, but not be merged; for a merged model, name the model that it was made from"
+    )
+    assert merge_obstacle(model, ModelSource("org/model", folder, "")) == ""
 
 
 def turn_tokens() -> Any:
