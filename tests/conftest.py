@@ -1,5 +1,6 @@
 """What every test starts from: no network, no telemetry, caches of its own, and no wandb account."""
 
+import gc
 import os
 import signal
 import sys
@@ -56,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, whole, and leave all others in their order."""
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the libraries out of every later search for garbage, of which what is tested asks for many."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

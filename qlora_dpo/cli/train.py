@@ -68,7 +68,6 @@ def train_command(
 
     check_extras(loaded.recipe)
 
-    import_libraries()
     from qlora_dpo.cli.text.plan_text import plan_lines
     from qlora_dpo.model import device as devices
     from qlora_dpo.model.distributed import processes as distributed
@@ -92,6 +91,7 @@ def train_command(
         arguments += ("--dropped-rows",) * dropped_rows
         return launch_processes(["train", *arguments], world_size)
 
+    import_libraries()
     from qlora_dpo.cli.run_hooks import run_hooks
     from qlora_dpo.training.run import RunOptions, run_training
 
