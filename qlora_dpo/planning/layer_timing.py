@@ -228,13 +228,12 @@ class CpuLoad:
         seconds = time.perf_counter() - self.start
         return max(0.0, _busy_seconds() - self.busy - self._own_seconds()) / seconds if seconds else 0.0
 
-    def own_cores(self) -> float:
-        """Cores that this process used, on average."""
-        seconds = time.perf_counter() - self.start
-        return self._own_seconds() / seconds if seconds else 0.0
-
     def _own_seconds(self) -> float:
         return time.process_time() - self.own
+
+
+MAX_IDLE_LOAD = 0.1
+"""Cores that other processes may keep busy on a machine that counts as idle."""
 
 
 def _busy_seconds() -> float:
@@ -245,7 +244,8 @@ def _busy_seconds() -> float:
 def _seconds(fn: Callable[[], None], device: Device, repeats: int = MAX_REPEATS) -> float:
     """Seconds of a call of `fn` while nothing else runs, after one warm-up call unless `repeats` is 1.
 
-    Those of the fastest call; where other processes took cores from all calls, those that their share would leave.
+    Those of the fastest call. Where other processes keep cores busy, threads wait for each other far longer than those
+    cores would take; then one more call, in one thread, tells by its CPU seconds what the threads share.
     """
     if repeats > 1:
         fn()
@@ -256,19 +256,21 @@ def _seconds(fn: Callable[[], None], device: Device, repeats: int = MAX_REPEATS)
         fn()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    if device.type != "cpu":
-        return min(seconds)
-    share = idle_share(torch.get_num_threads(), load.own_cores(), load.other_cores())
-    return min(min(seconds), share * sum(seconds) / len(seconds))
+    if device.type == "cpu" and load.other_cores() > MAX_IDLE_LOAD:
+        return min(*seconds, cpu_seconds(fn) / torch.get_num_threads())
+    return min(seconds)
 
 
-def idle_share(threads: int, own_cores: float, other_cores: float) -> float:
-    """The share of a time measured on a busy machine that it would have taken on an idle one.
-
-    `threads` shared `own_cores`; what they lacked counts as far as `other_cores` were in use.
-    """
-    lacking = min(other_cores, max(0.0, threads - own_cores))
-    return 1 - lacking / threads
+def cpu_seconds(fn: Callable[[], None]) -> float:
+    """CPU seconds of a call of `fn` in one thread, which other processes delay and hardly raise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.process_time()
+        fn()
+        return time.process_time() - start
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _synchronize(device: Device) -> None:

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,13 @@ from typing import Any
 import pytest
 import tiny
 import tiny_run
+import torch
 from transformers import Qwen2Config
 
 from qlora_dpo.cli import main
 from qlora_dpo.cli.text import time_text
-from qlora_dpo.planning import layer_timing as pace_module
-from qlora_dpo.planning.layer_timing import LayerTiming, idle_share, measure_layer_timing
+from qlora_dpo.planning import layer_timing
+from qlora_dpo.planning.layer_timing import LayerTiming, measure_layer_timing
 from qlora_dpo.planning.time_estimate import (
     LayerCounts,
     PassCounts,
@@ -136,17 +140,17 @@ def test_a_pair_is_as_much_less_as_those_that_are_laid_out() -> None:
 def test_one_layer_of_a_tiny_model_has_a_pace(
     quantization: str, dense: bool, dtype: Any, packing: Packing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_module, "MIN_TIMING_SECONDS", 0.02)
+    monkeypatch.setattr(layer_timing, "MIN_TIMING_SECONDS", 0.02)
     what = tiny_run.recipe(quantization, lora={"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]})
     place = tiny_run.device.select_device(dtype)
     found = measure_layer_timing(tiny_run.source(), what, place, tiny_run.pairs(8), packing, dense=dense)
-    for each in vars(found).values():
-        assert 0 < each < math.inf
+    for name, each in vars(found).items():
+        assert 0 < each < math.inf or (name == "other_load" and each == 0)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_the_probe_stores_its_layer_as_a_run_does(quantization: str) -> None:
-    model, words = pace_module._build_one_layer_model(
+    model, words = layer_timing._build_one_layer_model(
         tiny_run.source(), tiny_run.recipe(quantization), tiny_run.CPU, tiny_run.PACKED, dense=False
     )
     loaded = tiny_run.load_base(tiny_run.source(), tiny_run.recipe(quantization).model, tiny_run.CPU)
@@ -209,18 +213,53 @@ def test_a_busy_machine_is_told() -> None:
     assert line.endswith(f"(probe of 2.0 s on this machine; {cores})")
 
 
-@pytest.mark.parametrize(
-    ("threads", "own", "others", "share"),
-    [
-        (2, 2.0, 0.0, 1),
-        (2, 1.4, 0.0, 1),  # a part that one thread does alone
-        (2, 1.0, 1.0, 0.5),
-        (2, 1.5, 0.25, 0.875),
-        (1, 1.0, 1.0, 1),  # the others have a core of their own
-    ],
-)
-def test_of_a_time_only_what_others_took_is_left_out(threads: int, own: float, others: float, share: float) -> None:
-    assert idle_share(threads, own, others) == share
+@pytest.mark.parametrize(("other_cores", "expected"), [(0.0, 0.02), (1.0, 0.004)])
+def test_beside_other_programs_the_cpu_seconds_of_one_thread_count(
+    other_cores: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_timing.CpuLoad, "other_cores", lambda load: other_cores)
+    monkeypatch.setattr(layer_timing, "cpu_seconds", lambda fn: 0.008)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    seconds = layer_timing._seconds(lambda: time.sleep(0.02), tiny_run.CPU)
+    assert seconds == expected if other_cores else seconds >= expected
+
+
+def test_cpu_seconds_are_those_of_one_thread_and_leave_the_others() -> None:
+    threads, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    try:
+        assert layer_timing.cpu_seconds(lambda: seen.append(torch.get_num_threads())) < 1
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core cannot be shared and idle")
+def test_a_probe_beside_a_program_that_keeps_every_core_busy_is_within_half_of_an_idle_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def probe() -> float:
+        def products() -> None:
+            for _ in range(10):
+                left @ right
+
+        return layer_timing._seconds(products, tiny_run.CPU)
+
+    spinners = list[subprocess.Popen[bytes]]()
+    try:
+        idle = probe()
+        spinners += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+        time.sleep(1)
+        assert 1 / 1.5 < probe() / idle < 1.5
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture
