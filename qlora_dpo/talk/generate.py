@@ -58,8 +58,11 @@ def generate_greedy(
     try:
         with_cache = _supports_dynamic_cache(model)
         for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=with_cache):
-            complete = _greedy if with_cache else _greedy_without_cache
-            rows = complete(model, [encoded[index] for index in batch], stop_ids, max_new_tokens, pad)
+            batch_ids = [encoded[index] for index in batch]
+            if with_cache:
+                rows = _greedy(model, batch_ids, stop_ids, max_new_tokens, pad)
+            else:
+                rows = _greedy_without_cache(model, batch_ids, stop_ids, max_new_tokens)
             for index, ids in zip(batch, rows, strict=True):
                 completions[index] = ids
     finally:
@@ -213,9 +216,9 @@ def _greedy(
 
 @torch.no_grad()
 def _greedy_without_cache(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int, pad: int
+    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Continue `prompts` of one length with their likeliest tokens, including the end token; `pad` is not needed."""
+    """Continue `prompts` of one length with their likeliest tokens, including the end token."""
     ids_RT = torch.tensor(list(prompts), device=model.get_input_embeddings().weight.device)
     start, live = ids_RT.shape[1], torch.arange(len(prompts), device=ids_RT.device)
     completions: list[list[int]] = [[] for _ in prompts]
