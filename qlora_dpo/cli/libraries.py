@@ -20,6 +20,7 @@ def import_libraries() -> None:
     gc.disable()
     try:
         _import_bitsandbytes()
+        import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     finally:
         if was_enabled:

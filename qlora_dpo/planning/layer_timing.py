@@ -36,6 +36,8 @@ MAX_VOCAB_SIZE = {"cpu": 2**14, "cuda": 2**17}
 """Largest vocabulary of the timed model. The head works in smaller tiles, so its time is scaled to the full one."""
 MAX_PASS_SECONDS = 0.3
 """Longest pass to time, in seconds; a slower one is timed on fewer pairs."""
+MAX_IDLE_LOAD = 0.1
+"""Cores that other processes may keep busy on a machine that counts as idle."""
 MIN_TIMING_SECONDS, MAX_REPEATS = 0.4, 9
 """A pass is repeated until either is reached."""
 
@@ -218,7 +220,7 @@ def _malloc_as_in_training(device: Device) -> Iterator[None]:
 
 
 class CpuLoad:
-    """What this process and all others have used of the CPU since this object was made."""
+    """What other processes have used of the CPU since this object was made."""
 
     def __init__(self) -> None:
         self.start, self.own, self.busy = time.perf_counter(), time.process_time(), _busy_seconds()
@@ -230,10 +232,6 @@ class CpuLoad:
 
     def _own_seconds(self) -> float:
         return time.process_time() - self.own
-
-
-MAX_IDLE_LOAD = 0.1
-"""Cores that other processes may keep busy on a machine that counts as idle."""
 
 
 def _busy_seconds() -> float:

@@ -56,13 +56,9 @@ def generate_greedy(
     training = model.training
     model.eval()
     try:
-        with_cache = _supports_dynamic_cache(model)
-        for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=with_cache):
-            batch_ids = [encoded[index] for index in batch]
-            if with_cache:
-                rows = _greedy(model, batch_ids, stop_ids, max_new_tokens, pad)
-            else:
-                rows = _greedy_without_cache(model, batch_ids, stop_ids, max_new_tokens)
+        padded = _supports_dynamic_cache(model)
+        for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=padded):
+            rows = _greedy(model, [encoded[index] for index in batch], stop_ids, pad, max_new_tokens)
             for index, ids in zip(batch, rows, strict=True):
                 completions[index] = ids
     finally:
@@ -164,6 +160,11 @@ def _supports_dynamic_cache(model: Any) -> bool:
     return _cache_name(plain) in signature(type(plain).forward).parameters and plain._supports_default_dynamic_cache()
 
 
+def _empty_cache(model: Any) -> DynamicCache | None:
+    """None for a model without such a cache: all of its text is run for each token."""
+    return DynamicCache(config=model.config) if _supports_dynamic_cache(model) else None
+
+
 def _batches(
     lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, *, padded: bool = True
 ) -> Iterator[list[int]]:
@@ -184,7 +185,7 @@ def _batches(
 
 @torch.no_grad()
 def _greedy(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int, pad: int
+    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], pad: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Continue left-padded `prompts` with their likeliest tokens, including the end token."""
     longest = max(len(prompt) for prompt in prompts)
@@ -192,7 +193,7 @@ def _greedy(
     ids_RT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask_RT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     position_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
-    past = DynamicCache(config=model.config)
+    past = _empty_cache(model)
     is_recurrent = getattr(unwrap_peft(model), "_is_stateful", False) and not _takes_positions(model)
     completions: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
@@ -206,30 +207,15 @@ def _greedy(
         if not unfinished:
             break
         if len(unfinished) < len(live):
-            past.batch_select_indices(torch.tensor(unfinished, device=device))
+            if past is not None:
+                past.batch_select_indices(torch.tensor(unfinished, device=device))
             live = [live[index] for index in unfinished]
-        ids_RT = chosen_R[unfinished, None]
-        mask_RT = torch.cat([mask_RT[unfinished], torch.ones_like(ids_RT)], dim=-1)
-        position_RT = position_RT[unfinished, -1:] + 1
-    return completions
-
-
-@torch.no_grad()
-def _greedy_without_cache(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_new_tokens: int
-) -> list[list[int]]:
-    """Continue `prompts` of one length with their likeliest tokens, including the end token."""
-    ids_RT = torch.tensor(list(prompts), device=model.get_input_embeddings().weight.device)
-    start, live = ids_RT.shape[1], torch.arange(len(prompts), device=ids_RT.device)
-    completions: list[list[int]] = [[] for _ in prompts]
-    for _ in range(max_new_tokens):
-        ids_RT = torch.cat([ids_RT, _last_logits(model, ids_RT, None).argmax(-1)[:, None]], dim=-1)
-        for row, ids in zip(live.tolist(), ids_RT[:, start:].tolist(), strict=True):
-            completions[row] = ids
-        unfinished = [index for index, row in enumerate(live.tolist()) if completions[row][-1] not in stop_ids]
-        if not unfinished:
-            break
-        ids_RT, live = ids_RT[unfinished], live[unfinished]
+        new_R1 = chosen_R[unfinished, None]
+        mask_RT = torch.cat([mask_RT[unfinished], torch.ones_like(new_R1)], dim=-1)
+        if past is None:
+            ids_RT, position_RT = torch.cat([ids_RT[unfinished], new_R1], dim=-1), mask_RT.cumsum(-1) - 1
+        else:
+            ids_RT, position_RT = new_R1, position_RT[unfinished, -1:] + 1
     return completions
 
 
@@ -248,8 +234,7 @@ def _reuse_prefix(kv_cache: KVCache, model: Any, ids: Sequence[int]) -> list[int
     # Sliding windows and recurrent states cannot be restored by dropping their last entries
     croppable = kv_cache.past is not None and all(type(layer) is DynamicLayer for layer in kv_cache.past.layers)
     if kv_cache.past is None or (surplus and not croppable):
-        past = DynamicCache(config=model.config) if _supports_dynamic_cache(model) else None
-        kv_cache.past, kv_cache.ids, shared = past, [], 0
+        kv_cache.past, kv_cache.ids, shared = _empty_cache(model), [], 0
     elif surplus:
         kv_cache.past.crop(-surplus)
         kv_cache.ids = kv_cache.ids[:shared]
