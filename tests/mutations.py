@@ -348,6 +348,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "training/watch.py": [
         ("lost > MAX_DISPLACEMENT_NATS and", "lost > MAX_DISPLACEMENT_NATS or", WATCH),
         ('first["eval_logps/chosen_per_token"] - now[', 'now["eval_logps/chosen_per_token"] - first[', WATCH),
+        ('now["eval_kl"] - max(0.0, -lost) >', 'now["eval_kl"] >', WATCH),
+        ('now["eval_kl"] - max(0.0, -lost) >', 'now["eval_kl"] + lost >', WATCH),
         ("done >= 0.5 and (rival", "(rival", WATCH),
         ('abs(now.get("eval_length_correlation", 0.0))', 'now.get("eval_length_correlation", 0.0)', WATCH),
         ("return best if rises and falls and", "return best if rises and", WATCH),

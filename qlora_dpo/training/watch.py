@@ -13,7 +13,10 @@ MIN_LOSS_CHANGE = 1e-3
 MAX_DISPLACEMENT_NATS = 0.25
 """Nats per token that the chosen answers may lose since step 0 while the margin grows."""
 MAX_KL_NATS = 0.5
-"""Nats per token of KL divergence between the policy and the base on chosen answers."""
+"""KL divergence between policy and base on chosen answers, in nats per token, beyond what these answers have gained.
+
+A policy that fits the chosen answers, as supervised tuning does, gains in log-probability just what it moves.
+"""
 MAX_LENGTH_CORRELATION = 0.8
 """Correlation, positive or negative, between the margins and how much longer the chosen answers are."""
 MAX_VANISHING_SHARE = 0.5
@@ -57,11 +60,12 @@ def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
             f"the chosen answers have lost {lost:.2f} nats a token since step 0 while the margin grew: both answers "
             'become unlikely; add objective.sft_weight, or try loss_type = "dpop" or a higher objective.beta',
         )
-    if now["eval_kl"] > MAX_KL_NATS:
+    if now["eval_kl"] - max(0.0, -lost) > MAX_KL_NATS:
         yield (
             "kl",
-            f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, so other abilities "
-            "may suffer; raise objective.beta, or lower train.learning_rate",
+            f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, which have gained "
+            f"{max(0.0, -lost):.2f} nats themselves: it also learns something else, and other abilities may suffer; raise "
+            "objective.beta, or lower train.learning_rate",
         )
     if done >= 0.5 and (rival := _indistinguishable_baseline(now, history.baselines)):
         yield (

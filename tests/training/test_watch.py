@@ -164,6 +164,7 @@ START = record(0, math.log(2), **{"eval_rewards/accuracies": 0.5})
     [
         ({"eval_logps/chosen_per_token": -2.26}, "likelihood_displacement"),
         ({"eval_kl": 0.51}, "kl"),
+        ({"eval_kl": 1.02, "eval_logps/chosen_per_token": -1.5}, "kl"),
         ({"eval_rewards/accuracies": 0.59}, "accuracy_in_noise"),
         ({"eval_rewards/accuracies": 0.68}, "accuracy_in_noise"),
         ({"eval_length_correlation": -0.81}, "length_correlation"),
@@ -174,6 +175,13 @@ START = record(0, math.log(2), **{"eval_rewards/accuracies": 0.5})
 def test_each_sign_is_told_from_its_bar_on(now: dict[str, float], name: str) -> None:
     assert seen(START, record(100, 0.5)) == set()
     assert seen(START, record(100, 0.5) | now) == {name}
+
+
+def test_a_policy_that_moves_towards_the_chosen_answers_alone_shows_no_sign() -> None:
+    assert seen(START, record(100, 0.5, **{"eval_kl": 1.8, "eval_logps/chosen_per_token": -0.6})) == set()
+    # what the chosen answers lose is not taken off twice
+    both = {"eval_kl": 0.51, "eval_logps/chosen_per_token": -2.26}
+    assert seen(START, record(100, 0.5, **both)) == {"kl", "likelihood_displacement"}
 
 
 def test_skipped_steps_are_told_by_their_share() -> None:
@@ -244,10 +252,10 @@ def test_the_kl_to_the_base_is_that_of_whole_logits(tmp_path: Path) -> None:
 
 
 def test_a_sign_in_watch_stop_ends_the_run_there_with_a_checkpoint(tmp_path: Path) -> None:
-    state, told = trained(tmp_path, taught(32, 0), taught(32, 1), watch={"stop": ["kl"]}, **FAST)
-    fired = next(record for record in told if record["name"] == "kl")
+    state, told = trained(tmp_path, taught(32, 0), taught(32, 1), watch={"stop": ["eval_loss_rises"]}, **FAST)
+    fired = next(record for record in told if record["name"] == "eval_loss_rises")
     assert state.step == fired["step"] < 48
     assert state.stopped_by_sign
-    assert state.stopped == f"stopped after step {state.step} by watch.stop, kl: {fired['sentence']}"
+    assert state.stopped == f"stopped after step {state.step} by watch.stop, eval_loss_rises: {fired['sentence']}"
     saved = tmp_path / "checkpoints" / f"step-{state.step:06d}" / "state.json"
     assert json.loads(saved.read_text())["evals"] == state.evals
