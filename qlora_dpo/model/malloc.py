@@ -50,34 +50,26 @@ def malloc_trim() -> None:
         trim(0)
 
 
-MAX_HEAP_GROWTH = 1.05
-"""How much more than a row needs may be kept of freed memory; beyond it, everything free is returned."""
+MAX_HEAP_SHARE = 0.95
+"""Share of its plan that a process may hold before everything free is returned."""
 
 
 class HeapTrimmer:
-    """Bounds what `malloc_retain` keeps: blocks of ever-changing lengths would otherwise fragment the heap without end.
+    """Keeps a run on a CPU near its plan: blocks of ever-changing lengths would fragment the heap without end.
 
-    What a row (a micro-batch) needs is the memory of the process after it, if everything free was returned before it;
-    that is learned from the first row and from each that follows a trim.
+    What `malloc_retain` keeps is returned after a row (a micro-batch) that leaves the process near its plan. A row that
+    starts without freed memory takes up to a twentieth longer, so it is not returned after every row.
     """
 
-    def __init__(self) -> None:
-        self.needed = 0
-        self.was_trimmed = True
-        """Whether everything free was returned since the last row."""
+    def __init__(self, planned_bytes: int) -> None:
+        """A step is planned to take `planned_bytes` beyond what the process holds now without freed memory."""
+        malloc_trim()
+        self.limit = MAX_HEAP_SHARE * (rss_bytes() + planned_bytes)
 
     def after_backward(self) -> None:
-        """Return freed memory to the system if the process has outgrown what its rows need."""
-        resident = rss_bytes()
-        if self.was_trimmed:
-            self.needed, self.was_trimmed = max(self.needed, resident), False
-        elif resident > MAX_HEAP_GROWTH * self.needed:
+        """Return freed memory to the system if the process holds nearly all that was planned for it."""
+        if rss_bytes() > self.limit:
             malloc_trim()
-            self.was_trimmed = True
-
-    def after_evaluation(self) -> None:
-        """Learn from the next row what a row needs: an evaluation ends by returning everything that is free."""
-        self.was_trimmed = True
 
 
 def rss_bytes() -> int:

@@ -48,6 +48,7 @@ from qlora_dpo.training.row_plan import (
     dense_weight_budget,
     describe_row_plan,
     reference_row_tokens,
+    total_step_bytes,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class PreparedModel:
     reference_packing: Packing
     """Of the reference pass, whose rows may be larger."""
     reference_adapter: ReferenceAdapter = ADAPTER_OFF
+    planned_bytes: int = 0
+    """What a step takes beyond the loaded model, with gradients and the optimizer's state; 0 if it is not known."""
 
 
 def load_base_for_run(prepared: PreparedData, device: Device) -> LoadedBase:
@@ -183,8 +186,10 @@ def _with_planned_rows(
     for sentence in describe_row_plan(footprint, recipe.train, rows, longest, free):
         logger.info(f"memory: {sentence}")
     set_gradient_checkpointing(loaded.model, rows.recomputed_layers)
+    row_tokens = max(longest, min(rows.tokens, workload.step_tokens))
     return replace(
         loaded,
+        planned_bytes=still_to_come + total_step_bytes(footprint, row_tokens, rows.recomputed_layers),
         packing=replace(loaded.packing, token_budget=rows.tokens),
         reference_packing=replace(loaded.packing, token_budget=reference_row_tokens(footprint, rows, longest, device)),
     )

@@ -68,6 +68,8 @@ class TrainContext:
     run_dir: Path
     reference_cache: ReferenceLogpCache
     reference_adapter: ReferenceAdapter = ADAPTER_OFF
+    planned_bytes: int = 0
+    """What a step takes beyond the loaded model, by plan; 0 if it is not known."""
     allowed_changes: tuple[str, ...] = ()
     """Keys of the recipe that may differ from the checkpoint's on resume."""
     deadline: float = math.inf

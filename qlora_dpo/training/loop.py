@@ -57,7 +57,8 @@ def train_loop(
 
     model.train()
     with catch_stop_signals() as stop, context.reference_cache:
-        heap = HeapTrimmer() if context.device.type == "cpu" else None
+        is_trimmed = context.device.type == "cpu" and context.planned_bytes > 0
+        heap = HeapTrimmer(context.planned_bytes) if is_trimmed else None
         loop = _Loop(model, context, state, tools, run_log, stop, MetricsWindow(context), heap)
         while state.step < order.total_steps:
             began = time.monotonic()
@@ -78,8 +79,6 @@ def train_loop(
             if order.evaluates_after(state.step, table.eval_steps):
                 with loop.window.paused(), optim.eval_weights(tools.optimizer):
                     run_evaluation(model, context, state, run_log)
-                if loop.heap is not None:
-                    loop.heap.after_evaluation()
             now = time.monotonic()
             if reason := stop_reason(stop.is_requested, not is_last and now + (now - began) > context.deadline):
                 saved = _save(loop)

@@ -36,6 +36,8 @@ from qlora_dpo.training.checkpoint.rng_state import get_rng_states, set_rng_stat
 
 PROBE_LAYERS = 2
 """Where all layers are alike, this many and twice as many are traced: each further layer adds the same."""
+FRAGMENTATION = {"cpu": 0.2, "cuda": 0.05}
+"""Share of a step's allocations that is lost in holes between blocks of other lengths (benchmarks/README.md)."""
 DUMMY_PAIRS = [
     EncodedPair(tuple(range(2, 50)), tuple(range(2, 34)), tuple(range(34, 2, -1)), row, b"") for row in range(4)
 ]
@@ -97,6 +99,8 @@ class ModelFootprint:
     head_tile_bytes: int
     head_bytes_per_token: int
     """Hidden states that the head reads, per token."""
+    fragmentation: float
+    """Share of a step's allocations that is lost in holes between blocks of other lengths."""
     fragmentation_bytes_per_token: int
     """Bytes by which a CPU process grows per token and recomputed layer beside all tensors: about its widest activation
     in float32, measured for two models (benchmarks/README.md). Not measured on a GPU."""
@@ -112,10 +116,11 @@ _footprints: dict[tuple[str, ...], ModelFootprint] = {}
 
 
 def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workload: Workload) -> ModelFootprint:
-    """The footprint of a recipe's base and adapter; cached, since other row sizes do not change it."""
+    """The footprint of a recipe's base and adapter; cached, since weights and row sizes do not change it."""
     config = (source.folder / "config.json").read_text(encoding="utf-8")
-    tables = recipe.model.model_dump_json(), recipe.lora.model_dump_json(), recipe.train.optim
-    key = (config, *tables, str(device), str(_longest_pair(workload)))
+    quantization = recipe.model.model_dump_json(exclude={"name", "revision", "sha256"})
+    lengths = f"{workload.max_sequence_tokens} {workload.max_pair_tokens}"
+    key = (config, quantization, recipe.lora.model_dump_json(), recipe.train.optim, str(device), lengths)
     if key not in _footprints:
         before = get_rng_states()
         _footprints[key] = _measure_footprint(source, recipe, device, workload)
@@ -159,6 +164,7 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
         head_copy_bytes=head.numel() * itemsize if head.dtype != device.torch_dtype else 0,
         head_tile_bytes=logit_tile_bytes(len(head), device),
         head_bytes_per_token=width * (4 + itemsize),
+        fragmentation=FRAGMENTATION[device.type],
         fragmentation_bytes_per_token=4 * widest if device.type == "cpu" else 0,
         file_bytes=parameters * (stored or torch.float32).itemsize,
         padding_reason=padded,

@@ -13,8 +13,6 @@ from qlora_dpo.recipe.reference import AdapterReference, EmaReference
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
 from qlora_dpo.training.meta_model import ModelFootprint
 
-FRAGMENTATION = 0.05
-"""Share of a step's allocations that is lost in holes between blocks of other lengths (benchmarks/README.md)."""
 MAX_REFERENCE_ROW_FACTOR = 8
 """How many times larger than a step's rows those of the reference pass may be on a GPU."""
 
@@ -124,14 +122,14 @@ def step_bytes(footprint: ModelFootprint, tokens: int, count: int) -> dict[str, 
     }
     holes = count * tokens * footprint.fragmentation_bytes_per_token
     between = " and holes between the inputs of recomputed layers" if holes else ""
-    lost = math.ceil(sum(step.values()) * FRAGMENTATION) + holes
-    return step | {f"fragmentation, {FRAGMENTATION:.0%} of a step{between}": lost}
+    lost = math.ceil(sum(step.values()) * footprint.fragmentation) + holes
+    return step | {f"fragmentation, {footprint.fragmentation:.0%} of a step{between}": lost}
 
 
 def reference_bytes(footprint: ModelFootprint, tokens: int) -> int:
     """Bytes of a pass without gradients over `tokens` tokens: one layer at a time, nothing saved."""
     body = math.ceil(tokens * (footprint.activations.forward + footprint.head_bytes_per_token))
-    return math.ceil((body + footprint.head_copy_bytes + footprint.head_tile_bytes) * (1 + FRAGMENTATION))
+    return math.ceil((body + footprint.head_copy_bytes + footprint.head_tile_bytes) * (1 + footprint.fragmentation))
 
 
 def reference_row_tokens(footprint: ModelFootprint, rows: RowPlan, longest: int, device: Device) -> int:
@@ -143,7 +141,7 @@ def reference_row_tokens(footprint: ModelFootprint, rows: RowPlan, longest: int,
         return rows.tokens
     step = total_step_bytes(footprint, max(rows.tokens, longest), rows.recomputed_layers)
     available = step - reference_bytes(footprint, 0)
-    per_token = (footprint.activations.forward + footprint.head_bytes_per_token) * (1 + FRAGMENTATION)
+    per_token = (footprint.activations.forward + footprint.head_bytes_per_token) * (1 + footprint.fragmentation)
     return max(rows.tokens, min(MAX_REFERENCE_ROW_FACTOR * rows.tokens, int(available / per_token)))
 
 

@@ -159,6 +159,7 @@ def train_prepared(
         run_dir=run_log.run_dir,
         reference_cache=cache,
         reference_adapter=loaded.reference_adapter,
+        planned_bytes=loaded.planned_bytes,
         allowed_changes=options.allowed_changes,
         deadline=options.deadline,
         sample_fn=hooks.sample_fn(prepared),

@@ -64,8 +64,8 @@ def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
         yield (
             "kl",
             f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, which have gained "
-            f"{max(0.0, -lost):.2f} nats themselves: it also learns something else, and other abilities may suffer; raise "
-            "objective.beta, or lower train.learning_rate",
+            f"{max(0.0, -lost):.2f} nats themselves: it also learns something else, so other abilities may suffer; "
+            "raise objective.beta, or lower train.learning_rate",
         )
     if done >= 0.5 and (rival := _indistinguishable_baseline(now, history.baselines)):
         yield (

@@ -64,6 +64,7 @@ def shapes(**changes: Any) -> ModelFootprint:
     told = {
         "num_layers": 4,
         "activations": ActivationBytes(layer=10.0, layer_input=1.0),
+        "fragmentation": 0.05,
         "weight_bytes": {},
         "padding_reason": "",
     }
