@@ -3,8 +3,11 @@
 import atexit
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 
@@ -18,6 +21,8 @@ def import_libraries() -> None:
         return
     was_enabled = gc.isenabled()
     gc.disable()
+    if "transformers.utils.import_utils" not in sys.modules:
+        sys.meta_path.insert(0, _ExportsFinder())
     try:
         _import_bitsandbytes()
         import peft  # noqa: F401
@@ -27,6 +32,33 @@ def import_libraries() -> None:
             gc.enable()
     gc.freeze()
     atexit.register(gc.freeze)
+
+
+class _ExportsFinder(MetaPathFinder):
+    """Makes transformers find the `__all__` of its 1,700 model files, read twice, in a twentieth of the time."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The usual spec of transformers' module of import functions, one of which is replaced once it has run."""
+        if name != "transformers.utils.import_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                if fetch := getattr(module, "fetch__all__", None):
+                    module.fetch__all__ = lambda text: fetch(_from_exports(text))  # type: ignore[attr-defined]
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _from_exports(text: str) -> str:
+    """A module's text from its last line that begins with `__all__`, which is all that transformers looks at."""
+    start = text.rfind("\n__all__")
+    return text[start + 1 :] if start >= 0 else text
 
 
 def _import_bitsandbytes() -> None:
