@@ -58,7 +58,7 @@ class HeapTrimmer:
     """Keeps a run on a CPU near its plan: blocks of ever-changing lengths would fragment the heap without end.
 
     What `malloc_retain` keeps is returned after a row (a micro-batch) that leaves the process near its plan. A row that
-    starts without freed memory takes up to a twentieth longer, so it is not returned after every row.
+    starts without freed memory takes longer, so it is not returned after every row (benchmarks/README.md).
     """
 
     def __init__(self, planned_bytes: int) -> None:

@@ -17,6 +17,7 @@ from qlora_dpo.training.row_plan import (
     choose_row_plan,
     conversion_bytes,
     dense_weight_budget,
+    largest_row_tokens,
     reference_bytes,
     reference_row_tokens,
     step_bytes,
@@ -99,7 +100,7 @@ def estimate_memory(
         conversion = {"one layer's weights in the compute dtype": converted} if converted else {}
     # decided for a full row, even if a step has fewer tokens
     rows = choose_row_plan(footprint, table, longest, max(0, headroom - sum(conversion.values())))
-    row_tokens = max(longest, min(rows.tokens, workload.step_tokens))
+    row_tokens = largest_row_tokens(rows, workload, longest)
     if not footprint.unplanned_reason:
         step = step_bytes(footprint, row_tokens, rows.recomputed_layers)
         extra = _reference_extra_bytes(sum(step.values()), footprint, recipe, rows, workload, device)

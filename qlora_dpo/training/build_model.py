@@ -47,6 +47,7 @@ from qlora_dpo.training.row_plan import (
     conversion_bytes,
     dense_weight_budget,
     describe_row_plan,
+    largest_row_tokens,
     reference_row_tokens,
     total_step_bytes,
 )
@@ -186,7 +187,7 @@ def _with_planned_rows(
     for sentence in describe_row_plan(footprint, recipe.train, rows, longest, free):
         logger.info(f"memory: {sentence}")
     set_gradient_checkpointing(loaded.model, rows.recomputed_layers)
-    row_tokens = max(longest, min(rows.tokens, workload.step_tokens))
+    row_tokens = largest_row_tokens(rows, workload, longest)
     return replace(
         loaded,
         planned_bytes=still_to_come + total_step_bytes(footprint, row_tokens, rows.recomputed_layers),

@@ -11,7 +11,7 @@ from qlora_dpo.preference.pack import STATES_PER_CHUNK
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.reference import AdapterReference, EmaReference
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
-from qlora_dpo.training.meta_model import ModelFootprint
+from qlora_dpo.training.meta_model import ModelFootprint, Workload
 
 MAX_REFERENCE_ROW_FACTOR = 8
 """How many times larger than a step's rows those of the reference pass may be on a GPU."""
@@ -70,6 +70,11 @@ def _largest_fitting_rows(footprint: ModelFootprint, table: TrainTable, longest:
         f"rows of {tokens:,} tokens, since {DEFAULT_ROW_TOKENS:,} would need {full_row / 2**30:.1f} GiB, and of "
         f"{free / 2**30:.1f} GiB left for a step {free * USABLE_FRACTION / 2**30:.1f} are planned with"
     )
+
+
+def largest_row_tokens(rows: RowPlan, workload: Workload, longest: int) -> int:
+    """Tokens of a step's largest row: a full one, unless a step has fewer tokens or its `longest` pair more."""
+    return max(longest, min(rows.tokens, workload.step_tokens))
 
 
 def row_token_candidates(longest: int) -> Iterator[int]:

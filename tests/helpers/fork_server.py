@@ -6,7 +6,7 @@ folder, environment, arguments, signals and exit, as a new process would.
 
 Libraries read most variables when they are imported, so there is a server for each environment, but for the variables
 in CALL_TIME, which are read when they are needed, and those in RELOCATED and SWITCHES, which are set anew in the child.
-Runs draw no plots unless DRAWS_PLOTS is set.
+Runs draw no plots.
 """
 
 import atexit
@@ -35,7 +35,7 @@ MAX_SERVERS = 3
 CALL_TIME = (
     *("COLUMNS", "HF_TOKEN", "HOME", "PYTEST_", "QLORA_DPO_CACHE", "RANK", "TMPDIR", "WANDB_", "WORLD_SIZE"),
     *("AWS_", "DATABASE_", "HTTPS_PROXY_", "OPENAI_", "TRACKIO_", "NETRC", "SLURM_", "PWD", "OLDPWD", "_"),
-    *("INPUTRC", "NO_COLOR", "PYTHONPATH", "TERM", "HUB_RETRIES_AT_ONCE", "DRAWS_PLOTS"),
+    *("INPUTRC", "NO_COLOR", "PYTHONPATH", "TERM", "HUB_RETRIES_AT_ONCE"),
     # those that `quiet_libraries` sets, in the server too
     *("BITSANDBYTES_NOWELCOME", "DATASETS_VERBOSITY", "HF_DATASETS_DISABLE_", "HF_HUB_DISABLE_PROGRESS_BARS"),
     *("PYTORCH_CUDA_ALLOC_CONF", "TQDM_DISABLE", "TRANSFORMERS_NO_", "TRANSFORMERS_VERBOSITY"),
@@ -328,8 +328,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         sys.modules["huggingface_hub.utils._http"].time = types.SimpleNamespace(
             time=time.time, sleep=lambda seconds: None
         )
-    if not request["environment"].get("DRAWS_PLOTS"):  # a quarter of the time of a tiny run
-        sys.modules["qlora_dpo.report.write"].draw_plots = lambda records, results: []  # type: ignore[attr-defined]
+    # plots are a quarter of the time of a tiny run
+    sys.modules["qlora_dpo.report.write"].draw_plots = lambda records, results: []  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None
     random.seed()
