@@ -56,7 +56,8 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
     if row is not None and sample is not None:
         raise click.UsageError("--row and --sample exclude each other")
     table, recipe = _data_table_and_recipe(source)
-    rows, parsed = _parse_part(table, "train")
+    tokenizer = _load_tokenizer(model, recipe)
+    rows, parsed = _parse_part(table, "train", tokenizer)
     if row is not None:
         pairs = [pair for pair in parsed.pairs if pair.row == row]
         reason = next((reason for reason, numbers in parsed.dropped.items() if row in numbers), None)
@@ -67,7 +68,6 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
             raise DataError(f"{rows.name}: holds no pair: {_reasons(parsed, rows)}")
         pairs = random.Random(0).sample(parsed.pairs, min(sample or 1, len(parsed.pairs)))  # noqa: S311 - no secret
     click.echo(f"{rows.name}: {parsed.format.value}", err=True)
-    tokenizer = _load_tokenizer(model, recipe)
     for pair in sorted(pairs, key=lambda pair: pair.row):
         text = _format_pair(pair, tokenizer, rows.location(pair.row), tokens)
         click.echo(text, color=None if _has_colour() else False)
@@ -101,7 +101,8 @@ def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | No
     from qlora_dpo.errors import EXIT_GATE
 
     table, recipe = _data_table_and_recipe(source)
-    rows, parsed = _parse_part(table, "train")
+    tokenizer = _load_tokenizer(model, recipe) if model is not None else None
+    rows, parsed = _parse_part(table, "train", tokenizer)
     findings, bias = linting.find_problems(parsed), linting.length_stats(parsed.pairs)
     if recipe is not None and (shared := linting.prompt_overlap(*_train_and_heldout_pairs(table))):
         findings.append(
@@ -110,10 +111,10 @@ def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | No
             )
         )
     tokens: TokenQuantiles = {}
-    if model is not None:
+    if tokenizer is not None:
         from qlora_dpo.data.template_lint import find_template_problems
 
-        template_findings, tokens = find_template_problems(parsed.pairs, _load_tokenizer(model, recipe), table)
+        template_findings, tokens = find_template_problems(parsed.pairs, tokenizer, table)
         findings += template_findings
     if fixed is not None:
         _write_mended_rows(fixed, rows, parsed, findings)
@@ -227,10 +228,15 @@ def _data_table_and_recipe(source: str) -> "tuple[DataTable, Recipe | None]":
         raise RecipeError(f"{source}: names no data") from error
 
 
-def _parse_part(table: "DataTable", part: "DataPart") -> "tuple[SourceRows, ParsedRows]":
+def _parse_part(table: "DataTable", part: "DataPart", tokenizer: Any = None) -> "tuple[SourceRows, ParsedRows]":
     from qlora_dpo.data.mixture import parse_sources
 
-    mixture = parse_sources(table, part, {})
+    own_marks = None
+    if tokenizer is not None:
+        from qlora_dpo.data.template_marks import find_own_marks
+
+        own_marks = find_own_marks(tokenizer)
+    mixture = parse_sources(table, part, {}, own_marks=own_marks)
     return mixture.rows, mixture.parsed
 
 

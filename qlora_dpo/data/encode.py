@@ -45,6 +45,7 @@ from qlora_dpo.data.selection import (
 )
 from qlora_dpo.data.sources import DataPart, SourceRows
 from qlora_dpo.data.template_limits import LimitExceeded, infrequent_gc
+from qlora_dpo.data.template_marks import find_own_marks
 from qlora_dpo.data.truncation import PROMPT_TRUNCATED, truncate_prompt
 from qlora_dpo.errors import DataError, ModelError
 from qlora_dpo.recipe.data import DataTable
@@ -83,7 +84,7 @@ def load_pairs(
     SourceError, DataError or ModelError, each one sentence.
     """
     form = detect_chat_format(tokenizer)
-    mixture = parse_sources(table, part, extra_columns, progress)
+    mixture = parse_sources(table, part, extra_columns, progress, find_own_marks(tokenizer))
     every = mixture.parsed
     rows, (parsed, in_part_P, other_split) = mixture.rows, _split_part(every, part)
     mixture = replace(mixture, parsed=parsed, source_P=mixture.source_P[in_part_P])

@@ -10,6 +10,7 @@ from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
 from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows, parse_pairs
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.data.rows.reader import ParseOptions
+from qlora_dpo.data.rows.rendered import MarkFamily
 from qlora_dpo.data.sources import DataPart, SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.recipe.data import DataTable, MixTable
@@ -60,9 +61,16 @@ class Mixture:
 
 
 def parse_sources(
-    table: DataTable, part: DataPart, extra_columns: Mapping[str, str], progress: ProgressCallback = no_progress
+    table: DataTable,
+    part: DataPart,
+    extra_columns: Mapping[str, str],
+    progress: ProgressCallback = no_progress,
+    own_marks: MarkFamily | None = None,
 ) -> Mixture:
-    """Read and parse the rows of all sources of `part`; raises what `read_sources` and `parse_pairs` raise."""
+    """Read and parse the rows of all sources of `part`; raises what `read_sources` and `parse_pairs` raise.
+
+    `own_marks` are those of the chat template of the model that the rows are for, if there is one.
+    """
     parts = read_sources(table, part)
     tables = _source_tables(table, part)
     every_pair = table.ranked_pairs == "all"
@@ -70,7 +78,7 @@ def parse_sources(
         parse_pairs(
             rows,
             extra_columns,
-            ParseOptions(source.format, source.columns, every_pair, table.answer),
+            ParseOptions(source.format, source.columns, every_pair, table.answer, own_marks),
             table.effective_eval_share,
             progress,
         )

@@ -94,7 +94,7 @@ def parse_pairs(
     if options.columns:
         rows = replace(rows, rows=rename_columns(rows, options.columns))
     is_cached = rows.fingerprint and len(rows.rows) >= arrow_cache.MIN_CACHED_ROWS
-    key_parts = (PARSE_VERSION, rows.fingerprint, vars(options), eval_share, sorted(extra_columns))
+    key_parts = (PARSE_VERSION, rows.fingerprint, options.key_parts(), eval_share, sorted(extra_columns))
     key = f"parsed-{arrow_cache.cache_key(*key_parts)}" if is_cached else None
     scan = _load_cached_parse(key)
     reader = make_reader(rows, options, scan.format if scan is not None else None)

@@ -2,9 +2,12 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, numbered as in malloc.h."""
@@ -54,22 +57,34 @@ MAX_HEAP_SHARE = 0.95
 """Share of its plan that a process may hold before everything free is returned."""
 
 
-class HeapTrimmer:
-    """Keeps a run on a CPU near its plan: blocks of ever-changing lengths would fragment the heap without end.
+@contextmanager
+def limit_heap(layers: Iterable[nn.Module], planned_bytes: int) -> Iterator[None]:
+    """Inside the context, a process on a CPU stays near its plan: of `planned_bytes` beyond what it holds now.
 
-    What `malloc_retain` keeps is returned after a row (a micro-batch) that leaves the process near its plan. A row that
-    starts without freed memory takes longer, so it is not returned after every row (benchmarks/README.md).
+    What `malloc_retain` keeps is returned as soon as the process holds nearly all of its plan, which is looked at after
+    the forward pass and before the backward pass of each of `layers`: within one row, blocks of other lengths fragment
+    the heap by up to three quarters of what is allocated (benchmarks/README.md). It is not returned more often, since
+    whatever is allocated afterwards takes longer.
     """
+    malloc_trim()
+    limit = int(MAX_HEAP_SHARE * (rss_bytes() + planned_bytes))
 
-    def __init__(self, planned_bytes: int) -> None:
-        """A step is planned to take `planned_bytes` beyond what the process holds now without freed memory."""
-        malloc_trim()
-        self.limit = MAX_HEAP_SHARE * (rss_bytes() + planned_bytes)
-
-    def after_backward(self) -> None:
-        """Return freed memory to the system if the process holds nearly all that was planned for it."""
-        if rss_bytes() > self.limit:
+    def trim_above_limit(*_: object) -> None:
+        if rss_bytes() > limit:
             malloc_trim()
+
+    def after_forward(_layer: nn.Module, _args: object, output: Any) -> None:
+        trim_above_limit()
+        states_BLD = output[0] if isinstance(output, tuple) else output
+        if states_BLD.requires_grad:
+            states_BLD.register_hook(trim_above_limit)
+
+    handles = [layer.register_forward_hook(after_forward) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def rss_bytes() -> int:

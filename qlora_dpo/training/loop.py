@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_dpo.errors import DoesNotFitError, Interrupted, ProcessEndedError, SourceError
+from qlora_dpo.model.decoder_layers import checkpointable_layers
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.lora import trainable_parameters
-from qlora_dpo.model.malloc import HeapTrimmer
+from qlora_dpo.model.malloc import limit_heap
 from qlora_dpo.preference.reference_adapter import sync_reference
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import optim
@@ -56,10 +58,10 @@ def train_loop(
         run_evaluation(model, context, state, run_log)
 
     model.train()
-    with catch_stop_signals() as stop, context.reference_cache:
-        is_trimmed = context.device.type == "cpu" and context.planned_bytes > 0
-        heap = HeapTrimmer(context.planned_bytes) if is_trimmed else None
-        loop = _Loop(model, context, state, tools, run_log, stop, MetricsWindow(context), heap)
+    is_limited = context.device.type == "cpu" and context.planned_bytes > 0
+    heap = limit_heap(checkpointable_layers(model), context.planned_bytes) if is_limited else nullcontext()
+    with catch_stop_signals() as stop, context.reference_cache, heap:
+        loop = _Loop(model, context, state, tools, run_log, stop, MetricsWindow(context))
         while state.step < order.total_steps:
             began = time.monotonic()
             try:
@@ -120,8 +122,6 @@ class _Loop:
     run_log: RunLog
     stop: StopRequest
     window: MetricsWindow
-    heap: HeapTrimmer | None
-    """Keeps the memory of a process on a CPU from growing; None on a GPU."""
 
 
 def _make_optimization(model: PeftModel, context: TrainContext) -> _Optimization:
@@ -228,8 +228,6 @@ def _gradient(loop: _Loop) -> tuple[StepResult, float]:
 def _backward(loop: _Loop, loss: Tensor) -> None:
     """Add the gradient of a micro-batch."""
     loop.tools.accelerator.backward(loss)
-    if loop.heap is not None:
-        loop.heap.after_backward()
 
 
 def _restored(

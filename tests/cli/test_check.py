@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cli_sandbox
+import commands_in_process
 import pytest
 import tiny
 import tiny_run
@@ -308,3 +309,29 @@ def test_packages_outside_of_what_was_tested_are_warnings(
     told = capsys.readouterr()
     assert told.err == f"qlora-dpo: this machine: 2 warnings: {expected[0]}; and 1 more\n"
     assert f"warning      {expected[0]}" in told.out.splitlines()
+
+
+PLAN_AND_RUN = """
+import contextlib, sys
+from qlora_dpo.cli import main
+from qlora_dpo.training import loop
+
+@contextlib.contextmanager
+def limit_heap(layers, planned_bytes):
+    print(len(list(layers)), planned_bytes, file=sys.stderr)
+    yield
+
+loop.limit_heap = limit_heap
+codes = main(["check", "tiny.toml", "--json"]), main(["train", "tiny.toml", "--set", "train.max_steps=1"])
+assert codes == (0, 0), codes
+"""
+
+
+def test_a_run_keeps_its_heap_to_the_bytes_that_check_planned(place: Path) -> None:
+    recipe = (place / "r.toml").read_text(encoding="utf-8").replace("held.jsonl", "eval.jsonl")
+    cli_sandbox.furnish(place, recipe)
+    done = run_forked(["-c", PLAN_AND_RUN], cwd=place, env=commands_in_process.here())
+    parts: dict[str, int] = json.loads(done.stdout.partition("\n")[0])["memory"]["parts"]
+    there_before = re.compile("4-bit weights|embeddings|LoRA|linear layers|framework's reserve|reference pass")
+    planned = sum(size for part, size in parts.items() if not there_before.match(part))
+    assert f"2 {planned}" in done.stderr.splitlines()

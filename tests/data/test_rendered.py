@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 
-from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.pairs import Pair, parse_pairs
 from qlora_dpo.data.rows.reader import ParseOptions
@@ -357,3 +357,54 @@ def test_labelled_and_ranked_answers_may_be_rendered_too() -> None:
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in parse_pairs(rows(ranked)).pairs] == [
         ((ASK,), "No.", "Yes.")
     ]
+
+
+def loaded(tokenizer: Any, content: list[dict[str, Any]]) -> PairSet:
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", tokenizer, 0)
+
+
+def own_tokenizer(template: str) -> Any:
+    words = tiny.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|q|>", "<|a|>", "<|s|>", "<|stop|>"]})
+    words.eos_token = "<|stop|>"
+    words.chat_template = template
+    return words
+
+
+OWN_TEMPLATES = {
+    "an end mark for all": (
+        "{% for m in messages %}{{ {'system': '<|s|>', 'user': '<|q|>', 'assistant': '<|a|>'}[m.role] }}\n"
+        "{{ m.content }}<|stop|>\n{% endfor %}{% if add_generation_prompt %}<|a|>\n{% endif %}"
+    ),
+    "an end mark for answers": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|q|> {{ m.content }}{% elif m.role == 'system' %}<|s|>"
+        "{{ m.content }}{% else %}<|a|> {{ m.content }}<|stop|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|a|>{% endif %}"
+    ),
+    "words": (
+        "{% for m in messages %}{{ {'system': 'Rules', 'user': 'Question', 'assistant': 'Reply'}[m.role] }} >>\n"
+        "{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}Reply >>\n{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_TEMPLATES)
+@pytest.mark.parametrize("chat", [CHAT, CHAT[1:], CHAT[-1:]])
+def test_text_in_the_marks_of_the_models_own_template_is_read_as_its_turns(
+    name: str, chat: tuple[dict[str, str], ...], empty_folder: Path
+) -> None:
+    words = own_tokenizer(OWN_TEMPLATES[name])
+    prompt = words.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+    ends = "" if name == "words" else "<|stop|>"
+    rendered = [{"prompt": prompt, "chosen": f"No {n}.{ends}", "rejected": f"Hello.{ends}"} for n in range(3)]
+    messages = [
+        {"prompt": list(chat), "chosen": [turn("assistant", f"No {n}.")], "rejected": [HELLO]} for n in range(3)
+    ]
+    found = []
+    for file, content in (("m", messages), ("r", rendered)):
+        Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        found.append(load_pairs(DataTable(train=f"./{file}.jsonl", eval="./q.jsonl"), "train", words, 0))
+    assert [pair.prompt for pair in found[1].pairs] == [chat] * 3
+    assert found[0].encoded == found[1].encoded
+    assert found[1].audit.repaired == {"the model's own marks read as turns": (1, 2, 3)}

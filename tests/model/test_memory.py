@@ -13,11 +13,12 @@ import pytest
 import tiny_run
 import torch
 from fork_server import run_forked
+from torch import nn
 
 from qlora_dpo.model import malloc, memory
 from qlora_dpo.model.activation_memory import ActivationBytes, measure_activation_bytes
 from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
-from qlora_dpo.model.malloc import HeapTrimmer
+from qlora_dpo.model.malloc import limit_heap
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import MicroBatch, collate
 
@@ -105,19 +106,20 @@ def test_what_a_step_frees_is_not_asked_of_the_system_again() -> None:
 
 HEAP_AFTER_STEPS = """
 import sys, torch
-from qlora_dpo.model.malloc import HeapTrimmer, malloc_retain, rss_bytes
+from qlora_dpo.model.malloc import limit_heap, malloc_retain, rss_bytes
 torch.set_num_threads(1)
 malloc_retain()
-heap, generator = HeapTrimmer(12 * 2**22), torch.Generator().manual_seed(0)
+generator = torch.Generator().manual_seed(0)
 start, kept, most = rss_bytes(), [], 0
-for step in range(300):
-    sizes = torch.randint(2**14, 2**20, (12,), generator=generator).tolist()
-    tensors = [torch.ones(size) for size in sizes]
-    kept.append(torch.ones(2**10))  # a little of each step stays, and splits the heap
-    del tensors
-    if sys.argv[1] == "bounded":
-        heap.after_backward()
-    most = max(most, rss_bytes() - start)
+layer = torch.nn.Identity()
+with limit_heap([layer] if sys.argv[1] == "bounded" else [], 12 * 2**22):
+    for step in range(300):
+        sizes = torch.randint(2**14, 2**20, (12,), generator=generator).tolist()
+        tensors = [torch.ones(size) for size in sizes]
+        kept.append(torch.ones(2**10))  # a little of each step stays, and splits the heap
+        del tensors
+        layer(kept[-1])
+        most = max(most, rss_bytes() - start)
 print(most)
 """
 
@@ -137,11 +139,20 @@ def test_blocks_of_ever_changing_lengths_do_not_fill_the_heap() -> None:
 def test_freed_memory_is_returned_once_a_process_holds_nearly_all_that_was_planned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sizes, trims = iter([100, 150, 190, 191, 120]), []
+    sizes, trims = iter([100, 190, 191, 120, 191, 190]), []
     monkeypatch.setattr(malloc, "rss_bytes", lambda: next(sizes))
     monkeypatch.setattr(malloc, "malloc_trim", lambda: trims.append(1))
-    heap, counts = HeapTrimmer(100), []
-    for _ in range(4):
-        heap.after_backward()
+    layers, counts = [nn.Linear(2, 2), nn.Linear(2, 2)], []
+    with limit_heap(layers, 100):
+        counts.append(len(trims))  # one at the start
+        states = layers[0](torch.ones(2))
         counts.append(len(trims))
-    assert counts == [1, 1, 2, 2]  # one before the first row; then above 0.95 of 200
+        states = layers[1](states)  # above 0.95 of 200
+        counts.append(len(trims))
+        with torch.no_grad():
+            layers[0](torch.ones(2))
+        counts.append(len(trims))
+        states.sum().backward()  # one layer above, the other not
+    assert counts == [1, 1, 2, 2]
+    assert len(trims) == 3
+    layers[0](torch.ones(2))  # no size is left to read

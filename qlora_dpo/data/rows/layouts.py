@@ -10,10 +10,11 @@ from qlora_dpo.data.files import Row, json_type
 from qlora_dpo.data.rows.compared import ANSWER_NAMES, VERDICT_COLUMNS, join_compared
 from qlora_dpo.data.rows.messages import check_unread_columns, is_message, parse_list_text
 from qlora_dpo.data.rows.rendered import (
+    FAMILIES,
     MarkFamily,
-    is_rendered_answer,
-    is_rendered_chat,
-    is_rendered_prompt,
+    find_answer_family,
+    find_chat_family,
+    find_prompt_family,
     split_rendered_answer,
     split_rendered_prompt,
 )
@@ -65,11 +66,13 @@ class SourceTraits:
     """Columns in which lists are written as text."""
     family: MarkFamily | None = None
     """The marks with which its text has been rendered already."""
+    families: tuple[MarkFamily, ...] = FAMILIES
+    """The families that are looked for: the known ones, and the model's own marks behind them if there is a model."""
     is_literal: bool = False
     """True if strings are to be read as they stand, since `data.format` says that they are strings."""
 
 
-def find_traits(rows: Sequence[Row], renames: bool) -> SourceTraits:
+def find_traits(rows: Sequence[Row], renames: bool, families: tuple[MarkFamily, ...]) -> SourceTraits:
     """The traits that at least half of these rows show; words as marks (`User:`) count if nine of ten have them."""
     rows = [_rename_known_columns(row, []) for row in rows] if renames else rows
     texts = {column: [row[column] for row in rows if isinstance(row.get(column), str)] for column in LIST_COLUMNS}
@@ -78,12 +81,12 @@ def find_traits(rows: Sequence[Row], renames: bool) -> SourceTraits:
         for column, values in texts.items()
         if values and 2 * sum(parsed is not None for parsed in _parse_all(column, values)) >= len(values)
     )
-    families = [family for row in rows if (family := _find_family(row)) is not None]
-    most = max(set(families), key=families.count, default=None)
+    found = [family for row in rows if (family := _find_family(row, families)) is not None]
+    most = max(set(found), key=found.count, default=None)
     num_rows = sum(any(isinstance(row.get(column), str) for column in ("prompt", "chosen")) for row in rows)
-    if most is None or families.count(most) < (0.5 if most.is_control else 0.9) * num_rows:
+    if most is None or found.count(most) < (0.5 if most.is_control else 0.9) * num_rows:
         most = None
-    return SourceTraits(renames, list_texts, most)
+    return SourceTraits(renames, list_texts, most, families)
 
 
 def normalize_row(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
@@ -251,19 +254,19 @@ def _unwrap_single_values(row: Row, repairs: list[str]) -> Row:
     return {**row, **changed} if changed else row
 
 
-def _find_family(row: Row) -> MarkFamily | None:
+def _find_family(row: Row, families: tuple[MarkFamily, ...]) -> MarkFamily | None:
     """The family whose marks the text of a row is written in: its prompt, its answers, or its chats."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
-    if isinstance(prompt, str) and (family := is_rendered_prompt(prompt)) is not None:
+    if isinstance(prompt, str) and (family := find_prompt_family(prompt, families)) is not None:
         return family
-    return is_rendered_answer(chosen) if isinstance(chosen, str) and not isinstance(prompt, list) else None
+    return find_answer_family(chosen, families) if isinstance(chosen, str) and not isinstance(prompt, list) else None
 
 
 def _split_rendered(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
     """`row` with the turns that its rendered text holds."""
     family, prompt = traits.family, row.get("prompt")
     if family is None:
-        found = _find_family(row)
+        found = _find_family(row, traits.families)
         if found is not None and found.is_control:
             raise InvalidRow(f"text is written in {found.name} marks, unlike most rows'")
         return row
@@ -271,10 +274,12 @@ def _split_rendered(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
         return row
     changed = dict[str, Any]()
     turns: tuple[Message, ...] | None = None
-    is_plain = isinstance(prompt, str) and is_rendered_prompt(prompt) is None and _find_family(row) is family
+    families = traits.families
+    is_unmarked = isinstance(prompt, str) and find_prompt_family(prompt, families) is None
+    is_plain = is_unmarked and _find_family(row, families) is family
     if isinstance(prompt, str) and is_plain:
         # answers alone are rendered: whole chats, which have their own prompt, or a turn of the assistant's
-        turns = None if is_rendered_chat(row["chosen"]) else ()
+        turns = None if find_chat_family(row["chosen"], families) else ()
     elif isinstance(prompt, str):
         turns = split_rendered_prompt(prompt, family)
         changed["prompt"] = list(turns)

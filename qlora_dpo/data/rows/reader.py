@@ -19,7 +19,7 @@ from qlora_dpo.data.formats import (
 )
 from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.data.rows.layouts import SourceTraits, find_traits, normalize_row
-from qlora_dpo.data.rows.rendered import find_end_marks, strip_end_marks
+from qlora_dpo.data.rows.rendered import END_MARKS, FAMILIES, MarkFamily, find_end_marks, strip_end_marks
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import DataError
 
@@ -45,6 +45,18 @@ class ParseOptions:
     every_pair: bool = True
     answer: str = "last"
     """Which answer of two chats is compared: the last one, or the first in which they differ (`from_difference`)."""
+    own_marks: MarkFamily | None = None
+    """The marks of the model's own chat template; None if no model is known."""
+
+    @property
+    def known_ends(self) -> tuple[str, ...]:
+        """Marks that may end an answer."""
+        return self.own_marks.ends if self.own_marks is not None else END_MARKS
+
+    def key_parts(self) -> list[object]:
+        """All of it as values that JSON can express."""
+        marks = [self.own_marks.turn.pattern, self.own_marks.start.pattern] if self.own_marks is not None else []
+        return [{**vars(self), "own_marks": marks}, list(self.known_ends)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,9 @@ class RowReader:
         if not any(answer.rstrip().endswith((">", "]")) for answer in answers):
             return pair
         is_rated = self.format is PreferenceFormat.UNPAIRED
-        stripped, removed = strip_end_marks(answers[:1] if is_rated else answers, self.end_marks)
+        stripped, removed = strip_end_marks(
+            answers[:1] if is_rated else answers, self.end_marks, self.options.known_ends
+        )
         repairs += [f"{mark} at the end of an answer left out" for mark in removed]
         return prompt, stripped[0], answers[1] if is_rated else stripped[1]
 
@@ -103,7 +117,8 @@ def make_reader(rows: SourceRows, options: ParseOptions, format: PreferenceForma
     if options.format == PreferenceFormat.STRINGS.name.lower():
         traits = SourceTraits(is_literal=True)
     else:
-        traits = find_traits(sample, renames=not any(map(detect_row_format, sample)))
+        families = (*FAMILIES, options.own_marks) if options.own_marks is not None else FAMILIES
+        traits = find_traits(sample, not any(map(detect_row_format, sample)), families)
     if format is None:
         format = detect_format(rows, traits) if options.format == "auto" else FORMATS_BY_NAME[options.format]
     reader = RowReader(format, options, traits)
@@ -119,7 +134,7 @@ def _common_end_marks(reader: RowReader, sample: Sequence[Row]) -> frozenset[str
         except InvalidRow:
             continue
         answers += [answer for _, *both in pairs[:1] for answer in both if answer]
-    return find_end_marks(answers)
+    return find_end_marks(answers, reader.options.known_ends)
 
 
 def detect_format(rows: SourceRows, traits: SourceTraits) -> PreferenceFormat:

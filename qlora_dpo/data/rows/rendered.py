@@ -8,25 +8,6 @@ from functools import lru_cache
 from qlora_dpo.data.dialogue import InvalidRow, Message, is_hh
 from qlora_dpo.data.rows.messages import ROLE_NAMES
 
-
-@dataclass(frozen=True)
-class MarkFamily:
-    """The marks that a family of chat templates writes around turns."""
-
-    name: str
-    """Its name in the audit."""
-    turn: re.Pattern[str]
-    """Matches where a turn begins; the one group that matches names its role."""
-    start: re.Pattern[str]
-    """Matches what may stand before the first turn."""
-    is_control: bool = True
-    """True if its marks are control tokens; False for words that people write too."""
-    has_lead: bool = False
-    """True if text before the first turn is a system turn."""
-    trims: bool = False
-    """True if the white space around a turn's text is the template's."""
-
-
 END_MARKS = (
     "<|im_end|>",
     "</s>",
@@ -60,6 +41,32 @@ END_MARKS = (
     "[EOS]",
 )
 """Marks that end a turn or a text."""
+
+
+@dataclass(frozen=True)
+class MarkFamily:
+    """The marks that a family of chat templates writes around turns."""
+
+    name: str
+    """Its name in the audit."""
+    turn: re.Pattern[str]
+    """Matches where a turn begins; the one group that matches holds its role's name, or has it."""
+    start: re.Pattern[str]
+    """Matches what may stand before the first turn."""
+    is_control: bool = True
+    """True if its marks are control tokens; False for words that people write too."""
+    has_lead: bool = False
+    """True if text before the first turn is a system turn."""
+    trims: bool = False
+    """True if the white space around a turn's text is the template's."""
+    ends: tuple[str, ...] = END_MARKS
+    """Marks that end a turn or a text."""
+
+    def opens(self, text: str) -> bool:
+        """True if a text begins with a turn."""
+        started = self.start.match(text)
+        return self.turn.match(text, started.end() if started else 0) is not None
+
 
 _MENTIONED_ENDS = ("</s>", "[EOS]")
 """Marks that also occur in HTML or in prose."""
@@ -138,22 +145,28 @@ class RenderedText:
 
 
 @lru_cache(maxsize=64)
-def read_rendered(text: str, family: MarkFamily | None = None) -> RenderedText | None:
-    """The turns of a text that is marked as a known family, or as `family`, from its first character to its last.
+def read_rendered(text: str, families: tuple[MarkFamily, ...] = FAMILIES) -> RenderedText | None:
+    """The turns of a text that is marked as one of `families`, the first that can read it, from start to end.
 
     None for any other text: one that only mentions marks, that has words outside of turns, or whose roles are unknown.
     """
-    if not _may_be_rendered(text):
+    if not _may_be_rendered(text, families):
         return None
-    for candidate in (family,) if family else FAMILIES:
+    for candidate in families:
         if (read := _read_as(candidate, text)) is not None:
             return read
     return None
 
 
-def _may_be_rendered(text: str) -> bool:
+def _may_be_rendered(text: str, families: tuple[MarkFamily, ...]) -> bool:
     """False for nearly every text that is not: it begins otherwise."""
-    return not is_hh(text) and (_OPENER.match(text) is not None or _DEEPSEEK_USER in text)
+    if is_hh(text):
+        return False
+    return (
+        _OPENER.match(text) is not None
+        or _DEEPSEEK_USER in text
+        or any(family.opens(text) for family in families if family not in FAMILIES)
+    )
 
 
 def _read_as(family: MarkFamily, text: str) -> RenderedText | None:
@@ -168,10 +181,10 @@ def _read_as(family: MarkFamily, text: str) -> RenderedText | None:
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         role = _MARK_ROLES.get(_role_name(mark))
         whole = text[mark.end() : following.start() if following else len(text)]
-        content, end = _split_end(whole)
+        content, end = _split_end(whole, family.ends)
         is_closed = end is not None
         content = content.strip() if family.trims else content if is_closed else content.removesuffix("\n")
-        if role is None or (following is not None and _has_loose_text(content)):
+        if role is None or (following is not None and _has_loose_text(content, family.ends)):
             return None
         if role == "input":
             if not turns or turns[-1]["role"] != "user":
@@ -190,51 +203,51 @@ def _read_as(family: MarkFamily, text: str) -> RenderedText | None:
 
 
 def _role_name(mark: re.Match[str]) -> str:
-    return str(mark[mark.lastindex or 0]).casefold()
+    return mark.lastgroup or str(mark[mark.lastindex or 0]).casefold()
 
 
-def _has_loose_text(content: str) -> bool:
+def _has_loose_text(content: str, ends: tuple[str, ...]) -> bool:
     """True if a turn ended before its text did: words stand between two turns."""
-    return any(end in content for end in END_MARKS if end not in _MENTIONED_ENDS)
+    return any(end in content for end in ends if end not in _MENTIONED_ENDS)
 
 
-def _split_end(text: str) -> tuple[str, str | None]:
-    """A text without the marks at its very end and the white space around them, and the last mark; None if none is."""
+def _split_end(text: str, ends: tuple[str, ...]) -> tuple[str, str | None]:
+    """A text without marks of `ends` at its very end and the white space around them, and the last; None if none."""
     rest, last = text.rstrip(), None
     rest = rest.removesuffix("<s>").rstrip() if rest.endswith("<s>") and "</s>" in rest[-12:] else rest
-    while end := next((mark for mark in END_MARKS if rest.endswith(mark)), None):
+    while end := next((mark for mark in ends if rest.endswith(mark)), None):
         rest, last = rest.removesuffix(end).rstrip(), last or end
     return (text, None) if last is None else (rest, last)
 
 
-def is_rendered_prompt(text: str) -> MarkFamily | None:
-    """The family whose marks make up the whole of a prompt that waits for an answer; None for any other text."""
-    rendered = read_rendered(text)
+def find_prompt_family(text: str, families: tuple[MarkFamily, ...]) -> MarkFamily | None:
+    """The one of `families` whose marks make up the whole of a prompt that waits for an answer, if there is one."""
+    rendered = read_rendered(text, families)
     if rendered is None:
         return None
     ends_with_user = rendered.turns[-1]["role"] in ("user", "tool") and rendered.is_closed
     return rendered.family if rendered.is_open or ends_with_user else None
 
 
-def is_rendered_chat(text: str) -> MarkFamily | None:
-    """The family whose marks make up the whole of a chat that ends with an answer; None for any other text."""
-    rendered = read_rendered(text)
+def find_chat_family(text: str, families: tuple[MarkFamily, ...]) -> MarkFamily | None:
+    """The one of `families` whose marks make up the whole of a chat that ends with an answer, if there is one."""
+    rendered = read_rendered(text, families)
     ends_with_answer = rendered is not None and not rendered.is_open and rendered.turns[-1]["role"] == "assistant"
     return rendered.family if rendered is not None and ends_with_answer else None
 
 
-def is_rendered_answer(text: str) -> MarkFamily | None:
-    """The family in whose marks an answer is written: a whole chat, or an assistant turn from its mark to its end."""
-    if not _may_be_rendered(text):
+def find_answer_family(text: str, families: tuple[MarkFamily, ...]) -> MarkFamily | None:
+    """The one of `families` whose marks an answer has: a whole chat, or an assistant turn from its mark to its end."""
+    if not _may_be_rendered(text, families):
         return None
-    if (family := is_rendered_chat(text)) is not None:
+    if (family := find_chat_family(text, families)) is not None:
         return family
-    for family in FAMILIES:
+    for family in families:
         opened = family.turn.match(text.lstrip()) if family.is_control else None
         if (
             opened is not None
             and _MARK_ROLES.get(_role_name(opened)) == "assistant"
-            and _split_end(text)[1] is not None
+            and _split_end(text, family.ends)[1] is not None
         ):
             return family
     return None
@@ -244,7 +257,7 @@ def split_rendered_prompt(prompt: str, family: MarkFamily) -> tuple[Message, ...
     """The turns of a prompt; raises InvalidRow if it is not marked throughout, as the other rows' are."""
     if not prompt.strip():
         raise InvalidRow("empty turn in the prompt")
-    rendered = read_rendered(prompt, family)
+    rendered = read_rendered(prompt, (family,))
     if rendered is None or rendered.turns[-1]["role"] == "assistant":
         raise InvalidRow(f"prompt cannot be read as turns of {family.name} marks, as the other rows' are")
     return rendered.turns
@@ -255,7 +268,7 @@ def split_rendered_answer(answer: str, prompt: Sequence[Message] | None, family:
 
     A whole chat loses the turns of `prompt`; without a prompt it must be one. Raises InvalidRow if it is another chat.
     """
-    rendered = read_rendered(answer, family)
+    rendered = read_rendered(answer, (family,))
     if rendered is not None and prompt is not None:
         if rendered.turns[: len(prompt)] != tuple(prompt):
             raise InvalidRow("prompt column is not the prompt of the chats")
@@ -268,26 +281,32 @@ def split_rendered_answer(answer: str, prompt: Sequence[Message] | None, family:
     if opened is not None and _MARK_ROLES.get(_role_name(opened)) == "assistant":
         answer = answer.lstrip()[opened.end() :]  # the prompt's open turn again
     following = family.turn.search(answer)
-    if following is not None and family.is_control and _split_end(answer[: following.start()])[1] is not None:
+    if (
+        following is not None
+        and family.is_control
+        and _split_end(answer[: following.start()], family.ends)[1] is not None
+    ):
         raise InvalidRow("answer holds more than one turn")
-    text, _ = _split_end(answer)
+    text, _ = _split_end(answer, family.ends)
     return ({"role": "assistant", "content": text.removeprefix(" ") if family.trims else text},)
 
 
-def find_end_marks(answers: Iterable[str]) -> frozenset[str]:
-    """The marks that end at least half of these answers, as templates write them and people do not."""
-    ends = [_split_end(answer)[1] for answer in answers]
+def find_end_marks(answers: Iterable[str], known: tuple[str, ...]) -> frozenset[str]:
+    """Those `known` marks that end at least half of these answers, as templates write them and people do not."""
+    ends = [_split_end(answer, known)[1] for answer in answers]
     found = [end for end in ends if end is not None]
     return frozenset(found) if found and 2 * len(found) >= len(ends) else frozenset()
 
 
-def strip_end_marks(answers: Sequence[str], marks: frozenset[str]) -> tuple[list[str], list[str]]:
-    """The answers without an end mark at their very end, and the marks that were left out.
+def strip_end_marks(
+    answers: Sequence[str], marks: frozenset[str], known: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """The answers without a `known` mark at their very end, and the marks that were left out.
 
     A mark is one if it is among `marks`, or if all answers (two at least) end with it and none with a space before it,
     as a sentence about the mark would.
     """
-    split = [_split_end(answer) for answer in answers]
+    split = [_split_end(answer, known) for answer in answers]
     ends = [end for _, end in split]
     is_shared = len(answers) > 1 and None not in ends and len(set(ends)) == 1
     are_template_text = is_shared and not any(map(_may_be_mentioned, answers, split))
