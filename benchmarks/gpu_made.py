@@ -108,7 +108,7 @@ def source(work: Path, shape: str) -> ModelSource:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     name = "a tiny Qwen2" if shape == "tiny" else f"Qwen2's {shape.upper()} shape"
-    return ModelSource(f"{name}, random weights", folder, "")
+    return ModelSource(f"{name}, random weights", folder)
 
 
 def _model(shape: str) -> Any:

@@ -102,7 +102,7 @@ def open_adapter(folder: Path, dtype: str = "auto", base_model: str | None = Non
     check_undamaged(folder)
     model = base.load_base(source, table, selected)
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = base.load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder, ""))
+    tokenizer = base.load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder))
     # The template's fingerprint only: another release of transformers may build the tokenizer differently
     template = (run or {}).get("tokenizer", {}).get("template")
     if template and template != base.tokenizer_fingerprints(tokenizer)["template"]:

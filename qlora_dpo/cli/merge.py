@@ -120,7 +120,7 @@ def _compare_with_trained(
     from qlora_dpo.talk.reward import adapter_beta
 
     unquantized = ModelTable(name=str(written), quantization="none")
-    full = load_base(ModelSource("the merged model", written, ""), unquantized, opened.device)
+    full = load_base(ModelSource("the merged model", written), unquantized, opened.device)
     beta = adapter_beta(opened.recipe)
     device = opened.device
     metrics = asdict(compare_merged(trained_outputs, full, device, beta))

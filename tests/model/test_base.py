@@ -25,7 +25,7 @@ IDS = torch.arange(3, 43)[None]
 
 @pytest.fixture
 def source(tmp_path: Path) -> ModelSource:
-    return ModelSource("base", save_base(tmp_path / "base"), "")
+    return ModelSource("base", save_base(tmp_path / "base"))
 
 
 def loaded(source: ModelSource, **changed: Any) -> PreTrainedModel:

@@ -54,7 +54,7 @@ def test_code_beside_a_model_that_transformers_knows_is_not_run(folder: Path) ->
         "Qwen2ForCausalLM"
     )
     try:
-        load_tokenizer(ModelSource("own", folder, ""))
+        load_tokenizer(ModelSource("own", folder))
     except ModelError as error:
         assert "cannot be loaded" in str(error)
 

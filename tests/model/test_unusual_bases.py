@@ -32,7 +32,7 @@ from qlora_dpo.training.prepare import prepare_data
 def with_quantization(folder: Path, stored: dict[str, Any]) -> ModelSource:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "quantization_config": stored}))
-    return ModelSource("org/model", folder, "")
+    return ModelSource("org/model", folder)
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "fp8", "a-new-one"])
@@ -80,7 +80,7 @@ def test_a_stored_4_bit_base_computes_in_the_runs_dtype(tmp_path: Path) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(source.folder, quantization_config=config).save_pretrained(tmp_path)
     table = ModelTable(name=str(tmp_path), quantization="nf4", double_quant=False)
-    stored = load_base(ModelSource("stored", tmp_path, ""), table, tiny_run.CPU)
+    stored = load_base(ModelSource("stored", tmp_path), table, tiny_run.CPU)
     made = load_base(source, table, tiny_run.CPU)
     assert quantization_of(stored) == "nf4"
     ids = tiny_run.torch.arange(3, 43)[None]
@@ -119,7 +119,7 @@ def test_pairs_beyond_what_a_rotary_model_has_learned_are_said(tmp_path: Path, m
 
 
 def test_a_token_without_an_embedding_is_named() -> None:
-    tokenizer, model, source = tiny.tokenizer(), tiny.qwen2(vocab_size=300), ModelSource("org/model", Path(), "")
+    tokenizer, model, source = tiny.tokenizer(), tiny.qwen2(vocab_size=300), ModelSource("org/model", Path())
     check_vocabulary(model, tokenizer, lambda: 299, source)
     with pytest.raises(ModelError, match=r"^org/model: its tokenizer writes token 350 "):
         check_vocabulary(model, tokenizer, lambda: 350, source)
@@ -131,21 +131,21 @@ def test_a_padding_token_without_an_embedding_is_replaced_by_the_end_token(tmp_p
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.save_pretrained(tmp_path)
     tiny.qwen2(vocab_size=len(tiny.tokenizer())).config.save_pretrained(tmp_path)
-    assert load_tokenizer(ModelSource("org/model", tmp_path, "")).pad_token == "<|im_end|>"
+    assert load_tokenizer(ModelSource("org/model", tmp_path)).pad_token == "<|im_end|>"
 
 
 def test_of_several_chat_templates_the_default_is_used(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "other"}
     tokenizer.save_pretrained(tmp_path / "default")
-    loaded = load_tokenizer(ModelSource("org/model", tmp_path / "default", ""))
+    loaded = load_tokenizer(ModelSource("org/model", tmp_path / "default"))
     assert loaded.chat_template == tiny.CHATML
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == tiny.CHATML
     tokenizer.chat_template = {"rag": tiny.CHATML, "tool_use": "other"}
     tokenizer.save_pretrained(tmp_path / "none")
     with pytest.raises(ModelError, match=r"has several chat templates \(rag, tool_use\) and none is called default"):
-        load_tokenizer(ModelSource("org/model", tmp_path / "none", ""))
+        load_tokenizer(ModelSource("org/model", tmp_path / "none"))
 
 
 TURNS = (
@@ -159,7 +159,7 @@ def test_a_quantized_base_whose_files_lack_a_layers_name_is_told_before_training
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     folder = save_base(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "4bit")
-    source = ModelSource("org/model", tmp_path / "4bit", "")
+    source = ModelSource("org/model", tmp_path / "4bit")
     base = load_base(source, ModelTable(name="org/model", double_quant=False), tiny_run.CPU)
     model = attach_lora(base, LoraTable(), 0)
     assert merge_obstacle(model, source) == ""
@@ -170,7 +170,7 @@ def test_a_quantized_base_whose_files_lack_a_layers_name_is_told_before_training
         "org/model: is stored quantized, and its files have no model.layers.0.mlp.gate_proj: this adapter can be used "
         "with the base, but not be merged; for a merged model, name the model that it was made from"
     )
-    assert merge_obstacle(model, ModelSource("org/model", folder, "")) == ""
+    assert merge_obstacle(model, ModelSource("org/model", folder)) == ""
 
 
 def turn_tokens() -> Any:

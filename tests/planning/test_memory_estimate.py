@@ -43,7 +43,7 @@ T4 = device_for_gpu(GPU_SPECS["t4"])
 def folder(tmp_path: Path, config: Any) -> ModelSource:
     """A model's config without any weights."""
     config.save_pretrained(tmp_path)
-    return ModelSource("org/model", tmp_path, "")
+    return ModelSource("org/model", tmp_path)
 
 
 def half_billion(layers: int = 24) -> Qwen2Config:
@@ -312,7 +312,7 @@ def test_a_large_vocabulary_adds_nothing_to_what_a_token_keeps_in_fp16(quantizat
     place = replace(T4, type="cpu")
     base = tiny.qwen2(vocab_size=151_936)
     base.save_pretrained(tmp_path)
-    source = ModelSource("org/model", tmp_path, "")
+    source = ModelSource("org/model", tmp_path)
     what = tiny_run.recipe(quantization)
     # one pair as the plan takes it
     (pair,) = from_shapes._longest_pair(Workload(64, 512, 96))
@@ -413,7 +413,7 @@ def test_modules_that_are_not_there_are_refused() -> None:
 def test_a_config_that_is_unknown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
     with pytest.raises(ModelError) as refused:
-        from_shapes.build_on_meta(ModelSource("org/model", tmp_path, ""), tiny_run.CPU)
+        from_shapes.build_on_meta(ModelSource("org/model", tmp_path), tiny_run.CPU)
     assert str(refused.value) == "org/model: its config is not that of a known causal language model"
 
 

@@ -1,6 +1,7 @@
 """The reference is computed once, cached on disk, and checked to be the base and to match the policy."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ import tiny_run
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from qlora_dpo.errors import EXIT_DOES_NOT_FIT, REDUCE_MEMORY_ADVICE, DoesNotFitError, ModelError
 from qlora_dpo.files import cache_home
@@ -106,9 +108,12 @@ def test_a_damaged_cache_file_is_named_and_never_used(
     assert torch.equal(again, first)
 
 
-def test_the_cache_is_kept_apart_by_all_that_changes_the_reference(own_cache: Path) -> None:
+def test_the_cache_is_kept_apart_by_all_that_changes_the_reference(own_cache: Path, tmp_path: Path) -> None:
     source, table = tiny_run.source(), tiny_run.recipe().model
-    other_weights = tiny_run.sources.ModelSource(source.name, source.folder, "0" * 64)
+    other = shutil.copytree(source.folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "model.norm.weight": 2 * weights["model.norm.weight"]}, other / "model.safetensors")
+    other_weights = tiny_run.sources.ModelSource(source.name, other)
     folders = {
         reference_cache_dir(source, table, tiny_run.CPU),
         reference_cache_dir(other_weights, table, tiny_run.CPU),

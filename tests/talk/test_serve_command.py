@@ -67,7 +67,7 @@ def test_a_server_that_cannot_be_is_a_sentence_and_code_2(
 def test_models_are_called_by_their_folders_and_hub_names(
     folder: str, name: str, hub_id: str | None, ids: dict[str, str]
 ) -> None:
-    source = ModelSource(name, Path(name), "", hub_id)
+    source = ModelSource(name, Path(name), hub_id)
     opened = OpenedModel(adapted(), tiny.tokenizer(), select_device("fp32"), source, Path(folder))
     assert served_model_ids(opened) == ids
     assert served_model_ids(replace(opened, model=varied_model.qwen2())) == {Path(folder).name: "model"}
