@@ -127,8 +127,12 @@ def _type(field: dict[str, Any]) -> str:
     if choices := field.get("enum", [field["const"]] if "const" in field else None):
         return ", ".join(f'`"{choice}"`' for choice in choices)
     if field["type"] == "object":
-        numbers = field["additionalProperties"]["type"] == "integer"
-        return "table of numbers, > 0" if numbers else "table of strings"
+        match field["additionalProperties"]:
+            case {"type": "integer"}:
+                return "table of numbers, > 0"
+            case {"type": "string"}:
+                return "table of strings"
+        return "table"
     if field["type"] == "array" and "$ref" in field["items"]:
         return "list of tables"
     if field["type"] == "array":

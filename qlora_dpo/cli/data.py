@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlora_dpo.data.lint import LintFinding
     from qlora_dpo.data.pairs import Pair, ParsedRows
     from qlora_dpo.data.sources import DataPart, SourceRows
-    from qlora_dpo.data.template_lint import TokenQuantiles
+    from qlora_dpo.data.templates.template_lint import TokenQuantiles
     from qlora_dpo.recipe import Recipe
     from qlora_dpo.recipe.data import DataTable
 
@@ -112,7 +112,7 @@ def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | No
         )
     tokens: TokenQuantiles = {}
     if tokenizer is not None:
-        from qlora_dpo.data.template_lint import find_template_problems
+        from qlora_dpo.data.templates.template_lint import find_template_problems
 
         template_findings, tokens = find_template_problems(parsed.pairs, tokenizer, table)
         findings += template_findings
@@ -233,7 +233,7 @@ def _parse_part(table: "DataTable", part: "DataPart", tokenizer: Any = None) -> 
 
     own_marks = None
     if tokenizer is not None:
-        from qlora_dpo.data.template_marks import find_own_marks
+        from qlora_dpo.data.templates.template_marks import find_own_marks
 
         own_marks = find_own_marks(tokenizer)
     mixture = parse_sources(table, part, {}, own_marks=own_marks)
@@ -256,10 +256,14 @@ def _load_tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
         table = recipe.model
     else:
         return None
+    from qlora_dpo.data.templates.template_settings import apply_template_settings
     from qlora_dpo.model.base import load_tokenizer
     from qlora_dpo.model.sources import fetch_model
 
-    return load_tokenizer(fetch_model(table))
+    tokenizer = load_tokenizer(fetch_model(table))
+    for sentence in apply_template_settings(tokenizer, table, table.name):
+        click.echo(sentence, err=True)
+    return tokenizer
 
 
 def _format_pair(pair: "Pair", tokenizer: Any, location: str, tokens: bool) -> str:
@@ -272,9 +276,9 @@ def _format_pair(pair: "Pair", tokenizer: Any, location: str, tokens: bool) -> s
         turns = [f"{click.style(turn['role'], dim=True)}: {_printable(turn['content'])}" for turn in pair.prompt]
         replies = [f"{click.style(name, fg=colour, bold=True)}: {_printable(text)}" for name, text, colour in answers]
         return "\n".join([title, *turns, *replies, ""])
-    from qlora_dpo.data.chat_format import detect_chat_format
-    from qlora_dpo.data.chat_template import render_chats
     from qlora_dpo.data.encode import encode_pairs
+    from qlora_dpo.data.templates.chat_format import detect_chat_format
+    from qlora_dpo.data.templates.chat_template import render_chats
 
     encoded = encode_pairs([pair], tokenizer, detect_chat_format(tokenizer))[0]
     if isinstance(encoded, str):

@@ -13,15 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.arrow_cache import cache_key, load_table
 from qlora_dpo.data.audit import OVERLONG, Audit, length_quantiles
-from qlora_dpo.data.chat_format import ChatFormat, answer_ids, detect_chat_format
-from qlora_dpo.data.chat_template import (
-    TEMPLATE_ERRORS,
-    clear_turn_cache,
-    list_repairs,
-    supports_tools,
-    template_traits,
-    tokenize_chats,
-)
 from qlora_dpo.data.dialogue import InvalidRow, Message, sanitize_text
 from qlora_dpo.data.encoded import EncodedPair, TokenIds, digest_ids
 from qlora_dpo.data.encoded_cache import (
@@ -44,12 +35,25 @@ from qlora_dpo.data.selection import (
     small_share_message,
 )
 from qlora_dpo.data.sources import DataPart, SourceRows
-from qlora_dpo.data.template_limits import LimitExceeded, infrequent_gc
-from qlora_dpo.data.template_marks import find_own_marks
+from qlora_dpo.data.templates.chat_format import ChatFormat, answer_ids, detect_chat_format, prompt_ids_of
+from qlora_dpo.data.templates.chat_template import (
+    TEMPLATE_ERRORS,
+    clear_turn_cache,
+    list_repairs,
+    supports_tools,
+    template_traits,
+    tokenize_chats,
+)
+from qlora_dpo.data.templates.template_limits import LimitExceeded, infrequent_gc
+from qlora_dpo.data.templates.template_marks import find_own_marks
 from qlora_dpo.data.truncation import PROMPT_TRUNCATED, truncate_prompt
 from qlora_dpo.errors import DataError, ModelError
 from qlora_dpo.recipe.data import DataTable
 
+THOUGHTS_CLOSED = (
+    "answer has thoughts, and the prompt closes them: set model.chat_template_kwargs = { enable_thinking = true }"
+)
+THOUGHTS_TWICE = "answer has thoughts, before which the chat template writes an empty <think> block"
 ENCODE_CHUNK = 1024
 """Pairs rendered and tokenized at once: enough for the tokenizer's threads, few enough to sample 50 pairs quickly."""
 
@@ -320,10 +324,13 @@ def _with_answer(pair: Pair, answer: str) -> list[Message]:
 def _encode_answers(
     pair: Pair, form: ChatFormat, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds
 ) -> EncodedPair | str:
+    asked, prompt = prompt, prompt_ids_of(form, prompt, (chosen, rejected))
+    if prompt != asked and any(answer.lstrip().startswith("<think>") for answer in (pair.chosen, pair.rejected)):
+        return THOUGHTS_TWICE
     try:
         answers = answer_ids(form, prompt, chosen), answer_ids(form, prompt, rejected)
     except InvalidRow as unusable:
-        return str(unusable)
+        return THOUGHTS_CLOSED if "</think>" in pair.chosen + pair.rejected else str(unusable)
     if answers[0] == answers[1]:
         return "equal answers" if pair.chosen == pair.rejected else EQUAL_AS_WRITTEN
     return EncodedPair(prompt, *answers, pair.row, digest_ids(prompt, *answers))

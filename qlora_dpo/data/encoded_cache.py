@@ -20,9 +20,9 @@ from qlora_dpo.data.arrow_columns import (
     string_array,
     token_ids_array,
 )
-from qlora_dpo.data.chat_format import ChatFormat
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.templates.chat_format import ChatFormat
 
 TOKEN_CACHE_VERSION = 4
 """Goes up when the same pair would be encoded otherwise, so that no entry of an older version is used."""

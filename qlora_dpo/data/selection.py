@@ -8,12 +8,12 @@ import pyarrow as pa
 
 from qlora_dpo.data.arrow_columns import read_numbers, valid_rows
 from qlora_dpo.data.audit import OVERLONG, Audit
-from qlora_dpo.data.chat_template import CONTROL_AS_TEXT, SYSTEM_FOLDED
 from qlora_dpo.data.encoded import EncodedPairs
 from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.data.mixture import Mixture
 from qlora_dpo.data.pairs import IntArray, Pair
 from qlora_dpo.data.sources import DataPart, SourceRows
+from qlora_dpo.data.templates.chat_template import CONTROL_AS_TEXT, SYSTEM_FOLDED
 from qlora_dpo.data.truncation import PROMPT_TRUNCATED
 from qlora_dpo.recipe.data import DataTable
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from qlora_dpo.data.chat_template import render_chats
 from qlora_dpo.data.dialogue import Message
+from qlora_dpo.data.templates.chat_template import render_chats
 
 CHATML = """\
 {{- range .Messages }}<|im_start|>{{ .Role }}

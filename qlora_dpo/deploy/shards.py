@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from qlora_dpo.adapter import OpenedModel
 from qlora_dpo.adapter_weights import base_name
+from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.deploy.merge_card import BaseWeights
 from qlora_dpo.deploy.merged_weights import ChangedTensor, changed_tensors, tied_names
 from qlora_dpo.errors import ModelError
@@ -75,6 +76,23 @@ def write_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dtype: tor
         elif unwrap_peft(opened.model).generation_config is not None:
             unwrap_peft(opened.model).generation_config.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
+    _end_with_template(opened, folder)
+
+
+def _end_with_template(opened: OpenedModel, folder: Path) -> None:
+    """Have other programs end a reply where the chat template does; a base model's settings know other ends alone."""
+    file = folder / GENERATION_CONFIG_NAME
+    if not file.is_file() or not opened.tokenizer.chat_template:
+        return
+    try:
+        end = detect_chat_format(opened.tokenizer).end_token_id
+    except ModelError:  # a template that nothing was trained with here
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id")
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in ends:
+        write_json(file, settings | {"eos_token_id": [end, *ends]})
 
 
 def _fit_config(config: Any, model: Any, *, untied: bool) -> None:

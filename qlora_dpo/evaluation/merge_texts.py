@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.chat_format import detect_chat_format
 from qlora_dpo.data.encode import encode_pairs, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.files import text_lines
 from qlora_dpo.recipe import Recipe

@@ -11,6 +11,9 @@ Quantization = Literal["nf4", "fp4", "int8", "none"]
 QUANTIZATION_NAMES = {"nf4": "4-bit NF4", "fp4": "4-bit FP4", "int8": "8-bit"}
 """The names of quantizations in messages."""
 
+TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables of a chat template that hold the chat itself."""
+
 
 class ModelTable(RecipeTable):
     """The base model, and how it is loaded."""
@@ -31,6 +34,30 @@ class ModelTable(RecipeTable):
     """The compute dtype. `auto` chooses it for the device and prints the reason. `fp16` needs a GPU; `bf16` on a GPU
     needs compute capability (8, 0)."""
 
+    chat_template: NonEmptyStr | None = None
+    """A chat template in place of the model's own, for base models, which have none: `chatml`, `plain` (`User:` and
+    `Assistant:`, ended by the tokenizer's end token), or a `.jinja` file; a path is relative as `lora.init_from` is."""
+    chat_template_kwargs: dict[NonEmptyStr, Any] = Field(default={})
+    """Variables of the chat template, which become its defaults: `{ enable_thinking = false }`. The template is saved
+    with them beside the adapter and with a merged model."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _check_chat_template(cls, name: str | None) -> str | None:
+        if name is not None and name not in ("chatml", "plain") and not name.endswith(".jinja"):
+            raise ValueError('"chatml", "plain" or the path of a .jinja file')
+        return name
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_template_variables(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, value in settings.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in TEMPLATE_INPUTS:
+                raise ValueError(f"names of the template's own variables, which {name} is not")
+            if not _is_plain(value):
+                raise ValueError(f"texts, numbers, true, false, and lists and tables of them, which {name} is not")
+        return settings
+
     @model_validator(mode="after")
     def _check_pinned(self) -> "ModelTable":
         check_pin(self.name, self.revision, self.sha256, "model")
@@ -44,6 +71,16 @@ class ModelTable(RecipeTable):
                 "leave it out"
             )
         return self
+
+
+def _is_plain(value: Any) -> bool:
+    """True if `value` is made of what JSON and a template can both express."""
+    match value:
+        case dict():
+            return all(map(_is_plain, value.values()))
+        case list():
+            return all(map(_is_plain, value))
+    return isinstance(value, str | bool | int | float)
 
 
 def check_pin(name: str, revision: str | None, sha256: str | None, table: str) -> None:

@@ -270,8 +270,11 @@ def _with_absolute_paths(recipe: Recipe, home: Path, set_by_hand: set[str]) -> R
         ]
     changed: dict[str, RecipeTable] = {
         "data": recipe.data.model_copy(update=data),
-        "model": recipe.model.model_copy(update={"name": absolute_if_local("model.name", recipe.model.name)}),
     }
+    model = {"name": absolute_if_local("model.name", recipe.model.name)}
+    if recipe.model.chat_template is not None and recipe.model.chat_template.endswith(".jinja"):
+        model["chat_template"] = absolute("model.chat_template", recipe.model.chat_template)
+    changed["model"] = recipe.model.model_copy(update=model)
     if recipe.lora.init_from is not None:
         changed["lora"] = recipe.lora.model_copy(
             update={"init_from": absolute("lora.init_from", recipe.lora.init_from)}

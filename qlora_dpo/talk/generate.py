@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, render_chats, tokenize_chats, tokenize_texts
 from qlora_dpo.data.dialogue import InvalidRow, Message
-from qlora_dpo.data.template_limits import LimitExceeded
+from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, render_chats, tokenize_chats, tokenize_texts
+from qlora_dpo.data.templates.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.talk.sampling import SamplingParams

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from qlora_dpo.data.chat_template import tokenize_chats
 from qlora_dpo.data.dialogue import Message
+from qlora_dpo.data.templates.chat_template import tokenize_chats
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_disabled

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import EncodedPair, pair_digests, pairs_without_rejected, sequence_lengths
 from qlora_dpo.data.progress import ProgressCallback, no_progress
+from qlora_dpo.data.templates.template_settings import apply_template_settings
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import (
     check_stored_quantization,
@@ -129,6 +130,8 @@ def _prepare(
         source = fetch_source(recipe.model)
         check_stored_quantization(source, recipe.model)
         tokenizer = load_tokenizer(source)
+        for sentence in apply_template_settings(tokenizer, recipe.model, source.name):
+            logger.info(sentence)
         reference = resolve_reference(recipe, source, tokenizer)
     with timed(seconds, "encode"):
         seed = recipe.train.seed

@@ -9,8 +9,8 @@ from pathlib import Path
 from peft import PeftModel
 
 from qlora_dpo import run_folder
-from qlora_dpo.data.chat_template import template_date
 from qlora_dpo.data.progress import ProgressCallback, no_progress
+from qlora_dpo.data.templates.chat_template import template_date
 from qlora_dpo.files import write_json
 from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device

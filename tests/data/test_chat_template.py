@@ -10,13 +10,13 @@ import tiny
 import tokenizer_kinds
 from transformers import PreTrainedTokenizerFast
 
-from qlora_dpo.data import chat_template
-from qlora_dpo.data.chat_format import detect_chat_format
-from qlora_dpo.data.chat_template import render_chats, special_tokens, template_traits, tokenize_chats
 from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
-from qlora_dpo.data.template_limits import LimitExceeded, limit_resources
+from qlora_dpo.data.templates import chat_template
+from qlora_dpo.data.templates.chat_format import detect_chat_format
+from qlora_dpo.data.templates.chat_template import render_chats, special_tokens, template_traits, tokenize_chats
+from qlora_dpo.data.templates.template_limits import LimitExceeded, limit_resources
 from qlora_dpo.errors import ModelError
 from qlora_dpo.talk.generate import tokenize_prompt
 

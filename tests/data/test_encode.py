@@ -14,10 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl.data_utils import extract_prompt
 
-from qlora_dpo.data.chat_format import detect_chat_format
 from qlora_dpo.data.encode import EQUAL_AS_WRITTEN, PairSet, encode_pairs, load_pairs, pair_num_tokens
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.errors import DataError, ModelError
 from qlora_dpo.recipe.data import DataTable
 

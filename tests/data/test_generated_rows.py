@@ -11,8 +11,8 @@ import tokenizer_kinds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_dpo.data.chat_template import fold_system, special_tokens, template_traits
 from qlora_dpo.data.encode import load_pairs
+from qlora_dpo.data.templates.chat_template import fold_system, special_tokens, template_traits
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.recipe.data import DataTable
 

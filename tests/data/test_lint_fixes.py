@@ -15,7 +15,7 @@ from qlora_dpo.data.files import read_data_file
 from qlora_dpo.data.mixture import parse_sources
 from qlora_dpo.data.pairs import parse_pairs
 from qlora_dpo.data.sources import SourceRows
-from qlora_dpo.data.template_lint import find_template_problems
+from qlora_dpo.data.templates.template_lint import find_template_problems
 from qlora_dpo.recipe.data import DataTable
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"

@@ -462,5 +462,6 @@ def test_a_tokenizer_without_chat_template_is_refused(empty_folder: Path) -> Non
     with pytest.raises(QloraDpoError) as refused:
         load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", tiny.tokenizer(None), seed=0)
     assert str(refused.value) == (
-        "the model's tokenizer has no chat template, as base models have none; name an instruct model in model.name"
+        "the model's tokenizer has no chat template, as base models have none; give it one with "
+        'model.chat_template = "plain" (or "chatml", or a .jinja file), or name an instruct model in model.name'
     )

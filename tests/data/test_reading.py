@@ -12,8 +12,7 @@ import pytest
 import tiny
 from tokenizer_kinds import KINDS
 
-from qlora_dpo.data import chat_template, encode, files, spool
-from qlora_dpo.data.chat_template import fold_system, render_chats, template_traits, tokenize_chats
+from qlora_dpo.data import encode, files, spool
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.data.encoded import EncodedPair, EncodedPairs, digest_ids
 from qlora_dpo.data.encoded_cache import ENCODED_SCHEMA, EncodedRow, EncodedWriter
@@ -21,6 +20,8 @@ from qlora_dpo.data.files import read_data_file
 from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
 from qlora_dpo.data.pairs import Pair, parse_pairs
 from qlora_dpo.data.sources import SourceRows
+from qlora_dpo.data.templates import chat_template
+from qlora_dpo.data.templates.chat_template import fold_system, render_chats, template_traits, tokenize_chats
 from qlora_dpo.recipe.data import DataTable
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

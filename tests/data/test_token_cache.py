@@ -10,10 +10,10 @@ import tiny
 
 from qlora_dpo.data import encode as encoding
 from qlora_dpo.data.arrow_cache import read_batches
-from qlora_dpo.data.chat_format import detect_chat_format
-from qlora_dpo.data.chat_template import template_date
 from qlora_dpo.data.encoded_cache import EncodedIndex, EncodedRow, EncodedWriter, text_digest, tokenizer_key
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.templates.chat_format import detect_chat_format
+from qlora_dpo.data.templates.chat_template import template_date
 
 
 def pair(number: int, chosen: str = "Ask the people.") -> Pair:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import tiny
 
-from qlora_dpo.data.chat_template import supports_tools
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded_cache import text_digest
+from qlora_dpo.data.templates.chat_template import supports_tools
 from qlora_dpo.errors import ModelError
 from qlora_dpo.recipe.data import DataTable
 

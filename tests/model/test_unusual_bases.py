@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from saved_adapters import save_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_dpo.data.chat_template import CONTROL_AS_TEXT, list_repairs, template_traits, tokenize_chats
+from qlora_dpo.data.templates.chat_template import CONTROL_AS_TEXT, list_repairs, template_traits, tokenize_chats
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import (
     check_stored_quantization,

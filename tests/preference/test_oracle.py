@@ -9,10 +9,10 @@ import tiny
 import tiny_run
 import torch
 
-from qlora_dpo.data.chat_format import detect_chat_format
 from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.model import attention
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import Logps, compute_losses, dpo

@@ -46,6 +46,8 @@ CHANGES: dict[str, Change] = {
     "model.quantization": Change('"nf4"'),
     "model.double_quant": Change("false", ('model.quantization="nf4"',)),
     "model.dtype": Change('"bf16"'),
+    "model.chat_template": Change('"plain"'),
+    "model.chat_template_kwargs": Change('{ mood = "Well: " }', ('model.chat_template="./own.jinja"',)),
     "lora.r": Change("4"),
     "lora.lora_alpha": Change("64"),
     "lora.lora_dropout": Change("0.5"),
@@ -205,6 +207,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, .
     for name, content in {**files, **folder}.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (place / "base.toml").write_text(RECIPE)
+    (place / "own.jinja").write_text("{{ mood }}" + tiny.CHATML)
     starts = [
         ["train", "base.toml", "-o", name, "--max-steps=1", "--set", "lora.r=4", "--set", f"train.seed={seed}"]
         for name, seed in (("started", 1), ("other-start", 2))

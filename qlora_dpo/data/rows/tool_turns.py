@@ -3,9 +3,9 @@
 from functools import lru_cache
 from typing import Any
 
-from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, render_chats
 from qlora_dpo.data.dialogue import Message
-from qlora_dpo.data.template_limits import LimitExceeded
+from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, render_chats
+from qlora_dpo.data.templates.template_limits import LimitExceeded
 
 NO_TOOL_TURNS = "the chat template leaves out tool turns"
 """The reason of a row, in the words of the audit table."""

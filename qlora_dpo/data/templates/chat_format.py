@@ -1,16 +1,19 @@
 """Finds where an answer begins and ends in a chat template, by rendering a probe."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, render_chats, special_tokens, tokenize_texts
 from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.encoded import TokenIds
-from qlora_dpo.data.template_limits import LimitExceeded
+from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, render_chats, special_tokens, tokenize_texts
+from qlora_dpo.data.templates.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError
 
 _PROBE_ANSWER = "Yes."
+_EMPTY_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
 _PROBE_CHAT: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": _PROBE_ANSWER}]
 
 
@@ -29,6 +32,8 @@ class ChatFormat:
     """True if the template writes no special token after an answer; `end_token_id` is then the tokenizer's eos token,
     which is appended.
     """
+    empty_thoughts: TokenIds = ()
+    """The empty `<think>` block that the template writes between the generation prompt and an answer, if it does."""
 
     @property
     def note(self) -> str:
@@ -45,7 +50,8 @@ def detect_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """
     if not tokenizer.chat_template:
         raise ModelError(
-            "the model's tokenizer has no chat template, as base models have none; name an instruct model in model.name"
+            "the model's tokenizer has no chat template, as base models have none; give it one with "
+            'model.chat_template = "plain" (or "chatml", or a .jinja file), or name an instruct model in model.name'
         )
     try:
         prompt = render_chats(tokenizer, [_PROBE_CHAT[:1]], answered=False)[0]
@@ -69,7 +75,21 @@ def detect_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         raise ModelError("the model's chat template ends no answer and its tokenizer has no end-of-text token")
     end = ends[0] if ends else int(tokenizer.eos_token_id)
     trailing = len(tail) - 1 - tail.index(end) if ends else 0
-    return ChatFormat(end, trailing, not ends)
+    before_answer = whole[: whole.rindex(_PROBE_ANSWER)]
+    thoughts: TokenIds = ()
+    if _EMPTY_THOUGHTS.fullmatch(before_answer[len(prompt) :]):
+        before_ids = tokenize_texts(tokenizer, [before_answer])[0]
+        thoughts = before_ids[len(prompt_ids) :] if whole_ids[: len(before_ids)] == before_ids else ()
+    return ChatFormat(end, trailing, not ends, thoughts)
+
+
+def prompt_ids_of(chat_format: ChatFormat, prompt: TokenIds, answered: Sequence[TokenIds]) -> TokenIds:
+    """The ids before what is scored: those of the prompt, and of an empty `<think>` block that all answers begin with.
+
+    The template writes the block, not the model. Where an answer has thoughts, they are scored.
+    """
+    whole = (*prompt, *chat_format.empty_thoughts)
+    return whole if all(full[: len(whole)] == whole for full in answered) else prompt
 
 
 def answer_ids(chat_format: ChatFormat, prompt: TokenIds, full: TokenIds) -> TokenIds:

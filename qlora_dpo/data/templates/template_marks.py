@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
-from qlora_dpo.data.chat_template import TEMPLATE_ERRORS, Chat, control_tokens, render_chats
 from qlora_dpo.data.dialogue import Message
 from qlora_dpo.data.rows.rendered import END_MARKS, MarkFamily
-from qlora_dpo.data.template_limits import LimitExceeded
+from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, Chat, control_tokens, render_chats
+from qlora_dpo.data.templates.template_limits import LimitExceeded
 
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "Xsystem", "Xquestion", "Xanswer", "Xnext"
 """Texts that no template writes by itself."""

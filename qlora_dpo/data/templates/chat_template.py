@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qlora_dpo.data.dialogue import InvalidRow, Message, sanitize_text
 from qlora_dpo.data.encoded import TokenIds
-from qlora_dpo.data.template_limits import LimitExceeded, limit_resources
+from qlora_dpo.data.templates.template_limits import LimitExceeded, limit_resources
 
 Chat = Sequence[Message]
 

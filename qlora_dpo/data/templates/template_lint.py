@@ -7,12 +7,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.audit import length_quantiles
-from qlora_dpo.data.chat_format import detect_chat_format
-from qlora_dpo.data.chat_template import list_repairs, template_traits
 from qlora_dpo.data.dialogue import Message, sanitize_text
 from qlora_dpo.data.encode import ENCODE_CHUNK, encode_pairs, pair_num_tokens
 from qlora_dpo.data.lint import LintFinding
 from qlora_dpo.data.pairs import Pair
+from qlora_dpo.data.templates.chat_format import detect_chat_format
+from qlora_dpo.data.templates.chat_template import list_repairs, template_traits
 from qlora_dpo.recipe.data import DataTable
 
 TokenQuantiles = dict[str, tuple[int, int, int]]

@@ -1,0 +1,1 @@
+"""Chat templates: rendering and tokenizing chats with them, what they do to answers, and their settings."""
