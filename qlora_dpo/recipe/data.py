@@ -16,7 +16,7 @@ from qlora_dpo.recipe.tables import (
 )
 
 FormatName = Literal[
-    "auto", "hh", "hh_prompt", "strings", "messages", "chats", "sharegpt", "alpaca", "ranked", "unpaired"
+    "auto", "hh", "hh_prompt", "strings", "messages", "chats", "sharegpt", "alpaca", "ranked", "unpaired", "compared"
 ]
 
 
@@ -70,7 +70,8 @@ class DataTable(RecipeTable):
     data_dir: NonEmptyStr | None = None
     """The folder of a hub data set whose files are read (`helpful-base` of `Anthropic/hh-rlhf`)."""
     format: FormatName = "auto"
-    """The preference format of the rows; `auto` detects it and reports it."""
+    """The preference format of the rows; `auto` detects it and reports it. `compared` is two answers and a word on
+    which is the better one, in columns that `auto` knows, or in `a`, `b` and `winner` by `columns`."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default={})
     """Our names of columns, and the names that the data has for them: `{ prompt = "question", chosen = "good" }`."""
     ranked_pairs: Literal["all", "best_worst"] = "all"

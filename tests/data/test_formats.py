@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import commands_in_process
 import pytest
@@ -16,7 +16,7 @@ from qlora_dpo.data.pairs import Pair, parse_pairs
 from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.sources import SourceRows, concatenate_rows, read_sources
 from qlora_dpo.errors import DataError
-from qlora_dpo.recipe.data import DataTable
+from qlora_dpo.recipe.data import DataTable, FormatName
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")
@@ -98,9 +98,7 @@ def test_a_shape_can_be_forced() -> None:
     found = parse_pairs(rows(row), options=ParseOptions(format="strings"))
     prompt = (user("\n\nHuman: Is it late?\n\nAssistant:"),)
     assert (found.format, found.pairs) == (PreferenceFormat.STRINGS, [Pair(prompt, "No.", "Yes.", 1, {})])
-    assert set(FORMATS_BY_NAME) == {
-        value for value in DataTable.model_fields["format"].annotation.__args__ if value != "auto"
-    }  # type: ignore[union-attr]
+    assert {*FORMATS_BY_NAME, "auto", "compared"} == set(get_args(FormatName))
 
 
 RANKED = {"prompt": "Is it late?", "responses": ["A.", {"content": "B."}, "C.", "D."], "scores": [1, 5, 3, 3]}

@@ -7,8 +7,9 @@ from typing import Any
 
 from qlora_dpo.data.dialogue import InvalidRow, Message, is_hh, sanitize_text
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.rows.compared import ANSWER_NAMES, VERDICT_COLUMNS, join_compared
+from qlora_dpo.data.rows.compared import ANSWER_NAMES, VERDICT_COLUMNS, find_first_number, join_compared
 from qlora_dpo.data.rows.messages import check_unread_columns, is_message, parse_list_text
+from qlora_dpo.data.rows.published import read_published
 from qlora_dpo.data.rows.rendered import (
     FAMILIES,
     MarkFamily,
@@ -68,6 +69,8 @@ class SourceTraits:
     """The marks with which its text has been rendered already."""
     families: tuple[MarkFamily, ...] = FAMILIES
     """The families that are looked for: the known ones, and the model's own marks behind them if there is a model."""
+    first_number: int | None = None
+    """What the first of two answers is called where the better one is numbered; None if that is not known."""
     is_literal: bool = False
     """True if strings are to be read as they stand, since `data.format` says that they are strings."""
 
@@ -86,7 +89,7 @@ def find_traits(rows: Sequence[Row], renames: bool, families: tuple[MarkFamily, 
     num_rows = sum(any(isinstance(row.get(column), str) for column in ("prompt", "chosen")) for row in rows)
     if most is None or found.count(most) < (0.5 if most.is_control else 0.9) * num_rows:
         most = None
-    return SourceTraits(renames, list_texts, most, families)
+    return SourceTraits(renames, list_texts, most, families, find_first_number(rows))
 
 
 def normalize_row(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
@@ -98,7 +101,7 @@ def normalize_row(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
     check_unread_columns(row)
     for column in traits.list_texts & row.keys():
         row = _with_parsed_list(row, column, repairs)
-    row = join_compared(row, repairs)
+    row = join_compared(read_published(row, repairs), repairs, traits.first_number)
     row = _read_label(_join_columns(row, repairs), repairs)
     row = _unwrap_single_values(row, repairs)
     if not traits.is_literal:

@@ -18,11 +18,14 @@ from qlora_dpo.data.formats import (
     parse_tools,
 )
 from qlora_dpo.data.lazy_sequence import LazySequence
+from qlora_dpo.data.rows.compared import find_answer_columns
 from qlora_dpo.data.rows.layouts import SourceTraits, find_traits, normalize_row
 from qlora_dpo.data.rows.rendered import END_MARKS, FAMILIES, MarkFamily, find_end_marks, strip_end_marks
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import DataError
 
+COMPARED = "compared"
+"""The name in `data.format` of two answers and a word on which is the better one."""
 SAMPLE_ROWS = 100
 """The first rows of a source, which say what its rows have in common."""
 MAX_ROW_CHARACTERS = 200
@@ -89,7 +92,7 @@ class RowReader:
             repairs,
             every_pair=self.options.every_pair,
             from_difference=self.options.answer == "from_difference",
-            is_forced=self.options.format != "auto",
+            is_forced=self.options.format not in ("auto", COMPARED),
         )
         if not self.traits.is_literal:
             pairs = [self._without_end_marks(pair, repairs) for pair in pairs]
@@ -120,7 +123,14 @@ def make_reader(rows: SourceRows, options: ParseOptions, format: PreferenceForma
         families = (*FAMILIES, options.own_marks) if options.own_marks is not None else FAMILIES
         traits = find_traits(sample, not any(map(detect_row_format, sample)), families)
     if format is None:
-        format = detect_format(rows, traits) if options.format == "auto" else FORMATS_BY_NAME[options.format]
+        if options.format == COMPARED and not any(map(find_answer_columns, sample)):
+            columns = list_columns(sample[0]) if sample else "none"
+            raise DataError(
+                f'{rows.name}: data.format is "compared", and no row has two answers and a word on the better one; it '
+                f'has the columns {columns}; set data.columns = {{ a = "...", b = "...", winner = "..." }}'
+            )
+        is_detected = options.format in ("auto", COMPARED)
+        format = detect_format(rows, traits) if is_detected else FORMATS_BY_NAME[options.format]
     reader = RowReader(format, options, traits)
     return RowReader(format, options, traits, _common_end_marks(reader, sample)) if not traits.is_literal else reader
 
