@@ -57,6 +57,28 @@ GPU = "training/test_pretended_gpu.py"
 WAITS = "test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "model/malloc.py": [
+        ("if rss_bytes() > limit:", "if rss_bytes() < limit:", "model/test_memory.py"),
+        ("(rss_bytes() + planned_bytes)", "(rss_bytes() + 2 * planned_bytes)", "model/test_memory.py"),
+    ],
+    "data/templates/chat_format.py": [
+        ("    return whole if all(", "    return whole if any(", "data/test_trl_templates.py"),
+    ],
+    "data/templates/template_settings.py": [
+        ('{"enable_thinking": False}', '{"enable_thinking": True}', "data/test_trl_templates.py"),
+        ("tokenizer.eos_token = _CHATML_MARKS[1]", "pass", "data/test_template_settings.py"),
+    ],
+    "data/templates/template_marks.py": [
+        ("trims=not is_control", "trims=is_control", "data/test_rendered.py"),
+    ],
+    "data/rows/compared.py": [
+        ("return int(number - first_number)", "return 1 - int(number - first_number)", "data/test_compared.py"),
+        ("places.count(0), places.count(1)", "places.count(1), places.count(0)", "data/test_compared.py"),
+        ("if number != 0 or", "if number == 0 or", "data/test_compared.py"),
+    ],
+    "data/rows/published.py": [
+        ('"chosen": answers[better]', '"chosen": answers[1 - better]', "data/test_compared.py"),
+    ],
     "model/transfer.py": [
         (".pin_memory()", "", f"{GPU}::{WAITS}"),
         (", non_blocking=True", "", f"{GPU}::{WAITS}"),
@@ -340,10 +362,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("        train.set_reference(indices, result.reference_P2)\n", "", REFERENCE),
         ("    loop.window.add(result.metrics)\n", "", LOOP),
         (
-            "    model.train()\n    with catch_stop",
-            "    with catch_stop",
+            "    model.train()\n    is_limited",
+            "    is_limited",
             LOOP + " model/test_fused_lora.py faults/test_resumes.py",
         ),
+        ("checkpointable_layers(model), context.planned_bytes)", "[], context.planned_bytes)", "cli/test_check.py"),
     ],
     "training/watch.py": [
         ("lost > MAX_DISPLACEMENT_NATS and", "lost > MAX_DISPLACEMENT_NATS or", WATCH),
@@ -466,6 +489,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "deploy/shards.py": [
+        ("[end, *ends]", "ends", "cli/test_chat_templates.py"),
         ('original if onto == "original" else None)\n', "original)\n", MERGE),
         ("if changed is None:", "if True:", MERGE),
     ],
