@@ -1,7 +1,6 @@
 """Bytes per token that a model's layers keep for the backward pass, and how checkpointing changes them."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from qlora_dpo.model.decoder_layers import checkpointable_layers, unwrap_peft
 from qlora_dpo.model.live_tensors import LiveTensorBytes
-from qlora_dpo.model.lora import adapter_disabled
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,11 @@ class ActivationBytes:
 
 def measure_activation_bytes(model: Any, forward: Callable[[], Tensor], tokens: int) -> ActivationBytes:
     """Run `forward` over `tokens` tokens and measure what autograd saves per token and layer."""
+    return _forward_recorded(model, forward, tokens)[0]
+
+
+def _forward_recorded(model: Any, forward: Callable[[], Tensor], tokens: int) -> tuple[ActivationBytes, Tensor]:
+    """`measure_activation_bytes`, and the output of `forward`, whose backward pass can still be run."""
     layers, hidden_size = checkpointable_layers(model), model.config.get_text_config().hidden_size
     input_itemsize = model.get_input_embeddings().weight.dtype.itemsize
     parameter_storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -59,32 +62,22 @@ def measure_activation_bytes(model: Any, forward: Callable[[], Tensor], tokens: 
     try:
         with torch.autograd.graph.saved_tensors_hooks(record_saved, lambda tensor: tensor):
             output = forward()
-        del output
     finally:
         for hook in hooks:
             hook.remove()
-    return ActivationBytes(
-        layer=sum(saved.values()) / tokens / max(1, len(layers)), layer_input=hidden_size * input_itemsize
-    )
+    layer = sum(saved.values()) / tokens / max(1, len(layers))
+    return ActivationBytes(layer=layer, layer_input=hidden_size * input_itemsize), output
 
 
 def measure_pass(model: Any, forward: Callable[[], Tensor], tokens: int) -> ActivationBytes:
     """What `forward` over `tokens` tokens saves, and takes beside that, per token; tensors may be real or fake.
 
-    `model` may have an adapter, with and without which the pass without gradients is measured.
+    The pass without gradients is measured with the adapter of `model`, without which it takes no more.
     """
-    kept = measure_activation_bytes(unwrap_peft(model), forward, tokens)
     with LiveTensorBytes() as live:
-        end_TD = forward()
+        kept, end_TD = _forward_recorded(unwrap_peft(model), forward, tokens)
         before, live.peak = live.now, live.now
         end_TD.sum().backward()
-    peak = max(_forward_bytes(model, forward, without_adapter=off) for off in (True, False))
-    return replace(kept, working=(live.peak - before) / tokens, forward=peak / tokens)
-
-
-def _forward_bytes(model: Any, forward: Callable[[], Tensor], *, without_adapter: bool) -> int:
-    """Peak bytes of a pass without gradients, with or without the adapter."""
-    with torch.no_grad(), adapter_disabled(model) if without_adapter else nullcontext(), LiveTensorBytes() as live:
+    with torch.no_grad(), LiveTensorBytes() as without_gradients:
         forward()
-    peak: int = live.peak
-    return peak
+    return replace(kept, working=(live.peak - before) / tokens, forward=without_gradients.peak / tokens)

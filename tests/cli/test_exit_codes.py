@@ -68,8 +68,8 @@ def test_what_does_not_exist_is_a_sentence_and_nothing_is_left(place: Workplace)
         ),
         (
             1,
-            "the model's tokenizer has no chat template, as base models have none; name an instruct model in "
-            "model.name",
+            "the model's tokenizer has no chat template, as base models have none; give it one with "
+            'model.chat_template = "plain" (or "chatml", or a .jinja file), or name an instruct model in model.name',
         ): train("model.name=acme/no-template"),
         (
             2,
