@@ -1,5 +1,6 @@
 """The tables [model] and [lora]: the base and its adapter."""
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -80,7 +81,9 @@ def _is_plain(value: Any) -> bool:
             return all(map(_is_plain, value.values()))
         case list():
             return all(map(_is_plain, value))
-    return isinstance(value, str | bool | int | float)
+        case float():
+            return math.isfinite(value)
+    return isinstance(value, str | bool | int)
 
 
 def check_pin(name: str, revision: str | None, sha256: str | None, table: str) -> None:

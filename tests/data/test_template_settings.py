@@ -91,10 +91,10 @@ def test_what_a_template_needs_of_the_tokenizer_is_named() -> None:
 
 def test_settings_are_the_templates_defaults_which_a_caller_still_changes() -> None:
     words = tiny.tokenizer("{{ mood }}{% for x in list %}{{ x }}{% endfor %}{{ of.a }}{{ 'on' if on else 'off' }}")
-    settings = {"mood": 'so "so"\n', "list": [1, 2.5], "of": {"a": "é"}, "on": False}
+    settings = {"mood": 'so "so"\n', "list": [1, 2.5], "of": {"a": "é😀%}}}"}, "on": False}
     apply_template_settings(words, table(chat_template_kwargs=settings), "model")
-    assert words.apply_chat_template([ASK], tokenize=False) == 'so "so"\n12.5éoff'
-    assert words.apply_chat_template([ASK], tokenize=False, on=True, mood="") == "12.5éon"
+    assert words.apply_chat_template([ASK], tokenize=False) == 'so "so"\n12.5é😀%}}}off'
+    assert words.apply_chat_template([ASK], tokenize=False, on=True, mood="") == "12.5é😀%}}}on"
 
 
 def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
@@ -102,7 +102,9 @@ def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
         apply_template_settings(tiny.tokenizer(), table(chat_template_kwargs={"enable_thinking": False}), "model")
 
 
-@pytest.mark.parametrize("settings", [{"messages": []}, {"a-b": 1}, {"when": object()}, {"a": [None]}])
+@pytest.mark.parametrize(
+    "settings", [{"messages": []}, {"a-b": 1}, {"when": object()}, {"a": [None]}, {"a": float("inf")}]
+)
 def test_a_setting_that_no_template_can_have_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="chat_template_kwargs"):
         table(chat_template_kwargs=settings)

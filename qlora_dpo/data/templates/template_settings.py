@@ -98,7 +98,7 @@ def _named_template(tokenizer: Any, choice: str, name: str) -> str:
 def _with_defaults(template: str, settings: dict[str, Any]) -> str:
     """The template with its variables set where the caller does not pass them; JSON values are Jinja's too."""
     lines = (
-        f"{{%- if {key} is not defined %}}{{%- set {key} = {json.dumps(value)} %}}{{%- endif %}}"
+        f"{{%- if {key} is not defined %}}{{%- set {key} = {json.dumps(value, ensure_ascii=False)} %}}{{%- endif %}}"
         for key, value in settings.items()
     )
     return "".join(lines) + template
