@@ -9,6 +9,7 @@ from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.lazy_sequence import LazySequence, concatenate_sequences
 from qlora_dpo.data.pairs import BoolArray, IntArray, Pair, ParsedRows, parse_pairs
 from qlora_dpo.data.progress import ProgressCallback, no_progress
+from qlora_dpo.data.rows.rated import join_rated_rows
 from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.rows.rendered import MarkFamily
 from qlora_dpo.data.sources import DataPart, SourceRows, concatenate_rows, read_sources
@@ -71,7 +72,7 @@ def parse_sources(
 
     `own_marks` are those of the chat template of the model that the rows are for, if there is one.
     """
-    parts = read_sources(table, part)
+    parts = [join_rated_rows(rows) for rows in read_sources(table, part)]
     tables = _source_tables(table, part)
     every_pair = table.ranked_pairs == "all"
     parsed_parts = [

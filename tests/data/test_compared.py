@@ -1,15 +1,20 @@
 """Two answers and who won, as public sets and people's own files have them; the texts are invented."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
+from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.formats import PreferenceFormat
 from qlora_dpo.data.pairs import ParsedRows, parse_pairs
 from qlora_dpo.data.rows.compared import TIE
 from qlora_dpo.data.rows.reader import ParseOptions
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import DataError
+from qlora_dpo.recipe.data import DataTable
 
 ASK = "Is the library open on Sunday?"
 GOOD, BAD = "No, it opens again on Monday at nine.", "Who knows."
@@ -133,3 +138,20 @@ def test_where_nothing_is_compared_the_columns_to_name_are_told() -> None:
         'p.jsonl: data.format is "compared", and no row has two answers and a word on the better one; it has the '
         'columns q, left, right; set data.columns = { a = "...", b = "...", winner = "..." }'
     )
+
+
+def test_rated_answers_in_rows_one_after_another_are_compared(empty_folder: Path) -> None:
+    ratings = {"correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1}
+    answers = [
+        {"prompt": ASK, "response": BAD, "helpfulness": 0, **ratings},
+        {"prompt": ASK, "response": GOOD, "helpfulness": 4, **ratings},
+        {"prompt": "And on Monday?", "response": "Yes.", "helpfulness": 2, **ratings},
+        {"prompt": "And on Monday?", "response": "Maybe.", "helpfulness": 2, **ratings},
+        {"prompt": "At noon?", "response": "Yes, at noon.", "helpfulness": 3, **ratings},
+        {"prompt": "At noon?", "response": "No.", "helpfulness": 1, **ratings},
+    ]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    found = load_pairs(DataTable(train="./p.jsonl", eval="./q.jsonl"), "train", tiny.tokenizer(), 0)
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [(GOOD, BAD), ("Yes, at noon.", "No.")]
+    assert (found.audit.rows, found.audit.used) == (3, 2)
+    assert list(found.audit.first_location.values()) == ["p.jsonl:3"]
