@@ -57,6 +57,10 @@ READ_CASES = {
     "stringified_json.csv": (PreferenceFormat.CHATS, AS_LIST),
     "stringified_py.csv": (PreferenceFormat.CHATS, AS_LIST),
     "swift.jsonl": (PreferenceFormat.CHATS, "messages and rejected_response read as two chats"),
+    "reasoning_content.jsonl": (
+        PreferenceFormat.MESSAGES,
+        "reasoning_content written before its answer, as a <think> block",
+    ),
     "text_parts.jsonl": (PreferenceFormat.MESSAGES, "content in parts read as text"),
 }
 REFUSED_CASES = {
@@ -64,7 +68,6 @@ REFUSED_CASES = {
     "images.jsonl": "images: pictures beside the text",
     "images_parts.jsonl": "images: pictures beside the text",
     "multi_turn_answer.jsonl": 'data.answer = "from_difference" compares where they do',
-    "reasoning_content.jsonl": "a message of chosen has reasoning_content, which is not trained on",
     "sft_only.jsonl": 'has no column "rejected"; it has prompt, chosen',
 }
 

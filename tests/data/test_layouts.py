@@ -191,14 +191,13 @@ def test_a_row_is_read_as_it_is_meant_and_what_was_done_is_said(case: str) -> No
 
 CALLS = {"tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": "{}"}}]}
 NO_PAIR: dict[str, tuple[dict[str, Any], str]] = {
-    "reasoning beside the answer": (
-        LISTS | {"chosen": [turn("assistant", "No.", reasoning_content="It is 8.")]},
-        "a message of chosen has reasoning_content, which is not trained on; write it into its content, or leave it "
-        "out",
+    "thoughts of a user": (
+        LISTS | {"prompt": [turn("user", "Is it late?", reasoning="Hm.")]},
+        "a message of prompt has reasoning, and is not the assistant's; write it into its content, or leave it out",
     ),
-    "thinking beside the answer": (
-        LISTS | {"rejected": [turn("assistant", "Yes.", thinking="It is 8.")]},
-        "a message of rejected has thinking, which is not trained on; write it into its content, or leave it out",
+    "thoughts that are no text": (
+        LISTS | {"rejected": [turn("assistant", "Yes.", thinking=["It is 8."])]},
+        "a message of rejected has a list as its thinking, not a string",
     ),
     "tool calls": (
         LISTS | {"prompt": [ASK, turn("assistant", None, **CALLS), turn("tool", "8")]},
@@ -238,6 +237,14 @@ NO_PAIR: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_matters_and_cannot_be_trained_on_is_a_verdict_of_the_row(case: str) -> None:
     row, reason = NO_PAIR[case]
     assert parse_pairs(rows(LISTS, row)).dropped == {reason: [2]}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_beside_an_answer_are_written_into_it_as_templates_do(key: str) -> None:
+    answers = {"chosen": [turn("assistant", "No.", **{key: "It is 8.\n"})], "rejected": [turn("assistant", "Yes.")]}
+    (pair,) = parse_pairs(rows(LISTS | answers)).pairs
+    assert (pair.chosen, pair.rejected) == ("<think>\nIt is 8.\n</think>\n\nNo.", "Yes.")
+    assert pair.repairs == (f"{key} written before its answer, as a <think> block",)
 
 
 @pytest.mark.parametrize("empty", [None, "", [], [None], [{"name": None}], {"url": None}, float("nan")])

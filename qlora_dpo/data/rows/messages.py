@@ -53,6 +53,7 @@ MEDIA_COLUMNS = {
 }
 """Columns and keys that hold what no text model reads."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of the thoughts before an answer, which are written into it as templates that know thoughts write them."""
 CALL_KEYS = ("tool_calls", "function_call")
 
 PARTS_READ = "content in parts read as text"
@@ -96,6 +97,12 @@ def parse_message(value: Any, name: str, repairs: list[str], is_sharegpt: bool =
     if not isinstance(content, str):
         raise InvalidRow(f"{name} {_wrong(value, content_key)}")
     known = ROLE_NAMES.get(role.strip().casefold())
+    key = next((key for key in REASONING_KEYS if _holds_something(value.get(key))), None)
+    if key is not None and known not in ("assistant", None):
+        raise InvalidRow(f"{name} has {key}, and is not the assistant's; write it into its content, or leave it out")
+    if key is not None:
+        content = f"<think>\n{value[key].strip()}\n</think>\n\n{content.lstrip()}"
+        repairs.append(f"{key} written before its answer, as a <think> block")
     if known is None:
         raise InvalidRow(
             f'{name} has the role "{sanitize_text(role)[:20]}", which is none of {", ".join(MESSAGE_ROLES)}'
@@ -117,7 +124,8 @@ def check_unread_keys(values: Mapping[str, Any], name: str) -> None:
             raise InvalidRow(f"{name} has {key}: {MEDIA_COLUMNS[key]} beside the text, which no text model is shown")
         if key in CALL_KEYS:
             raise InvalidRow(f"{name} has {key}, which are not passed on; write the calls into its content")
-        raise InvalidRow(f"{name} has {key}, which is not trained on; write it into its content, or leave it out")
+        if not isinstance(content, str):
+            raise InvalidRow(f"{name} has {json_type(content)} as its {key}, not a string")
 
 
 _MEDIA_NAMES = frozenset(MEDIA_COLUMNS)
