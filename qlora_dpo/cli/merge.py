@@ -113,6 +113,7 @@ def _compare_with_trained(
     """Load the written model and compare it with the adapter model's outputs."""
     from dataclasses import asdict
 
+    from qlora_dpo.evaluation.merge_chats import compare_chats
     from qlora_dpo.evaluation.merge_fidelity import compare_merged
     from qlora_dpo.model.base import load_base
     from qlora_dpo.model.sources import ModelSource
@@ -132,6 +133,7 @@ def _compare_with_trained(
         "measured_on": texts.name,
         "computed_in": f"both models computed in {device.compute_dtype} on {device.type.upper()}{exact}",
         "why_no_accuracy": texts.why_no_accuracy,
+        "chats": asdict(compare_chats(written, texts.chats)),
     }
 
 

@@ -137,6 +137,7 @@ def merge_adapter(
         candidates = {base: dict(check(folder)) for base, folder in folders.items()}
         for base, metrics in candidates.items():
             _check_kl(metrics["kl"], base, dtype, opened.device.compute_dtype == "fp32")
+            _check_chats(metrics)
         chosen = choose_base(candidates, thresholds or MergeThresholds())
         if len(bases) > 1:
             _keep_only(folders[chosen], temporary)
@@ -188,6 +189,15 @@ def _beyond_lora_sum(layer: Any) -> str:
     if any(layer.lora_bias.values()) and layer.get_base_layer().bias is None:
         return f"has lora_bias, and this layer of the base has no bias to add it to; {USE_ADAPTER}"
     return ""
+
+
+def _check_chats(metrics: MergeMetrics) -> None:
+    chats = metrics.get("chats", {"different": 0})
+    if chats["different"]:
+        raise ModelError(
+            f"in {chats['different']} of {chats['compared']} held-out chats the merged model's own tokenizer and "
+            f"template give other tokens than were trained on: {chats['first_difference']}; nothing was kept"
+        )
 
 
 def _check_kl(kl: float, onto: BaseWeights, dtype: Dtype, computed_in_fp32: bool) -> None:

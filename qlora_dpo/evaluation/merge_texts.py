@@ -12,6 +12,7 @@ from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.evaluation.merge_chats import TrainedChat, select_chats
 from qlora_dpo.files import text_lines
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.tables import is_local_path
@@ -45,6 +46,8 @@ class ComparisonTexts:
     encoded: Sequence[EncodedPair]
     name: str
     why_no_accuracy: str = ""
+    chats: Sequence[TrainedChat] = ()
+    """Held-out chats whose tokens the written model's own template must give."""
 
 
 def load_comparison_texts(folder: Path, recipe: Recipe | None, tokenizer: Any) -> ComparisonTexts:
@@ -54,12 +57,13 @@ def load_comparison_texts(folder: Path, recipe: Recipe | None, tokenizer: Any) -
         count = min(recipe.data.max_eval_samples or MAX_PAIRS, MAX_PAIRS)
         table = recipe.data.model_copy(update={"max_eval_samples": count})
         try:
-            encoded = load_pairs(table, "eval", tokenizer, recipe.train.seed).encoded
+            heldout = load_pairs(table, "eval", tokenizer, recipe.train.seed)
         except QloraDpoError as error:
             why = f"the held-out pairs cannot be read ({_strip_folders(str(error), recipe)})"
         else:
-            pairs = sample_within_tokens(encoded, recipe.train.seed)
-            return ComparisonTexts(pairs, f"{len(pairs)} held-out pairs of the run")
+            pairs = sample_within_tokens(heldout.encoded, recipe.train.seed)
+            chats = select_chats(heldout, tokenizer)
+            return ComparisonTexts(pairs, f"{len(pairs)} held-out pairs of the run", chats=chats)
     if sampled := _load_samples(folder / "samples.jsonl", tokenizer):
         return ComparisonTexts(sampled, f"{len(sampled)} sample prompts of the run", why)
     return ComparisonTexts(_encode_sentences(tokenizer), f"{len(FALLBACK_SENTENCES)} built-in sentences", why)

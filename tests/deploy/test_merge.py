@@ -277,6 +277,7 @@ def test_the_command_tells_what_it_wrote_and_how_close_it_is(
         "both models computed in fp32 on CPU, so that only the weights differ:\n"
         f"  KL(trained, merged), nats per token              {record['kl']:.2g}\n"
         "  top-1 agreement                                  1.0000\n"
+        "  held-out chats, rendered by transformers         12 of 12 have the trained tokens\n"
         f"  preference accuracy, trained / merged            {accuracy}\n"
         f"  DPO loss at beta 0.1, trained / merged           {loss}\n"
         f"  perplexity of chosen answers, trained / merged   {perplexity}\n"
