@@ -45,6 +45,14 @@ def test_plain_writes_names_and_ends_answers_with_the_end_token() -> None:
     )
 
 
+def test_plain_writes_a_reply_in_a_conversation_as_it_was_generated() -> None:
+    words = tokenizer_kinds.with_bos()
+    apply_template_settings(words, table(chat_template="plain"), "model")
+    prompt = words.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    chat = words.apply_chat_template([ASK, {"role": "assistant", "content": " No."}], tokenize=False)
+    assert chat == f"{prompt} No.<|eot_id|>\n"
+
+
 def test_plain_needs_no_start_token() -> None:
     words = tiny.tokenizer(None)
     apply_template_settings(words, table(chat_template="plain"), "model")

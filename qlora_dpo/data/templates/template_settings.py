@@ -27,9 +27,9 @@ PLAIN_TEMPLATE = """\
 {%- endif %}
 {%- for message in messages %}
     {%- if message['role'] == 'assistant' %}
-        {{- 'Assistant: ' + message['content'] + eos_token + '\\n' }}
+        {{- 'Assistant: ' + message['content'] | trim + eos_token + '\\n' }}
     {%- elif message['role'] in ('system', 'user') %}
-        {{- message['role'].capitalize() + ': ' + message['content'] + '\\n' }}
+        {{- message['role'].capitalize() + ': ' + message['content'] | trim + '\\n' }}
     {%- else %}
         {{- raise_exception('has no place for a turn of the role ' + message['role']) }}
     {%- endif %}
