@@ -63,6 +63,19 @@ def step_gradient(
     return tiny_run.gradients(model)
 
 
+def test_a_reference_that_is_computed_in_a_step_is_not_computed_again(tmp_path: Path) -> None:
+    what = tiny_run.recipe(train={"num_train_epochs": 2})
+    model = tiny_run.fresh(what)
+    job = tiny_run.job(model, what, tmp_path)
+    known_P2 = job.train.reference_P2.clone()
+    job.train.reference_P2[:] = torch.nan
+    before = job.reference_cache.local_computed
+    with RunLog(tmp_path, job.data_order.total_steps) as tracker:
+        train_loop(model, job, tiny_run.start(job), tracker)
+    assert torch.allclose(job.train.reference_P2, known_P2)
+    assert job.reference_cache.local_computed == before + len(job.train.pairs)
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(quantization: str) -> None:
     model = tiny_run.stirred(tiny_run.fresh(tiny_run.recipe(quantization)))
