@@ -468,7 +468,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if nonfinite := nonfinite_names(adapter | moments):", "if nonfinite := []:", CHECKPOINT),
         ("if not checkpoint_damage(folder)][:SAVE_TOTAL_LIMIT]", "][:SAVE_TOTAL_LIMIT]", CHECKPOINT),
         ("if state.fingerprints.get(name) != current.fingerprints.get(name)", "if False", CHECKPOINT),
-        ("not key.startswith(MUTABLE_KEYS)", 'not key.startswith((*MUTABLE_KEYS, "dpo."))', CHECKPOINT),
+        ("not key.startswith(MUTABLE_KEYS)", 'not key.startswith((*MUTABLE_KEYS, "objective."))', CHECKPOINT),
     ],
     "deploy/gguf_tensors.py": [
         ("if tensor.heads is not None:", "if False:", "deploy/test_export.py"),
