@@ -35,7 +35,13 @@ from qlora_dpo.data.selection import (
     small_share_message,
 )
 from qlora_dpo.data.sources import DataPart, SourceRows
-from qlora_dpo.data.templates.chat_format import ChatFormat, answer_ids, detect_chat_format, prompt_ids_of
+from qlora_dpo.data.templates.chat_format import (
+    ANSWER_MERGES,
+    ChatFormat,
+    answer_ids,
+    detect_chat_format,
+    prompt_ids_of,
+)
 from qlora_dpo.data.templates.chat_template import (
     TEMPLATE_ERRORS,
     clear_turn_cache,
@@ -314,7 +320,13 @@ def encode_pairs(
                 return [f"chat template refuses it: {sanitize_text(str(error))}"]
     count = len(pairs)
     parts = zip(pairs, chat_ids[:count], chat_ids[count : 2 * count], chat_ids[2 * count :], strict=True)
-    return [_encode_answers(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
+    encoded = [_encode_answers(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
+    if "enable_thinking" not in str(tokenizer.chat_template):
+        return encoded
+    return [
+        THOUGHTS_CLOSED if result == ANSWER_MERGES and "</think>" in pair.chosen + pair.rejected else result
+        for pair, result in zip(pairs, encoded, strict=True)
+    ]
 
 
 def _with_answer(pair: Pair, answer: str) -> list[Message]:
@@ -330,7 +342,7 @@ def _encode_answers(
     try:
         answers = answer_ids(form, prompt, chosen), answer_ids(form, prompt, rejected)
     except InvalidRow as unusable:
-        return THOUGHTS_CLOSED if "</think>" in pair.chosen + pair.rejected else str(unusable)
+        return str(unusable)
     if answers[0] == answers[1]:
         return "equal answers" if pair.chosen == pair.rejected else EQUAL_AS_WRITTEN
     return EncodedPair(prompt, *answers, pair.row, digest_ids(prompt, *answers))

@@ -25,7 +25,7 @@ from qlora_dpo.errors import RecipeError
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-PARSE_VERSION = 2
+PARSE_VERSION = 3
 """Incremented when the same row would become another pair, so that older cache entries are not used."""
 MAX_CHARACTERS = 1_000_000
 """The longest prompt with answers; more is not a conversation, and would take seconds to tokenize."""

@@ -12,6 +12,7 @@ from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, render_chats
 from qlora_dpo.data.templates.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError
 
+ANSWER_MERGES = "answer's first token merges with the prompt"
 _PROBE_ANSWER = "Yes."
 _EMPTY_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
 _PROBE_CHAT: list[Message] = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": _PROBE_ANSWER}]
@@ -99,7 +100,7 @@ def answer_ids(chat_format: ChatFormat, prompt: TokenIds, full: TokenIds) -> Tok
     prompt's last ones), or if the end token is not where the template puts it.
     """
     if full[: len(prompt)] != prompt:
-        raise InvalidRow("answer's first token merges with the prompt")
+        raise InvalidRow(ANSWER_MERGES)
     if chat_format.eos_appended:
         return (*full[len(prompt) :], chat_format.end_token_id)
     answer = full[len(prompt) : len(full) - chat_format.num_trailing]
