@@ -47,9 +47,10 @@ _folder = tempfile.TemporaryDirectory(prefix="qlora-dpo-tiny-")
 @functools.cache
 def source() -> ModelSource:
     """The tiny Qwen2 with its tokenizer, saved as a transformers folder."""
-    tiny.qwen2().save_pretrained(_folder.name)
-    tiny.tokenizer().save_pretrained(_folder.name)
-    return sources.fetch_model(ModelTable(name=_folder.name))
+    folder = Path(_folder.name) / "tiny"  # a name that is the same in every run: texts are compared in which it stands
+    tiny.qwen2().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return sources.fetch_model(ModelTable(name=str(folder)))
 
 
 def pairs(count: int, seed: int = 0, longest_prompt: int = 12, longest_answer: int = 9) -> list[EncodedPair]:
