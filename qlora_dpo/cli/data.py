@@ -57,7 +57,7 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
         raise click.UsageError("--row and --sample exclude each other")
     table, recipe = _data_table_and_recipe(source)
     tokenizer = _load_tokenizer(model, recipe)
-    rows, parsed = _parse_part(table, "train", tokenizer)
+    rows, parsed = _parse_part(table, "train", recipe, tokenizer)
     if row is not None:
         pairs = [pair for pair in parsed.pairs if pair.row == row]
         reason = next((reason for reason, numbers in parsed.dropped.items() if row in numbers), None)
@@ -102,9 +102,9 @@ def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | No
 
     table, recipe = _data_table_and_recipe(source)
     tokenizer = _load_tokenizer(model, recipe) if model is not None else None
-    rows, parsed = _parse_part(table, "train", tokenizer)
+    rows, parsed = _parse_part(table, "train", recipe, tokenizer)
     findings, bias = linting.find_problems(parsed), linting.length_stats(parsed.pairs)
-    if recipe is not None and (shared := linting.prompt_overlap(*_train_and_heldout_pairs(table))):
+    if recipe is not None and (shared := linting.prompt_overlap(*_train_and_heldout_pairs(table, recipe))):
         findings.append(
             linting.LintFinding(
                 "held-out prompts that are trained on", shared, "set data.eval_share, or other splits", False
@@ -158,14 +158,18 @@ def split_command(source: str, folder: Path, share: float) -> None:
     \b
     qlora-dpo data split pairs.jsonl -o pairs
     """
-    from qlora_dpo.data.pairs import in_eval_share
+    from qlora_dpo.data.pairs import first_question, in_eval_share
     from qlora_dpo.errors import RunError
 
     if folder.exists():
         raise RunError(f"{folder}: is there already; name a new folder with -o DIR")
-    table, _ = _data_table_and_recipe(source)
-    rows, parsed = _parse_part(table, "train")
-    heldout = {pair.row for pair in parsed.pairs if in_eval_share(pair.prompt, share)}
+    table, recipe = _data_table_and_recipe(source)
+    rows, parsed = _parse_part(table, "train", recipe)
+    heldout = {
+        pair.row
+        for pair in parsed.pairs
+        if in_eval_share(pair.prompt if pair.rejected else first_question(pair.prompt), share)
+    }
     train = {pair.row for pair in parsed.pairs} - heldout
     if not heldout or not train:
         raise RunError(f"{rows.name}: has too few prompts for a share of {share:g}; name another --share")
@@ -228,7 +232,10 @@ def _data_table_and_recipe(source: str) -> "tuple[DataTable, Recipe | None]":
         raise RecipeError(f"{source}: names no data") from error
 
 
-def _parse_part(table: "DataTable", part: "DataPart", tokenizer: Any = None) -> "tuple[SourceRows, ParsedRows]":
+def _parse_part(
+    table: "DataTable", part: "DataPart", recipe: "Recipe | None", tokenizer: Any = None
+) -> "tuple[SourceRows, ParsedRows]":
+    """The rows of a part and their pairs; a file without a recipe may hold questions and answers too."""
     from qlora_dpo.data.mixture import parse_sources
 
     own_marks = None
@@ -236,14 +243,15 @@ def _parse_part(table: "DataTable", part: "DataPart", tokenizer: Any = None) -> 
         from qlora_dpo.data.templates.template_marks import find_own_marks
 
         own_marks = find_own_marks(tokenizer)
-    mixture = parse_sources(table, part, {}, own_marks=own_marks)
+    supervised = recipe is None or recipe.objective.loss_type == "sft"
+    mixture = parse_sources(table, part, {}, own_marks=own_marks, supervised=supervised)
     return mixture.rows, mixture.parsed
 
 
-def _train_and_heldout_pairs(table: "DataTable") -> "tuple[Sequence[Pair], Sequence[Pair]]":
+def _train_and_heldout_pairs(table: "DataTable", recipe: "Recipe") -> "tuple[Sequence[Pair], Sequence[Pair]]":
     """Training and held-out pairs; an empty second part where `eval_share` holds out prompts, so none can overlap."""
-    train = _parse_part(table, "train")[1].pairs
-    return train, [] if table.effective_eval_share is not None else _parse_part(table, "eval")[1].pairs
+    train = _parse_part(table, "train", recipe)[1].pairs
+    return train, [] if table.effective_eval_share is not None else _parse_part(table, "eval", recipe)[1].pairs
 
 
 def _load_tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
@@ -270,7 +278,9 @@ def _format_pair(pair: "Pair", tokenizer: Any, location: str, tokens: bool) -> s
     """One pair as text, or as tokens if there is a tokenizer."""
     title = click.style(f"{location}" + ("" if pair.label is None else f", label {str(pair.label).lower()}"), bold=True)
     answers = [("chosen", pair.chosen, "green"), ("rejected", pair.rejected, "red")]
-    if pair.label is not None:
+    if not pair.rejected:
+        answers = [("answer", pair.chosen, "green")]
+    elif pair.label is not None:
         answers = [("good" if pair.label else "bad", pair.chosen, "green" if pair.label else "red")]
     if tokenizer is None:
         turns = [f"{click.style(turn['role'], dim=True)}: {_printable(turn['content'])}" for turn in pair.prompt]

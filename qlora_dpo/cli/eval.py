@@ -107,7 +107,7 @@ def eval_command(
     """
     import_libraries()
     from qlora_dpo.adapter import open_adapter
-    from qlora_dpo.errors import GateError
+    from qlora_dpo.errors import GateError, RecipeError
     from qlora_dpo.evaluation.lm_eval_tasks import evaluate_tasks, make_task_manager
     from qlora_dpo.run_folder import newest_adapter, read_run_metadata
     from qlora_dpo.talk.judge import make_judge
@@ -125,6 +125,10 @@ def eval_command(
         table = table.model_copy(update={"max_length": max_length})
     opened = open_adapter(folder, dtype, base_model)
     pair_set = _load_eval_pairs(opened, table, part)
+    if min_accuracy is not None and not pair_set.pairs[0].rejected:
+        raise RecipeError(
+            f"{pair_set.audit.source}: its rows have one answer each, so --min-accuracy has nothing to judge"
+        )
     metrics = _compute_metrics(opened, pair_set, contents)
     if judge_client is not None:
         max_prompts, max_new_tokens = judge_and_task_options["judge_prompts"], judge_and_task_options["max_new_tokens"]
@@ -219,7 +223,9 @@ def _load_eval_pairs(opened: "OpenedModel", table: "DataTable", part: Any) -> "P
     from qlora_dpo.training.loss_columns import column_keys
 
     seed = opened.recipe.train.seed if opened.recipe is not None else 0
-    pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(_objective_or_default(opened)))
+    objective = _objective_or_default(opened)
+    supervised = objective.loss_type == "sft"
+    pairs = load_pairs(table, part, opened.tokenizer, seed, column_keys(objective), supervised=supervised)
     click.echo("\n".join(pairs.audit.lines()), err=True)
     check_bad_share(pairs.audit, table.max_bad_share)
     run_data = opened.recipe.data if opened.recipe is not None else None
@@ -261,6 +267,7 @@ def _objective_or_default(opened: "OpenedModel") -> "Objective":
 
 def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[str, str]) -> dict[str, Any]:
     """Every metric, with the data, objective and dtype that it was measured with."""
+    from qlora_dpo.data.encoded import have_rejected, pairs_without_rejected
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.evaluation.adapter_eval import MAX_TEXT_WINDOW, EvalPairs, score_adapter, score_text, text_windows
     from qlora_dpo.evaluation.eval_metrics import compute_eval_metrics
@@ -282,12 +289,13 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         windows[name] = text_windows(tuple(ids), window)
         if not windows[name]:
             raise RecipeError(f"{name}: has {len(ids)} tokens; --text needs at least two")
-    sequences = [*pair_set.encoded, *(window for text in windows.values() for window in text)]
+    encoded = pair_set.encoded if have_rejected(pair_set.encoded) else pairs_without_rejected(pair_set.encoded)
+    sequences = [*encoded, *(window for text in windows.values() for window in text)]
     padded = Packing(row_tokens, int(opened.tokenizer.pad_token_id or 0), backend=None)
     packing, reason = choose_packing(model, sequences, padded, device)
     click.echo(f"layout: {reason}", err=True)
-    pairs = EvalPairs(pair_set.encoded, read_loss_columns(pair_set.pairs, objective), objective)
-    count = len(pair_set.encoded)
+    pairs = EvalPairs(encoded, read_loss_columns(pair_set.pairs, objective), objective)
+    count = len(encoded)
     with click.progressbar(
         length=3 * count, label=f"scoring {count} pairs with base and tuned model", file=sys.stderr
     ) as bar:
@@ -309,5 +317,5 @@ def _compute_metrics(opened: "OpenedModel", pair_set: "PairSet", contents: dict[
         },
         "objective": objective.model_dump(exclude_none=True),
         "computed_in": f"{device.compute_dtype} on {device.type.upper()}",
-        **compute_eval_metrics(scores, pair_set.encoded, objective, texts),
+        **compute_eval_metrics(scores, encoded, objective, texts),
     }

@@ -40,7 +40,7 @@ class Audit:
     repaired: Mapping[str, tuple[int, ...]]
     """Numbers of the used rows that were changed, by repair; a row can have several repairs."""
     tokens: Mapping[str, tuple[int, int, int]]
-    """Median, 95th percentile and maximum length of prompt, chosen and rejected, in tokens."""
+    """Median, 95th percentile and maximum length of prompt, chosen and rejected, in tokens; see `part_quantiles`."""
     first_location: Mapping[str, str] = field(default_factory=dict)
     """The location of the first row of each reason: `pairs.jsonl:17`."""
     dropped_at_parse: int = 0
@@ -56,7 +56,8 @@ class Audit:
 
     def table(self) -> list[tuple[str, str]]:
         """Rows of two columns of text: a label, and one number or three."""
-        lines = [("rows read", f"{self.rows:,}"), ("pairs used", f"{self.used:,}")]
+        counted = "answers" if "answer" in self.tokens else "pairs"
+        lines = [("rows read", f"{self.rows:,}"), (f"{counted} used", f"{self.used:,}")]
         ends = [*(first - 1 for _, first, _ in self.per_source[1:]), self.rows]
         for (name, first, used), last in zip(self.per_source, ends, strict=False):
             lines.append((f"  of {name} (rows {first:,} to {last:,})", f"{used:,}"))
@@ -157,13 +158,24 @@ def length_quantiles(lengths: Sequence[int] | NDArray[np.int32]) -> tuple[int, i
     return int(p50), int(p95), int(longest)
 
 
+def part_quantiles(lengths_P3: NDArray[np.int32]) -> dict[str, tuple[int, int, int]]:
+    """`length_quantiles` of prompt, chosen and rejected; of prompt and answer where no pair has a rejected answer."""
+    names = ("prompt", "chosen", "rejected")
+    if len(lengths_P3) and not lengths_P3[:, 2].any():
+        names, lengths_P3 = ("prompt", "answer", ""), lengths_P3[:, :2]
+    return dict(zip(names, map(length_quantiles, lengths_P3.T), strict=False))
+
+
 def length_baselines(encoded: Sequence["EncodedPair"]) -> dict[str, float]:
     """Accuracies (0 to 1) of always preferring the longer and the shorter answer, in tokens.
 
-    A tie counts one half, so the two add up to 1. Raises ValueError without pairs.
+    A tie counts one half, so the two add up to 1. Empty where there is one answer alone. Raises ValueError without
+    pairs.
     """
     if not encoded:
         raise ValueError("baselines need at least one pair")
+    if not encoded[0].rejected:
+        return {}
     longer = sum(
         0.5 if len(pair.chosen) == len(pair.rejected) else float(len(pair.chosen) > len(pair.rejected))
         for pair in encoded

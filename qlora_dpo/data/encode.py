@@ -12,7 +12,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data.arrow_cache import cache_key, load_table
-from qlora_dpo.data.audit import OVERLONG, Audit, length_quantiles
+from qlora_dpo.data.audit import OVERLONG, Audit, part_quantiles
 from qlora_dpo.data.dialogue import InvalidRow, Message, sanitize_text
 from qlora_dpo.data.encoded import EncodedPair, TokenIds, digest_ids
 from qlora_dpo.data.encoded_cache import (
@@ -83,10 +83,13 @@ def load_pairs(
     seed: int,
     extra_columns: Mapping[str, str] = MappingProxyType({}),
     progress: ProgressCallback = no_progress,
+    *,
+    supervised: bool = False,
 ) -> PairSet:
     """Read, check, sample and encode the pairs of `part`.
 
-    `extra_columns` maps the columns whose text stays with each pair to the recipe keys that name them.
+    `extra_columns` maps the columns whose text stays with each pair to the recipe keys that name them. With
+    `supervised`, rows of questions and answers are read too, and become pairs without a rejected answer.
 
     With `max_train_samples` or `max_eval_samples`, every row gets a random number from `random.Random(seed)`, in
     the order of the rows; rows are then taken from the smallest number on until that many usable pairs are found, so
@@ -94,7 +97,7 @@ def load_pairs(
     SourceError, DataError or ModelError, each one sentence.
     """
     form = detect_chat_format(tokenizer)
-    mixture = parse_sources(table, part, extra_columns, progress, find_own_marks(tokenizer))
+    mixture = parse_sources(table, part, extra_columns, progress, find_own_marks(tokenizer), supervised=supervised)
     every = mixture.parsed
     rows, (parsed, in_part_P, other_split) = mixture.rows, _split_part(every, part)
     mixture = replace(mixture, parsed=parsed, source_P=mixture.source_P[in_part_P])
@@ -102,7 +105,7 @@ def load_pairs(
     in_order = max_pairs is None and not mixture.is_drawn
     order = np.arange(len(parsed.pairs)) if in_order else _sampling_order(parsed.row_P, len(rows.rows), seed)
     encoder = _Encoder(tokenizer, form, table)
-    key = _reading_key(rows, (table, part, seed, extra_columns), encoder)
+    key = _reading_key(rows, (table, part, seed, extra_columns), encoder, supervised)
     encoded = load_table(key)
     if encoded is None:
         encoded = encoder.encode_selected(key, mixture, order, max_pairs, progress)
@@ -130,13 +133,7 @@ def load_pairs(
         dropped=dropped_rows,
         not_sampled=len(np.unique(parsed.row_P)) - len(np.unique(parsed.row_P[seen])),
         repaired=selection.repaired_rows(used_rows),
-        tokens=dict(
-            zip(
-                ("prompt", "chosen", "rejected"),
-                map(length_quantiles, selection.encoded.lengths()[kept_U].T),
-                strict=True,
-            )
-        ),
+        tokens=part_quantiles(selection.encoded.lengths()[kept_U]),
         first_location={reason: rows.location(numbers[0]) for reason, numbers in dropped_rows.items()},
         note=form.note,
         per_source=_pairs_per_source(mixture, mixture.source_P[position_U[kept_U]]),
@@ -150,7 +147,10 @@ def load_pairs(
 
 
 def _reading_key(
-    rows: SourceRows, selection: tuple[DataTable, DataPart, int, Mapping[str, str]], encoder: "_Encoder"
+    rows: SourceRows,
+    selection: tuple[DataTable, DataPart, int, Mapping[str, str]],
+    encoder: "_Encoder",
+    supervised: bool,
 ) -> str | None:
     """The cache key of these rows' table; None if rows or tokenizer cannot be told from others."""
     if not rows.fingerprint or encoder.key is None:
@@ -160,7 +160,8 @@ def _reading_key(
     keys = table.model_dump(mode="json", exclude={"train", "eval", "max_bad_share"}) | {
         "share": table.effective_eval_share
     }
-    return f"{encoder.key}-{cache_key(PARSE_VERSION, rows.fingerprint, keys, part, seed, sorted(extra_columns))}"
+    parts = (PARSE_VERSION, rows.fingerprint, keys, part, seed, sorted(extra_columns), supervised)
+    return f"{encoder.key}-{cache_key(*parts)}"
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ class _Encoder:
         return EncodedRow(position, fitting, text, result, is_truncated=True, repairs=repairs)
 
     def _repairs(self, pair: Pair) -> tuple[str, ...]:
-        answers: list[Message] = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
+        texts = filter(None, (pair.chosen, pair.rejected))
+        answers: list[Message] = [{"role": "assistant", "content": text} for text in texts]
         return (*pair.repairs, *list_repairs(template_traits(self.tokenizer), [*pair.prompt, *answers], pair.tools))
 
 
@@ -297,15 +299,17 @@ def encode_pairs(
         others = [pair for pair in pairs if not has_tool_turn(pair.prompt)]
         results = iter(encode_pairs(others, tokenizer, form) if others else [])
         return [NO_TOOL_TURNS if has_tool_turn(pair.prompt) else next(results) for pair in pairs]
-    chosen, rejected = ([_with_answer(pair, getattr(pair, name)) for pair in pairs] for name in ("chosen", "rejected"))
+    chats = [_with_answer(pair, pair.chosen) for pair in pairs]
+    chats += [_with_answer(pair, pair.rejected) for pair in pairs if pair.rejected]
     tools = [pair.tools for pair in pairs]
+    tools_of_all = [*tools, *tools, *(pair.tools for pair in pairs if pair.rejected)]
     if any(tools) and not supports_tools(tokenizer):
         raise ModelError(
             "the data has a column tools, which the model's chat template does not read; name a model whose template "
             "does in model.name, or leave the column out"
         )
     try:
-        chat_ids = tokenize_chats(tokenizer, [pair.prompt for pair in pairs], [*chosen, *rejected], 3 * tools)
+        chat_ids = tokenize_chats(tokenizer, [pair.prompt for pair in pairs], chats, tools_of_all)
     except (*TEMPLATE_ERRORS, InvalidRow, LimitExceeded) as error:
         if len(pairs) > 1:
             return [result for pair in pairs for result in encode_pairs([pair], tokenizer, form)]
@@ -318,9 +322,11 @@ def encode_pairs(
                 ) from error
             case _:
                 return [f"chat template refuses it: {sanitize_text(str(error))}"]
-    count = len(pairs)
-    parts = zip(pairs, chat_ids[:count], chat_ids[count : 2 * count], chat_ids[2 * count :], strict=True)
-    encoded = [_encode_answers(pair, form, prompt, chosen, rejected) for pair, prompt, chosen, rejected in parts]
+    count, rejected_ids = len(pairs), iter(chat_ids[2 * len(pairs) :])
+    encoded = [
+        _encode_answers(pair, form, prompt, (chosen, next(rejected_ids)) if pair.rejected else (chosen,))
+        for pair, prompt, chosen in zip(pairs, chat_ids[:count], chat_ids[count : 2 * count], strict=True)
+    ]
     if "enable_thinking" not in str(tokenizer.chat_template):
         return encoded
     return [
@@ -333,19 +339,19 @@ def _with_answer(pair: Pair, answer: str) -> list[Message]:
     return [*pair.prompt, {"role": "assistant", "content": answer}]
 
 
-def _encode_answers(
-    pair: Pair, form: ChatFormat, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds
-) -> EncodedPair | str:
-    asked, prompt = prompt, prompt_ids_of(form, prompt, (chosen, rejected))
+def _encode_answers(pair: Pair, form: ChatFormat, prompt: TokenIds, chats: tuple[TokenIds, ...]) -> EncodedPair | str:
+    """The pair of a prompt and the chats with its answers; a single chat has no rejected answer."""
+    asked, prompt = prompt, prompt_ids_of(form, prompt, chats)
     if prompt != asked and any(answer.lstrip().startswith("<think>") for answer in (pair.chosen, pair.rejected)):
         return THOUGHTS_TWICE
     try:
-        answers = answer_ids(form, prompt, chosen), answer_ids(form, prompt, rejected)
+        chosen, *others = (answer_ids(form, prompt, chat) for chat in chats)
     except InvalidRow as unusable:
         return str(unusable)
-    if answers[0] == answers[1]:
+    if chosen in others:
         return "equal answers" if pair.chosen == pair.rejected else EQUAL_AS_WRITTEN
-    return EncodedPair(prompt, *answers, pair.row, digest_ids(prompt, *answers))
+    rejected = others[0] if others else ()
+    return EncodedPair(prompt, chosen, rejected, pair.row, digest_ids(prompt, chosen, rejected))
 
 
 def pair_num_tokens(pair: EncodedPair) -> int:

@@ -44,6 +44,7 @@ def without_rejected(pair: EncodedPair) -> EncodedPair:
 def pairs_without_rejected(pairs: Sequence[EncodedPair]) -> LazySequence[EncodedPair]:
     """The pairs without their rejected answers."""
     columns = {
+        "row": lambda: pair_rows(pairs),
         "digest": lambda: pair_digests(pairs),
         "lengths": lambda: pair_lengths(pairs) * np.array([1, 1, 0], np.int32),
     }
@@ -54,6 +55,17 @@ def pair_digests(pairs: Sequence[EncodedPair]) -> NDArray[np.bytes_]:
     """The digest of each pair (P), 32 bytes each; the ids of pairs on disk are not read."""
     column = _known_column(pairs, "digest")
     return np.array([pair.digest for pair in pairs], dtype="S32") if column is None else column
+
+
+def pair_rows(pairs: Sequence[EncodedPair]) -> NDArray[np.int64]:
+    """The row number of each pair (P); the ids of pairs on disk are not read."""
+    column = _known_column(pairs, "row")
+    return np.array([pair.row for pair in pairs], dtype=np.int64) if column is None else column
+
+
+def have_rejected(pairs: Sequence[EncodedPair]) -> bool:
+    """False if one of the pairs, as a supervised row, has no rejected answer."""
+    return bool(pair_lengths(pairs)[:, 2].all())
 
 
 def pair_lengths(pairs: Sequence[EncodedPair]) -> NDArray[np.int32]:
@@ -122,7 +134,9 @@ class EncodedPairs:
 
     def pairs(self) -> LazySequence[EncodedPair]:
         """The pairs as a sequence that can be selected from and concatenated."""
-        return LazySequence(len(self), self.__getitem__, {"digest": self.digests, "lengths": self.lengths})
+        return LazySequence(
+            len(self), self.__getitem__, {"row": self.row_numbers, "digest": self.digests, "lengths": self.lengths}
+        )
 
 
 class _ListColumn:

@@ -18,7 +18,9 @@ from qlora_dpo.data.dialogue import (
     split_hh,
 )
 from qlora_dpo.data.files import Row, json_type
-from qlora_dpo.data.rows.messages import ROLE_NAMES, check_unread_keys, parse_messages
+from qlora_dpo.data.rows.messages import ROLE_NAMES, parse_messages
+from qlora_dpo.data.rows.prompts import answer_text, parse_alpaca_prompt, parse_prompt, single_answer, with_system
+from qlora_dpo.data.rows.supervised import PromptAndAnswers, parse_supervised
 
 
 class PreferenceFormat(Enum):
@@ -33,8 +35,11 @@ class PreferenceFormat(Enum):
     ALPACA = "Alpaca (instruction, input, chosen and rejected strings)"
     RANKED = "ranked answers (prompt, responses, and scores or ranks)"
     UNPAIRED = "unpaired answers (messages, or prompt and completion, and a label)"
+    SUPERVISED = "questions and answers (messages, prompt and completion, or instruction and output)"
 
 
+ONE_ANSWER = (PreferenceFormat.UNPAIRED, PreferenceFormat.SUPERVISED)
+"""The formats whose rows hold one answer to a prompt."""
 FORMATS_BY_NAME = {format.name.lower(): format for format in PreferenceFormat}
 """Formats by their names in data.format."""
 
@@ -54,13 +59,11 @@ REQUIRED_COLUMNS = {
     PreferenceFormat.ALPACA: {"instruction": "a string", "chosen": "a string", "rejected": "a string"},
     PreferenceFormat.RANKED: {"responses": "a list"},
     PreferenceFormat.UNPAIRED: {},
+    PreferenceFormat.SUPERVISED: {},
 }
 
 LATER_TURNS = "turns behind the first difference left out"
 UNSCORED = "an answer without a score left out"
-
-PromptAndAnswers = tuple[tuple[Message, ...], str, str]
-"""A prompt and two answers."""
 
 
 def detect_row_format(row: Row) -> PreferenceFormat | None:
@@ -98,14 +101,16 @@ def parse_row(
     *,
     every_pair: bool,
     from_difference: bool,
+    last_only: bool = False,
     is_forced: bool = False,
 ) -> list[PromptAndAnswers]:
     """Prompt and two answers of a row, or several of them for ranked answers; raises InvalidRow for another format.
 
-    The second answer of an unpaired row is empty. With `every_pair`, any two ranked answers of different rank make a
-    pair; otherwise the best and the worst do. With `from_difference`, the answers of two chats are the first turns in
-    which they differ. With `is_forced`, the format is the recipe's, whatever a prompt looks like. What is read
-    otherwise than it is written goes to `repairs`.
+    The second answer of an unpaired or supervised row is empty. With `every_pair`, any two ranked answers of different
+    rank make a pair; otherwise the best and the worst do. With `from_difference`, the answers of two chats are the
+    first turns in which they differ. With `last_only`, the last answer of a supervised chat is read, otherwise all.
+    With `is_forced`, the format is the recipe's, whatever a prompt looks like. What is read otherwise than it is
+    written goes to `repairs`.
     """
     required = REQUIRED_COLUMNS[format]
     for column, kind in required.items():
@@ -125,34 +130,36 @@ def parse_row(
         case PreferenceFormat.STRINGS:
             if is_hh(row["prompt"]) and not is_forced:
                 raise InvalidRow("prompt is marked as HH text, unlike the first row's")
-            return [(_with_system(row, ({"role": "user", "content": row["prompt"]},)), row["chosen"], row["rejected"])]
+            return [(with_system(row, ({"role": "user", "content": row["prompt"]},)), row["chosen"], row["rejected"])]
         case PreferenceFormat.MESSAGES:
             prompt = _as_messages(row, "prompt", "user", repairs)
             chosen, rejected = (_as_messages(row, column, "assistant", repairs) for column in ("chosen", "rejected"))
             if len(chosen) < 2 and len(rejected) < 2:
-                return [(_with_system(row, prompt), _single_answer(chosen), _single_answer(rejected))]
+                return [(with_system(row, prompt), single_answer(chosen), single_answer(rejected))]
             if not from_difference and _roles(chosen) & _roles(rejected) == {"assistant"}:
                 raise InvalidRow("answer holds more than one turn")
             prompt, better, worse = _split_chats((*prompt, *chosen), (*prompt, *rejected), repairs, from_difference)
-            return [(_with_system(row, prompt), better, worse)]
+            return [(with_system(row, prompt), better, worse)]
         case PreferenceFormat.CHATS:
             chosen, rejected = (parse_messages(row[column], column, repairs) for column in required)
             prompt, better, worse = _split_chats(chosen, rejected, repairs, from_difference)
             _check_prompt_column(row.get("prompt"), prompt)
-            return [(_with_system(row, prompt), better, worse)]
+            return [(with_system(row, prompt), better, worse)]
         case PreferenceFormat.SHAREGPT:
             prompt = parse_messages(row["conversations"], "conversations", repairs, is_sharegpt=True)
             better, worse = (
-                _single_answer(parse_messages([row[column]], column, repairs, is_sharegpt=True))
+                single_answer(parse_messages([row[column]], column, repairs, is_sharegpt=True))
                 for column in ("chosen", "rejected")
             )
-            return [(_with_system(row, prompt), better, worse)]
+            return [(with_system(row, prompt), better, worse)]
         case PreferenceFormat.ALPACA:
-            return [(_parse_alpaca_prompt(row), row["chosen"], row["rejected"])]
+            return [(parse_alpaca_prompt(row), row["chosen"], row["rejected"])]
         case PreferenceFormat.RANKED:
             return _parse_ranked(row, every_pair, repairs)
         case PreferenceFormat.UNPAIRED:
             return [_parse_unpaired(row, repairs)]
+        case PreferenceFormat.SUPERVISED:
+            return parse_supervised(row, last_only, repairs)
         case _:
             assert_never(format)
 
@@ -219,20 +226,6 @@ def _split_chats(
     return pair
 
 
-def _with_system(row: Row, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt, with the text of a `system` column before it unless it already begins with a system turn."""
-    match row.get("system"):
-        case None:
-            return prompt
-        case str(text) if not text.strip():
-            return prompt
-        case str(text):
-            has_system = prompt[:1] and prompt[0]["role"] == "system"
-            return prompt if has_system else ({"role": "system", "content": text}, *prompt)
-        case other:
-            raise InvalidRow(f"system is {json_type(other)}, not a string")
-
-
 def _parse_hh_prompt(prompt: str, chosen: str, rejected: str) -> PromptAndAnswers:
     """A prompt that ends with an open Assistant marker, and two answers that follow one space."""
     turns = parse_hh(prompt)
@@ -245,32 +238,16 @@ def _parse_hh_prompt(prompt: str, chosen: str, rejected: str) -> PromptAndAnswer
     return tuple(turns[:-1]), answers[0][1]["content"], answers[1][1]["content"]
 
 
-def _parse_alpaca_prompt(row: Row) -> tuple[Message, ...]:
-    """The history, then the instruction with its input on a new line, joined as in LLaMA-Factory."""
-    history = row.get("history") or []
-    if not all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
-    ):
-        raise InvalidRow("history is no list of questions with answers")
-    input_text = row.get("input")
-    if input_text is not None and not isinstance(input_text, str):
-        raise InvalidRow(f"input is {json_type(input_text)}, not a string")
-    question = f"{row['instruction']}\n{input_text}" if input_text else row["instruction"]
-    earlier = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
-    turns: list[Message] = [{"role": role, "content": text} for role, text in (*earlier, ("user", question))]
-    return _with_system(row, tuple(turns))
-
-
 def _parse_ranked(row: Row, every_pair: bool, repairs: list[str]) -> list[PromptAndAnswers]:
     """The pairs of a better and a worse answer to one prompt."""
-    prompt = _parse_prompt(row.get("prompt"), row, repairs)
+    prompt = parse_prompt(row.get("prompt"), row, repairs)
     if "scores" in row:
         order = _parse_scores(row["scores"], "scores", repairs)
     elif "ranks" in row:
         order = [-rank for rank in _parse_scores(row["ranks"], "ranks", repairs)]
     else:
         raise InvalidRow("neither scores nor ranks beside the responses")
-    answers = [_answer_text(response) for response in row["responses"]]
+    answers = [answer_text(response) for response in row["responses"]]
     if len(answers) != len(order):
         raise InvalidRow("another number of scores than of responses")
     scored = [(score, answer) for score, answer in zip(order, answers, strict=True) if not math.isnan(score)]
@@ -295,34 +272,12 @@ def _parse_unpaired(row: Row, repairs: list[str]) -> PromptAndAnswers:
             chat = parse_messages(row[column], column, repairs, is_sharegpt=column == "conversations")
             if not chat or chat[-1]["role"] != "assistant":
                 raise InvalidRow("last turn is not the assistant's")
-            return _with_system(row, chat[:-1]), chat[-1]["content"], ""
-    prompt = _parse_prompt(row.get("prompt"), row, repairs)
+            return with_system(row, chat[:-1]), chat[-1]["content"], ""
+    prompt = parse_prompt(row.get("prompt"), row, repairs)
     completion = row.get("completion")
     if isinstance(completion, list):
-        return prompt, _single_answer(parse_messages(completion, "completion", repairs)), ""
-    return prompt, _answer_text(completion), ""
-
-
-def _parse_prompt(prompt: Any, row: Row, repairs: list[str]) -> tuple[Message, ...]:
-    match prompt:
-        case str():
-            return _with_system(row, ({"role": "user", "content": prompt},))
-        case list():
-            return _with_system(row, parse_messages(prompt, "prompt", repairs))
-        case _:
-            raise InvalidRow(f"prompt is {json_type(prompt)}, not a string or a list")
-
-
-def _answer_text(value: Any) -> str:
-    match value:
-        case str():
-            return value
-        case dict() if {"content", "response", "value"} & value.keys():
-            check_unread_keys(value, "an answer")
-            match value:
-                case {"content": str(text)} | {"response": str(text)} | {"value": str(text)}:
-                    return text
-    raise InvalidRow(f"an answer is {json_type(value)}, not a string")
+        return prompt, single_answer(parse_messages(completion, "completion", repairs)), ""
+    return prompt, answer_text(completion), ""
 
 
 def _parse_scores(values: Any, column: str, repairs: list[str]) -> list[float]:
@@ -338,14 +293,6 @@ def _parse_scores(values: Any, column: str, repairs: list[str]) -> list[float]:
     if any(isinstance(value, str) for value in values):
         repairs.append(f"{column} written as text read as numbers")
     return scores
-
-
-def _single_answer(answer: tuple[Message, ...]) -> str:
-    if len(answer) > 1:
-        raise InvalidRow("answer holds more than one turn")
-    if not answer or answer[0]["role"] != "assistant":
-        raise InvalidRow("last turn is not the assistant's")
-    return answer[0]["content"]
 
 
 def _check_prompt_column(column: Any, prompt: tuple[Message, ...]) -> None:

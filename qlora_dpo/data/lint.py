@@ -100,7 +100,7 @@ class _LintScan:
         elif _leaks_prompt(pair):
             self.leaks.append(pair.row)
         self.labels.append((pair.row, pair.label))
-        if pair.label is None:
+        if len(pair.answers) == 2:
             prompt = _prompt_key(pair)
             answers, swapped = (
                 _digest((prompt, pair.chosen, pair.rejected)),
@@ -117,8 +117,8 @@ class _LintScan:
 
 
 def length_stats(pairs: Sequence[Pair]) -> LengthStats | None:
-    """Length statistics of chosen and rejected answers; None without pairs, or for unpaired answers."""
-    if not pairs or pairs[0].label is not None:
+    """Length statistics of chosen and rejected answers; None without pairs, or for rows of one answer."""
+    if not pairs or len(pairs[0].answers) < 2:
         return None
     differences = [math.log(len(pair.chosen)) - math.log(len(pair.rejected)) for pair in pairs]
     mean = sum(differences) / len(pairs)
@@ -143,11 +143,11 @@ def _prompt_key(pair: Pair) -> Hashable:
 
 
 def _exact_key(pair: Pair) -> Hashable:
-    return _prompt_key(pair), pair.chosen, pair.rejected if pair.label is None else None, pair.label
+    return _prompt_key(pair), pair.answers, pair.label
 
 
 def _normalized_key(pair: Pair) -> Hashable:
-    texts = [*(turn["content"] for turn in pair.prompt), pair.chosen, *([pair.rejected] if pair.label is None else [])]
+    texts = [*(turn["content"] for turn in pair.prompt), *pair.answers]
     return tuple(_PUNCTUATION.sub(" ", text).casefold().strip() for text in texts)
 
 
@@ -157,18 +157,14 @@ def _digest(key: Hashable) -> bytes:
 
 def _leaks_prompt(pair: Pair) -> bool:
     question = pair.prompt[-1]["content"].strip()
-    return len(question) >= MIN_LEAK_CHARACTERS and any(question in answer for answer in _answers(pair))
+    return len(question) >= MIN_LEAK_CHARACTERS and any(question in answer for answer in pair.answers)
 
 
 def begin_with_question(pair: Pair) -> bool:
     """True if both answers, or the only one, begin with the last turn of the prompt."""
     question = pair.prompt[-1]["content"].strip()
     shortest = MIN_HEAD_QUESTION_CHARACTERS if question.endswith(("?", "？")) else MIN_HEAD_CHARACTERS
-    return len(question) >= shortest and all(_rest(answer, question) is not None for answer in _answers(pair))
-
-
-def _answers(pair: Pair) -> tuple[str, ...]:
-    return (pair.chosen, pair.rejected) if pair.label is None else (pair.chosen,)
+    return len(question) >= shortest and all(_rest(answer, question) is not None for answer in pair.answers)
 
 
 def _rest(answer: str, question: str) -> str | None:
@@ -186,10 +182,10 @@ def leave_question_out(row: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[st
     """
     mended = dict[str, str]()
     for pair in filter(begin_with_question, pairs):
-        rests = [_rest(answer, pair.prompt[-1]["content"].strip()) or "" for answer in _answers(pair)]
+        rests = [_rest(answer, pair.prompt[-1]["content"].strip()) or "" for answer in pair.answers]
         if not all(rests) or (len(rests) == 2 and rests[0] == rests[1]):
             return None
-        mended |= dict(zip(_answers(pair), rests, strict=True))
+        mended |= dict(zip(pair.answers, rests, strict=True))
     found = set[str]()
 
     def edit(value: Any) -> Any:

@@ -67,10 +67,13 @@ def parse_sources(
     extra_columns: Mapping[str, str],
     progress: ProgressCallback = no_progress,
     own_marks: MarkFamily | None = None,
+    *,
+    supervised: bool = False,
 ) -> Mixture:
     """Read and parse the rows of all sources of `part`; raises what `read_sources` and `parse_pairs` raise.
 
-    `own_marks` are those of the chat template of the model that the rows are for, if there is one.
+    `own_marks` are those of the chat template of the model that the rows are for, if there is one. With `supervised`,
+    rows of questions and answers are read too.
     """
     parts = [join_rated_rows(rows) for rows in read_sources(table, part)]
     tables = _source_tables(table, part)
@@ -79,7 +82,9 @@ def parse_sources(
         parse_pairs(
             rows,
             extra_columns,
-            ParseOptions(source.format, source.columns, every_pair, table.answer, own_marks),
+            ParseOptions(
+                source.format, source.columns, every_pair, table.answer, supervised, table.train_on, own_marks
+            ),
             table.effective_eval_share,
             progress,
         )

@@ -15,7 +15,7 @@ from qlora_dpo.data import arrow_cache
 from qlora_dpo.data.arrow_columns import binary_array, number_array, read_numbers
 from qlora_dpo.data.dialogue import InvalidRow, Message, check_roles, is_blank, sanitize_text
 from qlora_dpo.data.files import Row, log_once
-from qlora_dpo.data.formats import PreferenceFormat
+from qlora_dpo.data.formats import ONE_ANSWER, PreferenceFormat
 from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.data.progress import ProgressCallback, no_progress, track_progress
 from qlora_dpo.data.rows.reader import ParseOptions, RowReader, list_columns, make_reader, rename_columns
@@ -41,8 +41,9 @@ class Pair:
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    """Empty for a supervised row, which has one answer."""
     row: int
-    """Row number in the source, from 1; several pairs of one row of ranked answers share it."""
+    """Row number in the source, from 1; several pairs of one row of ranked answers, or of one chat, share it."""
     extra: Mapping[str, str]
     """Values of the extra columns as text; null becomes the empty string."""
     label: bool | None = None
@@ -51,6 +52,11 @@ class Pair:
     """The tools passed to the chat template, as a JSON list of their schemas; empty if there are none."""
     repairs: tuple[str, ...] = ()
     """What was read otherwise than it is written in the row, in the words of the audit table."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answers to the prompt: two, or the only one of an unpaired or a supervised row."""
+        return (self.chosen, self.rejected) if self.label is None and self.rejected else (self.chosen,)
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def _scan_rows(
         try:
             pairs = reader.read(row).pairs
             for prompt, chosen, rejected in pairs:
-                _check_pair(prompt, chosen, rejected if format is not PreferenceFormat.UNPAIRED else None)
+                _check_pair(prompt, chosen, None if format in ONE_ANSWER else rejected)
         except InvalidRow as unusable:
             dropped.setdefault(str(unusable), []).append(number)
             continue
@@ -187,7 +193,8 @@ def _scan_rows(
             row_P.append(number)
             pair_index_P.append(pair_index)
             if eval_share is not None:
-                is_eval_P.append(in_eval_share(prompt, eval_share))
+                question = first_question(prompt) if format is PreferenceFormat.SUPERVISED else prompt
+                is_eval_P.append(in_eval_share(question, eval_share))
             if format is PreferenceFormat.UNPAIRED:
                 answers.append(sha256(chosen.encode()).digest()[:16])
     return _Scan(format, row_P, pair_index_P, is_eval_P, answers, dropped, rows.repeated_keys())
@@ -207,6 +214,12 @@ def in_eval_share(prompt: tuple[Message, ...], share: float) -> bool:
     """True for a share of all prompts, decided by a hash of the prompt's text alone."""
     text = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+
+def first_question(prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns up to the first one of the user's, by which all answers of a chat are held out, or none."""
+    count = next((number for number, turn in enumerate(prompt, 1) if turn["role"] == "user"), len(prompt))
+    return prompt[:count]
 
 
 def _with_mismatched_answers(parsed: ParsedRows, answers: Sequence[bytes]) -> ParsedRows:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qlora_dpo.data.encoded import EncodedPair, TokenIds, digest_ids
+from qlora_dpo.data.encoded import EncodedPair, TokenIds, digest_ids, have_rejected
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_disabled
 from qlora_dpo.preference.kl import kl_to_base
-from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.logps import HEAD_METRICS, score_batch
 from qlora_dpo.preference.metrics import TIE_MARGIN
 from qlora_dpo.preference.objective import Logps, LossColumns, compute_losses, concat_logps, uses_wpo_weighting
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
@@ -54,6 +54,8 @@ class AdapterScores:
     tokens_P2: Tensor
     kl: float
     """KL(tuned || base) on chosen answers, in nats per token."""
+    token_accuracy: float | None = None
+    """Share of the answers' tokens that the tuned model ranks first; None for pairs, whose answers are compared."""
 
     @property
     def margins(self) -> Tensor:
@@ -83,19 +85,22 @@ def score_adapter(
     if weighting is not None:
         base_P2 = compute_reference_logps(model, encoded, open_cache(None), packing, device)
     parts, order, unweighted = list[Logps](), list[int](), list[Tensor]()
+    is_compared, num_top1 = have_rejected(encoded), 0.0
     for group in micro_batches(encoded, packing):
         group_pairs = [encoded[index] for index in group]
         scores = score_batch(
             model,
             collate(group_pairs, weighted_packing).to(device.torch_device),
             device,
-            metrics=False,
+            metrics=not is_compared,
             wpo_weights=uses_wpo_weighting(objective),
         )
         columns = pairs.columns.select(group).to(device.torch_device)
         parts.append(scores.with_reference(reference_P2[group].to(device.torch_device), columns))
         if weighting is not None:
             unweighted.append(model_logps(model, group_pairs, packing, device))
+        if scores.head_metrics_4 is not None:
+            num_top1 += float(scores.head_metrics_4[HEAD_METRICS.index("mean_token_accuracy")])
         order += group
         advance(len(group))
     original_order = torch.tensor(order).argsort()
@@ -106,6 +111,7 @@ def score_adapter(
     # in float32, as the evaluations during training
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     tie_P = margin_P.abs() <= reward_beta(objective) * TIE_MARGIN
+    tokens_P2 = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in encoded])
     kl = kl_to_base(model, encoded, packing, device, max_pairs=None)
     advance(len(encoded))
     return AdapterScores(
@@ -116,8 +122,9 @@ def score_adapter(
         tie_P=tie_P,
         tuned_logp_P2=tuned_P2.cpu()[original_order].double(),
         base_logp_P2=base_P2.double(),
-        tokens_P2=torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in encoded]),
+        tokens_P2=tokens_P2,
         kl=kl,
+        token_accuracy=None if is_compared else num_top1 / int(tokens_P2.sum()),
     )
 
 

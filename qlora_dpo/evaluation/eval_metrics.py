@@ -24,7 +24,28 @@ from qlora_dpo.wilson import wilson_interval
 def compute_eval_metrics(
     scores: AdapterScores, pairs: Sequence[EncodedPair], objective: Objective, texts: Mapping[str, TextLogps]
 ) -> dict[str, Any]:
-    """Every metric by name: shares from 0 to 1, nats or tokens; intervals of shares are Wilson's at 95 %."""
+    """Every metric by name: shares from 0 to 1, nats or tokens; intervals of shares are Wilson's at 95 %.
+
+    Rows of one answer have loss, perplexity and token accuracy alone.
+    """
+    logps = {"tuned": scores.tuned_logp_P2, "base": scores.base_logp_P2}
+    perplexity = {
+        who: math.exp(-float(logp_P2[:, 0].sum()) / int(scores.tokens_P2[:, 0].sum())) for who, logp_P2 in logps.items()
+    }
+    shared = {
+        "loss": float(scores.loss_P.mean()),
+        "loss_stderr": _stderr(scores.loss_P),
+        "kl": scores.kl,
+        "perplexity": {**perplexity, "tokens": int(scores.tokens_P2[:, 0].sum())},
+        "texts": {name: _text_perplexity(text_logps) for name, text_logps in texts.items()},
+    }
+    if scores.token_accuracy is not None:
+        return {"pairs": len(pairs), "token_accuracy": scores.token_accuracy, **shared}
+    return _comparison_metrics(scores, pairs, objective) | shared
+
+
+def _comparison_metrics(scores: AdapterScores, pairs: Sequence[EncodedPair], objective: Objective) -> dict[str, Any]:
+    """The metrics that compare the two answers of a pair."""
     count, correct = len(pairs), float(scores.correct_P.sum())
     logps = {"tuned": scores.tuned_logp_P2, "base": scores.base_logp_P2}
     return {
@@ -32,23 +53,14 @@ def compute_eval_metrics(
         "accuracy": correct / count,
         "accuracy_interval": wilson_interval(correct, count),
         "ties": int(scores.tie_P.sum()),
-        "loss": float(scores.loss_P.mean()),
-        "loss_stderr": _stderr(scores.loss_P),
         "preference_loss": float(scores.preference_P.mean()),
         "margin": float(scores.margins.mean()),
         "margin_stderr": _stderr(scores.margins),
         "rewards": _column_means(scores.rewards_P2),
         "logps": {who: _column_means(logp_P2) for who, logp_P2 in logps.items()},
-        "kl": scores.kl,
         "calibration": asdict(calibration(scores.margins, scores.correct_P)),
         # an unpaired answer is matched with that of another prompt, so their lengths are unrelated
         "length": None if objective.loss_type == "kto" else _length_metrics(scores, pairs),
-        "perplexity": {
-            who: math.exp(-float(logp_P2[:, 0].sum()) / int(scores.tokens_P2[:, 0].sum()))
-            for who, logp_P2 in logps.items()
-        }
-        | {"tokens": int(scores.tokens_P2[:, 0].sum())},
-        "texts": {name: _text_perplexity(text_logps) for name, text_logps in texts.items()},
     }
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.encode import encode_pairs, load_pairs
-from qlora_dpo.data.encoded import EncodedPair, digest_ids
+from qlora_dpo.data.encoded import EncodedPair, digest_ids, have_rejected, without_rejected
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.evaluation.merge_chats import TrainedChat, select_chats
 from qlora_dpo.files import text_lines
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.objective import Sft
 from qlora_dpo.recipe.tables import is_local_path
 
 MAX_PAIRS = 64
@@ -57,12 +58,17 @@ def load_comparison_texts(folder: Path, recipe: Recipe | None, tokenizer: Any) -
         count = min(recipe.data.max_eval_samples or MAX_PAIRS, MAX_PAIRS)
         table = recipe.data.model_copy(update={"max_eval_samples": count})
         try:
-            heldout = load_pairs(table, "eval", tokenizer, recipe.train.seed)
+            supervised = isinstance(recipe.objective, Sft)
+            heldout = load_pairs(table, "eval", tokenizer, recipe.train.seed, supervised=supervised)
         except QloraDpoError as error:
             why = f"the held-out pairs cannot be read ({_strip_folders(str(error), recipe)})"
         else:
             pairs = sample_within_tokens(heldout.encoded, recipe.train.seed)
             chats = select_chats(heldout, tokenizer)
+            if not have_rejected(pairs):
+                answers = [without_rejected(pair) for pair in pairs]
+                why = "the held-out rows have one answer each"
+                return ComparisonTexts(answers, f"{len(pairs)} held-out answers of the run", why, chats)
             return ComparisonTexts(pairs, f"{len(pairs)} held-out pairs of the run", chats=chats)
     if sampled := _load_samples(folder / "samples.jsonl", tokenizer):
         return ComparisonTexts(sampled, f"{len(sampled)} sample prompts of the run", why)

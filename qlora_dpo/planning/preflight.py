@@ -175,7 +175,7 @@ def _preflight_warnings(recipe: Recipe, preflight: Preflight, heldout_pairs: int
         yield f"data: {format_row_count(finding)}: {finding.problem}; {finding.advice}"
     if bias is not None and abs(bias.effect_size) >= lint.MEDIUM_EFFECT_SIZE:
         yield f"data: {bias.describe()}"
-    if heldout_pairs < MIN_HELDOUT_PAIRS:
+    if heldout_pairs < MIN_HELDOUT_PAIRS and "answer" not in preflight.train.tokens:
         yield (
             f"data: {heldout_pairs} held-out pairs: the 95 % interval of an accuracy reaches "
             f"{98 / math.sqrt(heldout_pairs):.0f} points to either side; hold out more"

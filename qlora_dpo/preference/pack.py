@@ -88,7 +88,7 @@ def _packed_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list
     for index in sorted(range(len(pairs)), key=lambda i: (pairs[i].prompt, i)):
         pair = pairs[index]
         pair_tokens = row_tokens(pair)
-        shared = _common_prefix_length(pairs[groups[-1][-1]].prompt, pair.prompt) if groups else 0
+        shared = _shared_length(pairs[groups[-1][-1]], pair) if groups else 0
         if groups and pair_tokens - shared <= remaining:
             groups[-1].append(index)
             remaining -= pair_tokens - shared
@@ -96,6 +96,12 @@ def _packed_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list
             groups.append([index])
             remaining = token_budget - pair_tokens
     return groups
+
+
+def _shared_length(before: EncodedPair, pair: EncodedPair) -> int:
+    """Tokens of the prompt of `pair` that stand in a row that ends with `before`: those of the same chat for one."""
+    earlier = before.prompt if before.rejected else before.prompt + before.chosen
+    return _common_prefix_length(earlier, pair.prompt)
 
 
 def _padded_groups(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:

@@ -16,7 +16,19 @@ from qlora_dpo.recipe.tables import (
 )
 
 FormatName = Literal[
-    "auto", "hh", "hh_prompt", "strings", "messages", "chats", "sharegpt", "alpaca", "ranked", "unpaired", "compared"
+    "auto",
+    "hh",
+    "hh_prompt",
+    "strings",
+    "messages",
+    "chats",
+    "sharegpt",
+    "alpaca",
+    "ranked",
+    "unpaired",
+    "compared",
+    "supervised",
+    "text",
 ]
 
 
@@ -71,7 +83,9 @@ class DataTable(RecipeTable):
     """The folder of a hub data set whose files are read (`helpful-base` of `Anthropic/hh-rlhf`)."""
     format: FormatName = "auto"
     """The preference format of the rows; `auto` detects it and reports it. `compared` is two answers and a word on
-    which is the better one, in columns that `auto` knows, or in `a`, `b` and `winner` by `columns`."""
+    which is the better one, in columns that `auto` knows, or in `a`, `b` and `winner` by `columns`. `supervised` is
+    questions and answers for `loss_type = "sft"`, and `text` a column of that name with chats in the marks of a known
+    chat template."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default={})
     """Our names of columns, and the names that the data has for them: `{ prompt = "question", chosen = "good" }`."""
     ranked_pairs: Literal["all", "best_worst"] = "all"
@@ -79,6 +93,9 @@ class DataTable(RecipeTable):
     answer: Literal["last", "from_difference"] = "last"
     """Which answers of two whole chats are compared: the last ones, before which the chats must be equal, or the first
     ones in which they differ; what follows these is left out and counted."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of the assistant's turns of a chat are trained on with `loss_type = "sft"`: all, each of which counts as a
+    pair, or the last one."""
     max_length: PositiveInt = 512
     """Maximum length of prompt plus completion, in tokens."""
     overlong: Literal["drop", "cut_prompt", "error"] = "drop"

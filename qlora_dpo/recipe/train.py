@@ -21,11 +21,22 @@ MetricName = Literal[
     "logits/rejected",
     "entropy",
     "mean_token_accuracy",
+    "perplexity",
     "kl",
 ]
 """The metrics of an evaluation, under TRL's names."""
 LOWER_IS_BETTER: set[MetricName] = {
-    *("loss", "preference_loss", "sft_loss", "rewards/rejected", "logps/rejected", "logits/rejected", "entropy", "kl")
+    *(
+        "loss",
+        "preference_loss",
+        "sft_loss",
+        "rewards/rejected",
+        "logps/rejected",
+        "logits/rejected",
+        "entropy",
+        "perplexity",
+    ),
+    "kl",
 }
 
 DEFAULT_ROW_TOKENS = 2048
@@ -81,8 +92,8 @@ class TrainTable(RecipeTable):
     save_steps: PositiveInt | None = None
     """Optimizer steps between two checkpoints; absent: after each epoch but the last."""
     metric_for_best_model: MetricName = "loss"
-    """The held-out metric that decides which evaluation is best. Losses, metrics of the rejected completions, `entropy`
-    and `kl` are better when lower, all others when higher."""
+    """The held-out metric that decides which evaluation is best. Losses, metrics of rejected completions, `entropy`,
+    `perplexity` (of `loss_type = "sft"`) and `kl` are better when lower, all others when higher."""
     load_best_model_at_end: bool = False
     """Write the adapter of the best evaluation instead of the one of the last step."""
     early_stopping_patience: PositiveInt | None = None

@@ -16,7 +16,7 @@ from qlora_dpo.redact import redact_secrets
 from qlora_dpo.report.objective_names import describe_objective, objective_tags
 from qlora_dpo.report.run_files import RunFiles
 from qlora_dpo.report.samples import format_prompt
-from qlora_dpo.report.tables import answers_markdown, epoch_table, escape_markdown, results_markdown
+from qlora_dpo.report.tables import answers_markdown, are_compared, epoch_table, escape_markdown, results_markdown
 from qlora_dpo.run_folder import Record
 
 CARD_SAMPLES = 3
@@ -33,7 +33,7 @@ def model_card(files: RunFiles, licence: str | None = None) -> str:
     `licence` is the base model's, if it is known.
     """
     sections = [
-        _intro_section(files.run, files.objective),
+        _intro_section(files.run, files.results, files.objective),
         _results_section(files.results, files.samples),
         f"## By epoch\n\n{epoch_table(files.records)}",
         _samples_section(files.samples[:CARD_SAMPLES]),
@@ -88,12 +88,17 @@ def _metadata(run: Record, results: Record, objective: Record, licence: str | No
 def _eval_results(run: Record, results: Record) -> list[EvalResult]:
     last = next(record for record in results["evals"] if record["step"] == results["last"])
     held_out = run["data"].get("eval") or run["data"]["train"]
-    metrics = {"accuracy": ("rewards/accuracies", "Preference accuracy"), "loss": ("loss", "Loss")}
+    counted = "pairs" if are_compared(results["evals"]) else "answers"
+    metrics = {
+        "accuracy": ("rewards/accuracies", "Preference accuracy"),
+        "perplexity": ("perplexity", "Perplexity"),
+        "loss": ("loss", "Loss"),
+    }
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=parse_hub_id(held_out) or "preference-pairs",
-            dataset_name=f"{path_name(held_out)}, {results['pairs']['eval']} held-out pairs",
+            dataset_type=parse_hub_id(held_out) or ("preference-pairs" if counted == "pairs" else "answers"),
+            dataset_name=f"{path_name(held_out)}, {results['pairs']['eval']} held-out {counted}",
             metric_type=metric_type,
             metric_name=name,
             metric_value=round(last[f"eval_{key}"], 4),
@@ -103,14 +108,15 @@ def _eval_results(run: Record, results: Record) -> list[EvalResult]:
     ]
 
 
-def _intro_section(run: Record, objective: Record) -> str:
+def _intro_section(run: Record, results: Record, objective: Record) -> str:
+    counted = "preference pairs" if are_compared(results.get("evals") or []) else "answers"
     base, data = run["base"], run["data"]
     storage = QUANTIZATION_NAMES.get(base["quantization"], f"in {run['device']['compute_dtype']}")
     double = ", double quantization" if base["quantization"] in FOUR_BIT_TYPES and base.get("double_quant") else ""
     lines = [
         f"# {escape_markdown(run['name'])}\n",
         f"A LoRA adapter for {_hub_link(base['hub_id'], base['name'])} ({storage}{double}), tuned with"
-        f" {describe_objective(objective)} on {data['train_pairs']} preference pairs of"
+        f" {describe_objective(objective)} on {data['train_pairs']} {counted} of"
         f" {_hub_link(data['train'], data['train'], 'datasets/')}.",
     ]
     if base.get("note"):
@@ -120,7 +126,8 @@ def _intro_section(run: Record, objective: Record) -> str:
 
 def _results_section(results: Record, samples: Sequence[Record]) -> str:
     pairs, answers = results["pairs"]["eval"], results.get("answers")
-    text = f"## Results\n\nOn {pairs} held-out pairs; a tie counts as one half.\n\n{results_markdown(results)}"
+    counted = "pairs; a tie counts as one half" if are_compared(results["evals"]) else "answers"
+    text = f"## Results\n\nOn {pairs} held-out {counted}.\n\n{results_markdown(results)}"
     if signs := results.get("signs"):
         lines = [f"- Step {sign['step']}: {escape_markdown(sign['sentence'])}.\n" for sign in signs]
         text += "\nSigns of trouble during the run:\n\n" + "".join(lines)

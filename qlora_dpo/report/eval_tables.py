@@ -13,7 +13,10 @@ from qlora_dpo.run_folder import Record
 
 def eval_metric_tables(metrics: Record) -> RenderableType:
     """All figures of one adapter; `metrics` is what `eval --json` prints."""
-    parts: list[RenderableType] = [_fill_table(f"Held-out pairs: {metrics['pairs']}", _main_rows(metrics))]
+    if "accuracy" not in metrics:
+        parts: list[RenderableType] = [_fill_table(f"Held-out answers: {metrics['pairs']}", _answer_rows(metrics))]
+        return Group(*parts, *_other_tables(metrics))
+    parts = [_fill_table(f"Held-out pairs: {metrics['pairs']}", _main_rows(metrics))]
     if metrics["length"]:
         parts.append(
             _fill_table("Accuracy by length, in tokens", _length_rows(metrics["length"]), ("pairs", "accuracy"))
@@ -21,12 +24,24 @@ def eval_metric_tables(metrics: Record) -> RenderableType:
     parts.append(
         _fill_table("Calibration: sigmoid(margin)", _calibration_rows(metrics["calibration"]), ("pairs", "accuracy"))
     )
-    parts.append(_fill_table("Perplexity", _perplexity_rows(metrics), ("tokens", "base", "tuned")))
+    return Group(*parts, *_other_tables(metrics))
+
+
+def _other_tables(metrics: Record) -> Iterator[RenderableType]:
+    """What answers alone are judged by: perplexity, and the tasks and the judge that were asked for."""
+    yield _fill_table("Perplexity", _perplexity_rows(metrics), ("tokens", "base", "tuned"))
     if tasks := metrics.get("tasks"):
-        parts.append(_fill_table("Tasks of lm-eval", _task_rows(tasks), ("base", "tuned")))
+        yield _fill_table("Tasks of lm-eval", _task_rows(tasks), ("base", "tuned"))
     if judged := metrics.get("judge"):
-        parts.append(_fill_table("Answers judged side by side", _judge_rows(judged)))
-    return Group(*parts)
+        yield _fill_table("Answers judged side by side", _judge_rows(judged))
+
+
+def _answer_rows(metrics: Record) -> Iterator[list[str]]:
+    yield ["loss", f"{metrics['loss']:z.4f} +- {1.96 * metrics['loss_stderr']:.4f}"]
+    yield ["perplexity", f"{metrics['perplexity']['tuned']:.2f}"]
+    yield ["  of the base", f"{metrics['perplexity']['base']:.2f}"]
+    yield ["token accuracy", f"{metrics['token_accuracy']:.3f}"]
+    yield ["KL(tuned, base), nats per token", f"{metrics['kl']:.4f}"]
 
 
 def _main_rows(metrics: Record) -> Iterator[list[str]]:
@@ -69,7 +84,8 @@ def _calibration_rows(calibration: Record) -> Iterator[list[str]]:
 
 
 def _perplexity_rows(metrics: Record) -> Iterator[list[str]]:
-    for name, perplexity in {"chosen answers": metrics["perplexity"], **metrics["texts"]}.items():
+    answers = "chosen answers" if "accuracy" in metrics else "answers"
+    for name, perplexity in {answers: metrics["perplexity"], **metrics["texts"]}.items():
         yield [name, f"{perplexity['tokens']:,}", f"{perplexity['base']:.2f}", f"{perplexity['tuned']:.2f}"]
 
 

@@ -69,6 +69,7 @@ PLOTS: dict[str, tuple[str, str, tuple[PlotLine, ...]]] = {
     "margins": ("Margin: chosen reward less rejected", "nats", train_and_eval_lines("rewards/margins")),
     "rewards": ("Rewards of held-out answers", "nats", chosen_and_rejected_lines("rewards")),
     "logps": ("Log-probabilities of held-out answers", "nats per answer", chosen_and_rejected_lines("logps")),
+    "perplexity": ("Perplexity of held-out answers", "", (PlotLine("perplexity", "held out", BLUE, "eval"),)),
     "kl": ("KL to the base on chosen answers", "nats per token", (PlotLine("kl", "held out", BLUE, "eval"),)),
     "learning_rate": ("Learning rate", "", (PlotLine("learning_rate", "learning rate", ORANGE, "train"),)),
     "throughput": ("Throughput", "pairs per second", (PlotLine("pairs_per_second", "training", ORANGE, "train"),)),

@@ -14,7 +14,7 @@ from qlora_dpo.report.objective_names import describe_objective
 from qlora_dpo.report.plots import Plot
 from qlora_dpo.report.run_files import RunFiles
 from qlora_dpo.report.samples import format_prompt
-from qlora_dpo.report.tables import EPOCH_COLUMNS, answer_cells, baseline_rows, epoch_rows, result_rows, shown_steps
+from qlora_dpo.report.tables import answer_cells, baseline_rows, epoch_headings, epoch_rows, result_rows, shown_steps
 
 PAGE_SAMPLES = 20
 """Largest number of samples on the page; samples.jsonl has all of them."""
@@ -37,7 +37,7 @@ def render_run_page(files: RunFiles, plots: Sequence[Plot]) -> str:
         results=[*result_rows(results), *((label, [value] * len(shown)) for label, value in baseline_rows(results))],
         signs=results.get("signs") or [],
         plots=[(plot.title, f"data:image/svg+xml;base64,{base64.b64encode(plot.svg).decode()}") for plot in plots],
-        epoch_columns=["Epoch", "Training Loss", *EPOCH_COLUMNS],
+        epoch_columns=epoch_headings(files.records),
         epochs=epoch_rows(files.records),
         answer_columns=columns,
         answers=rows,

@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from rich import box
@@ -26,6 +26,13 @@ EPOCH_COLUMNS = {
     "Logits/chosen": ("eval_logits/chosen", "{:z.4f}"),
     "Logits/rejected": ("eval_logits/rejected", "{:z.4f}"),
 }
+SUPERVISED_COLUMNS = {
+    "Validation Loss": ("eval_loss", "{:z.4f}"),
+    "Perplexity": ("eval_perplexity", "{:.2f}"),
+    "Token Accuracy": ("eval_mean_token_accuracy", "{:.4f}"),
+    "Logps": ("eval_logps/chosen", "{:z.2f}"),
+}
+"""The columns where rows have one answer each."""
 MISSING_CELL = "-"
 """Shown where a value was not measured."""
 MATCHING_COLUMNS = ["base matching", "tuned matching"]
@@ -49,6 +56,11 @@ def shown_steps(results: Record) -> list[tuple[str, Record]]:
 def result_rows(results: Record) -> list[tuple[str, list[str]]]:
     """Label and cells of each row of the results table; one cell for each of `shown_steps`."""
     shown = [record for _, record in shown_steps(results)]
+    if not are_compared(shown):
+        labels = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_mean_token_accuracy": "token accuracy"}
+        forms = {"eval_loss": "{:z.4f}", "eval_perplexity": "{:.2f}", "eval_mean_token_accuracy": "{:.3f}"}
+        rows = [(label, [_format_metric(record, key, forms[key]) for record in shown]) for key, label in labels.items()]
+        return [*rows, ("log-prob, nats", [_format_metric(record, "eval_logps/chosen", "{:z.2f}") for record in shown])]
     with_sft = any("eval_sft_loss" in record for record in shown)
     rows = [
         ("loss", [_format_metric(record, "eval_loss", "{:z.4f}") for record in shown]),
@@ -81,7 +93,8 @@ def baseline_rows(results: Record) -> list[tuple[str, str]]:
 def results_table(results: Record) -> Table:
     """Held-out figures at step 0, at the best and at the last evaluation, with the baselines to beat."""
     shown = shown_steps(results)
-    table = make_table(f"Held-out pairs: {results['pairs']['eval']}")
+    counted = "pairs" if are_compared([record for _, record in shown]) else "answers"
+    table = make_table(f"Held-out {counted}: {results['pairs']['eval']}")
     table.add_column("")
     for heading, _ in shown:
         table.add_column(_wrap_heading(heading), justify="right", no_wrap=True)
@@ -149,7 +162,22 @@ def answers_markdown(answers: Sequence[Record], samples: Iterable[Record] = ()) 
 
 def epoch_table(records: Sequence[Record]) -> str:
     """The table by epoch in markdown, from the records of metrics.jsonl."""
-    return markdown_table(["Epoch", "Training Loss", *EPOCH_COLUMNS], epoch_rows(records))
+    return markdown_table(epoch_headings(records), epoch_rows(records))
+
+
+def epoch_headings(records: Sequence[Record]) -> list[str]:
+    """The headings of the table by epoch."""
+    return ["Epoch", "Training Loss", *_epoch_columns(records)]
+
+
+def _epoch_columns(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
+    evals = [record for record in records if record["kind"] == "eval"]
+    return EPOCH_COLUMNS if not evals or are_compared(evals) else SUPERVISED_COLUMNS
+
+
+def are_compared(evals: Sequence[Record]) -> bool:
+    """False for evaluations on rows of one answer each."""
+    return not evals or any("eval_rewards/accuracies" in record or "eval_perplexity" not in record for record in evals)
 
 
 def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
@@ -161,10 +189,10 @@ def epoch_rows(records: Sequence[Record]) -> list[list[str]]:
     train = [record for record in records if record["kind"] == "train"]
     evals = [record for record in records if record["kind"] == "eval"]
     end = max((record["epoch"] for record in [*train, *evals]), default=0.0)
-    rows = []
+    rows, columns = [], _epoch_columns(records)
     for number in range(math.ceil(end - 1e-6)):
         start, stop = float(number), min(number + 1.0, end)
-        rows.append([f"{stop:.4g}", _epoch_loss(train, start, stop), *_epoch_values(evals, start, stop)])
+        rows.append([f"{stop:.4g}", _epoch_loss(train, start, stop), *_epoch_values(evals, columns, start, stop)])
     return rows
 
 
@@ -210,12 +238,14 @@ def _epoch_loss(train: Sequence[Record], start: float, stop: float) -> str:
     return f"{total / weight:.4f}" if weight else MISSING_CELL
 
 
-def _epoch_values(evals: Sequence[Record], start: float, stop: float) -> list[str]:
+def _epoch_values(
+    evals: Sequence[Record], columns: Mapping[str, tuple[str, str]], start: float, stop: float
+) -> list[str]:
     within = [record for record in evals if start + 1e-6 < record["epoch"] <= stop + 1e-6]
     if not within:
-        return [MISSING_CELL] * len(EPOCH_COLUMNS)
+        return [MISSING_CELL] * len(columns)
     newest = within[-1]
-    cells = [_format_metric(newest, key, form) for key, form in EPOCH_COLUMNS.values()]
+    cells = [_format_metric(newest, key, form) for key, form in columns.values()]
     if newest["epoch"] < stop - 1e-6:
         cells[0] += f" (step {newest['step']})"
     return cells

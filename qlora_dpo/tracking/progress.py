@@ -146,7 +146,14 @@ def format_clock(seconds: float) -> str:
 
 
 def quality_parts(record: MetricsRecord, prefix: str = "") -> list[str]:
-    """Loss, accuracy and margin of a record, those of them that it has."""
+    """Loss, accuracy and margin of a record, if it has them; token accuracy where no answers are compared."""
+    if f"{prefix}rewards/accuracies" not in record:
+        return _format_parts(
+            record,
+            (f"{prefix}loss", "{:.4f}", "loss {}"),
+            (f"{prefix}perplexity", "{:.2f}", "perplexity {}"),
+            (f"{prefix}mean_token_accuracy", "{:.3f}", "token accuracy {}"),
+        )
     return _format_parts(
         record,
         (f"{prefix}loss", "{:.4f}", "loss {}"),
@@ -179,7 +186,8 @@ def train_line(record: MetricsRecord, task: Task) -> str:
 def evaluation_line(record: MetricsRecord, total_steps: int) -> str:
     """One evaluation as a line."""
     values = quality_parts(record, "eval_")
-    pairs = _format_parts(record, ("eval_pairs", "{:.0f}", "{} pairs"))
+    counted = "answers" if "eval_perplexity" in record and "eval_rewards/accuracies" not in record else "pairs"
+    pairs = _format_parts(record, ("eval_pairs", "{:.0f}", f"{{}} {counted}"))
     return "  ".join([f"step {record['step']}/{total_steps}", " ".join(["held-out", *values[:1]]), *values[1:], *pairs])
 
 

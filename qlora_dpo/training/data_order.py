@@ -20,6 +20,8 @@ class DataOrder:
     batch_size: int
     seed: int
     total_steps: int
+    chat_starts: tuple[int, ...] | None = None
+    """The first pair of each chat whose answers stay together, since they share their first turns; None: no chats."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -29,7 +31,10 @@ class DataOrder:
     def batch_indices(self, step: int) -> list[int]:
         """The pairs of optimizer step `step`, as indices into the training pairs."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order_P = _permutation(self.num_pairs, self.seed, epoch)
+        if self.chat_starts is None:
+            order_P = _permutation(self.num_pairs, self.seed, epoch)
+        else:
+            order_P = _chat_permutation((*self.chat_starts, self.num_pairs), self.seed, epoch)
         indices: list[int] = order_P[position * self.batch_size : (position + 1) * self.batch_size].tolist()
         return indices
 
@@ -63,11 +68,11 @@ def is_due(step: int, every: int | None, otherwise: bool) -> bool:
     return otherwise if every is None else step % every == 0
 
 
-def make_data_order(pairs: int, table: TrainTable) -> DataOrder:
+def make_data_order(pairs: int, table: TrainTable, chat_starts: tuple[int, ...] | None = None) -> DataOrder:
     """The order of `pairs` training pairs over the epochs or steps of the recipe."""
     all_epochs = math.ceil(pairs / table.batch_size) * table.num_train_epochs
     total = all_epochs if table.max_steps is None else min(table.max_steps, all_epochs)
-    return DataOrder(pairs, table.batch_size, table.seed, total)
+    return DataOrder(pairs, table.batch_size, table.seed, total, chat_starts)
 
 
 def epoch_permutation(pairs: int, seed: int, epoch: int) -> list[int]:
@@ -80,3 +85,10 @@ def epoch_permutation(pairs: int, seed: int, epoch: int) -> list[int]:
 def _permutation(pairs: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(pairs, generator=generator)
+
+
+@lru_cache(maxsize=1)
+def _chat_permutation(bounds: tuple[int, ...], seed: int, epoch: int) -> Tensor:
+    """A shuffle of chats, each of which is the pairs from one of `bounds` to the next, in their order."""
+    chats = _permutation(len(bounds) - 1, seed, epoch).tolist()
+    return torch.cat([torch.arange(bounds[chat], bounds[chat + 1]) for chat in chats])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -22,7 +23,7 @@ from qlora_dpo.preference.metrics import MetricSums, make_metric_sums
 from qlora_dpo.preference.objective import Logps, Losses, compute_losses, concat_logps, uses_wpo_weighting
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import fresh_reference_logps
-from qlora_dpo.recipe.objective import Objective
+from qlora_dpo.recipe.objective import Objective, Sft
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.best import best_step, out_of_patience, save_best
 from qlora_dpo.training.checkpoint.state import SinceEval, TrainState
@@ -63,9 +64,10 @@ def evaluate(
     totals = sums.totals
     return {
         **{f"eval_{name}": value for name, value in sums.means().items()},
-        **_for_watch(logps, losses, totals, sums.completion_tokens[0]),
+        **_for_watch(logps, losses, totals, sums.completion_tokens),
+        **({"eval_perplexity": _perplexity(totals, sums)} if isinstance(table, Sft) else {}),
         "eval_pairs": sums.pairs,
-        "eval_ties": int(totals["ties"]),
+        **({"eval_ties": int(totals["ties"])} if sums.completion_tokens[1] else {}),
         "seconds": time.monotonic() - started,
     }
 
@@ -152,14 +154,22 @@ def _forward_all(
     return concat_logps(parts)
 
 
-def _for_watch(logps: Logps, losses: Losses, totals: Mapping[str, float], chosen_tokens: int) -> dict[str, float]:
-    """What signs of trouble are judged by, beside the means."""
-    pairs = len(losses.total_P)
+def _perplexity(totals: Mapping[str, float], sums: MetricSums) -> float:
+    """The perplexity of the chosen answers, over all of their tokens."""
+    return float(np.exp(-totals["logps/chosen"] / sums.completion_tokens[0]))
+
+
+def _for_watch(
+    logps: Logps, losses: Losses, totals: Mapping[str, float], completion_tokens: tuple[int, int]
+) -> dict[str, float]:
+    """What signs of trouble are judged by, beside the means; `completion_tokens` are those of chosen and rejected."""
+    pairs, (chosen_tokens, rejected_tokens) = len(losses.total_P), completion_tokens
     total_P = losses.total_P.double()
     margin_P = (losses.rewards_P2[:, 0] - losses.rewards_P2[:, 1]).double()
     longer_P = (logps.chosen_tokens_P - logps.rejected_tokens_P).double()
     # a correlation needs differences between pairs on both sides
-    varies = totals["ties"] < pairs > 2 and float(margin_P.std()) > 0 and float(longer_P.std()) > 0
+    is_compared = rejected_tokens and totals["ties"] < pairs > 2
+    varies = is_compared and float(margin_P.std()) > 0 and float(longer_P.std()) > 0
     correlation = float(torch.corrcoef(torch.stack([margin_P, longer_P]))[0, 1]) if varies else None
     return {
         "eval_loss_stderr": float(total_P.std(correction=0)) / pairs**0.5,

@@ -10,11 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.data.encode import PairSet, load_pairs
-from qlora_dpo.data.encoded import EncodedPair, pair_digests, pairs_without_rejected, sequence_lengths
+from qlora_dpo.data.encoded import (
+    EncodedPair,
+    have_rejected,
+    pair_digests,
+    pair_rows,
+    pairs_without_rejected,
+    sequence_lengths,
+)
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.data.templates.template_settings import apply_template_settings
 from qlora_dpo.errors import ModelError, RecipeError
@@ -27,6 +35,7 @@ from qlora_dpo.model.base import (
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.saved_adapter import SavedAdapter, check_base_matches, find_saved_adapter
 from qlora_dpo.model.sources import ModelSource, fetch_model
+from qlora_dpo.preference.metrics import REJECTED_METRICS
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.token_weights import make_token_weighting
@@ -90,7 +99,11 @@ class PreparedData:
     @cached_property
     def order(self) -> DataOrder:
         """Which pairs each optimizer step sees."""
-        return make_data_order(len(self.train.encoded), self.recipe.train)
+        rows = pair_rows(self.train.encoded)
+        is_chats = self.train_with_rejected is not None and not have_rejected(self.train_with_rejected.encoded)
+        starts = tuple(np.flatnonzero(np.diff(rows, prepend=-1)).tolist()) if is_chats else None
+        chat_starts = starts if starts is not None and len(starts) < len(rows) else None
+        return make_data_order(len(rows), self.recipe.train, chat_starts)
 
     @property
     def pad_token_id(self) -> int:
@@ -139,10 +152,33 @@ def _prepare(
             name: key for reader in (*other_recipes, recipe) for name, key in column_keys(reader.objective).items()
         }
         groups = {recipe.samples.group_by: "samples.group_by"} if recipe.samples.group_by else {}
-        train = load_pairs(recipe.data, "train", tokenizer, seed, columns, watch)
-        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, columns | groups, watch)
+        supervised = any(isinstance(each.objective, Sft) for each in (*other_recipes, recipe))
+        train = load_pairs(recipe.data, "train", tokenizer, seed, columns, watch, supervised=supervised)
+        heldout = load_pairs(recipe.data, "eval", tokenizer, seed, columns | groups, watch, supervised=supervised)
+        for each in (*other_recipes, recipe):
+            check_answers(train, heldout, each)
         check_positions(source, train, heldout)
-    return PreparedData(recipe, source, tokenizer, _for_objective(train, recipe), heldout, reference, seconds, train)
+    return PreparedData(
+        recipe, source, tokenizer, _for_objective(train, recipe), _comparable(heldout), reference, seconds, train
+    )
+
+
+def check_answers(train: PairSet, heldout: PairSet, recipe: Recipe) -> None:
+    """Raise RecipeError for an objective, or a metric, that compares two answers where rows have one."""
+    if isinstance(recipe.objective, Sft):
+        metric = recipe.train.metric_for_best_model
+        if metric in REJECTED_METRICS and not have_rejected(heldout.encoded):
+            raise RecipeError(
+                f'train.metric_for_best_model is "{metric}", and the held-out rows have one answer each; write "loss", '
+                '"perplexity" or "mean_token_accuracy"'
+            )
+        return
+    for pairs in (train, heldout):
+        if not have_rejected(pairs.encoded):
+            raise RecipeError(
+                f"{pairs.audit.source}: holds answers without a rejected one, which only "
+                f'loss_type = "sft" trains on, not "{recipe.objective.loss_type}"; set [objective], or give pairs'
+            )
 
 
 def check_positions(source: ModelSource, train: PairSet, heldout: PairSet) -> None:
@@ -182,6 +218,13 @@ def reuse_prepared_data(prepared: PreparedData, recipe: Recipe) -> PreparedData:
         read,
         prepared.verified_caches,
     )
+
+
+def _comparable(heldout: PairSet) -> PairSet:
+    """The held-out pairs, all with a rejected answer or all without one."""
+    if have_rejected(heldout.encoded):
+        return heldout
+    return replace(heldout, encoded=pairs_without_rejected(heldout.encoded))
 
 
 def _for_objective(train: PairSet, recipe: Recipe) -> PairSet:

@@ -54,7 +54,8 @@ def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
             "take fewer epochs or a lower train.learning_rate, or set train.load_best_model_at_end = true",
         )
     lost = first["eval_logps/chosen_per_token"] - now["eval_logps/chosen_per_token"]
-    if lost > MAX_DISPLACEMENT_NATS and now["eval_rewards/margins"] > first["eval_rewards/margins"]:
+    margins = [record.get("eval_rewards/margins", 0.0) for record in (first, now)]  # absent where rows have one answer
+    if lost > MAX_DISPLACEMENT_NATS and margins[1] > margins[0]:
         yield (
             "likelihood_displacement",
             f"the chosen answers have lost {lost:.2f} nats a token since step 0 while the margin grew: both answers "
@@ -65,9 +66,13 @@ def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
             "kl",
             f"the policy is {now['eval_kl']:.2f} nats a token away from the base on chosen answers, which have gained "
             f"{max(0.0, -lost):.2f} nats themselves: it also learns something else, so other abilities may suffer; "
-            "raise objective.beta, or lower train.learning_rate",
+            f"{'' if 'eval_perplexity' in now else 'raise objective.beta, or '}lower train.learning_rate",
         )
-    if done >= 0.5 and (rival := _indistinguishable_baseline(now, history.baselines)):
+    if (
+        "eval_rewards/accuracies" in now
+        and done >= 0.5
+        and (rival := _indistinguishable_baseline(now, history.baselines))
+    ):
         yield (
             "accuracy_in_noise",
             f"the held-out accuracy {now['eval_rewards/accuracies']:.3f} of {now['eval_pairs']} pairs cannot be told "

@@ -98,7 +98,7 @@ def test_a_shape_can_be_forced() -> None:
     found = parse_pairs(rows(row), options=ParseOptions(format="strings"))
     prompt = (user("\n\nHuman: Is it late?\n\nAssistant:"),)
     assert (found.format, found.pairs) == (PreferenceFormat.STRINGS, [Pair(prompt, "No.", "Yes.", 1, {})])
-    assert {*FORMATS_BY_NAME, "auto", "compared"} == set(get_args(FormatName))
+    assert {*FORMATS_BY_NAME, "auto", "compared", "text"} == set(get_args(FormatName))
 
 
 RANKED = {"prompt": "Is it late?", "responses": ["A.", {"content": "B."}, "C.", "D."], "scores": [1, 5, 3, 3]}

@@ -119,6 +119,7 @@ ELSEWHERE = {
     "model.sha256": ("model/test_model_sources.py", "sha256"),
     "data.mix": ("data/test_mixture.py", "data.mix"),
     "data.answer": ("data/test_layouts.py", 'answer="from_difference"'),
+    "data.train_on": ("data/test_supervised.py", 'train_on="last"'),
     "data.config": ("data/test_mixture.py", "config"),
     "data.data_dir": ("data/test_mixture.py", "data_dir"),
     "data.revision": ("data/test_sources.py", "revision"),

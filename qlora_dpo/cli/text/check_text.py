@@ -80,7 +80,8 @@ def _data_rows(preflight: Preflight) -> Iterator[CheckRow]:
 
 def _audit_line(audit: Audit) -> str:
     dropped = sum(map(len, audit.dropped.values()))
-    return f"{audit.source}: {audit.rows:,} rows read, {audit.used:,} pairs used" + (
+    counted = "answers" if "answer" in audit.tokens else "pairs"
+    return f"{audit.source}: {audit.rows:,} rows read, {audit.used:,} {counted} used" + (
         f", {dropped:,} rows dropped ({audit.reason_summary()})" if dropped else ""
     )
 
@@ -90,7 +91,7 @@ def _token_rows(loaded: LoadedRecipe, preflight: Preflight) -> Iterator[CheckRow
     lines = [
         f"{name}: {' / '.join(f'{quantile:,}' for quantile in quantiles)} (median / 95 % / longest)"
         for name, quantiles in (
-            *((part, preflight.train.tokens[part]) for part in ("prompt", "chosen", "rejected")),
+            *preflight.train.tokens.items(),
             ("longest sequence of a pair", tokens.sequence),
             ("pair, its prompt once", tokens.pair),
         )

@@ -16,9 +16,11 @@ from qlora_dpo.data.rows.rendered import (
     find_answer_family,
     find_chat_family,
     find_prompt_family,
+    read_rendered,
     split_rendered_answer,
     split_rendered_prompt,
 )
+from qlora_dpo.data.rows.supervised import join_supervised
 
 LIST_COLUMNS = (
     "prompt",
@@ -48,6 +50,8 @@ KNOWN_COLUMNS = (
     "rejected_response",
     "query",
     "response",
+    "question",
+    "answer",
     "images",
     "image",
     "videos",
@@ -71,6 +75,10 @@ class SourceTraits:
     """The families that are looked for: the known ones, and the model's own marks behind them if there is a model."""
     first_number: int | None = None
     """What the first of two answers is called where the better one is numbered; None if that is not known."""
+    is_supervised: bool = False
+    """True if rows without a rejected answer are questions and answers."""
+    is_text: bool = False
+    """True if a column `text` holds whole chats in the marks of a template."""
     is_literal: bool = False
     """True if strings are to be read as they stand, since `data.format` says that they are strings."""
 
@@ -99,14 +107,29 @@ def normalize_row(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
     """
     row = _rename_known_columns(row, repairs) if traits.renames else row
     check_unread_columns(row)
+    if traits.is_text:
+        row = _split_text(row, traits, repairs)
     for column in traits.list_texts & row.keys():
         row = _with_parsed_list(row, column, repairs)
     row = join_compared(read_published(row, repairs), repairs, traits.first_number)
     row = _read_label(_join_columns(row, repairs), repairs)
+    row = join_supervised(row, repairs) if traits.is_supervised else row
     row = _unwrap_single_values(row, repairs)
     if not traits.is_literal:
         row = _split_rendered(row, traits, repairs)
     return row
+
+
+def _split_text(row: Row, traits: SourceTraits, repairs: list[str]) -> Row:
+    """`row` with the turns that its `text` holds as `messages`."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise InvalidRow(f"text is {json_type(text)}, not a string" if "text" in row else "no column text")
+    rendered = read_rendered(text, traits.families)
+    if rendered is None:
+        raise InvalidRow("text has no turns in the marks of a known chat template")
+    repairs.append(f"{rendered.family.name} marks read as turns")
+    return {"messages": list(rendered.turns)}
 
 
 def _parse_all(column: str, texts: Iterable[str]) -> Iterable[Any]:

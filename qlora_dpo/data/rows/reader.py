@@ -3,16 +3,16 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from qlora_dpo.data.dialogue import InvalidRow, sanitize_text
 from qlora_dpo.data.files import Row, json_type
 from qlora_dpo.data.formats import (
     FORMATS_BY_NAME,
+    ONE_ANSWER,
     SUPPORTED_FORMATS,
     PreferenceFormat,
-    PromptAndAnswers,
     detect_row_format,
     parse_row,
     parse_tools,
@@ -21,13 +21,21 @@ from qlora_dpo.data.lazy_sequence import LazySequence
 from qlora_dpo.data.rows.compared import find_answer_columns
 from qlora_dpo.data.rows.layouts import SourceTraits, find_traits, normalize_row
 from qlora_dpo.data.rows.rendered import END_MARKS, FAMILIES, MarkFamily, find_end_marks, strip_end_marks
+from qlora_dpo.data.rows.supervised import PromptAndAnswers, is_supervised
 from qlora_dpo.data.sources import SourceRows
 from qlora_dpo.errors import DataError
 
 COMPARED = "compared"
 """The name in `data.format` of two answers and a word on which is the better one."""
+TEXT = "text"
+"""The name in `data.format` of a column `text` that holds whole chats in the marks of a template."""
 SAMPLE_ROWS = 100
 """The first rows of a source, which say what its rows have in common."""
+SUPERVISED_ROWS = (
+    'understood for loss_type = "sft" are "messages" or "conversations", "prompt" and "completion", "question" and '
+    '"answer", "instruction" and "output", pairs, and "text" with data.format = "text"; data.columns = '
+    '{ prompt = "...", completion = "..." } renames'
+)
 MAX_ROW_CHARACTERS = 200
 """How much of a row an error shows."""
 
@@ -48,6 +56,10 @@ class ParseOptions:
     every_pair: bool = True
     answer: str = "last"
     """Which answer of two chats is compared: the last one, or the first in which they differ (`from_difference`)."""
+    supervised: bool = False
+    """True if rows of questions and answers are read too, for supervised tuning."""
+    train_on: str = "all"
+    """Which answers of a supervised chat are trained on: all, or the last one."""
     own_marks: MarkFamily | None = None
     """The marks of the model's own chat template; None if no model is known."""
 
@@ -92,7 +104,8 @@ class RowReader:
             repairs,
             every_pair=self.options.every_pair,
             from_difference=self.options.answer == "from_difference",
-            is_forced=self.options.format not in ("auto", COMPARED),
+            last_only=self.options.train_on == "last",
+            is_forced=self.options.format not in ("auto", COMPARED, TEXT),
         )
         if not self.traits.is_literal:
             pairs = [self._without_end_marks(pair, repairs) for pair in pairs]
@@ -103,12 +116,12 @@ class RowReader:
         prompt, *answers = pair
         if not any(answer.rstrip().endswith((">", "]")) for answer in answers):
             return pair
-        is_rated = self.format is PreferenceFormat.UNPAIRED
+        has_one = self.format in ONE_ANSWER
         stripped, removed = strip_end_marks(
-            answers[:1] if is_rated else answers, self.end_marks, self.options.known_ends
+            answers[:1] if has_one else answers, self.end_marks, self.options.known_ends
         )
         repairs += [f"{mark} at the end of an answer left out" for mark in removed]
-        return prompt, stripped[0], answers[1] if is_rated else stripped[1]
+        return prompt, stripped[0], answers[1] if has_one else stripped[1]
 
 
 def make_reader(rows: SourceRows, options: ParseOptions, format: PreferenceFormat | None = None) -> RowReader:
@@ -117,11 +130,14 @@ def make_reader(rows: SourceRows, options: ParseOptions, format: PreferenceForma
     Raises DataError if no row has a supported format.
     """
     sample = list(islice(rows.rows, SAMPLE_ROWS))
+    is_text = options.format == TEXT
+    supervised = is_text or options.supervised or options.format == PreferenceFormat.SUPERVISED.name.lower()
+    families = (*FAMILIES, options.own_marks) if options.own_marks is not None else FAMILIES
     if options.format == PreferenceFormat.STRINGS.name.lower():
-        traits = SourceTraits(is_literal=True)
+        traits = SourceTraits(is_literal=True, is_supervised=supervised)
     else:
-        families = (*FAMILIES, options.own_marks) if options.own_marks is not None else FAMILIES
-        traits = find_traits(sample, not any(map(detect_row_format, sample)), families)
+        has_known = any(detect_row_format(row) or (supervised and is_supervised(row)) for row in sample)
+        traits = replace(find_traits(sample, not has_known, families), is_supervised=supervised, is_text=is_text)
     if format is None:
         if options.format == COMPARED and not any(map(find_answer_columns, sample)):
             columns = list_columns(sample[0]) if sample else "none"
@@ -129,7 +145,7 @@ def make_reader(rows: SourceRows, options: ParseOptions, format: PreferenceForma
                 f'{rows.name}: data.format is "compared", and no row has two answers and a word on the better one; it '
                 f'has the columns {columns}; set data.columns = {{ a = "...", b = "...", winner = "..." }}'
             )
-        is_detected = options.format in ("auto", COMPARED)
+        is_detected = options.format in ("auto", COMPARED, TEXT)
         format = detect_format(rows, traits) if is_detected else FORMATS_BY_NAME[options.format]
     reader = RowReader(format, options, traits)
     return RowReader(format, options, traits, _common_end_marks(reader, sample)) if not traits.is_literal else reader
@@ -152,7 +168,10 @@ def detect_format(rows: SourceRows, traits: SourceTraits) -> PreferenceFormat:
     reason: tuple[int, str] | None = None
     for number, row in enumerate(rows.rows, 1):
         try:
-            format = detect_row_format(normalize_row(row, traits, []))
+            normalized = normalize_row(row, traits, [])
+            format = detect_row_format(normalized)
+            if format is None and traits.is_supervised and is_supervised(normalized):
+                format = PreferenceFormat.SUPERVISED
         except InvalidRow as unusable:
             reason = reason or (number, str(unusable))
             continue
@@ -163,6 +182,11 @@ def detect_format(rows: SourceRows, traits: SourceTraits) -> PreferenceFormat:
     first = next((row for row in rows.rows if not {"chosen", "rejected"} <= row.keys() or _has_answers(row)), None)
     if first is None:
         raise DataError(f'{rows.name}: "chosen" or "rejected" is null in every row')
+    if traits.is_supervised:
+        raise DataError(
+            f"{rows.name}: has neither pairs nor questions and answers; it has {list_columns(first)}; {SUPERVISED_ROWS}"
+            f"{_shown(first)}"
+        )
     raise DataError(_no_format_message(rows, first))
 
 

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.data.audit import length_quantiles
+from qlora_dpo.data.audit import part_quantiles
 from qlora_dpo.data.dialogue import Message, sanitize_text
 from qlora_dpo.data.encode import ENCODE_CHUNK, encode_pairs, pair_num_tokens
 from qlora_dpo.data.lint import LintFinding
@@ -16,7 +16,7 @@ from qlora_dpo.data.templates.chat_template import list_repairs, template_traits
 from qlora_dpo.recipe.data import DataTable
 
 TokenQuantiles = dict[str, tuple[int, int, int]]
-"""Median, 95th percentile and maximum of the tokens of prompt, chosen and rejected."""
+"""What `part_quantiles` returns."""
 
 
 def find_template_problems(
@@ -39,7 +39,8 @@ def find_template_problems(
             lengths.append((len(result.prompt), len(result.chosen), len(result.rejected)))
             if pair_num_tokens(result) > table.max_length:
                 overlong.append(pair.row)
-            answers: list[Message] = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
+            texts = filter(None, (pair.chosen, pair.rejected))
+            answers: list[Message] = [{"role": "assistant", "content": text} for text in texts]
             for repair in list_repairs(traits, [*pair.prompt, *answers], pair.tools):
                 repaired.setdefault(repair, []).append(pair.row)
     findings = [
@@ -55,8 +56,7 @@ def find_template_problems(
         LintFinding(f"changed for this model: {repair}", _distinct(rows), "look at it with data show --model", False)
         for repair, rows in repaired.items()
     ]
-    columns = np.array(lengths, dtype=np.int32).reshape(-1, 3).T
-    return findings, dict(zip(("prompt", "chosen", "rejected"), map(length_quantiles, columns), strict=True))
+    return findings, part_quantiles(np.array(lengths, dtype=np.int32).reshape(-1, 3))
 
 
 def _distinct(rows: Sequence[int]) -> tuple[int, ...]:
