@@ -290,6 +290,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "model/attention.py": [
         ("triu(keys - queries + 1)", "triu(keys - queries + 2)", PACK),
+        (".tril(keys - queries - window)", ".tril(keys - queries - window - 1)", PACK),
+        ("key_k <= last_Sq1 - window", "key_k < last_Sq1 - window", PACK),
         ("> earlier_S11 + query_q1", "> earlier_S11 + query_q1 + 1", PACK),
         ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),

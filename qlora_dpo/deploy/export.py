@@ -1,11 +1,12 @@
 """Writes a full model as GGUF, with or without Ollama's Modelfile, and verifies the file."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig
 
+from qlora_dpo.deploy.engine_chats import EngineChats, check_engine_chats
 from qlora_dpo.deploy.gguf_file import check_architecture, verify_gguf, write_gguf
 from qlora_dpo.deploy.gguf_tensors import Quant
 from qlora_dpo.deploy.gguf_tokenizer import convert_tokenizer
@@ -31,6 +32,8 @@ class ExportResult:
     bytes: int
     tensors: int
     error: float
+    chats: EngineChats
+    """Chats whose tokens llama.cpp was asked for."""
 
 
 def full_model(model: str) -> ModelSource:
@@ -64,11 +67,15 @@ def export_model(source: ModelSource, output: Path, to: ExportFormat, quant: Qua
         file = temporary / f"{name}-{quant}.gguf"
         planned = write_gguf(file, source.folder, config, gguf_tokenizer, quant, name)
         error = verify_gguf(file, planned, config, gguf_tokenizer, quant)
+        chats = check_engine_chats(file, tokenizer)
         if to == "ollama":
             atomic_write(temporary / "Modelfile", ollama_modelfile(file.name, tokenizer))
         size = file.stat().st_size
         base = {"name": name, "hub_id": source.hub_id, "revision": source.revision, "fingerprint": source.fingerprint}
         record = {"model": base, "to": to, "quant": quant, "file": file.name}
-        write_json(temporary / "export.json", record | {"bytes": size, "tensors": len(planned), "error": error})
+        write_json(
+            temporary / "export.json",
+            record | {"bytes": size, "tensors": len(planned), "error": error, "chats": asdict(chats)},
+        )
         write_manifest(temporary, [path for path in temporary.iterdir() if path.is_file()])
-    return ExportResult(output, output / file.name, size, len(planned), error)
+    return ExportResult(output, output / file.name, size, len(planned), error, chats)

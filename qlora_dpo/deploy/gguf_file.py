@@ -7,7 +7,8 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
-from qlora_dpo.deploy.gguf_tensors import ARCHITECTURES, GgufTensor, Quant, plan_tensors, quantize_values, tensor_values
+from qlora_dpo.deploy.gguf_families import GGUF_FAMILIES, head_dim_of, rope_of, rotary_dim
+from qlora_dpo.deploy.gguf_tensors import GgufTensor, Quant, plan_tensors, quantize_values, tensor_values
 from qlora_dpo.deploy.gguf_tokenizer import GgufTokenizer
 from qlora_dpo.errors import ModelError
 
@@ -35,14 +36,14 @@ MAX_QUANT_ERROR: dict[Quant, float] = {
 
 def check_architecture(config: Any, name: str) -> None:
     """Raise ModelError for a model that cannot be exported as GGUF."""
-    if config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if config.model_type not in GGUF_FAMILIES:
+        known = ", ".join(GGUF_FAMILIES)
         raise ModelError(f"{name}: is of the kind {config.model_type}; {known} can be exported as GGUF")
-    rope = config.rope_parameters["rope_type"]
-    if rope not in ("default", "linear", "llama3"):
+    family, rope = GGUF_FAMILIES[config.model_type], rope_of(config)["rope_type"]
+    if rope not in family.rope_types:
         raise ModelError(f'{name}: scales its rotary positions by "{rope}", which is not exported')
-    if getattr(config, "use_sliding_window", False):
-        raise ModelError(f"{name}: has a sliding window, which llama.cpp does not read for {config.model_type}")
+    if obstacle := family.obstacle(config):
+        raise ModelError(f"{name}: {obstacle}, so it would answer otherwise there; nothing was written")
 
 
 def write_gguf(
@@ -50,7 +51,7 @@ def write_gguf(
 ) -> list[GgufTensor]:
     """Write the model in `folder` as one GGUF file, with one tensor at a time in memory."""
     planned = plan_tensors(folder, config, quant, name)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[GGUF_FAMILIES[config.model_type].architecture])
     _write_metadata(writer, config, quant, name)
     _write_tokenizer(writer, tokenizer)
     for tensor in planned:
@@ -71,7 +72,8 @@ def verify_gguf(file: Path, planned: list[GgufTensor], config: Any, tokenizer: G
     """The largest relative error of a tensor in `file`; raises ModelError if the file differs from what was written."""
     reader = gguf.GGUFReader(file)
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    merges = reader.get_field("tokenizer.ggml.merges").contents()
+    merges_field = reader.get_field("tokenizer.ggml.merges")
+    merges = merges_field.contents() if merges_field else []
     template = reader.get_field("tokenizer.chat_template")
     same_vocabulary = tokens == tokenizer.tokens and merges == tokenizer.merges
     if not same_vocabulary or (template and template.contents()) != tokenizer.template:
@@ -94,7 +96,7 @@ def verify_gguf(file: Path, planned: list[GgufTensor], config: Any, tokenizer: G
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: str) -> None:
-    rope = config.rope_parameters
+    rope, head_dim = rope_of(config), head_dim_of(config)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[quant])
@@ -108,25 +110,31 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, quant: Quant, name: st
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(rotary_dim(config))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    GGUF_FAMILIES[config.model_type].write_fields(writer, config)
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
-    writer.add_tokenizer_model("gpt2")  # GGUF's name for byte-level BPE
+    # GGUF's names for SentencePiece and for byte-level BPE
+    writer.add_tokenizer_model("llama" if tokenizer.scores is not None else "gpt2")
     writer.add_tokenizer_pre(tokenizer.pre_tokenizer)
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types(tokenizer.token_types)
-    writer.add_token_merges(tokenizer.merges)
+    if tokenizer.scores is not None:
+        writer.add_token_scores(tokenizer.scores)
+        writer.add_add_space_prefix(tokenizer.adds_space)
+    else:
+        writer.add_token_merges(tokenizer.merges)
     for add, token_id in (
         (writer.add_bos_token_id, tokenizer.bos),
         (writer.add_eos_token_id, tokenizer.eos),
         (writer.add_pad_token_id, tokenizer.pad),
+        (writer.add_unk_token_id, tokenizer.unk),
     ):
         if token_id is not None:
             add(token_id)

@@ -70,29 +70,34 @@ class PackedLayout:
             for tile in self.tiles
         ]
 
-    def bias(self, queries: int, keys: int, group: int, dtype: torch.dtype) -> Tensor:
-        """The causal bias of `group` heads (G * q, k): minus infinity for keys after the query, else 0.
+    def bias(self, queries: int, keys: int, group: int, dtype: torch.dtype, window: int | None) -> Tensor:
+        """The causal bias of `group` heads (G * q, k): 0 for the last `window` keys up to the query, else -infinity.
 
-        Cached, since all layers use the same.
+        A key's place is its position in the sequence. Cached, since layers of one window use the same.
         """
-        cache: dict[tuple[int, int], Tensor] = self.__dict__.setdefault("_biases", {})
-        if (queries, keys) not in cache:
+        cache: dict[tuple[int, int, int | None], Tensor] = self.__dict__.setdefault("_biases", {})
+        if (queries, keys, window) not in cache:
             hidden_qk = torch.ones(queries, keys, dtype=torch.bool, device=self.device).triu(keys - queries + 1)
+            if window is not None:
+                hidden_qk |= torch.ones_like(hidden_qk).tril(keys - queries - window)
             bias_qk = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(hidden_qk, -torch.inf)
-            cache[queries, keys] = bias_qk.repeat(group, 1)
-        return cache[queries, keys]
+            cache[queries, keys, window] = bias_qk.repeat(group, 1)
+        return cache[queries, keys, window]
 
-    def bucket_bias(self, bucket: int, group: int, dtype: torch.dtype) -> Tensor:
-        """The causal bias of a bucket (S, 1, q * G, k): minus infinity for keys after the query, else 0; cached."""
-        cache: dict[int, Tensor] = self.__dict__.setdefault("_bucket_biases", {})
-        if bucket not in cache:
+    def bucket_bias(self, bucket: int, group: int, dtype: torch.dtype, window: int | None) -> Tensor:
+        """The bias of a bucket (S, 1, q * G, k), as `bias` is that of a tile; cached."""
+        cache: dict[tuple[int, int | None], Tensor] = self.__dict__.setdefault("_bucket_biases", {})
+        if (bucket, window) not in cache:
             tiles, q, k = self.buckets.sizes[bucket]
             earlier_S11 = self.index["earlier"][self.buckets.tile_offset(bucket) :][:tiles, None, None]
             query_q1 = torch.arange(q, device=self.device)[:, None]
-            hidden_Sqk = torch.arange(k, device=self.device) > earlier_S11 + query_q1
+            key_k, last_Sq1 = torch.arange(k, device=self.device), earlier_S11 + query_q1
+            hidden_Sqk = key_k > last_Sq1
+            if window is not None:
+                hidden_Sqk |= key_k <= last_Sq1 - window
             bias_Sqk = torch.zeros(tiles, q, k, dtype=dtype, device=self.device).masked_fill_(hidden_Sqk, -torch.inf)
-            cache[bucket] = bias_Sqk.repeat_interleave(group, 1)[:, None]
-        return cache[bucket]
+            cache[bucket, window] = bias_Sqk.repeat_interleave(group, 1)[:, None]
+        return cache[bucket, window]
 
     @cached_property
     def index(self) -> Mapping[str, Tensor]:
@@ -130,8 +135,8 @@ class PackedLayout:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def packing_unsupported_reason(model: Any, longest: int) -> str:
-    """Why `model` cannot train on packed rows of sequences of up to `longest` tokens; empty if no reason is known.
+def packing_unsupported_reason(model: Any) -> str:
+    """Why `model` cannot train on packed rows; empty if no reason is known.
 
     Predicted from its class and config; `preference.packing_choice` verifies it on real pairs.
     """
@@ -142,13 +147,16 @@ def packing_unsupported_reason(model: Any, longest: int) -> str:
         return f"{type(model).__name__} has no rotary positions"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention scores"
+    return ""
+
+
+def shortest_window(model: Any) -> int | None:
+    """Tokens of the shortest sliding window of a layer, itself included; None if every layer looks back all the way."""
+    config = model.config.get_text_config()
     windows = [getattr(module, "sliding_window", None) for module in model.modules()]
     if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         windows.append(getattr(config, "sliding_window", None))
-    shortest = min((window for window in windows if isinstance(window, int)), default=longest)
-    if shortest < longest:
-        return f"its sliding window of {shortest} tokens is shorter than the longest sequence, {longest}"
-    return ""
+    return min((window for window in windows if isinstance(window, int)), default=None)
 
 
 def enable_packed_attention(model: Any) -> str:
@@ -179,20 +187,21 @@ def packed_attention(
     if unsupported := [name for name in UNSUPPORTED_KWARGS if kwargs.get(name) is not None]:
         raise ValueError(f"a layer asks attention for {', '.join(unsupported)}")
     window = kwargs.get("sliding_window")
-    if window is not None and window < layout.max_sequence_tokens:
-        raise ValueError(
-            f"a layer looks back {window} tokens only, and a sequence of the row has {layout.max_sequence_tokens}"
-        )
+    if window is not None and window >= layout.max_sequence_tokens:
+        window = None
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     # cast before gathering, which moves fewer bytes; and autocast does not cover varlen attention
     device_type = value.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return attention_function(layout.backend)(query, key, value, layout, scale), None
+    return attention_function(layout.backend)(query, key, value, layout, scale, window), None
 
 
-def attention_function(name: Backend) -> Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]:
-    """The attention function of a backend."""
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedLayout, float, int | None], Tensor]
+
+
+def attention_function(name: Backend) -> AttentionFunction:
+    """The attention function of a backend. Its last argument is the tokens that a query sees, itself included."""
     match name:
         case "spans":
             return spans_attention
@@ -204,7 +213,9 @@ def attention_function(name: Backend) -> Callable[[Tensor, Tensor, Tensor, Packe
             assert_never(never)
 
 
-def spans_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def spans_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+) -> Tensor:
     """One SDPA call per tile, without padding: fastest on a CPU, where calls are cheap and arithmetic is not.
 
     The G query heads of a key head are stacked along the query dimension, so that keys are never repeated.
@@ -220,14 +231,16 @@ def spans_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLay
             query_HqD.reshape(1, key_heads, group * tile.tokens, -1),
             torch.cat([keys[chunk] for chunk in chunks], 2),
             torch.cat([values[chunk] for chunk in chunks], 2),
-            attn_mask=layout.bias(tile.tokens, tile.num_visible, group, query.dtype),
+            attn_mask=layout.bias(tile.tokens, tile.num_visible, group, query.dtype, window),
             scale=scale,
         )
         outputs.append(output.view(1, heads, tile.tokens, width).transpose(1, 2))
     return torch.cat(outputs, 1)
 
 
-def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def batched_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+) -> Tensor:
     """A few SDPA calls, each over padded tiles of similar size: for GPUs, where every call costs time.
 
     A T4 has neither flash attention nor varlen kernels; its memory-efficient kernel accepts a mask.
@@ -252,7 +265,7 @@ def batched_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedL
             query_SqKGD.transpose(1, 2).reshape(tiles, key_heads, q * group, -1),
             key_SkKD.transpose(1, 2),
             value_SkKD.transpose(1, 2),
-            attn_mask=layout.bucket_bias(bucket, group, query.dtype),
+            attn_mask=layout.bucket_bias(bucket, group, query.dtype, window),
             scale=scale,
         )
         output_SqKGD = output_SKqD.view(tiles, key_heads, q, group, width).transpose(1, 2)
@@ -266,7 +279,9 @@ def _by_token(part: Tensor) -> Tensor:
     return part[0].transpose(0, 1).flatten(1)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+) -> Tensor:
     """One call of torch's variable-length flash attention for all spans, without padding; needs capability (8, 0)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -288,7 +303,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         index["keys"].int(),
         max(span.tokens for span in layout.spans),
         layout.max_sequence_tokens,
-        window_size=(-1, 0),  # causal, with a span's last query aligned to its last key
+        # causal, with a span's last query aligned to its last key
+        window_size=(-1 if window is None else window - 1, 0),
         scale=scale,
         **gqa_arguments,
     )

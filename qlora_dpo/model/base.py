@@ -264,7 +264,7 @@ def disable_dropout(model: PreTrainedModel) -> dict[str, float]:
     for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
         was_on |= _zero_rates(vars(config))
         if getattr(config, "altup_coef_clip", None) is not None:  # Gemma 3n would clip weights of the base in place
-            config.altup_coef_clip = None
+            vars(config)["altup_coef_clip"] = None  # its dataclass takes floats alone
     return was_on
 
 

@@ -74,6 +74,17 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all experts of a layer in one tensor (E, in, out), by name, which bitsandbytes leaves alone."""
+    return {
+        f"{name}.{key}": weight
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3 and weight.is_floating_point() and min(weight.shape) > 1
+    }
+
+
 def quantization_of(model: nn.Module) -> Quantization:
     """The quantization of the linear layers of `model`."""
     layer: Any = next(iter(quantized_layers(model).values()), None)

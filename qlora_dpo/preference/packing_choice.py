@@ -28,13 +28,17 @@ def choose_packing(model: Any, pairs: Sequence[EncodedPair], padded: Packing, de
     """The packing for `pairs` and the reason: packed rows if they give the same log-probabilities as `padded` batches.
 
     `padded` has no backend and carries the token budget and weighting, which the result keeps. The shortest pairs are
-    tried with each backend, the device's own first, in rows within the budget. Raises ModelError if their
+    tried with each backend, the device's own first, in rows within the budget, and with them one pair that is longer
+    than the model's sliding window. Raises ModelError if their
     log-probabilities are not finite.
     """
     probe_pairs = shortest_pairs(pairs, PROBE_PAIRS)
+    window = attention.shortest_window(unwrap_peft(model))
+    if window is not None and (longer := shortest_pairs(pairs, 1, longer_than=window)):
+        probe_pairs = [*probe_pairs[: PROBE_PAIRS - 1], *longer]
     expected_P2 = model_logps(model, probe_pairs, padded, device)
     _check_finite(expected_P2, device)
-    if reason := attention.packing_unsupported_reason(unwrap_peft(model), int(sequence_lengths(pairs).max())):
+    if reason := attention.packing_unsupported_reason(unwrap_peft(model)):
         return padded, f"padded batches, since {reason}"
     before = attention.enable_packed_attention(unwrap_peft(model))
     failed = ""
@@ -66,10 +70,11 @@ def _packing_failure(
     return ""
 
 
-def shortest_pairs(pairs: Sequence[EncodedPair], count: int) -> list[EncodedPair]:
-    """The `count` pairs with the shortest sequences, the shortest first."""
-    places = np.argsort(sequence_lengths(pairs), kind="stable")[:count]
-    return [pairs[place] for place in places.tolist()]
+def shortest_pairs(pairs: Sequence[EncodedPair], count: int, longer_than: int = 0) -> list[EncodedPair]:
+    """Of the pairs with sequences of more than `longer_than` tokens, the `count` shortest, the shortest first."""
+    length_P = sequence_lengths(pairs)
+    places = np.argsort(length_P, kind="stable")
+    return [pairs[place] for place in places[length_P[places] > longer_than][:count].tolist()]
 
 
 def _leaks_across_spans(model: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device) -> bool:

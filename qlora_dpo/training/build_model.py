@@ -21,6 +21,7 @@ from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.malloc import malloc_release_eagerly, malloc_retain, malloc_trim
 from qlora_dpo.model.memory import cache_dequantized_if_fits, free_bytes
 from qlora_dpo.model.output_head import logit_map_of
+from qlora_dpo.model.quantized import stacked_weights
 from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.preference.pack import Packing
 from qlora_dpo.preference.packing_choice import choose_packing, shortest_pairs
@@ -102,6 +103,13 @@ def load_base_for_run(prepared: PreparedData, device: Device) -> LoadedBase:
         logger.info(f"dropout: the base's own is off ({rates}), since its reference has none; lora.lora_dropout acts")
     if mapped := logit_map_of(base, device).describe():
         logger.info(f"head: {mapped}, as in the model's own forward pass")
+    if recipe.model.quantization != "none" and (stacked := stacked_weights(base)):
+        size = sum(weight.numel() * weight.itemsize for weight in stacked.values()) / 2**30
+        names = ", ".join(sorted({name.rpartition(".layers.")[2].partition(".")[2] or name for name in stacked}))
+        logger.info(
+            f"quantization: {names} take {size:.1f} GiB as they are: bitsandbytes quantizes linear layers, and these "
+            "hold the weights of several experts"
+        )
     is_dense = False
     if not is_trl and not processes.is_sharded():
         is_dense = _cache_dequantized(base, prepared, device)

@@ -26,6 +26,7 @@ from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.quantized import stacked_weights
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states
 from qlora_dpo.preference.pack import STATES_PER_CHUNK, MicroBatch, Packing, collate
@@ -138,7 +139,7 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
     )
     elements = [layer.weight.numel() for layer in linear]
     widest = max((features for layer in linear for features in layer.weight.shape), default=0)
-    padded = attention.packing_unsupported_reason(base, workload.max_sequence_tokens)
+    padded = attention.packing_unsupported_reason(base)
     head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
     model = _with_adapter(base, recipe, device, packed=not padded)
     trained = trainable_parameters(model)
@@ -268,9 +269,11 @@ def base_weight_bytes(base: Any, table: ModelTable, device: Device) -> dict[str,
         bits, quantized = 8, sum(layer.weight.numel() + 4 * layer.out_features for layer in linear)
     else:
         bits, quantized = 4, sum(four_bit_bytes(layer.weight.numel(), table.double_quant) for layer in linear)
+    experts = sum(weight.numel() * weight.dtype.itemsize for weight in stacked_weights(base).values())
     return {
         f"{bits}-bit weights of {len(linear):,} layers": quantized,
-        f"embeddings and what else is not quantized, {stored}": everything - dense - biases * saved,
+        **({f"weights of experts, not quantized, {names[device.weight_dtype]}": experts} if experts else {}),
+        f"embeddings and what else is not quantized, {stored}": everything - dense - biases * saved - experts,
     }
 
 

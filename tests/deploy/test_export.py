@@ -215,7 +215,8 @@ def test_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     tiny.tokenizer().save_pretrained(tmp_path / "gemma")
     assert refusal(capsys, tmp_path / "gemma", "-o", tmp_path / "out") == (
         1,
-        f"qlora-dpo: {tmp_path / 'gemma'}: is of the kind gemma; llama, qwen2, qwen3 can be exported as GGUF",
+        f"qlora-dpo: {tmp_path / 'gemma'}: is of the kind gemma; llama, mistral, qwen2, qwen3, "
+        "qwen3_moe, smollm3, gemma3_text, phi3, granite can be exported as GGUF",
     )
     assert not (tmp_path / "out").exists()
 
@@ -264,10 +265,12 @@ def split(expression: str) -> Any:
 def test_each_way_to_split_has_its_name_in_llama_cpp() -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
-    for pre, name in ((plain, "gpt-2"), (digits, "smollm"), (split(PRE_TOKENIZER_PATTERNS["qwen2"]), "qwen2")):
+    patterns = ((split(PRE_TOKENIZER_PATTERNS[name]), name) for name in ("qwen2", "gpt-4o"))
+    for pre, name in ((plain, "gpt-2"), (digits, "smollm"), *patterns):
         assert convert_tokenizer(splitting(pre), 500, "it").pre_tokenizer == name
-    llama = splitting(split(PRE_TOKENIZER_PATTERNS["llama-bpe"]), ignore_merges=True)
-    assert convert_tokenizer(llama, 500, "it").pre_tokenizer == "llama-bpe"
+    for name in ("llama-bpe", "tekken"):
+        whole_words = splitting(split(PRE_TOKENIZER_PATTERNS[name]), ignore_merges=True)
+        assert convert_tokenizer(whole_words, 500, "it").pre_tokenizer == name
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,8 @@ def test_a_way_to_split_without_a_name_is_refused(unknown: dict[str, Any]) -> No
 def test_other_kinds_of_tokenizers_are_refused() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(
-        ModelError, match=r"^it: its tokenizer is of the kind WordLevel; only byte-level BPE is written"
+        ModelError,
+        match=r"^it: its tokenizer is of the kind WordLevel; byte-level BPE and SentencePiece's BPE are written",
     ):
         convert_tokenizer(words, 500, "it")
     with pytest.raises(ModelError, match=r"^it: its tokenizer has 400 words and its embedding matrix 300 rows$"):

@@ -1,6 +1,7 @@
 """llama.cpp, an engine that shares no code with us, reads what `export` wrote and says what transformers says.
 
-Needs the extra `engines`, and real models in folders that QLORA_DPO_TEST_MODELS names, one after another with colons.
+Needs the extra `engines`. Tiny models of all families are asked, and real models in the folders that
+QLORA_DPO_TEST_MODELS names, one after another with colons.
 """
 
 import json
@@ -10,11 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import architectures
+import gguf_models
 import pytest
+import saved_adapters
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_dpo.adapter import open_adapter
 from qlora_dpo.cli import main
+from qlora_dpo.deploy.engine_chats import check_engine_chats
+from qlora_dpo.errors import ModelError
 
 MODELS = [Path(each) for each in os.environ.get("QLORA_DPO_TEST_MODELS", "").split(":") if each]
 TOKENS = 40
@@ -40,6 +48,8 @@ params = xllamacpp.CommonParams()
 params.model.path = question["file"]
 params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
 params.cpuparams.n_threads = 1
+if question["lora"]:
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(question["lora"], 1.0)]
 server = xllamacpp.Server(params)
 def ask(place, **body):
     data = json.dumps(body).encode()
@@ -52,16 +62,15 @@ print("TOLD" + json.dumps([told, words]), flush=True)
 os._exit(0)
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not MODELS, reason="QLORA_DPO_TEST_MODELS names no models"),
-]
+pytestmark = pytest.mark.slow
 
 
-def asked(file: Path, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+def asked(
+    file: Path, prompts: list[list[int]], count: int = TOKENS, lora: Path | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
     """The engine's greedy tokens after each prompt, and its tokens of TEXTS; a process of its own, for it may crash."""
     pytest.importorskip("xllamacpp", reason="needs the extra: pip install -e '.[engines]'")
-    question = {"file": str(file), "prompts": prompts, "tokens": TOKENS, "texts": TEXTS}
+    question = {"file": str(file), "prompts": prompts, "tokens": count, "texts": TEXTS, "lora": str(lora or "")}
     done = subprocess.run(
         [sys.executable, "-c", ENGINE], input=json.dumps(question), capture_output=True, text=True, check=False
     )
@@ -79,6 +88,7 @@ def greedy(model: Any, ids: list[int], ends: set[int]) -> list[int]:
     return out[:-1] if out[-1] in ends else out
 
 
+@pytest.mark.skipif(not MODELS, reason="QLORA_DPO_TEST_MODELS names no models")
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_the_engine_answers_as_the_model_and_8_bits_are_sane(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -101,3 +111,71 @@ def test_the_engine_answers_as_the_model_and_8_bits_are_sane(folder: Path, tmp_p
     first = [mine[:3] == theirs[:3] for mine, theirs in zip(wanted, found["q8_0"], strict=True)]
     print(folder.name, "q8_0:", sum(first), "of", len(first), "begin alike")
     assert sum(first) >= 7
+
+
+def assert_likeliest(model: Any, prompt: list[int], answer: list[int]) -> None:
+    """Each token is the likeliest after those before it; one that is as likely but for rounding will do."""
+    with torch.no_grad():
+        logits_LV = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    behind_L = logits_LV.max(-1).values - logits_LV.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert (behind_L < 0.02 * logits_LV.std(-1)).all(), behind_L
+
+
+@pytest.mark.parametrize("name", gguf_models.EXPORTED)
+def test_a_tiny_model_of_every_family_says_what_transformers_says(name: str, tmp_path: Path) -> None:
+    folder = gguf_models.save_gguf_model(name, tmp_path / "model")
+    assert main(["export", str(folder), "-o", str(tmp_path / "out")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 390, (length,), generator=generator).tolist() for length in (5, 20, 60)]
+    told, _ = asked(next((tmp_path / "out").glob("*.gguf")), prompts, 10)
+    for prompt, answer in zip(prompts, told, strict=True):
+        assert len(answer) == 10
+        assert_likeliest(model, prompt, answer)
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Qwen3", "Gemma 3", "Phi-3"])
+def test_an_adapter_beside_its_base_says_what_transformers_says(name: str, tmp_path: Path) -> None:
+    folder = gguf_models.save_gguf_model(name, tmp_path / "base")
+    adapter = saved_adapters.save_adapter(tmp_path / "tuned", folder, "none")
+    assert main(["export", str(folder), "-o", str(tmp_path / "out")]) == 0
+    assert main(["export", str(adapter), "--to", "gguf-lora", "-o", str(tmp_path / "lora")]) == 0
+    base, lora = (next((tmp_path / each).glob("*.gguf")) for each in ("out", "lora"))
+    model = open_adapter(adapter, "fp32").model
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 390, (length,), generator=generator).tolist() for length in (5, 20, 60)]
+    told, _ = asked(base, prompts, 10, lora)
+    for prompt, answer in zip(prompts, told, strict=True):
+        assert_likeliest(model, prompt, answer)
+    assert told != asked(base, prompts, 10)[0]
+
+
+@pytest.mark.parametrize("kind", ["prepended", "replaced", "metaspace"])
+def test_the_engine_has_the_tokens_of_sentencepiece(kind: Any, tmp_path: Path) -> None:
+    words = gguf_models.sentencepiece(kind)
+    config = gguf_models.gguf_config("Mistral", vocab_size=len(words), bos_token_id=1, eos_token_id=4)
+    architectures.made(config).save_pretrained(tmp_path / "m")
+    words.save_pretrained(tmp_path / "m")
+    assert main(["export", str(tmp_path / "m"), "-o", str(tmp_path / "out")]) == 0
+    _, tokens = asked(next((tmp_path / "out").glob("*.gguf")), [[5, 6]], 1)
+    # a text behind a special token, which every chat begins with
+    mark = words.convert_tokens_to_ids("<|im_start|>")
+    behind = [words(f"<|im_start|>{text}", add_special_tokens=False).input_ids for text in TEXTS]
+    assert {ids[0] for ids in behind} == {mark}
+    assert tokens == [ids[1:] for ids in behind]
+
+
+def test_twenty_chats_by_the_files_own_template_have_the_tokens_of_training(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs the extra: pip install -e '.[engines]'")
+    words = gguf_models.sentencepiece("replaced")
+    config = gguf_models.gguf_config("Mistral", vocab_size=len(words), bos_token_id=1, eos_token_id=4)
+    architectures.made(config).save_pretrained(tmp_path / "m")
+    words.save_pretrained(tmp_path / "m")
+    assert main(["export", str(tmp_path / "m"), "-o", str(tmp_path / "out")]) == 0
+    file = next((tmp_path / "out").glob("*.gguf"))
+    assert json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))["chats"]["compared"] == 20
+    words.chat_template = tiny.CHATML.replace("<|im_end|>\\n", "<|im_end|>\\n\\n")
+    with pytest.raises(ModelError, match=r"in \d+ of 20 chats llama.cpp has other tokens .* nothing was kept"):
+        check_engine_chats(file, words)
+    words.chat_template = None
+    assert check_engine_chats(file, words).not_compared == "the model has no chat template"

@@ -8,6 +8,7 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -35,10 +36,11 @@ CONFIGS: dict[str, Any] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
     "gemma": GemmaConfig(**{**SHAPE, "num_key_value_heads": 1}, head_dim=24, tie_word_embeddings=True),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "a short window": MistralConfig(**SHAPE, sliding_window=8),
 }
 
 NOT_SERVED: dict[str, Any] = {
-    "a short window": MistralConfig(**SHAPE, sliding_window=8),
+    "capped scores": Gemma2Config(**SHAPE, head_dim=12),
     "learned positions": GPT2Config(
         vocab_size=320, n_embd=48, n_layer=2, n_head=4, n_positions=512, bos_token_id=2, eos_token_id=2
     ),

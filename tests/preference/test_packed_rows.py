@@ -186,9 +186,15 @@ def test_in_16_bits_packed_and_padded_differ_by_rounding_only(
     assert tiny_run.apart(found[0][1], found[1][1]) < gradient_bound
 
 
+WINDOWS = pytest.mark.parametrize("window", [None, 1, 4])
+
+
 @BACKENDS
+@WINDOWS
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
-def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Backend, heads: tuple[int, int]) -> None:
+def test_attention_of_a_layout_is_plain_attention_of_each_sequence(
+    backend: Backend, window: int | None, heads: tuple[int, int]
+) -> None:
     # prompt 0-7 with answers 7-10 and 10-15, and a second turn 15-19 that follows the first answer
     spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
     layout = PackedLayout(spans, backend, torch.device("cpu"))
@@ -196,13 +202,15 @@ def test_attention_of_a_layout_is_plain_attention_of_each_sequence(backend: Back
     query, key, value = (
         torch.randn(1, count, 19, 8, dtype=torch.float64, generator=generator) for count in (heads[0], *heads[1:] * 2)
     )
-    found = attention.attention_function(backend)(query, key, value, layout, 0.3)
+    found = attention.attention_function(backend)(query, key, value, layout, 0.3, window)
     group = heads[0] // heads[1]
     for span in spans:
         places = [i for start, stop in span.visible_ranges for i in range(start, stop)]
         wide = [part[:, :, places].repeat_interleave(group, 1) for part in (key, value)]
         scores = query[:, :, places] @ wide[0].transpose(2, 3) * 0.3
         hidden = torch.ones(len(places), len(places), dtype=torch.bool).triu(1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(-window)
         alone = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[1]
         torch.testing.assert_close(found[:, span.start : span.stop].transpose(1, 2), alone[:, :, -span.tokens :])
 
@@ -219,12 +227,15 @@ def test_varlen_is_told_where_each_spans_queries_and_keys_lie() -> None:
 def flash(query: Tensor, key: Tensor, value: Tensor, *cut: Any, window_size: tuple[int, int], scale: float) -> Tensor:
     """What torch 2.11's varlen_attn computes, here on a CPU, for as many key heads as query heads."""
     query_S, key_S, longest_query, longest_key = cut
-    assert (window_size, query.shape[1]) == ((-1, 0), key.shape[1])
+    assert (window_size[1], query.shape[1]) == (0, key.shape[1])
     parts = []
     for (start, stop), (first, last) in zip(pairwise(query_S.tolist()), pairwise(key_S.tolist()), strict=True):
         assert (stop - start <= longest_query, last - first <= longest_key) == (True, True)
         scores = torch.einsum("qhd,khd->hqk", query[start:stop], key[first:last]) * scale
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(last - first - (stop - start) + 1)
+        earlier = last - first - (stop - start)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(earlier + 1)
+        if window_size[0] >= 0:
+            hidden |= torch.ones(scores.shape[1:], dtype=torch.bool).tril(earlier - window_size[0] - 1)
         parts.append(
             torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value[first:last])
         )
@@ -241,9 +252,10 @@ def grouped_flash(
 
 
 @pytest.mark.parametrize("varlen_attn", [flash, grouped_flash])
+@WINDOWS
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
 def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
-    varlen_attn: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    varlen_attn: Any, window: int | None, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     spans = (Span(0, 10), Span(10, 15, ((0, 7),)), Span(15, 19, ((0, 10),)))
@@ -254,7 +266,8 @@ def test_varlen_gives_plain_attention_by_torch_2_11s_function_and_by_later_ones(
     ]
     found, slopes = [], []
     for backend in ("varlen", "batched"):
-        answer = attention.attention_function(backend)(*parts, PackedLayout(spans, backend, torch.device("cpu")), 0.3)
+        layout = PackedLayout(spans, backend, torch.device("cpu"))
+        answer = attention.attention_function(backend)(*parts, layout, 0.3, window)
         slopes.append(torch.autograd.grad((answer * torch.arange(8)).sum(), parts))
         found.append(answer)
     torch.testing.assert_close(found[0], found[1])
@@ -273,7 +286,7 @@ def test_a_model_that_rows_can_serve_is_given_rows(kind: str, dtype: Any) -> Non
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("a short window", "its sliding window of 8 tokens is shorter than the longest sequence, 19"),
+        ("capped scores", "it caps attention scores"),
         ("learned positions", "GPT2LMHeadModel has no rotary positions"),
         ("slopes for positions", "BloomForCausalLM does not use transformers' attention interface"),
     ],
@@ -343,3 +356,22 @@ def test_without_a_layout_a_model_for_rows_computes_as_before() -> None:
     before = base(input_ids=ids).logits
     attention.enable_packed_attention(base)
     assert torch.equal(base(input_ids=ids).logits, before)
+
+
+def test_a_window_is_tried_on_a_pair_that_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = architectures.made(architectures.CONFIGS["a short window"])
+    short = [
+        pair for pair in tiny_run.pairs(60, longest_prompt=4, longest_answer=3) if pack.max_sequence_tokens(pair) <= 8
+    ]
+    packing, _ = choose_packing(base, [*short, *tiny_run.pairs(4)], ROWS_OF_300, tiny_run.CPU)
+    assert packing.backend == "spans"
+    plain = attention.packed_attention
+
+    def without_window(*parts: Any, sliding_window: int | None = None, **more: Any) -> Any:
+        return plain(*parts, **more)
+
+    monkeypatch.setattr(attention, "packed_attention", without_window)
+    assert choose_packing(base, short, ROWS_OF_300, tiny_run.CPU)[0].backend == "spans"
+    packing, why = choose_packing(base, [*short, *tiny_run.pairs(4)], ROWS_OF_300, tiny_run.CPU)
+    assert packing.backend is None
+    assert "gives other log-probabilities than padded batches" in why

@@ -172,7 +172,7 @@ def test_a_figure_that_no_run_has_is_named(swept: Said) -> None:
         1,
         "qlora-dpo: --metric sft_loss: is not measured with this objective; go on with --resume and one of loss, "
         "preference_loss, rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, "
-        "logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy, kl",
+        "logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy, perplexity, kl",
     )
 
 
@@ -380,7 +380,7 @@ SHARED = "a sweep has one base and one set of pairs for all its runs, and this k
             ["lora.r=[8]", "--metric", "bleu"],
             "--metric bleu: is not measured at an evaluation; write one of loss, preference_loss, sft_loss, "
             "rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected, "
-            "logits/chosen, logits/rejected, entropy, mean_token_accuracy, kl",
+            "logits/chosen, logits/rejected, entropy, mean_token_accuracy, perplexity, kl",
         ),
     ],
 )
