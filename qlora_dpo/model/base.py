@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -132,9 +133,11 @@ def check_stored_quantization(source: ModelSource, table: ModelTable) -> None:
     if method == "mxfp4" and table.quantization == "none":  # GPT-OSS, which transformers dequantizes as it loads
         return
     if method != "bitsandbytes":
+        original = likely_original(source.hub_id or source.name, _config_dict(source))
         raise ModelError(
             f"{source.name}: is stored in the format {method}, whose layers cannot be trained here; name the original "
-            'model that it was made from, and let model.quantization = "nf4" quantize that'
+            f"model that it was made from{f', probably {original},' if original else ','} and let "
+            'model.quantization = "nf4" quantize that'
         )
     kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
     double = bool(stored.get("bnb_4bit_use_double_quant")) if kind != "int8" else table.double_quant
@@ -147,6 +150,23 @@ def check_stored_quantization(source: ModelSource, table: ModelTable) -> None:
         f'{source.name}: is stored as {kind} of bitsandbytes already, and the recipe says "{table.quantization}"; '
         f"write {wanted}, or name the original model"
     )
+
+
+def likely_original(name: str, config: Mapping[str, Any]) -> str:
+    """The hub name of the model that a quantized one was made from, by its name or its config; empty if unknown."""
+    stripped = _QUANTIZED_ENDING.sub("", name.rstrip("/"))
+    if stripped != name and _HUB_NAME.fullmatch(stripped):
+        return stripped
+    stored = str(config.get("_name_or_path") or "")
+    return stored if stored != name and _HUB_NAME.fullmatch(stored) else ""
+
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_QUANTIZED_ENDING = re.compile(
+    r"([-_.](awq|gptq|int[48]|w[48]a(16|8)|fp8|nvfp4|mxfp4|[48]-?bits?|bnb|quantized|dynamic|autoround|g(32|64|128)))+$",
+    re.IGNORECASE,
+)
+"""What people add to a model's name when they quantize it."""
 
 
 def merge_obstacle(model: PeftModel, source: ModelSource) -> str:

@@ -19,6 +19,7 @@ from qlora_dpo.model.base import disable_dropout, load_base
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
+from qlora_dpo.model.quantized import stacked_weights
 from qlora_dpo.planning.memory_estimate import estimate_memory
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import dpo
@@ -69,6 +70,21 @@ def test_where_packed_rows_fail_the_plan_is_that_of_padded_batches(tmp_path: Pat
     sinks = sources.fetch_model(ModelTable(name=str(saved("GptOss", tmp_path / "padded"))))
     plan = estimate_memory(sinks, tiny_run.recipe(), tiny_run.CPU, Workload(24, 100), 2**33)
     assert plan.padding_reason == "in packed rows spans fails (ValueError: a layer asks attention for s_aux)"
+
+
+def test_the_experts_that_4_bits_leave_as_they_are_are_planned_and_said(tmp_path: Path) -> None:
+    source = sources.fetch_model(ModelTable(name=str(saved("Qwen3Moe", tmp_path))))
+    plan = estimate_memory(source, tiny_run.recipe("nf4"), tiny_run.CPU, Workload(24, 100), 2**33)
+    base = load_base(source, ModelTable(name="it", quantization="nf4"), tiny_run.CPU)
+    experts = stacked_weights(base)
+    assert sorted({name.rpartition(".layers.")[2][2:] for name in experts}) == [
+        "mlp.experts.down_proj",
+        "mlp.experts.gate_up_proj",
+    ]
+    assert not stacked_weights(architectures.family("Mamba"))
+    size = sum(weight.numel() * 4 for weight in experts.values())
+    assert plan.bytes_by_part["weights of experts, not quantized, float32"] == size
+    assert size == 2 * 4 * (32 * 32 + 16 * 32) * 4  # layers, experts, their three matrices, bytes
 
 
 def test_a_run_without_a_plan_measures_its_memory_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Bases and tokenizers as people have them: quantized already, too few positions or embeddings, several templates."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import (
     check_stored_quantization,
     check_vocabulary,
+    likely_original,
     load_base,
     load_tokenizer,
     merge_obstacle,
@@ -43,6 +45,30 @@ def test_a_base_in_another_tools_format_is_refused_and_the_original_asked_for(me
         f"org/model: is stored in the format {method}, whose layers cannot be trained here; name the original model "
         'that it was made from, and let model.quantization = "nf4" quantize that'
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "original"),
+    [
+        ("Qwen/Qwen2-0.5B-Instruct-AWQ", {}, "Qwen/Qwen2-0.5B-Instruct"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", {}, "Qwen/Qwen2.5-7B-Instruct"),
+        ("org/Llama-3.2-1B-quantized.w4a16", {}, "org/Llama-3.2-1B"),
+        ("org/Phi-4-mini-FP8-dynamic", {}, "org/Phi-4-mini"),
+        ("org/small", {"_name_or_path": "Qwen/Qwen3-0.6B"}, "Qwen/Qwen3-0.6B"),
+        ("org/small", {"_name_or_path": "/home/somebody/model"}, ""),
+        ("./folder-awq", {}, ""),
+    ],
+)
+def test_the_original_of_a_quantized_model_is_found_by_its_name(
+    name: str, config: dict[str, str], original: str
+) -> None:
+    assert likely_original(name, config) == original
+
+
+def test_the_refusal_names_the_original(tmp_path: Path) -> None:
+    source = replace(with_quantization(tmp_path, {"quant_method": "awq"}), hub_id="Qwen/Qwen2-0.5B-Instruct-AWQ")
+    with pytest.raises(ModelError, match=r"made from, probably Qwen/Qwen2-0\.5B-Instruct, and let"):
+        check_stored_quantization(source, ModelTable(name="Qwen/Qwen2-0.5B-Instruct-AWQ"))
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
