@@ -172,7 +172,7 @@ def test_a_figure_that_no_run_has_is_named(swept: Said) -> None:
         1,
         "qlora-dpo: --metric sft_loss: is not measured with this objective; go on with --resume and one of loss, "
         "preference_loss, rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, "
-        "logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy, perplexity, kl",
+        "logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy, kl",
     )
 
 
