@@ -490,6 +490,22 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             MERGE,
         ),
     ],
+    "deploy/rounding.py": [
+        ("torch.where(takes_other, other, nearest)", "nearest", "deploy/test_rounding.py"),
+        ("exact.abs() > value.abs()", "exact > value", "deploy/test_rounding.py"),
+    ],
+    "deploy/gguf_families.py": [
+        ("norm_offset=1.0", "norm_offset=0.0", "deploy/test_gguf_families.py"),
+        ("writer.add_logit_scale(config.logits_scaling)", "pass", "deploy/test_gguf_families.py"),
+    ],
+    "deploy/gguf_adapter.py": [
+        ("scaled_OR = rope_permuted(scaled_OR, heads)", "pass", "deploy/test_gguf_adapter.py"),
+        ("(layer.scaling[adapter] * len(a_RI))", "layer.scaling[adapter]", "deploy/test_gguf_adapter.py"),
+    ],
+    "data/rows/supervised.py": [
+        ("for place in places[-1:] if last_only else places:", "for place in places:", "data/test_supervised.py"),
+        ("in range(first, len(chat))", "in range(len(chat))", "data/test_supervised.py"),
+    ],
     "deploy/shards.py": [
         ("[end, *ends]", "ends", "cli/test_chat_templates.py"),
         ('original if onto == "original" else None)\n', "original)\n", MERGE),

@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from qlora_dpo.adapter_weights import base_name
+from qlora_dpo.deploy.rounding import is_on_grid, stochastic_round
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.quantized import dequantized, quantization_of, quantized_layers
@@ -34,6 +35,18 @@ class ChangedTensor:
         """The merged tensor in float32, from `base`, or else from `original`, the one in the base's files."""
         tensor = self.base() if original is None or self.replaced else original().to(torch.float32, copy=True)
         return tensor if self.add is None else self.add(tensor)
+
+    def merged_in(self, dtype: torch.dtype, name: str, original: Callable[[], Tensor] | None = None) -> Tensor:
+        """The merged tensor in `dtype`, rounded to the nearest, or stochastically if the base is on the grid of it.
+
+        `name` decides the draws of such a rounding.
+        """
+        if dtype == torch.float32 or self.add is None:
+            return self.merged(original).to(dtype)
+        tensor = self.base() if original is None or self.replaced else original().to(torch.float32, copy=True)
+        on_grid = is_on_grid(tensor, dtype)
+        merged = self.add(tensor)
+        return stochastic_round(merged, dtype, name) if on_grid else merged.to(dtype)
 
 
 def changed_tensors(model: Any) -> dict[str, ChangedTensor]:

@@ -194,7 +194,7 @@ def _write_shards(
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for name in names:
-            tensor = _merged_tensor(name, changed.get(name), stored[name], onto)
+            tensor = _merged_tensor(name, changed.get(name), stored[name], onto, dtype)
             shard[name] = _rounded(name, tensor, dtype)
             del tensor
         try:
@@ -210,8 +210,10 @@ def _write_shards(
         )
 
 
-def _merged_tensor(name: str, changed: ChangedTensor | None, stored: StoredTensor, onto: BaseWeights) -> Tensor:
-    """The merged tensor in float32 if it is `changed`; any other one as it is in the base's file."""
+def _merged_tensor(
+    name: str, changed: ChangedTensor | None, stored: StoredTensor, onto: BaseWeights, dtype: torch.dtype
+) -> Tensor:
+    """The merged tensor in `dtype` if it is `changed`; any other one as it is in the base's file."""
 
     def original() -> Tensor:
         with safe_open(stored.file, framework="pt") as file:
@@ -220,7 +222,7 @@ def _merged_tensor(name: str, changed: ChangedTensor | None, stored: StoredTenso
 
     if changed is None:
         return original()
-    return changed.merged(original if onto == "original" else None)
+    return changed.merged_in(dtype, name, original if onto == "original" else None)
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -257,10 +259,10 @@ def _write_whole_model(opened: OpenedModel, folder: Path, onto: BaseWeights, dty
         _fit_config(full.config, opened.model, untied=True)
     for name, changed in changed_tensors(opened.model).items():
         parameter = full.get_parameter(name)
-        merged = changed.merged(parameter.detach if onto == "original" else None)
+        merged = changed.merged_in(dtype, name, parameter.detach if onto == "original" else None)
         if merged.shape != parameter.shape:
             raise ModelError(f"{name} has another shape quantized than in the files of the base; not merged")
-        parameter.data = merged.cpu().to(dtype)
+        parameter.data = merged.cpu()
     full.to(dtype)
     for name, parameter in full.named_parameters():
         _rounded(name, parameter, dtype)

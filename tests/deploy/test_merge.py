@@ -249,8 +249,9 @@ def test_onto_original_is_the_original_plus_the_update_and_reports_the_larger_kl
     assert original["top1"] < trained["top1"]
     saved, before = load_file(place / "nf4" / "adapter_model.safetensors"), stored(place / "base")
     a, b = (saved[f"base_model.model.{Q_PROJ}.lora_{side}.weight"] for side in "AB")
-    wanted = (before[f"{Q_PROJ}.weight"].float() + 12 / 4 * (b @ a)).bfloat16()
-    torch.testing.assert_close(stored(tmp_path / "original")[f"{Q_PROJ}.weight"], wanted, atol=0, rtol=2**-8)
+    wanted = before[f"{Q_PROJ}.weight"].float() + 12 / 4 * (b @ a)
+    found = stored(tmp_path / "original")[f"{Q_PROJ}.weight"].float()
+    torch.testing.assert_close(found, wanted, atol=0, rtol=2**-7)  # one of the two neighbours in bf16
     assert "the original weights, not the 4-bit ones it was trained on" in capsys.readouterr().out
 
 
