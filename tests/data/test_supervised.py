@@ -89,6 +89,7 @@ def test_every_answer_of_a_chat_is_trained_on_or_the_last_one(row: dict[str, Any
 
 def test_a_chat_in_the_prompt_is_context_alone() -> None:
     assert read({"prompt": CHAT[:3], "completion": SECOND}) == BOTH[1:]
+    assert read({"prompt": CHAT[:3], "completion": CHAT[3:]}) == BOTH[1:]
 
 
 def test_texts_are_read_as_chats_only_if_the_recipe_says_so() -> None:
