@@ -87,11 +87,10 @@ def _matrices(model: Any, config: Any, name: str) -> Iterator[tuple[str, NDArray
         a_RI, b_OR = (matrix[adapter].weight.detach().float().cpu() for matrix in (layer.lora_A, layer.lora_B))
         heads = permuted_heads(f"{layer_name}.weight", config)
         scaled_OR: Tensor = b_OR * (layer.scaling[adapter] * len(a_RI))
+        if heads is not None:
+            scaled_OR = rope_permuted(scaled_OR, heads)
         yield f"{key}.lora_a", a_RI.numpy()
-        yield (
-            f"{key}.lora_b",
-            (rope_permuted(scaled_OR, heads) if heads is not None else scaled_OR).contiguous().numpy(),
-        )
+        yield f"{key}.lora_b", scaled_OR.contiguous().numpy()
 
 
 def _obstacle(layer: Any, key: str | None) -> str:
