@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from qlora_dpo.evaluation.merge_texts import ComparisonTexts
 
 EXPECTED_KL = 0.001
+MAX_SHARE_OF_BASE_KL = 0.1
+"""A merged model whose KL to the trained one is a larger share of the base's gets a sentence."""
+NEGLIGIBLE_KL = 1e-6
+"""Nats per token, of a run that has changed nothing that could be lost."""
 
 
 @click.command("merge", short_help="Write an adapter, or several, and its base as one full model.")
@@ -82,6 +86,13 @@ def merge_command(
     check = _make_checker(opened, first)
     merged = merging.merge_adapter(opened, target, onto, dtype, check, MergeThresholds(**thresholds))
     click.echo("\n".join(_result_lines(merged)))
+    kl, base_kl = merged.metrics["kl"], merged.metrics["base_kl"]
+    if merged.onto == "trained" and kl > max(MAX_SHARE_OF_BASE_KL * base_kl, NEGLIGIBLE_KL):
+        click.echo(
+            f"the merged model's KL to the trained one is {kl / base_kl:.0%} of the base's: rounding costs that much "
+            "of what training has changed, and --dtype fp32 nothing",
+            err=True,
+        )
     if merged.onto == "trained" and merged.metrics["kl"] > EXPECTED_KL:
         click.echo(f"the KL is above the {EXPECTED_KL} that rounding explains; --dtype fp32 shows why", err=True)
 

@@ -76,6 +76,8 @@ def metric_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("KL(trained, merged), nats per token", f"{record['kl']:.2g}"),
         ("top-1 agreement", f"{record['top1']:.4f}"),
     ]
+    if (base_kl := record.get("base_kl")) is not None:
+        lines.insert(1, ("KL(trained, base), nats per token", f"{base_kl:.2g}"))
     if compared := record.get("chats", {}).get("compared"):
         lines.append(("held-out chats, rendered by transformers", f"{compared} of {compared} have the trained tokens"))
     if record["why_no_accuracy"]:

@@ -30,6 +30,7 @@ class MergeFidelity:
     """Both models on the answers of the same pairs, teacher-forced."""
 
     kl: float  # KL(trained || merged), nats per token
+    base_kl: float  # KL(trained || base), nats per token: what training changed
     top1: float  # share of tokens for which both models have the same most likely token
     trained_accuracy: float  # share of pairs whose chosen answer has the higher reward; a tie counts as one half
     merged_accuracy: float
@@ -56,6 +57,8 @@ class TrainedOutputs:
 
     model: nn.Module
     batches: Sequence[_BatchOutputs]
+    base_kl: float
+    """KL(trained || base), in nats per token, with the adapter disabled as the base."""
 
 
 @torch.no_grad()
@@ -64,18 +67,22 @@ def record_trained(
 ) -> TrainedOutputs:
     """Run `trained` over all pairs, with its adapter enabled and, as the reference, disabled."""
     padded = Packing(BATCH_TOKENS, pad_token_id, backend=None)  # padded batches, which every model supports
-    outputs = []
+    outputs, base_kl, tokens = [], 0.0, 0
     for group in micro_batches(pairs, padded):
         batch = collate([pairs[index] for index in group], padded).to(device.torch_device)
         states_R = batch.state_R[batch.row_N]  # in a padded batch each state predicts one token
         trained_RD = hidden_states(trained, batch, device)[states_R]
         with adapter_disabled(trained):
             reference_RD = hidden_states(trained, batch, device)[states_R]
-            reference_S = torch.zeros(2 * batch.pairs, device=device.torch_device)
-            for c in _token_chunks(batch, trained):
-                _add_token_logps(reference_S, _log_probs(trained, reference_RD[c], device), batch, c)
+        reference_S = torch.zeros(2 * batch.pairs, device=device.torch_device)
+        for c in _token_chunks(batch, trained):
+            with adapter_disabled(trained):
+                reference_cV = _log_probs(trained, reference_RD[c], device)
+            _add_token_logps(reference_S, reference_cV, batch, c)
+            base_kl += _kl_sum(_log_probs(trained, trained_RD[c], device), reference_cV)
+        tokens += len(batch.target_N)
         outputs.append(_BatchOutputs(batch, trained_RD, reference_S))
-    return TrainedOutputs(trained, outputs)
+    return TrainedOutputs(trained, outputs, base_kl / tokens)
 
 
 def free_weights(trained_outputs: TrainedOutputs) -> None:
@@ -103,7 +110,7 @@ def compare_merged(trained_outputs: TrainedOutputs, merged: nn.Module, device: D
         for c in _token_chunks(batch, merged):
             trained_cV = _log_probs(trained_outputs.model, part.trained_RD[c], device)
             merged_cV = _log_probs(merged, merged_RD[c], device)
-            kl += (trained_cV.exp() * (trained_cV - merged_cV)).sum(dtype=torch.float64).item()
+            kl += _kl_sum(trained_cV, merged_cV)
             same_top1 += int((trained_cV.argmax(-1) == merged_cV.argmax(-1)).sum())
             for row, logp_cV in enumerate((trained_cV, merged_cV)):
                 _add_token_logps(logp_2S[row], logp_cV, batch, c)
@@ -115,6 +122,7 @@ def compare_merged(trained_outputs: TrainedOutputs, merged: nn.Module, device: D
     perplexity_2 = (-chosen_2 / chosen_tokens).exp()
     return MergeFidelity(
         kl=kl / tokens,
+        base_kl=trained_outputs.base_kl,
         top1=same_top1 / tokens,
         **_trained_and_merged("accuracy", correct_2 / pairs),
         **_trained_and_merged("loss", loss_2 / pairs),
@@ -122,6 +130,11 @@ def compare_merged(trained_outputs: TrainedOutputs, merged: nn.Module, device: D
         tokens=tokens,
         pairs=pairs,
     )
+
+
+def _kl_sum(one_cV: Tensor, other_cV: Tensor) -> float:
+    """KL(one || other) in nats, summed over the rows, of log-probabilities."""
+    return (one_cV.exp() * (one_cV - other_cV)).sum(dtype=torch.float64).item()
 
 
 def _trained_and_merged(name: str, value_2: Tensor) -> dict[str, float]:

@@ -277,6 +277,7 @@ def test_the_command_tells_what_it_wrote_and_how_close_it_is(
         f"Compared with the adapter model on 12 held-out pairs of the run ({record['tokens']} answer tokens),\n"
         "both models computed in fp32 on CPU, so that only the weights differ:\n"
         f"  KL(trained, merged), nats per token              {record['kl']:.2g}\n"
+        f"  KL(trained, base), nats per token                {record['base_kl']:.2g}\n"
         "  top-1 agreement                                  1.0000\n"
         "  held-out chats, rendered by transformers         12 of 12 have the trained tokens\n"
         f"  preference accuracy, trained / merged            {accuracy}\n"

@@ -1,5 +1,6 @@
 """Merged weights of a base in 16 bits keep updates that are smaller than half a unit in the last place."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def test_a_small_update_of_a_base_in_bf16_is_not_lost(dtype: str, kind: torch.dt
         assert float((added * wanted).sum() / (wanted * wanted).sum()) == pytest.approx(1, abs=0.25)
         if dtype == "bf16":
             assert (nearest * wanted).sum() / (wanted * wanted).sum() < 0.6
+
+
+def test_a_merge_that_loses_what_was_trained_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = save_adapter(tmp_path / "tuned", save_base(tmp_path / "base"), "nf4", size=1e-3)
+    assert main(["merge", str(adapter), "-o", str(tmp_path / "m")]) == 0
+    figures = json.loads((tmp_path / "m" / "merge.json").read_text(encoding="utf-8"))
+    assert figures["kl"] > 0.1 * figures["base_kl"]
+    said = capsys.readouterr().err
+    assert f"the merged model's KL to the trained one is {figures['kl'] / figures['base_kl']:.0%} of the base's" in said
+    assert main(["merge", str(adapter), "-o", str(tmp_path / "whole"), "--dtype", "fp32"]) == 0
+    assert "of the base's" not in capsys.readouterr().err
 
 
 def test_a_quantized_base_is_rounded_to_the_nearest(tmp_path: Path) -> None:
