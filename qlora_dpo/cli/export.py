@@ -54,21 +54,22 @@ def export_command(
         raise click.UsageError("--base names the base of an adapter; it needs --to gguf-lora")
     from qlora_dpo.deploy import export as exporting
     from qlora_dpo.deploy.merge import check_output_free
+    from qlora_dpo.evaluation.merge_chats import read_chats
 
     source = exporting.full_model(model)
     target = output.expanduser() if output else Path("exported") / f"{exporting.exported_name(source)}-{quant}"
     check_output_free(target)
     click.echo(f"exporting {model} into {target}", err=True)
-    exported = exporting.export_model(source, target, cast("ExportFormat", to), quant)
+    chats = read_chats(source.folder)
+    exported = exporting.export_model(source, target, cast("ExportFormat", to), quant, chats)
     click.echo(
         f"{exported.file}: {exported.bytes / 1e6:,.1f} MB, {exported.tensors} tensors in {quant}\n"
         "Read back: words, merges and template are the tokenizer's; the largest relative error of a tensor is "
         f"{exported.error:.2g}."
     )
     if exported.chats.compared:
-        click.echo(
-            f"llama.cpp: {exported.chats.compared} chats by the file's own template have the tokens of training."
-        )
+        which = f"{exported.chats.compared} {exported.chats.kind} chats"
+        click.echo(f"llama.cpp: {which} by the file's own template have the tokens of training.")
     else:
         click.echo(f"The tokens of chats were not compared: {exported.chats.not_compared}.")
     if to == "ollama":

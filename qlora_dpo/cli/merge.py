@@ -124,7 +124,7 @@ def _compare_with_trained(
     """Load the written model and compare it with the adapter model's outputs."""
     from dataclasses import asdict
 
-    from qlora_dpo.evaluation.merge_chats import compare_chats
+    from qlora_dpo.evaluation.merge_chats import compare_chats, write_chats
     from qlora_dpo.evaluation.merge_fidelity import compare_merged
     from qlora_dpo.model.base import load_base
     from qlora_dpo.model.sources import ModelSource
@@ -137,6 +137,8 @@ def _compare_with_trained(
     device = opened.device
     metrics = asdict(compare_merged(trained_outputs, full, device, beta))
     exact = ", so that only the weights differ" if device.compute_dtype == "fp32" else ", whose rounding adds to the KL"
+    if texts.chats:
+        write_chats(written, texts.chats)
     if texts.why_no_accuracy:
         metrics |= {name: None for name in metrics if name.startswith(("trained_", "merged_"))}
     return metrics | {

@@ -4,12 +4,15 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.dialogue import Message, sanitize_text
+from qlora_dpo.data.encoded import TokenIds
+from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, list_repairs, template_traits, tokenize_chats
 from qlora_dpo.data.templates.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError
@@ -52,6 +55,7 @@ class EngineChats:
 
     compared: int
     not_compared: str = ""
+    kind: str = "built-in"
 
 
 def built_in_chats() -> list[list[Message]]:
@@ -68,8 +72,10 @@ def built_in_chats() -> list[list[Message]]:
     return chats
 
 
-def check_engine_chats(file: Path, tokenizer: Any) -> EngineChats:
-    """Compare the tokens of twenty chats by llama.cpp with those of transformers, by which the model was trained.
+def check_engine_chats(
+    file: Path, tokenizer: Any, trained: Sequence[tuple[list[Message], TokenIds]] = ()
+) -> EngineChats:
+    """Compare llama.cpp's tokens of chats with those of `trained`, or of twenty built-in chats by transformers.
 
     Raises ModelError, with the first token that differs. Nothing is compared where xllamacpp is not installed, or where
     llama.cpp cannot read the template.
@@ -78,8 +84,8 @@ def check_engine_chats(file: Path, tokenizer: Any) -> EngineChats:
         return EngineChats(0, "the model has no chat template")
     if importlib.util.find_spec("xllamacpp") is None:
         return EngineChats(0, "llama.cpp is not installed here: pip install 'qlora_dpo[engines]'")
-    chats, expected = list[list[Message]](), list[tuple[int, ...]]()
-    for chat in built_in_chats():
+    chats, expected = [chat for chat, _ in trained], [ids for _, ids in trained]
+    for chat in [] if trained else built_in_chats():
         if list_repairs(template_traits(tokenizer), chat):  # a system turn that the template has no place for
             continue
         try:
@@ -105,7 +111,9 @@ def check_engine_chats(file: Path, tokenizer: Any) -> EngineChats:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         return EngineChats(0, f"llama.cpp cannot write its chats ({sanitize_text(last)[:200]})")
     found = [tuple(ids) for ids in json.loads(line.removeprefix("FOUND"))]
-    differing = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1]]
+    # an empty <think> block that the template writes before an answer belongs to the prompt in training alone
+    thoughts = detect_chat_format(tokenizer).empty_thoughts
+    differing = [pair for pair in zip(found, expected, strict=True) if pair[1] not in (pair[0], pair[0] + thoughts)]
     if differing:
         place = next(n for n, (one, other) in enumerate(zip_longest(*differing[0])) if one != other)
         tokens = [_token(tokenizer, ids, place) for ids in differing[0]]
@@ -113,7 +121,7 @@ def check_engine_chats(file: Path, tokenizer: Any) -> EngineChats:
             f"{file.name}: in {len(differing)} of {len(chats)} chats llama.cpp has other tokens than were trained on: "
             f"token {place + 1} is {tokens[0]}, and {tokens[1]} was trained on; nothing was kept"
         )
-    return EngineChats(len(chats))
+    return EngineChats(len(chats), kind="held-out" if trained else "built-in")
 
 
 def _token(tokenizer: Any, ids: tuple[int, ...], place: int) -> str:

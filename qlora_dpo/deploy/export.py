@@ -1,11 +1,14 @@
 """Writes a full model as GGUF, with or without Ollama's Modelfile, and verifies the file."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig
 
+from qlora_dpo.data.dialogue import Message
+from qlora_dpo.data.encoded import TokenIds
 from qlora_dpo.deploy.engine_chats import EngineChats, check_engine_chats
 from qlora_dpo.deploy.gguf_file import check_architecture, verify_gguf, write_gguf
 from qlora_dpo.deploy.gguf_tensors import Quant
@@ -53,8 +56,17 @@ def exported_name(source: ModelSource) -> str:
     return source.hub_id.rpartition("/")[2] if source.hub_id else source.folder.resolve().name
 
 
-def export_model(source: ModelSource, output: Path, to: ExportFormat, quant: Quant) -> ExportResult:
-    """Write the model of `source` into the new folder `output`; it is kept only if it reads back correctly."""
+def export_model(
+    source: ModelSource,
+    output: Path,
+    to: ExportFormat,
+    quant: Quant,
+    trained_chats: Sequence[tuple[list[Message], TokenIds]] = (),
+) -> ExportResult:
+    """Write the model of `source` into the new folder `output`; it is kept only if it reads back correctly.
+
+    `trained_chats` are held-out prompts and the tokens that they had in training, which llama.cpp must have too.
+    """
     name = exported_name(source)
     config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     check_architecture(config, source.name)
@@ -67,7 +79,7 @@ def export_model(source: ModelSource, output: Path, to: ExportFormat, quant: Qua
         file = temporary / f"{name}-{quant}.gguf"
         planned = write_gguf(file, source.folder, config, gguf_tokenizer, quant, name)
         error = verify_gguf(file, planned, config, gguf_tokenizer, quant)
-        chats = check_engine_chats(file, tokenizer)
+        chats = check_engine_chats(file, tokenizer, trained_chats)
         if to == "ollama":
             atomic_write(temporary / "Modelfile", ollama_modelfile(file.name, tokenizer))
         size = file.stat().st_size

@@ -1,5 +1,6 @@
 """Compares the tokens of held-out chats, as other programs get them from a written model, with those trained on."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,12 @@ from qlora_dpo.data.encode import PairSet, encode_pairs
 from qlora_dpo.data.encoded import EncodedPair, TokenIds
 from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.data.templates.chat_template import list_repairs, template_traits
+from qlora_dpo.errors import ModelError
+from qlora_dpo.files import atomic_write, text_lines
 
 MAX_CHATS = 20
+CHATS_FILE = "held_out_chats.jsonl"
+"""Beside a merged model: the chats that were compared, by which `export` compares llama.cpp's tokens. Never pushed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,24 @@ def compare_chats(folder: Path, chats: Sequence[TrainedChat]) -> ChatComparison:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     differences = [found for chat in chats if (found := _difference(tokenizer, chat))]
     return ChatComparison(len(chats), len(differences), differences[0] if differences else "")
+
+
+def write_chats(folder: Path, chats: Sequence[TrainedChat]) -> None:
+    """Write the prompts of `chats`, with the tokens that they were trained with, into `folder`."""
+    records = [{"prompt": list(chat.prompt), "prompt_ids": list(chat.prompt_ids)} for chat in chats]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    atomic_write(folder / CHATS_FILE, "".join(lines))
+
+
+def read_chats(folder: Path) -> list[tuple[list[Message], TokenIds]]:
+    """The prompts that `write_chats` wrote into `folder`, and their tokens; empty if there are none."""
+    if not (folder / CHATS_FILE).is_file():
+        return []
+    try:
+        records = [json.loads(line) for line in text_lines((folder / CHATS_FILE).read_text(encoding="utf-8"))]
+        return [(record["prompt"], tuple(record["prompt_ids"])) for record in records]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / CHATS_FILE}: is damaged; remove it, and built-in chats are compared") from error
 
 
 def _difference(tokenizer: Any, chat: TrainedChat) -> str:

@@ -177,5 +177,12 @@ def test_twenty_chats_by_the_files_own_template_have_the_tokens_of_training(tmp_
     words.chat_template = tiny.CHATML.replace("<|im_end|>\\n", "<|im_end|>\\n\\n")
     with pytest.raises(ModelError, match=r"in \d+ of 20 chats llama.cpp has other tokens .* nothing was kept"):
         check_engine_chats(file, words)
+    words.chat_template = tiny.CHATML
+    prompt = [{"role": "user", "content": "Is it late?"}]
+    ids = tuple(words.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+    held_out = check_engine_chats(file, words, [(prompt, ids)])
+    assert (held_out.compared, held_out.kind) == (1, "held-out")
+    with pytest.raises(ModelError, match=r"in 1 of 1 chats llama.cpp has other tokens .*: token 3 is"):
+        check_engine_chats(file, words, [(prompt, (*ids[:2], 7, *ids[3:]))])
     words.chat_template = None
     assert check_engine_chats(file, words).not_compared == "the model has no chat template"
