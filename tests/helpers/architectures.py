@@ -79,6 +79,15 @@ LINEAR = {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
 }
+NEMOTRON = {
+    "head_dim": 8,
+    "layers_block_type": ["mamba", "attention"],
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 1,
+    "ssm_state_size": 8,
+    "chunk_size": 16,
+}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},

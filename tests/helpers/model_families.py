@@ -14,7 +14,7 @@ import tiny
 import tiny_run
 import torch
 from accelerate.state import AcceleratorState
-from architectures import GPT, LINEAR, MIXER
+from architectures import GPT, LINEAR, MIXER, NEMOTRON
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,15 +32,6 @@ from qlora_dpo.preference.reference import model_logps
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-NEMOTRON_H = {
-    "head_dim": 8,
-    "layers_block_type": ["mamba", "attention"],
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "n_groups": 1,
-    "ssm_state_size": 8,
-    "chunk_size": 16,
-}
 ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
@@ -183,7 +174,7 @@ FAMILIES = (
     ),
     Family("LFM2", "Lfm2", {"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True}),
     Family("Falcon-H1", "FalconH1", {**MIXER, "mamba_d_ssm": 64, "head_dim": 8}),
-    Family("Nemotron 3 and H", "NemotronH", NEMOTRON_H),
+    Family("Nemotron 3 and H", "NemotronH", NEMOTRON),
     Family("Nemotron (Minitron)", "Nemotron", {}),
     Family("Cohere", "Cohere", {"logit_scale": 0.0625}),
     Family("Cohere 2", "Cohere2", {"logit_scale": 0.25, **WINDOWS}),

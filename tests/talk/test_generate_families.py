@@ -6,21 +6,12 @@ import architectures
 import pytest
 import tiny
 import torch
-from architectures import GPT, LINEAR, MIXER, STATE
+from architectures import GPT, LINEAR, MIXER, NEMOTRON, STATE
 
 from qlora_dpo.talk.generate import KVCache, generate_greedy, generate_stream, stop_token_ids, tokenize_prompt
 from qlora_dpo.talk.sampling import SamplingParams
 
 MINIMAX = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16}
-NEMOTRON = {
-    "head_dim": 8,
-    "layers_block_type": ["mamba", "attention"],
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "n_groups": 1,
-    "ssm_state_size": 8,
-    "chunk_size": 16,
-}
 JAMBA = {
     "num_experts": 2,
     "mamba_d_state": 8,
