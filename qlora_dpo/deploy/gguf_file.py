@@ -135,6 +135,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
         (writer.add_eos_token_id, tokenizer.eos),
         (writer.add_pad_token_id, tokenizer.pad),
         (writer.add_unk_token_id, tokenizer.unk),
+        (writer.add_eot_token_id, tokenizer.end_of_turn),
     ):
         if token_id is not None:
             add(token_id)

@@ -7,6 +7,7 @@ from typing import Any
 
 from gguf import TokenType
 
+from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.errors import ModelError
 
 _WORD_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -38,6 +39,8 @@ class GgufTokenizer:
     eos: int | None
     pad: int | None
     template: str | None
+    end_of_turn: int | None = None
+    """The token that ends an answer in the chat template, if it is not `eos`: engines must stop at both."""
     unk: int | None = None
     scores: list[float] | None = None
     """Of SentencePiece's tokens, from which llama.cpp merges the highest first; None for byte-level BPE."""
@@ -85,10 +88,22 @@ def convert_tokenizer(tokenizer: Any, rows: int, name: str) -> GgufTokenizer:
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
         template=tokenizer.chat_template,
+        end_of_turn=_end_of_turn(tokenizer),
         unk=tokenizer.unk_token_id if is_sentencepiece else None,
         scores=_merge_scores(tokens, merges) if is_sentencepiece else None,
         adds_space=adds_space,
     )
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The end token of the chat template's answers; None if it is the tokenizer's own, or is not known."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        end = detect_chat_format(tokenizer).end_token_id
+    except ModelError:  # a template that cannot be trained with here may still be exported
+        return None
+    return end if end != tokenizer.eos_token_id else None
 
 
 def _merge_scores(tokens: list[str], merges: list[str]) -> list[float]:

@@ -138,6 +138,16 @@ def test_a_sentencepiece_model_is_exported_with_its_tokens(tmp_path: Path) -> No
     assert "tokenizer.ggml.merges" not in fields
 
 
+def test_where_answers_end_with_another_token_than_texts_engines_are_told_both() -> None:
+    words = tiny.tokenizer()
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    assert (words.eos_token_id, convert_tokenizer(words, 500, "it").end_of_turn) == (end, None)
+    words.eos_token = "<|endoftext|>"
+    assert convert_tokenizer(words, 500, "it").end_of_turn == end
+    words.chat_template = None
+    assert convert_tokenizer(words, 500, "it").end_of_turn is None
+
+
 def test_a_sentencepiece_that_changes_text_is_refused() -> None:
     words = gguf_models.sentencepiece("replaced")
     from tokenizers import normalizers
