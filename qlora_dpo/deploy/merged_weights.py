@@ -33,7 +33,7 @@ class ChangedTensor:
 
     def merged(self, original: Callable[[], Tensor] | None = None) -> Tensor:
         """The merged tensor in float32, from `base`, or else from `original`, the one in the base's files."""
-        tensor = self.base() if original is None or self.replaced else original().to(torch.float32, copy=True)
+        tensor = self._before(original)
         return tensor if self.add is None else self.add(tensor)
 
     def merged_in(self, dtype: torch.dtype, name: str, original: Callable[[], Tensor] | None = None) -> Tensor:
@@ -43,10 +43,14 @@ class ChangedTensor:
         """
         if dtype == torch.float32 or self.add is None:
             return self.merged(original).to(dtype)
-        tensor = self.base() if original is None or self.replaced else original().to(torch.float32, copy=True)
+        tensor = self._before(original)
         on_grid = is_on_grid(tensor, dtype)
         merged = self.add(tensor)
         return stochastic_round(merged, dtype, name) if on_grid else merged.to(dtype)
+
+    def _before(self, original: Callable[[], Tensor] | None) -> Tensor:
+        """The tensor that the update is added to, in float32."""
+        return self.base() if original is None or self.replaced else original().to(torch.float32, copy=True)
 
 
 def changed_tensors(model: Any) -> dict[str, ChangedTensor]:

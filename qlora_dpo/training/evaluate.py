@@ -1,12 +1,12 @@
 """Loss, accuracy and rewards over all held-out pairs, weighted by pair, so that batching cannot change them."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -32,6 +32,9 @@ from qlora_dpo.training.oom_retry import row_attempts
 from qlora_dpo.training.watch import RunHistory, find_warnings
 
 logger = logging.getLogger(__name__)
+
+MAX_EXPONENT = 700.0
+"""A little less than the largest number whose exponential a float holds."""
 
 
 @torch.no_grad()
@@ -155,8 +158,9 @@ def _forward_all(
 
 
 def _perplexity(totals: Mapping[str, float], sums: MetricSums) -> float:
-    """The perplexity of the chosen answers, over all of their tokens."""
-    return float(np.exp(-totals["logps/chosen"] / sums.completion_tokens[0]))
+    """The perplexity of the chosen answers, over all of their tokens; infinite where a float cannot hold it."""
+    nats = -totals["logps/chosen"] / sums.completion_tokens[0]
+    return math.inf if nats > MAX_EXPONENT else math.exp(nats)
 
 
 def _for_watch(
