@@ -334,7 +334,17 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return output.to(self.dtype)", "return output", "model/test_modules_to_save.py"),
     ],
     "model/fused_lora_ops.py": [
-        ('alpha=layer.scaling["default"]))', "alpha=1.0))", LEAN),
+        ('scaled_Tr = low_Tr * layer.scaling["default"]', "scaled_Tr = low_Tr", LEAN),
+        (
+            "return (scaled_Tr @ b_Or.T).addmm_(x_TI, dense_weight(base, dtype).T)",
+            "return base_output(base, dtype, x_TI).addmm_(scaled_Tr, b_Or.T)",
+            LEAN,
+        ),
+        (
+            "return nn.functional.linear(x_TIr, weight_OIr, base.bias.to(dtype))",
+            "return base_output(base, dtype, x_TI).addmm_(scaled_Tr, b_Or.T)",
+            LEAN,
+        ),
         (
             'grads_Tr.append((grad_TO @ b_Or).mul_(layer.scaling["default"]))',
             "grads_Tr.append(grad_TO @ b_Or)",

@@ -40,8 +40,8 @@ class LoraGroup:
         low_TR = x_TI @ a_RI.T
         outputs = []
         for layer, b_Or, low_Tr in zip(self.layers, all_b_Or, low_TR.split(_ranks(all_b_Or), 1), strict=True):
-            output_TO = base_output(layer.get_base_layer(), self.dtype, x_TI)
-            outputs.append(output_TO.addmm_(low_Tr, b_Or.T, alpha=layer.scaling["default"]))
+            scaled_Tr = low_Tr * layer.scaling["default"]
+            outputs.append(_lora_output(layer.get_base_layer(), self.dtype, x_TI, scaled_Tr, b_Or))
         return outputs, low_TR
 
     def lora_grads(
@@ -75,6 +75,19 @@ def base_output(base: Any, dtype: torch.dtype, x_TI: Tensor) -> Tensor:
     """W x + b in `dtype`."""
     bias = None if base.bias is None else base.bias.to(dtype)
     return nn.functional.linear(x_TI, dense_weight(base, dtype), bias)
+
+
+def _lora_output(base: Any, dtype: torch.dtype, x_TI: Tensor, scaled_Tr: Tensor, b_Or: Tensor) -> Tensor:
+    """W x + b + B s in `dtype`, where s is the scaled A x (T, r); bit for bit `base_output` where B is 0 (on a CPU).
+
+    The sum is rounded once. Added to a W x that is rounded already, whatever is smaller than half a unit in its last
+    place is lost: in bfloat16 most of what the first hundred steps write into B.
+    """
+    if base.bias is None:
+        return (scaled_Tr @ b_Or.T).addmm_(x_TI, dense_weight(base, dtype).T)
+    # added to the update first, a bias as large as Qwen2's loses most of it, so W and B become one matrix
+    x_TIr, weight_OIr = torch.cat((x_TI, scaled_Tr), 1), torch.cat((dense_weight(base, dtype), b_Or), 1)
+    return nn.functional.linear(x_TIr, weight_OIr, base.bias.to(dtype))
 
 
 def _ranks(all_b_Or: Sequence[Tensor]) -> list[int]:

@@ -34,7 +34,7 @@ def check_adapter_off_is_base(
     """Check that adapter-off equals the base as loaded, bit for bit, and that our log-probabilities are the model's.
 
     `base_logits_LV` is the `probe_logits` of the base before the adapter was attached. With a `fresh` adapter,
-    adapter-on must equal the base too. Raises ModelError.
+    adapter-on must equal the base too, but for the order in which a matrix product sums. Raises ModelError.
     """
     with adapter_disabled(model):
         if not torch.equal(probe_logits(model, pair, device), base_logits_LV):
@@ -42,7 +42,7 @@ def check_adapter_off_is_base(
                 "with its adapter off the model differs from the base as loaded, so it cannot be the DPO reference; "
                 "use an adapter that leaves the base as it is"
             )
-    if fresh and not torch.equal(probe_logits(model, pair, device), base_logits_LV):
+    if fresh and not _equal_by_rounding(probe_logits(model, pair, device), base_logits_LV, device):
         raise ModelError("the untrained adapter changes the model, so the first loss would not be ln 2")
     logp_LV = base_logits_LV.float().log_softmax(-1)[len(pair.prompt) - 1 : -1]
     expected = logp_LV.gather(-1, torch.tensor(pair.chosen, device=logp_LV.device)[:, None]).sum().item()
@@ -56,6 +56,12 @@ def check_adapter_off_is_base(
         )
 
 
+def _equal_by_rounding(logits_LV: Tensor, base_logits_LV: Tensor, device: Device) -> bool:
+    """True for logits that differ from the base's by no more than rounding can, or not at all."""
+    distance = (logits_LV.float() - base_logits_LV.float()).norm()
+    return torch.equal(logits_LV, base_logits_LV) or bool(distance <= device.tolerance * base_logits_LV.float().norm())
+
+
 def check_training_mode(model: nn.Module, base_logits_LV: Tensor, pair: EncodedPair, device: Device) -> None:
     """Check that an untrained policy in training mode, as it is trained, is the base in evaluation mode.
 
@@ -67,8 +73,7 @@ def check_training_mode(model: nn.Module, base_logits_LV: Tensor, pair: EncodedP
         logits_LV = probe_logits(model, pair, device)
     finally:
         model.train(training)
-    distance = (logits_LV.float() - base_logits_LV.float()).norm()
-    if not torch.equal(logits_LV, base_logits_LV) and distance > device.tolerance * base_logits_LV.float().norm():
+    if not _equal_by_rounding(logits_LV, base_logits_LV, device):
         raise ModelError(
             "in training mode this model computes other logits than in evaluation mode, by dropout or noise of its own "
             "that is not switched off, so the first loss would not be ln 2; name a model of another family"

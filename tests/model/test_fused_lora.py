@@ -57,6 +57,32 @@ def test_in_bf16_outputs_have_the_dtype_of_pefts_and_differ_by_rounding(quantiza
     assert tiny_run.apart(lean, peft) < 2e-2
 
 
+@pytest.mark.parametrize(("layer", "least"), [("o_proj", 0.95), ("q_proj", 0.9)])
+def test_an_update_smaller_than_bf16_can_add_is_not_lost(layer: str, least: float) -> None:
+    """q_proj has biases, 100 times as large as the update, as some of Qwen2's are; PEFT adds to a rounded W x + b."""
+    place = tiny_run.device.select_device("bf16")
+    base = tiny_run.base_model("none", place)
+    linear = base.get_submodule(f"model.layers.0.self_attn.{layer}")
+    generator = torch.Generator().manual_seed(0)
+    if linear.bias is not None:
+        linear.bias.data = torch.randn(linear.out_features, generator=generator).to(linear.bias.dtype)
+    model = tiny_run.stirred(attach_lora(base, tiny_run.recipe().lora, 42))
+    adapted = next(module for name, module in model.named_modules() if name.endswith(f"layers.0.self_attn.{layer}"))
+    adapted.lora_B["default"].weight.data *= 0.001
+    x_TI = torch.randn(512, linear.in_features, generator=generator).bfloat16()
+    shares = []
+    with torch.no_grad(), place.autocast():
+        for fuse in (False, True):
+            if fuse:
+                fuse_lora(model, torch.bfloat16)
+            with adapter_disabled(model):
+                off_TO = adapted(x_TI).float()
+            update_TO = adapted.scaling["default"] * adapted.lora_B["default"](adapted.lora_A["default"](x_TI)).float()
+            shares.append(((adapted(x_TI).float() - off_TO) * update_TO).sum().item() / update_TO.square().sum().item())
+    assert shares[0] < 0.7
+    assert least < shares[1] < 1.1
+
+
 @QUANTIZATIONS
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_with_the_adapter_off_a_lean_model_is_the_base_bit_for_bit(quantization: str, dtype: Any) -> None:
