@@ -27,6 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, threads 
 for name in ("QLORA_DPO_TRACEBACK", "HF_TOKEN", "WANDB_API_KEY", "PYTHONWARNINGS"):
     os.environ.pop(name, None)
 
+# Nothing here can see what a power cut would lose; helpers/file_faults.py tells what was flushed by the calls.
+os.fsync = lambda handle: None
+
 # A shell without job control has Ctrl+C ignored by what it puts in the background, and by all that this starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

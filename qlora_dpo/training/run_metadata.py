@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qlora_dpo.redact import redact_secrets
 from qlora_dpo.training.prepare import data_fingerprint, reference_metadata
 from qlora_dpo.training.run import TrainingResult
 
-VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+_VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
 
 
 def build_run_metadata(
@@ -34,7 +35,7 @@ def build_run_metadata(
         "versions": {
             "qlora_dpo": __version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in VERSIONED_PACKAGES},
+            **_installed_versions(),
         },
         "git_commit": _git_commit(),
         "seed": recipe.train.seed,
@@ -80,6 +81,11 @@ def build_run_metadata(
 def round_seconds(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds by part and in total, to hundredths."""
     return {name: round(value, 2) for name, value in {**seconds, "total": sum(seconds.values())}.items()}
+
+
+@cache  # each is parsed from a file of some ten kB
+def _installed_versions() -> dict[str, str]:
+    return {package: version(package) for package in _VERSIONED_PACKAGES}
 
 
 def _git_commit() -> str | None:

@@ -93,8 +93,10 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(
     seconds = time.monotonic() - started
     while done < kills:
         folder = tmp_path / f"run-{runs}"
-        while (code := _child(folder, draw.uniform(0.05, seconds / 3))) == -signal.SIGKILL:
+        limit = seconds / 3
+        while (code := _child(folder, draw.uniform(0.05, limit))) == -signal.SIGKILL:
             done += 1
+            limit += seconds / 9  # on a busy machine a third may end before the first checkpoint, again and again
         assert code == 0
         assert same(load_file(folder / "end.safetensors"), whole), (runs, done)
         runs += 1

@@ -6,7 +6,7 @@ folder, environment, arguments, signals and exit, as a new process would.
 
 Libraries read most variables when they are imported, so there is a server for each environment, but for the variables
 in CALL_TIME, which are read when they are needed, and those in RELOCATED and SWITCHES, which are set anew in the child.
-Runs draw no plots.
+Runs draw no plots, and wait for no disk.
 """
 
 import atexit
@@ -257,6 +257,7 @@ def _relocate(places: list[tuple[Any, Any, Any]], environment: Mapping[str, str]
 def _serve(address: str) -> dict[str, Any]:
     """Wait for commands; returns only in a forked child, with the request that it must carry out."""
     places = _preload()
+    os.fsync = lambda handle: None  # as in conftest.py
     gc.collect()
     gc.freeze()  # children that collect garbage copy none of it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
