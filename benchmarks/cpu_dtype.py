@@ -36,8 +36,8 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[:8]
     packing = Packing(2048, int(tokenizer.pad_token_id or 0), "spans")
-    batch = collate(pairs, packing)
     devices = {name: select_device(name) for name in ("bf16", "fp32")}
+    batches = {name: collate(pairs, packing) for name in devices}  # each keeps its masks, which have a dtype
     models = {}
     for name, here in devices.items():
         base = load_base(source, asked.model, here)
@@ -56,7 +56,7 @@ def main() -> None:
         for name, model in models.items():
             model.zero_grad()
             started = time.perf_counter()
-            scores = score_batch(model, batch, devices[name])
+            scores = score_batch(model, batches[name], devices[name])
             (scores.chosen_logp_P - scores.rejected_logp_P).sum().backward()
             seconds[name].append(time.perf_counter() - started)
             gradients[name] = torch.cat(
@@ -66,10 +66,8 @@ def main() -> None:
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
     cosine = torch.nn.functional.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0).item()
     change = ((logps["bf16"] - logps["fp32"]).abs() / logps["fp32"].abs()).max().item()
-    tokens = batch.input_ids_BL.numel()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {batch.pairs} pairs, a row of {tokens} tokens"
-    )
+    tokens = batches["fp32"].input_ids_BL.numel()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(pairs)} pairs, a row of {tokens} tokens")
     for name, median in medians.items():
         print(f"{name}: {median:.2f} s forward and backward (median of {ROUNDS})")
     print(f"fp32 / bf16: {medians['fp32'] / medians['bf16']:.2f}")

@@ -168,14 +168,15 @@ def _select_attention(ampere: bool, dtype: ComputeDtype) -> tuple[Literal["batch
 
 
 def _select_cpu(dtype: Literal["auto", "bf16", "fp16", "fp32"]) -> Device:
-    native = cpu_has_bf16()
     chosen: ComputeDtype
     match dtype:
-        case "auto" if native:
+        case "auto" if not cpu_has_bf16():
+            chosen, reason = "fp32", "this CPU has no bf16 instructions"
+        case "auto" if _cpu_bf16_is_slow():
+            chosen, reason = "fp32", "this CPU's bf16 instructions are slower than fp32, since it shows no AMX"
+        case "auto":
             # benchmarks/README.md: gradients at a cosine above 0.999 to those of fp32
             chosen, reason = "bf16", "this CPU has bf16 instructions, which are faster than fp32"
-        case "auto":
-            chosen, reason = "fp32", "this CPU has no bf16 instructions"
         case "bf16" | "fp32":
             chosen, reason = dtype, "the recipe asks for it"
         case "fp16":
@@ -207,3 +208,13 @@ def cpu_has_bf16() -> bool:
     """True if the CPU multiplies bf16 natively (AVX512-BF16 or AMX)."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _cpu_bf16_is_slow() -> bool:
+    """True for Intel's Sapphire Rapids and later without AMX, which virtual machines often hide.
+
+    AVX512-BF16 alone then takes 1.7 times as long as float32 (benchmarks/README.md). AMD's CPUs, where it takes half as
+    long, have no AVX512-FP16.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_fp16") and not capabilities.get("amx_bf16"))

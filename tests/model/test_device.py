@@ -85,6 +85,16 @@ def test_bf16_is_refused_on_a_gpu_that_would_only_emulate_it(gpu: None) -> None:
         ({"avx512_bf16": True}, "bf16", "this CPU has bf16 instructions, which are faster than fp32"),
         ({"amx_bf16": True}, "bf16", "this CPU has bf16 instructions, which are faster than fp32"),
         ({"avx2": True}, "fp32", "this CPU has no bf16 instructions"),
+        (  # Sapphire Rapids in a virtual machine that hides AMX
+            {"avx512_bf16": True, "avx512_fp16": True},
+            "fp32",
+            "this CPU's bf16 instructions are slower than fp32, since it shows no AMX",
+        ),
+        (
+            {"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": True},
+            "bf16",
+            "this CPU has bf16 instructions, which are faster than fp32",
+        ),
     ],
 )
 def test_a_cpu_computes_in_bf16_where_it_has_the_instructions(
