@@ -3,10 +3,11 @@
 In names: R rows of a batch, T tokens, V vocabulary.
 """
 
+import hashlib
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from qlora_dpo.data.dialogue import InvalidRow, Message
 from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, render_chats, tokenize_chats, tokenize_texts
 from qlora_dpo.data.templates.template_limits import LimitExceeded
-from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model.decoder_layers import unwrap_peft
+from qlora_dpo.errors import ModelError, RecipeError, is_out_of_memory
+from qlora_dpo.talk.decode import decode_batch, empty_cache, last_logits, prompt_batches, supports_dynamic_cache
 from qlora_dpo.talk.sampling import SamplingParams
+
+NOT_A_NUMBER = "the model's output is not a number; its weights or its compute dtype are broken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +59,85 @@ def generate_greedy(
     training = model.training
     model.eval()
     try:
-        padded = _supports_dynamic_cache(model)
-        for batch in _batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=padded):
-            rows = _greedy(model, [encoded[index] for index in batch], stop_ids, pad, max_new_tokens)
+        padded = supports_dynamic_cache(model)
+        for batch in prompt_batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=padded):
+            rows = decode_batch(model, [encoded[index] for index in batch], stop_ids, pad, max_new_tokens, _likeliest)
             for index, ids in zip(batch, rows, strict=True):
                 completions[index] = ids
     finally:
         model.train(training)
     return [_completion(tokenizer, ids, stop_ids) for ids in completions]
+
+
+def sample_completions(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    settings: SamplingParams,
+    seeds: Sequence[str],
+    batch_tokens: int,
+) -> Iterator[tuple[list[int], list[list[Completion]]]]:
+    """Sample `copies` completions of each prompt; yields a batch at a time, the prompts' indices and completions.
+
+    The random numbers of a completion come from settings.seed, its prompt's own of `seeds` and its number, so they do
+    not depend on which prompts share its batch of at most `batch_tokens` tokens, completions included. After an
+    out-of-memory error a batch is tried again in halves. Call it inside the device's autocast, the model in evaluation
+    mode.
+    """
+    stop_ids = stop_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id or 0
+    waiting = list(
+        prompt_batches(
+            [len(ids) for ids in prompts],
+            settings.max_new_tokens,
+            max(batch_tokens // copies, 1),
+            padded=supports_dynamic_cache(model),
+        )
+    )[::-1]
+    while waiting:
+        batch = waiting.pop()
+        uniform_RT = torch.stack(
+            [
+                torch.rand(
+                    settings.max_new_tokens,
+                    generator=_generator(settings.seed, seeds[index], copy),
+                    dtype=torch.float64,
+                )
+                for index in batch
+                for copy in range(copies)
+            ]
+        )
+        choose = partial(_sample_rows, settings, uniform_RT)
+        try:
+            rows = decode_batch(
+                model, [prompts[index] for index in batch], stop_ids, pad, settings.max_new_tokens, choose, copies
+            )
+        except Exception as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            waiting += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+            continue
+        completions = [_completion(tokenizer, ids, stop_ids) for ids in rows]
+        yield batch, [completions[start : start + copies] for start in range(0, len(completions), copies)]
+
+
+def _generator(*parts: object) -> torch.Generator:
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _sample_rows(
+    settings: SamplingParams, uniform_RT: Tensor, logits_RV: Tensor, rows: Sequence[int], count: int
+) -> Tensor:
+    """The token of each row at which its cumulative probability passes the row's uniform random number."""
+    if logits_RV.isnan().any():
+        raise ModelError(NOT_A_NUMBER)
+    if settings.temperature == 0:
+        return logits_RV.argmax(-1)
+    cumulative_RV = _probabilities(logits_RV.float(), settings).cumsum(-1, dtype=torch.float64)
+    uniform_R1 = uniform_RT[list(rows), count, None].to(cumulative_RV.device)
+    return torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
 
 
 @dataclass
@@ -154,69 +228,8 @@ def context_tokens(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _supports_dynamic_cache(model: Any) -> bool:
-    """False for a model that has no key-value cache (GPT-1), or one of a class of its own (MiniMax, RWKV)."""
-    plain = unwrap_peft(model)
-    return _cache_name(plain) in signature(type(plain).forward).parameters and plain._supports_default_dynamic_cache()
-
-
-def _empty_cache(model: Any) -> DynamicCache | None:
-    """None for a model without such a cache: all of its text is run for each token."""
-    return DynamicCache(config=model.config) if _supports_dynamic_cache(model) else None
-
-
-def _batches(
-    lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, *, padded: bool = True
-) -> Iterator[list[int]]:
-    """Indices of prompts by rising length, in batches of `batch_tokens` with padding and completions.
-
-    Without padding, the prompts of a batch have one length.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        is_full = (len(batch) + 1) * (lengths[index] + max_new_tokens) > batch_tokens
-        if batch and (is_full or not (padded or lengths[index] == lengths[batch[0]])):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def _greedy(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], pad: int, max_new_tokens: int
-) -> list[list[int]]:
-    """Continue left-padded `prompts` with their likeliest tokens, including the end token."""
-    longest = max(len(prompt) for prompt in prompts)
-    device = model.get_input_embeddings().weight.device
-    ids_RT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask_RT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    position_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
-    past = _empty_cache(model)
-    is_recurrent = getattr(unwrap_peft(model), "_is_stateful", False) and not _takes_positions(model)
-    completions: list[list[int]] = [[] for _ in prompts]
-    live = list(range(len(prompts)))
-    for count in range(max_new_tokens):
-        # Once the prompt was run, a recurrent state is past all padding; FalconMamba would mask its new tokens by it
-        mask = {} if is_recurrent and count else {"attention_mask": mask_RT}
-        chosen_R = _last_logits(model, ids_RT, past, position_ids=position_RT, **mask).argmax(-1)
-        for row, token in zip(live, chosen_R.tolist(), strict=True):
-            completions[row].append(token)
-        unfinished = [index for index, row in enumerate(live) if completions[row][-1] not in stop_ids]
-        if not unfinished:
-            break
-        if len(unfinished) < len(live):
-            if past is not None:
-                past.batch_select_indices(torch.tensor(unfinished, device=device))
-            live = [live[index] for index in unfinished]
-        new_R1 = chosen_R[unfinished, None]
-        mask_RT = torch.cat([mask_RT[unfinished], torch.ones_like(new_R1)], dim=-1)
-        if past is None:
-            ids_RT, position_RT = torch.cat([ids_RT[unfinished], new_R1], dim=-1), mask_RT.cumsum(-1) - 1
-        else:
-            ids_RT, position_RT = new_R1, position_RT[unfinished, -1:] + 1
-    return completions
+def _likeliest(logits_RV: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    return logits_RV.argmax(-1)
 
 
 def _completion(tokenizer: Any, ids: list[int], stop_ids: Collection[int]) -> Completion:
@@ -234,7 +247,7 @@ def _reuse_prefix(kv_cache: KVCache, model: Any, ids: Sequence[int]) -> list[int
     # Sliding windows and recurrent states cannot be restored by dropping their last entries
     croppable = kv_cache.past is not None and all(type(layer) is DynamicLayer for layer in kv_cache.past.layers)
     if kv_cache.past is None or (surplus and not croppable):
-        kv_cache.past, kv_cache.ids, shared = _empty_cache(model), [], 0
+        kv_cache.past, kv_cache.ids, shared = empty_cache(model), [], 0
     elif surplus:
         kv_cache.past.crop(-surplus)
         kv_cache.ids = kv_cache.ids[:shared]
@@ -250,39 +263,25 @@ def _next_logits(model: Any, new_ids: list[int], kv_cache: KVCache) -> Tensor:
     start = 0 if past is None else len(cached_ids)
     ids_RT = torch.tensor([ids[start:]], device=model.get_input_embeddings().weight.device)
     position_RT = torch.arange(start, len(ids), device=ids_RT.device)[None]
-    logits_RV = _last_logits(model, ids_RT, past, position_ids=position_RT)
+    logits_RV = last_logits(model, ids_RT, past, position_ids=position_RT)
     kv_cache.past, kv_cache.ids = past, ids
     return logits_RV[0].float().cpu()
 
 
-def _last_logits(model: Any, ids_RT: Tensor, past: DynamicCache | None, **padding: Tensor) -> Tensor:
-    """The next token's logits (R, V) after `ids_RT`, which follow what `past` holds."""
-    if not _takes_positions(model):
-        padding.pop("position_ids", None)
-    cache = {"use_cache": False} if past is None else {"use_cache": True, _cache_name(model): past}
-    logits_RV: Tensor = model(input_ids=ids_RT, logits_to_keep=1, **cache, **padding).logits[:, -1]
-    return logits_RV
-
-
-def _takes_positions(model: Any) -> bool:
-    """Whether the model is told the positions of its tokens; those of recurrent layers alone, and BLOOM, are not."""
-    return "position_ids" in signature(type(unwrap_peft(model)).forward).parameters
-
-
-def _cache_name(model: Any) -> str:
-    """The keyword of the key-value cache: `cache` since transformers 5.24, which warns about the older name."""
-    return "cache" if "cache" in signature(type(unwrap_peft(model)).forward).parameters else "past_key_values"
-
-
 def _sample(logits_V: Tensor, settings: SamplingParams, generator: torch.Generator) -> int:
     if logits_V.isnan().any():
-        raise ModelError("the model's output is not a number; its weights or its compute dtype are broken")
+        raise ModelError(NOT_A_NUMBER)
     if settings.temperature == 0:
         return int(logits_V.argmax())
-    scores_RV = logits_V[None] / settings.temperature
+    return int(torch.multinomial(_probabilities(logits_V[None], settings), 1, generator=generator))
+
+
+def _probabilities(logits_RV: Tensor, settings: SamplingParams) -> Tensor:
+    """What tokens are drawn with (R, V), by temperature and top_p."""
+    scores_RV = logits_RV / settings.temperature
     if settings.top_p < 1:
         scores_RV = TopPLogitsWarper(settings.top_p)(None, scores_RV)
-    return int(torch.multinomial(scores_RV.softmax(-1), 1, generator=generator))
+    return scores_RV.softmax(-1)
 
 
 class _IncrementalDecoder:

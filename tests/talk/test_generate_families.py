@@ -8,7 +8,14 @@ import tiny
 import torch
 from architectures import GPT, LINEAR, MIXER, NEMOTRON, STATE
 
-from qlora_dpo.talk.generate import KVCache, generate_greedy, generate_stream, stop_token_ids, tokenize_prompt
+from qlora_dpo.talk.generate import (
+    KVCache,
+    generate_greedy,
+    generate_stream,
+    sample_completions,
+    stop_token_ids,
+    tokenize_prompt,
+)
 from qlora_dpo.talk.sampling import SamplingParams
 
 MINIMAX = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16}
@@ -60,3 +67,28 @@ def test_replies_are_those_of_a_pass_without_a_cache(kind: str) -> None:
         new = continuation(model, ids, stop_ids, 8)
         text = "".join(generate_stream(model, tokenizer, ids, greedy, kv_cache))
         assert text == tokenizer.decode([token for token in new if token not in stop_ids], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_reply_that_ends_first_leaves_the_batch(kind: str) -> None:
+    """Recurrent states leave it too; the second token of the second reply is made the one that ends a turn."""
+    model = architectures.made(architectures.tiny_config(kind, vocab_size=400, **FAMILIES[kind]))
+    tokenizer = tiny.tokenizer()
+    model.generation_config.eos_token_id = generate_greedy(model, tokenizer, PROMPTS[1:2], 2)[0].ids[-1]
+    stop_ids, encoded = stop_token_ids(model, tokenizer), [tokenize_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    expected = [continuation(model, ids, stop_ids, 8) for ids in encoded]
+    assert len(expected[1]) <= 2
+    assert [list(completion.ids) for completion in generate_greedy(model, tokenizer, PROMPTS, 8)] == expected
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_samples_of_a_prompt_share_its_pass(kind: str) -> None:
+    """The most likely tokens, three times, are those of the greedy reply."""
+    model = architectures.made(architectures.tiny_config(kind, vocab_size=400, **FAMILIES[kind]))
+    tokenizer = tiny.tokenizer()
+    greedy = generate_greedy(model, tokenizer, PROMPTS, 6)
+    settings = SamplingParams(temperature=0, max_new_tokens=6, seed=0)
+    encoded = [tokenize_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    for indices, completions in sample_completions(model, tokenizer, encoded, 3, settings, "abc", 10_000):
+        for index, found in zip(indices, completions, strict=True):
+            assert [each.ids for each in found] == [greedy[index].ids] * 3
