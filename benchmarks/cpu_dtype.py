@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.model import attention
 from qlora_dpo.model.base import load_base, load_tokenizer

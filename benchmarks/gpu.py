@@ -19,7 +19,7 @@ import gpu_card
 import torch
 from gpu_table import Report
 
-from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.cli.startup.quiet import quiet_libraries
 
 WHAT: dict[str, tuple[str, int, int]] = {
     "train": ("a run, the same stopped and resumed, and its planned memory beside the measured", 16, 512),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-from qlora_dpo.cli.allocator import use_expandable_segments
+from qlora_dpo.cli.startup.allocator import use_expandable_segments
 
 use_expandable_segments()  # as every command does before torch is imported
 

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.cli.startup.quiet import quiet_libraries
 
 quiet_libraries()
 import torch  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.evaluation.merge_texts import load_comparison_texts
 from qlora_dpo.model.base import load_base, load_tokenizer

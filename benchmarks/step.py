@@ -28,7 +28,7 @@ from typing import Any
 import flops
 import torch
 
-from qlora_dpo.cli.quiet import quiet_libraries
+from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import attention, device

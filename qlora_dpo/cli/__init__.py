@@ -8,10 +8,8 @@ from types import FrameType
 import click
 
 from qlora_dpo import __version__
-from qlora_dpo.cli.allocator import limit_onednn_caches, use_expandable_segments
 from qlora_dpo.cli.chat import chat_command
 from qlora_dpo.cli.check import check_command
-from qlora_dpo.cli.closed_output import lasting_output
 from qlora_dpo.cli.compare import compare_command
 from qlora_dpo.cli.data import data_group
 from qlora_dpo.cli.eval import eval_command
@@ -20,10 +18,12 @@ from qlora_dpo.cli.failure import report_error
 from qlora_dpo.cli.init import init_command
 from qlora_dpo.cli.merge import merge_command
 from qlora_dpo.cli.push import push_command
-from qlora_dpo.cli.quiet import quiet_libraries
 from qlora_dpo.cli.report import report_command
 from qlora_dpo.cli.runs import runs_command
 from qlora_dpo.cli.serve import serve_command
+from qlora_dpo.cli.startup.allocator import limit_onednn_caches, use_expandable_segments
+from qlora_dpo.cli.startup.closed_output import lasting_output
+from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.cli.sweep import sweep_command
 from qlora_dpo.cli.train import train_command
 from qlora_dpo.cli.verify import verify_command

@@ -4,8 +4,8 @@ import json
 
 import click
 
-from qlora_dpo.cli.libraries import import_libraries
 from qlora_dpo.cli.options import set_option
+from qlora_dpo.cli.startup.libraries import import_libraries
 from qlora_dpo.model.gpu_specs import GPU_SPECS
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.libraries import import_libraries
 from qlora_dpo.cli.options import base_model_option
+from qlora_dpo.cli.startup.libraries import import_libraries
 
 if TYPE_CHECKING:
     from qlora_dpo.adapter import OpenedModel

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_dpo.cli.libraries import import_libraries
 from qlora_dpo.cli.options import set_option, translate_aliases
+from qlora_dpo.cli.startup.libraries import import_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

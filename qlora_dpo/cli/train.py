@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_dpo.cli.libraries import import_libraries
 from qlora_dpo.cli.options import set_option
+from qlora_dpo.cli.startup.libraries import import_libraries
 
 if TYPE_CHECKING:
     from qlora_dpo.recipe import Recipe

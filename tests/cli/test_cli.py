@@ -218,7 +218,7 @@ def test_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
 
 def test_what_the_user_has_set_is_left_alone() -> None:
     code = (
-        "import os; from qlora_dpo.cli.quiet import quiet_libraries; quiet_libraries();"
+        "import os; from qlora_dpo.cli.startup.quiet import quiet_libraries; quiet_libraries();"
         "print(os.environ['TRANSFORMERS_VERBOSITY'])"
     )
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "debug"}
@@ -227,7 +227,7 @@ def test_what_the_user_has_set_is_left_alone() -> None:
 
 
 def test_importing_the_quantizer_prints_nothing() -> None:
-    code = "from qlora_dpo.cli.quiet import quiet_libraries; quiet_libraries(); import transformers, bitsandbytes"
+    code = "from qlora_dpo.cli.startup import quiet; quiet.quiet_libraries(); import transformers, bitsandbytes"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 
@@ -352,7 +352,7 @@ def test_a_command_goes_on_without_any_output(monkeypatch: pytest.MonkeyPatch) -
 
 SPEAKING_HANDLER = """
 import os, signal, sys, threading, time
-from qlora_dpo.cli.closed_output import lasting_output
+from qlora_dpo.cli.startup.closed_output import lasting_output
 with lasting_output():
     signal.signal(signal.SIGUSR1, lambda *given: sys.stderr.write("stopping\\n"))
     end = time.monotonic() + 1

@@ -7,11 +7,11 @@ from pathlib import Path
 import transformers
 from transformers.utils.import_utils import fetch__all__
 
-from qlora_dpo.cli.libraries import _from_exports
+from qlora_dpo.cli.startup.libraries import _from_exports
 
 IMPORTED = """
 import gc, sys
-from qlora_dpo.cli.libraries import import_libraries
+from qlora_dpo.cli.startup.libraries import import_libraries
 import_libraries()
 print("torch._inductor.compile_fx" in sys.modules, sys.modules["torch"].compile.__module__)
 print({"bitsandbytes", "peft", "torch", "transformers"} <= sys.modules.keys())
@@ -30,7 +30,7 @@ def test_imports_leave_the_compiler_for_later_and_collect_no_garbage() -> None:
     assert done.stdout.splitlines() == [
         "False torch",
         "True",
-        "qlora_dpo.cli.libraries",
+        "qlora_dpo.cli.startup.libraries",
         "False",
         "True True",
         "True",

@@ -209,7 +209,7 @@ def _preload() -> list[tuple[Any, Any, Any]]:
     import importlib
     import pkgutil
 
-    from qlora_dpo.cli.quiet import quiet_libraries
+    from qlora_dpo.cli.startup.quiet import quiet_libraries
 
     quiet_libraries()
     for name in PRELOAD:
