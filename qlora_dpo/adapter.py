@@ -16,6 +16,7 @@ from qlora_dpo.manifest import MANIFEST, write_manifest
 from qlora_dpo.model import base, device, sources
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import nonfinite_names
+from qlora_dpo.model.memory import cache_at_first_use_if_fits
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
@@ -94,13 +95,20 @@ def _refuse_base_model(target: str | None, base_model: str | None) -> None:
         raise RecipeError(f"--base-model: {target} is a full model, which has no base; leave --base-model out")
 
 
-def open_adapter(folder: Path, dtype: str = "auto", base_model: str | None = None) -> OpenedModel:
-    """Open the adapter of `folder` on the base it was trained on; raises ModelError if either has changed."""
+def open_adapter(
+    folder: Path, dtype: str = "auto", base_model: str | None = None, *, cache_dense: bool = True
+) -> OpenedModel:
+    """Open the adapter of `folder` on the base it was trained on; raises ModelError if either has changed.
+
+    With `cache_dense`, a quantized base is dequantized once, if memory allows, rather than for each token.
+    """
     saved = sources.find_base(folder, base_model)
     table, source, run = saved.table, saved.source, saved.run
     selected = device.select_device(dtype)  # type: ignore[arg-type]
     check_undamaged(folder)
     model = base.load_base(source, table, selected)
+    if cache_dense:
+        cache_at_first_use_if_fits(model, selected)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = base.load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder))
     # The template's fingerprint only: another release of transformers may build the tokenizer differently

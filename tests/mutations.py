@@ -57,6 +57,27 @@ GPU = "training/test_pretended_gpu.py"
 WAITS = "test_the_host_waits_for_the_gpu_a_few_times_a_step_and_in_no_micro_batch"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "on_policy/choose.py": [
+        ("- 2 * statistics.pstdev(scores)", "+ 2 * statistics.pstdev(scores)", "on_policy/test_choose.py"),
+        ("if better_score > worse_score and", "if", "on_policy/test_choose.py"),
+        ("        if not answer.ended:", "        if False:", "on_policy/test_choose.py"),
+        ("[min(different, key=", "[max(different, key=", "on_policy/test_choose.py"),
+    ],
+    "on_policy/journal.py": [
+        ("self._file.truncate(len(whole))", "pass", "on_policy/test_journal.py"),
+        ("            if lines:", "            if False:", "on_policy/test_pairs_command.py"),
+    ],
+    "on_policy/scores.py": [
+        ('verdicts == ["A", "B"] else 0.0', 'verdicts == ["A", "A"] else 0.0', "on_policy/test_scores.py"),
+        ("won[second] += 1 - gain", "won[second] += gain", "on_policy/test_scores.py"),
+    ],
+    "talk/generate.py": [
+        ("uniform_RT[list(rows), count, None]", "uniform_RT[list(rows), 0, None]", "talk/test_sample_completions.py"),
+        ("_generator(settings.seed, seeds[index], copy)", "_generator(0, copy)", "talk/test_sample_completions.py"),
+    ],
+    "talk/decode.py": [
+        ("past.reorder_cache(prompt_R)", "past.reorder_cache(prompt_R * 0)", "talk/test_generate_families.py"),
+    ],
     "model/malloc.py": [
         ("if rss_bytes() > limit:", "if rss_bytes() < limit:", "model/test_memory.py"),
         ("(rss_bytes() + planned_bytes)", "(rss_bytes() + 2 * planned_bytes)", "model/test_memory.py"),

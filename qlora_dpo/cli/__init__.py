@@ -17,6 +17,7 @@ from qlora_dpo.cli.export import export_command
 from qlora_dpo.cli.failure import report_error
 from qlora_dpo.cli.init import init_command
 from qlora_dpo.cli.merge import merge_command
+from qlora_dpo.cli.pairs import pairs_command
 from qlora_dpo.cli.push import push_command
 from qlora_dpo.cli.report import report_command
 from qlora_dpo.cli.runs import runs_command
@@ -59,6 +60,7 @@ commands.add_command(chat_command)
 commands.add_command(serve_command)
 commands.add_command(verify_command)
 commands.add_command(data_group)
+commands.add_command(pairs_command)
 commands.add_command(export_command)
 commands.add_command(push_command)
 commands.add_command(eval_command)

@@ -73,7 +73,8 @@ def open_for_merge(
     """
     for adapter in (folder, *others):
         _check_mergeable(adapter)
-    opened = open_adapter(folder, "fp32" if device.select_device().type == "cpu" else "auto", base_model)
+    dtype = "fp32" if device.select_device().type == "cpu" else "auto"
+    opened = open_adapter(folder, dtype, base_model, cache_dense=False)
     add_weighted_adapters(opened, folder, others, list(weights), base_model)
     if list(weights) != [1.0]:
         opened.name = weighted_name((folder, *others), weights)

@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.model.quantized import cache_dequantized
+from qlora_dpo.model.quantized import cache_at_first_use, cache_dequantized
 
 USABLE_FRACTION = 0.9
 """Fraction of the free bytes that plans may use: estimates have been off by at most a tenth (benchmarks/README.md)."""
@@ -56,6 +56,12 @@ def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
         for layer in model.modules()
         if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype
     )
+
+
+def cache_at_first_use_if_fits(model: nn.Module, device: Device) -> None:
+    """Have quantized weights be dequantized once, for a model that answers, if that takes half of the free memory."""
+    if dense_bytes(model, device.torch_dtype) <= USABLE_FRACTION / 2 * free_bytes(device):
+        cache_at_first_use(model)
 
 
 def cache_dequantized_if_fits(model: nn.Module, device: Device, headroom: int) -> tuple[bool, str]:

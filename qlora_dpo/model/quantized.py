@@ -102,6 +102,12 @@ def cache_dequantized(model: nn.Module, dtype: torch.dtype) -> None:
             layer.dense_weight = dense_weight(layer, dtype)
 
 
+def cache_at_first_use(model: nn.Module) -> None:
+    """Have every 4-bit and 8-bit layer cache its weight in the compute dtype when it is first multiplied with."""
+    for layer in quantized_layers(model).values():
+        layer.caches_dense_weight = True
+
+
 @torch.no_grad()
 def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The layer's weight (out, in) in `dtype`, with the values that bitsandbytes or autocast would multiply with.
@@ -113,9 +119,12 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     if cached is not None and cached.dtype == dtype:
         return cached
     if isinstance(layer, bnb.nn.Linear4bit):
-        return _dequantized_4bit(layer, dtype)
-    weight = _dequantized_8bit(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else layer.weight
-    return weight.to(dtype)
+        weight = _dequantized_4bit(layer, dtype)
+    else:
+        weight = (_dequantized_8bit(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else layer.weight).to(dtype)
+    if getattr(layer, "caches_dense_weight", False):
+        layer.dense_weight = weight
+    return weight
 
 
 def dequantized(layer: nn.Linear) -> Tensor:

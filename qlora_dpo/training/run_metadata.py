@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo import __version__
+from qlora_dpo.data.pair_origin import read_origin
 from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
@@ -68,6 +69,7 @@ def build_run_metadata(
             "fingerprint_eval": data_fingerprint(prepared.heldout.encoded),
             "train_pairs": len(prepared.train.encoded),
             "eval_pairs": len(prepared.heldout.encoded),
+            **({"origin": origin} if (origin := read_origin(recipe.data.train)) is not None else {}),
         },
         **reference_metadata(recipe, prepared.reference_spec),
         "reference_pairs_computed": outcome.reference_pairs_computed,
