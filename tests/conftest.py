@@ -35,7 +35,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST_FIRST = (
-    *("test_end_to_end", "test_pretended_gpu", "test_every_key", "test_push", "test_services", "test_processes"),
+    *(
+        "test_end_to_end",
+        "test_pairs_command",
+        "test_pretended_gpu",
+        "test_every_key",
+        "test_push",
+        "test_services",
+        "test_processes",
+    ),
     *(
         "test_memory",
         "test_losses",

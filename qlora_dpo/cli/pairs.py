@@ -3,7 +3,7 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,8 @@ LARGE_EFFECT = 0.5
     show_default=True,
     help="What the model computes in.",
 )
+@click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Sample, train --recipe, and ask again.")
+@click.option("--recipe", metavar="RECIPE", help="What each of the --rounds trains; -o is then a folder.")
 @click.option("--resume", is_flag=True, help="Go on with the answers and scores that are kept beside FILE.")
 def pairs_command(
     prompts: str,
@@ -94,6 +96,8 @@ def pairs_command(
     chosen: str | None,
     pairing: Any,
     dtype: str,
+    rounds: int | None,
+    recipe: str | None,
     resume: bool,
     judge_model: str | None,
     temperature: float,
@@ -112,6 +116,7 @@ def pairs_command(
     qlora-dpo pairs asks.txt --model adapters/hh --judge http://127.0.0.1:8000/v1 --judge-model NAME -o own.jsonl
     qlora-dpo pairs asks.jsonl --model recipes/quickstart.toml --rule rules.py:score -o own.jsonl
     qlora-dpo pairs good.jsonl --model recipes/quickstart.toml --chosen chosen -o own.jsonl
+    qlora-dpo pairs asks.jsonl --rounds 3 --recipe my-recipe.toml --rule rules.py:score -o adapters/rounds
     """
     from qlora_dpo.talk.sampling import SamplingParams
 
@@ -120,29 +125,42 @@ def pairs_command(
     copies = samples or (1 if by is None else MANY_SAMPLES)
     settings = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     _check_copies(copies, settings, chosen)
-    _check_output(out, resume)
+    _check_rounds(rounds, recipe, by, chosen)
+    _check_output(out, resume, folder=rounds is not None)
     import_libraries()
-    from qlora_dpo.on_policy import make
     from qlora_dpo.on_policy.prompts import collect_prompts
 
     asked = collect_prompts(prompts, split, chosen, max_prompts, seed)
     early = _scorer_without_model(by, scoring, judge_model)  # a rule that cannot be read ends the command here
-    opened, off, scorer = _open(model, base, base_model, dtype, scoring["implicit"])
-    scorer = scorer or early
     click.echo(f"{prompts}: {len(asked):,} prompts, {copies} answers each, seed {seed}", err=True)
-    with _going_on(out):
-        answers = _answer(opened, off, asked, copies, settings, out)
-        scores = _score(asked, answers, scorer, out) if scorer is not None else None
-    result = make.write_pairs(
-        asked,
-        answers,
-        scores,
-        pairing,
-        lambda text: len(opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
-        out,
-        {"made_by": "qlora-dpo pairs", "prompts": {"source": prompts, "split": split}},
-    )
-    _report(result, asked, out)
+    origin = {"made_by": "qlora-dpo pairs", "prompts": {"source": prompts, "split": split}}
+
+    def make_pairs(
+        opened: "OpenedModel",
+        asked: "Sequence[AskedPrompt]",
+        out: Path,
+        settings: "SamplingParams",
+        off: bool = False,
+        scorer: "Scorer | None" = early,
+    ) -> "PairsResult":
+        with _going_on(out):
+            answers = _answer(opened, off, asked, copies, settings, out)
+            scores = _score(asked, answers, scorer, out) if scorer is not None else None
+        return _write(opened, asked, answers, scores, pairing, out, origin)
+
+    if rounds is not None:
+        from qlora_dpo.cli.pair_rounds import Rounds, rounds_table, run_rounds
+
+        def reopen(target: str) -> "OpenedModel":
+            return _open(target, False, base_model, dtype, None)[0]
+
+        assert early is not None and recipe is not None  # noqa: S101 - _check_rounds
+        plan = Rounds(out, recipe, rounds, early, reopen, make_pairs, settings)
+        results = run_rounds(plan, model or recipe, asked)
+        click.echo("\n".join(["", *rounds_table(results)]))
+        return
+    opened, off, scorer = _open(model, base, base_model, dtype, scoring["implicit"])
+    make_pairs(opened, asked, out, settings, off, scorer or early)
 
 
 def _scoring_option(scoring: dict[str, Any], judge_model: str | None, chosen: str | None) -> str | None:
@@ -171,10 +189,28 @@ def _check_copies(copies: int, settings: "SamplingParams", chosen: str | None) -
         raise RecipeError(f"--temperature 0: all {copies} answers would be equal; take a higher one, or --samples 1")
 
 
-def _check_output(out: Path, resume: bool) -> None:
+def _check_rounds(rounds: int | None, recipe: str | None, by: str | None, chosen: str | None) -> None:
+    from qlora_dpo.errors import RecipeError
+
+    if (rounds is None) != (recipe is None):
+        given, missing = ("--rounds", "--recipe RECIPE") if recipe is None else ("--recipe", "--rounds N")
+        raise RecipeError(f"{given}: rounds sample answers and train a recipe on them; add {missing}")
+    if rounds is not None and (by in (None, "implicit") or chosen is not None):
+        raise RecipeError(
+            "--rounds: compares the held-out answers of each round with the start's, which needs --judge, --rule, "
+            "--matches, --longer or --shorter, and no --chosen"
+        )
+
+
+def _check_output(out: Path, resume: bool, *, folder: bool) -> None:
     from qlora_dpo.errors import RecipeError
     from qlora_dpo.on_policy.make import answers_path
 
+    if folder:
+        if out.exists() and not (resume and out.is_dir()):
+            advice = "--resume goes on in it, or name another folder" if out.is_dir() else "name a new folder"
+            raise RecipeError(f"{out}: exists; {advice}")
+        return
     kept = out if out.exists() else answers_path(out)
     if out.is_dir():
         raise RecipeError(f"{out}: is a folder; name a file, as in -o own.jsonl")
@@ -267,7 +303,7 @@ def _going_on(out: Path) -> Iterator[None]:
 def _answer(
     opened: "OpenedModel",
     off: bool,
-    asked: "list[AskedPrompt]",
+    asked: "Sequence[AskedPrompt]",
     copies: int,
     settings: "SamplingParams",
     out: Path,
@@ -287,7 +323,7 @@ def _answer(
     return answers
 
 
-def _score(asked: "list[AskedPrompt]", answers: "Journal", scorer: "Scorer", out: Path) -> "Journal":
+def _score(asked: "Sequence[AskedPrompt]", answers: "Journal", scorer: "Scorer", out: Path) -> "Journal":
     from qlora_dpo.on_policy import make
 
     with _progress(len(asked), f"scoring by {scorer.settings['by']}") as advance:
@@ -300,7 +336,26 @@ def _progress(length: int, label: str) -> Iterator[Callable[[int], None]]:
         yield bar.update
 
 
-def _report(result: "PairsResult", asked: "list[AskedPrompt]", out: Path) -> None:
+def _write(
+    opened: "OpenedModel",
+    asked: "Sequence[AskedPrompt]",
+    answers: "Journal",
+    scores: "Journal | None",
+    pairing: Any,
+    out: Path,
+    origin: dict[str, Any],
+) -> "PairsResult":
+    from qlora_dpo.on_policy import make
+
+    def count_tokens(text: str) -> int:
+        return len(opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    result = make.write_pairs(asked, answers, scores, pairing, count_tokens, out, origin)
+    _report(result, asked, out)
+    return result
+
+
+def _report(result: "PairsResult", asked: "Sequence[AskedPrompt]", out: Path) -> None:
     """Print how many pairs there are, how their sides differ, and what gave none; raises DataError without a pair."""
     from qlora_dpo.errors import DataError
 

@@ -217,6 +217,50 @@ def test_killed_at_any_moment_no_prompt_is_answered_twice(place: Path, kills: in
             assert kept[0] == kept[1], suffix
 
 
+ROUNDS = ("asks.txt", "--rounds", "2", "--recipe", "rounds.toml", "--rule", "rules.py:score", "-o", "rounds")
+
+
+def test_rounds_go_on_from_each_other_and_end_where_nothing_is_won(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "asks.txt").write_text("\n".join(f"{question} {number}" for number in range(5) for question in QUESTIONS))
+    (place / "rounds.toml").write_text(RECIPE.replace("max_steps = 2", "max_steps = 2\nlearning_rate = 1e-2"))
+    assert pairs(*ROUNDS, "--model", "tiny.toml") == 0
+    said = capsys.readouterr()
+    assert "6 prompts are held out, 24 are sampled from" in said.err
+    results = json.loads((place / "rounds/rounds.json").read_text())
+    assert results[0]["steps"] == 2
+    assert 0 <= results[0]["interval"][0] <= results[0]["win_rate"] <= results[0]["interval"][1] <= 1
+    ended = len(results) < 2 or "no further round" in said.err
+    assert ended == (results[-1]["interval"][0] <= ([0.5] + [each["win_rate"] for each in results])[len(results) - 1])
+    table = said.out.splitlines()[-len(results) - 1 :]
+    assert table[0].split() == ["round", "pairs", "steps", "win", "rate", "95", "%", "interval", "score", "tokens"]
+    assert [line.split()[0] for line in table[1:]] == [str(each["round"]) for each in results]
+    held_out = {line["prompt"] for line in lines(place / "rounds/start.held-out.answers")[1:]}
+    sampled = {line["prompt"] for line in lines(place / "rounds/round-1.jsonl.answers")[1:]}
+    assert (len(held_out), len(sampled), held_out & sampled) == (6, 24, set())
+    trained = json.loads((place / "rounds/round-1/run.json").read_text())
+    assert trained["data"]["origin"]["made_by"] == "qlora-dpo pairs"
+
+    weights = (place / "rounds/round-1/adapter_model.safetensors").stat().st_mtime_ns
+    assert pairs(*ROUNDS, "--model", "tiny.toml") == 2
+    assert "rounds: exists; --resume goes on in it, or name another folder" in capsys.readouterr().err
+    assert pairs(*ROUNDS, "--model", "tiny.toml", "--resume") == 0
+    assert (place / "rounds/round-1/adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert json.loads((place / "rounds/rounds.json").read_text()) == results
+
+
+def test_a_round_goes_on_from_the_adapter_that_it_begins_with(place: Path) -> None:
+    (place / "asks.txt").write_text("\n".join(f"{question} {number}" for number in range(3) for question in QUESTIONS))
+    one = json.loads((place / "one/adapter_config.json").read_text())
+    lora = f"[lora]\nr = {one['r']}\nlora_alpha = {one['lora_alpha']}\n"
+    (place / "rounds.toml").write_text(RECIPE + lora)
+    assert pairs(*ROUNDS[:2], "1", *ROUNDS[3:], "--model", "one") == 0
+    resolved = (place / "rounds/round-1/resolved.toml").read_text()
+    assert f'path = "{place}/one"' in resolved
+    assert 'kind = "adapter"' in resolved
+
+
 REFUSED: list[tuple[Sequence[str], int, str]] = [
     (["asks.txt"], 2, "nothing says which answers are better; add --judge, --rule, --matches, --longer, --shorter or"),
     (["asks.txt", "--longer", "--matches", "x"], 2, "--matches and --longer: answers have one score"),
@@ -232,6 +276,21 @@ REFUSED: list[tuple[Sequence[str], int, str]] = [
     (["asks.txt", "--rule", "broken.py:score"], 2, "--rule broken.py:score: line 1: "),
     (["asks.txt", "--rule", "rules.py:fails"], 2, "line 7: ZeroDivisionError: division by zero; what is done so far"),
     (["asks.txt", "--rule", "rules.py:no_number"], 2, "gives 'good' for an answer to \"How do I find the"),
+    (
+        ["asks.txt", "--longer", "--rounds", "2"],
+        2,
+        "--rounds: rounds sample answers and train a recipe on them; add --rec",
+    ),
+    (
+        ["asks.txt", "--longer", "--recipe", "tiny.toml"],
+        2,
+        "--recipe: rounds sample answers and train a recipe on them",
+    ),
+    (
+        ["hh.jsonl", "--chosen", "chosen", "--rounds", "2", "--recipe", "tiny.toml"],
+        2,
+        "--rounds: compares the held-out",
+    ),
     (["asks.txt", "--longer", "--judge-model", "m"], 2, "--judge-model: names a model behind the address of --judge"),
     (["asks.txt", "--implicit", "base"], 2, "--implicit base: is no adapter; name the folder of a run"),
     (["missing.jsonl", "--longer"], 2, "missing.jsonl"),

@@ -72,6 +72,7 @@ SHAPES: dict[str, Callable[[Row], Row]] = {
     "HuggingFaceH4/ultrafeedback_binarized": chats,
     "trl-lib/kto-mix-14k": labelled,
     "train.jsonl": house_rules,
+    "own.jsonl": house_rules,
     "my-pairs.jsonl": plain,
     "my-chats.jsonl": messages,
 }
