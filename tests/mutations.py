@@ -75,6 +75,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("uniform_RT[list(rows), count, None]", "uniform_RT[list(rows), 0, None]", "talk/test_sample_completions.py"),
         ("_generator(settings.seed, seeds[index], copy)", "_generator(0, copy)", "talk/test_sample_completions.py"),
     ],
+    "cli/probe.py": [
+        ("in (numbers[0], numbers[-1]):", "in (numbers[0],):", "training/test_sweep.py"),
+    ],
     "talk/decode.py": [
         ("past.reorder_cache(prompt_R)", "past.reorder_cache(prompt_R * 0)", "talk/test_generate_families.py"),
     ],

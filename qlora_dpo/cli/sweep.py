@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     callback=translate_aliases,
     help="Key of the recipe and its values: lora.r=[8,16]. If repeated, all combinations are trained.",
 )
+@click.option(
+    "--probe",
+    metavar="KEY,...",
+    is_flag=False,
+    flag_value="train.learning_rate",
+    help="Short runs, of 200 pairs, over a range of these keys [train.learning_rate], and the recipe with the best.",
+)
 @set_option
 @click.option(
     "-o", "output", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the runs [adapters/NAME-sweep]"
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 def sweep_command(
     recipe_file: str,
     over: tuple[str, ...],
+    probe: str | None,
     overrides: tuple[str, ...],
     output: Path | None,
     metric: str | None,
@@ -46,13 +54,21 @@ def sweep_command(
     \b
     qlora-dpo sweep recipes/hh.toml --over 'objective.beta=[0.05,0.1]' --over 'lora.r=[8,16]'
     qlora-dpo sweep recipes/quickstart.toml --over 'lora.r=[4,16]' --dry-run
+    qlora-dpo sweep recipes/hh.toml --probe
     """
-    from qlora_dpo.recipe import grid
+    from qlora_dpo.recipe import grid, load_recipe
 
+    short: tuple[str, ...] = ()
+    if probe is not None:
+        from qlora_dpo.cli.probe import probe_axes, probe_metric, probe_overrides
+
+        whole = load_recipe(recipe_file, overrides)
+        over, short = probe_axes(probe, over), probe_overrides(whole.recipe)
+        metric = metric or probe_metric(whole.recipe)
     axes = grid.parse_axes(over)
-    points = grid.expand_grid(recipe_file, overrides, axes)
+    points = grid.expand_grid(recipe_file, (*short, *overrides), axes)
     first = points[0].loaded
-    folder = output or Path("adapters") / f"{first.name}-sweep"
+    folder = output or Path("adapters") / f"{first.name}-{'sweep' if probe is None else 'probe'}"
 
     from qlora_dpo.recipe.extras import check_extras
 
@@ -71,7 +87,10 @@ def sweep_command(
 
     with open_sweep(folder, axes, points, ranking_metric, resume=resume) as sweep:
         train_points(sweep, points)
-        report_sweep(sweep, points, as_json=as_json)
+        whole_recipes = {
+            point.name: load_recipe(recipe_file, (*overrides, *point.set_options)) for point in points if short
+        }
+        report_sweep(sweep, points, as_json=as_json, whole_recipes=whole_recipes)
 
 
 def _grid_lines(points: "Sequence[GridPoint]", axes: "Sequence[SweepAxis]", folder: Path, metric: str) -> list[str]:

@@ -3,8 +3,9 @@
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import click
 from rich.console import Console
 
 from qlora_dpo.cli.failure import error_sentence
+from qlora_dpo.cli.probe import edge_caveats, probe_table
 from qlora_dpo.cli.run_hooks import run_hooks
 from qlora_dpo.errors import Interrupted, RunError
 from qlora_dpo.lock import LOCK_FILE, lock_folder
 from qlora_dpo.manifest import find_damage
 from qlora_dpo.model.device import select_device
 from qlora_dpo.recipe.grid import GridPoint, SweepAxis
+from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.recipe.train import MetricName
 from qlora_dpo.report.runs import runs_table, summarize_run
 from qlora_dpo.report.sweep import format_metric, ranking_caveats
@@ -102,8 +105,13 @@ def train_points(sweep: Sweep, points: Sequence[GridPoint]) -> None:
         _echo_stderr(f"{place}: {format_metric(sweep.metric, sweep.read_result(entry))} at step {entry.step}")
 
 
-def report_sweep(sweep: Sweep, points: Sequence[GridPoint], *, as_json: bool) -> None:
-    """Show the runs, the best first, and write the recipe of the best; RunError if any point failed."""
+def report_sweep(
+    sweep: Sweep, points: Sequence[GridPoint], *, as_json: bool, whole_recipes: Mapping[str, LoadedRecipe]
+) -> None:
+    """Show the runs, the best first, and write the recipe of the best; RunError if any point failed.
+
+    `whole_recipes` are those that the short runs of a probe were for, by the names of the points.
+    """
     sweep.update_results()
     ranked = [entry for entry in sweep.ranked() if (sweep.folder / entry.name / "resolved.toml").is_file()]
     runs = [summarize_run(sweep.folder / entry.name) for entry in ranked]
@@ -112,13 +120,17 @@ def report_sweep(sweep: Sweep, points: Sequence[GridPoint], *, as_json: bool) ->
     }
     told = list(ranking_caveats(evaluations, sweep.metric, list(sweep.over), sweep.folder / (sweep.best or "")))
     best = next((point for point in points if point.name == sweep.best), None)
+    if best is not None and whole_recipes:
+        told += edge_caveats(best.values, sweep.over)
     failed = [entry for entry in sweep.points if entry.state == "failed"]
     words = ""
     if best is not None:
         record = evaluations[best.name]
         shown = format_metric(sweep.metric, record[f"eval_{sweep.metric}"])
         words = f"{shown} on {record['eval_pairs']} held-out pairs ({best.description})"
-        write_best_recipe(sweep, best, f"The best of {len(points)} points of {best.loaded.path.name}: {words}")
+        told_best = f"The best of {len(points)} points of {best.loaded.path.name}: {words}"
+        whole = whole_recipes.get(best.name, best.loaded)
+        write_best_recipe(sweep, replace(best, loaded=whole), told_best)
     if as_json:
         click.echo(json.dumps(_sweep_record(sweep, runs, told), ensure_ascii=False))
     else:
@@ -126,12 +138,16 @@ def report_sweep(sweep: Sweep, points: Sequence[GridPoint], *, as_json: bool) ->
         if runs:
             console = Console()
             console.print(runs_table(runs, console.width))
+        if whole_recipes:
+            click.echo("\n".join(["", *probe_table(points, sweep.folder, sweep.metric)]))
+            if best is None:
+                click.echo("\nno value kept its short run free of signs of trouble; try others with --over")
         if best is not None:
             click.echo(f"\nbest: {best.name}, {words}")
         for sentence in told:
             click.echo(f"  {sentence}")
         if best is not None:
-            click.echo(f"\n{_next_commands(sweep.folder, best.name)}")
+            click.echo(f"\n{_next_commands(sweep.folder, best.name, is_probe=bool(whole_recipes))}")
     if failed:
         count = f"{len(failed)} of {len(points)} points failed"
         first = f"{failed[0].name}: {failed[0].sentence}"
@@ -180,10 +196,12 @@ def _sweep_record(sweep: Sweep, runs: Sequence[dict[str, Any]], warnings: Sequen
     }
 
 
-def _next_commands(folder: Path, best: str) -> str:
-    """Two lines to paste: talk to the best adapter, and train its recipe anew."""
+def _next_commands(folder: Path, best: str, *, is_probe: bool) -> str:
+    """Lines to paste: talk to the best adapter, unless it had a short run, and train its recipe."""
     chat = f"qlora-dpo chat {shlex.quote(str(folder / best))}"
     again = f"qlora-dpo train {shlex.quote(str(folder / BEST_RECIPE_FILE))}"
+    if is_probe:
+        return f"{again}   # all of its pairs"
     width = max(len(chat), len(again)) + 3
     return f"{chat:<{width}}# talk to it\n{again:<{width}}# its recipe, trained on its own"
 

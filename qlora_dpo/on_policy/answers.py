@@ -12,6 +12,8 @@ from qlora_dpo.talk.generate import context_tokens, sample_completions, tokenize
 from qlora_dpo.talk.sampling import SamplingParams
 
 MAX_BATCH_TOKENS = 2**16
+MAX_ROWS = {"cpu": 64, "cuda": 512}
+"""Answers that are decoded at once: more are hardly faster, and what is not complete is lost when the process ends."""
 CACHE_SHARE = 0.25
 """Share of the free memory that the key-value cache of a batch may take."""
 
@@ -61,7 +63,7 @@ def sample_answers(
     seeds = [prompt.digest for prompt in kept]
     with opened.device.autocast():
         for indices, completions in sample_completions(
-            model, opened.tokenizer, encoded, copies, settings, seeds, batch_tokens
+            model, opened.tokenizer, encoded, copies, settings, seeds, batch_tokens, MAX_ROWS[opened.device.type]
         ):
             for index, of_prompt in zip(indices, completions, strict=True):
                 answers = [

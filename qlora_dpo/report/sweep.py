@@ -27,7 +27,10 @@ def format_metric(metric: str, value: float) -> str:
 def metric_interval(evaluation: Record, metric: str) -> Interval | None:
     """The 95 % interval of the loss if that is the metric, else of the accuracy; None if it was not measured."""
     stderr, pairs = evaluation.get("eval_loss_stderr"), evaluation.get("eval_pairs")
-    if metric == "loss" and stderr is not None:
+    is_loss = metric == "loss" or (
+        metric == "preference_loss" and evaluation.get("eval_preference_loss") == evaluation.get("eval_loss")
+    )
+    if is_loss and stderr is not None:
         return "losses", evaluation["eval_loss"] - 1.96 * stderr, evaluation["eval_loss"] + 1.96 * stderr
     accuracy = evaluation.get("eval_rewards/accuracies")
     return None if accuracy is None or not pairs else ("accuracies", *wilson_interval(accuracy * pairs, pairs))

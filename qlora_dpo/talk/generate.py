@@ -77,24 +77,25 @@ def sample_completions(
     settings: SamplingParams,
     seeds: Sequence[str],
     batch_tokens: int,
+    max_rows: int = 256,
 ) -> Iterator[tuple[list[int], list[list[Completion]]]]:
     """Sample `copies` completions of each prompt; yields a batch at a time, the prompts' indices and completions.
 
     The random numbers of a completion come from settings.seed, its prompt's own of `seeds` and its number, so they do
-    not depend on which prompts share its batch of at most `batch_tokens` tokens, completions included. After an
-    out-of-memory error a batch is tried again in halves. Call it inside the device's autocast, the model in evaluation
-    mode.
+    not depend on which prompts share its batch of at most `batch_tokens` tokens, completions included, and `max_rows`
+    completions. After an out-of-memory error a batch is tried again in halves. Call it inside the device's autocast,
+    the model in evaluation mode.
     """
     stop_ids = stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id or 0
-    waiting = list(
-        prompt_batches(
-            [len(ids) for ids in prompts],
-            settings.max_new_tokens,
-            max(batch_tokens // copies, 1),
-            padded=supports_dynamic_cache(model),
-        )
-    )[::-1]
+    batches = prompt_batches(
+        [len(ids) for ids in prompts],
+        settings.max_new_tokens,
+        max(batch_tokens // copies, 1),
+        padded=supports_dynamic_cache(model),
+    )
+    size = max(max_rows // copies, 1)
+    waiting = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)][::-1]
     while waiting:
         batch = waiting.pop()
         uniform_RT = torch.stack(

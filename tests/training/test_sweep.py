@@ -441,3 +441,38 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
         "and 0.445-0.798)"
     )
     assert list(ranking_caveats({"a": evaluated(0.84, 0.4)}, "loss", ["lora.r"], "s/a")) == []
+
+
+def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None:
+    rates = "train.learning_rate=[1e-4, 1e-2, 1e-3]"
+    done = said("sweep", "r.toml", "--probe", "--over", rates, "--set", "train.batch_size=2", "-o", "probe")
+    assert done.code == 0, done.err
+    assert "the best by preference_loss" in done.err
+    resolved = tomllib.loads((place / "probe" / "1_lr-0.0001" / "resolved.toml").read_text())
+    assert resolved["train"]["max_steps"] == 100
+    assert resolved["train"]["eval_steps"] == 50
+    assert resolved["watch"]["stop"] == ["kl", "likelihood_displacement"]
+    best = tomllib.loads((place / "probe/best.toml").read_text())
+    results = json.loads((place / "probe/sweep.json").read_text())
+    finished = {entry["figure"]: entry for entry in results["points"] if entry["state"] == "finished"}
+    chosen = finished[min(finished)]["set"]["train.learning_rate"]
+    assert best["train"]["learning_rate"] == chosen
+    assert best["train"]["batch_size"] == 2
+    assert "max_steps" not in best["train"]
+    assert best["samples"]["prompts"] == 1
+    table = [line for line in done.out.splitlines() if line.startswith("train.learning_rate = ")]
+    assert len(table) == 3
+    at_the_end = f"train.learning_rate = {chosen:g} is the" in done.out
+    assert at_the_end == (chosen in (1e-4, 1e-2))
+    assert "qlora-dpo train probe/best.toml   # all of its pairs" in done.out
+
+
+def test_a_probe_of_a_key_without_values_is_told_which_have_some(place: Path) -> None:
+    done = said("sweep", "r.toml", "--probe", "train.learning_rate,lora.r", "-o", "none")
+    assert (done.code, done.err.splitlines()[-1]) == (
+        2,
+        "qlora-dpo: --probe lora.r: has no values of its own; train.learning_rate and objective.beta have, and --over "
+        "lora.r=[VALUE, ...] names them for another key",
+    )
+    plan = said("sweep", "r.toml", "--probe", "train.learning_rate,objective.beta", "--dry-run")
+    assert "6 x 3 = 18 runs" in plan.out
