@@ -11,7 +11,7 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.grid import GridPoint, to_toml
 from qlora_dpo.report.sweep import metric_interval
 
-PROBE_PAIRS = 200
+MAX_PROBE_PAIRS = 200
 """Training pairs of each short run, and held-out pairs that it is judged by, at most."""
 PROBE_VALUES: dict[str, tuple[float, ...]] = {
     "train.learning_rate": (5e-6, 1.2e-5, 3e-5, 8e-5, 2e-4, 5e-4),
@@ -40,8 +40,8 @@ def probe_axes(keys: str, over: Sequence[str]) -> tuple[str, ...]:
 
 def probe_overrides(recipe: Recipe) -> tuple[str, ...]:
     """The `--set` options that make a run of `recipe` a short one."""
-    steps = math.ceil(PROBE_PAIRS / recipe.train.batch_size)
-    held_out = min(recipe.data.max_eval_samples or PROBE_PAIRS, PROBE_PAIRS)
+    steps = math.ceil(MAX_PROBE_PAIRS / recipe.train.batch_size)
+    held_out = min(recipe.data.max_eval_samples or MAX_PROBE_PAIRS, MAX_PROBE_PAIRS)
     return (
         f"train.max_steps={steps}",
         f"train.warmup_steps={min(recipe.train.warmup_steps, max(1, steps // 10))}",
