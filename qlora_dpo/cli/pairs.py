@@ -125,7 +125,7 @@ def pairs_command(
     copies = samples or (1 if by is None else MANY_SAMPLES)
     settings = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     _check_copies(copies, settings, chosen)
-    _check_rounds(rounds, recipe, by, chosen)
+    _check_rounds(rounds, recipe, by, chosen, base)
     _check_output(out, resume, folder=rounds is not None)
     import_libraries()
     from qlora_dpo.on_policy.prompts import collect_prompts
@@ -189,8 +189,11 @@ def _check_copies(copies: int, settings: "SamplingParams", chosen: str | None) -
         raise RecipeError(f"--temperature 0: all {copies} answers would be equal; take a higher one, or --samples 1")
 
 
-def _check_rounds(rounds: int | None, recipe: str | None, by: str | None, chosen: str | None) -> None:
+def _check_rounds(rounds: int | None, recipe: str | None, by: str | None, chosen: str | None, base: bool) -> None:
     from qlora_dpo.errors import RecipeError
+
+    if rounds is not None and base:
+        raise RecipeError("--base: rounds go on from the model that answers; leave it out, or name a recipe as --model")
 
     if (rounds is None) != (recipe is None):
         given, missing = ("--rounds", "--recipe RECIPE") if recipe is None else ("--recipe", "--rounds N")
@@ -277,12 +280,18 @@ def _open(
 def _open_base(recipe: str, dtype: str) -> "OpenedModel":
     """The base of a recipe, as the recipe loads it."""
     from qlora_dpo.adapter import OpenedModel
-    from qlora_dpo.model import base, device, sources
+    from qlora_dpo.data.templates.template_settings import apply_template_settings
+    from qlora_dpo.model import base, device, memory, sources
     from qlora_dpo.recipe.recipe import load_recipe
 
     table = load_recipe(recipe).recipe.model
     source, selected = sources.fetch_model(table), device.select_device(dtype)  # type: ignore[arg-type]
-    return OpenedModel(base.load_base(source, table, selected), base.load_tokenizer(source), selected, source)
+    tokenizer = base.load_tokenizer(source)
+    for sentence in apply_template_settings(tokenizer, table, source.name):
+        click.echo(sentence, err=True)
+    model = base.load_base(source, table, selected)
+    memory.cache_at_first_use_if_fits(model, selected)
+    return OpenedModel(model, tokenizer, selected, source)
 
 
 @contextmanager
@@ -326,6 +335,9 @@ def _answer(
 def _score(asked: "Sequence[AskedPrompt]", answers: "Journal", scorer: "Scorer", out: Path) -> "Journal":
     from qlora_dpo.on_policy import make
 
+    if scorer.settings["by"] == "judge":
+        per_prompt = (make.most_answers(answers) - 1) * make.most_answers(answers)
+        click.echo(f"the judge gets at most {len(asked) * per_prompt:,} requests", err=True)
     with _progress(len(asked), f"scoring by {scorer.settings['by']}") as advance:
         return make.score_answers(asked, answers, scorer, out, advance)
 

@@ -107,6 +107,11 @@ def score_answers(
     return journal
 
 
+def most_answers(answers: Journal) -> int:
+    """The number of answers to a prompt, or to the one with most."""
+    return max(map(len, answers.records.values()), default=0)
+
+
 def write_pairs(
     prompts: Sequence[AskedPrompt],
     answers: Journal,

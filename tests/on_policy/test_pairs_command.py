@@ -185,7 +185,9 @@ def test_a_judge_that_fails_or_says_nothing_costs_no_answer(place: Path, capsys:
     assert pairs(*first, *judged_by(SILENT), "--resume") == 1
     assert 'replies hold no verdict, the last one "Both are fine."' in capsys.readouterr().err
     (place / "own.jsonl.scores").unlink()
+    capsys.readouterr()
     assert pairs(*first, *judged_by(JUDGE), "--resume") in (0, 1)
+    assert "the judge gets at most 72 requests" in capsys.readouterr().err
     assert (place / "own.jsonl.answers").read_bytes() == answers
     assert not (place / "own.jsonl").exists() or lines(place / "own.jsonl")
 
