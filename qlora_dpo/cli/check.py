@@ -29,7 +29,6 @@ def check_command(
     qlora-dpo check recipes/hh.toml --gpu t4
     qlora-dpo check
     """
-    from qlora_dpo.cli.text import check_text
     from qlora_dpo.errors import GateError
 
     if recipe_file is None:
@@ -43,19 +42,23 @@ def check_command(
     else:
         warnings = _check_recipe(recipe_file, overrides, gpu, as_json)
     if strict and warnings:
+        from qlora_dpo.cli.text import check_text
+
         count = f"{len(warnings)} warnings" if len(warnings) > 1 else "1 warning"
         raise GateError(f"{recipe_file or 'this machine'}: {count}: {check_text.first_warning(warnings)}")
 
 
 def _check_recipe(recipe_file: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> tuple[str, ...]:
     """Show what the recipe would do, and return its warnings; raises DoesNotFitError if it does not fit."""
-    from qlora_dpo.cli.text import check_text, memory_text
     from qlora_dpo.errors import DoesNotFitError
+    from qlora_dpo.model.sources import check_model_exists
     from qlora_dpo.recipe import recipe
 
     loaded = recipe.load_recipe(recipe_file, overrides)
     _check_gpu_known(gpu)
+    check_model_exists(loaded.recipe.model)
     import_libraries()
+    from qlora_dpo.cli.text import check_text, memory_text
     from qlora_dpo.model import memory
     from qlora_dpo.model.device import device_for_gpu, select_device
 

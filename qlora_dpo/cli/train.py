@@ -68,6 +68,10 @@ def train_command(
 
     check_extras(loaded.recipe)
 
+    if not dry_run:
+        from qlora_dpo.model.sources import check_model_exists
+
+        check_model_exists(loaded.recipe.model)
     from qlora_dpo.cli.text.plan_text import plan_lines
     from qlora_dpo.model import device as devices
     from qlora_dpo.model.distributed import processes as distributed

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +71,27 @@ def fetch_model(table: ModelTable) -> ModelSource:
     if is_local_path(table.name):
         return _from_folder(Path(table.name).expanduser())
     return _from_hub(table.name, table.revision)
+
+
+def check_model_exists(table: ModelTable) -> None:
+    """Raise what `fetch_model` would raise for a name that cannot be found, without a download and within a second.
+
+    It needs none of the libraries that open models, so commands call it before they import these.
+    """
+    if table.name.startswith("pypi:"):
+        return
+    if is_local_path(table.name):
+        _require_folder(Path(table.name).expanduser())
+        return
+    with _hub_errors(table.name, table.revision):
+        try:
+            snapshot_download(
+                table.name, revision=table.revision, allow_patterns=["config.json"], local_files_only=True
+            )
+        except LocalEntryNotFoundError:
+            if not _hub_responds(table.name, table.revision):
+                raise
+            HfApi().model_info(table.name, revision=table.revision, timeout=HUB_TIMEOUT_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -233,12 +255,19 @@ def download_model(name: str, revision: str | None = None, also: Sequence[str] =
 
 def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
     """The snapshot folder in the hub's cache, with the files of the repository that match `wanted`."""
-    try:
+    with _hub_errors(name, revision):
         return _cached_snapshot(name, revision, wanted) or Path(
             snapshot_download(
                 name, revision=revision, allow_patterns=wanted, local_files_only=not _hub_responds(name, revision)
             )
         )
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub client's errors about a model into those of `fetch_model`."""
+    try:
+        yield
     except HFValidationError as error:
         raise RecipeError(f'model.name = "{name}" is not a hub name like "Qwen/Qwen2-0.5B-Instruct"') from error
     except GatedRepoError as error:

@@ -1,6 +1,6 @@
 """A planted mistake that a test finds is told from one that survives."""
 
-from mutations import MUTANTS, Mutant, first_failure, run_mutants
+from mutations import HOME, MUTANTS, Mutant, first_failure, run_mutants
 
 
 def test_a_mistake_that_no_test_finds_is_reported_as_a_survivor() -> None:
@@ -22,6 +22,17 @@ def test_the_first_failure_is_named_with_its_parameters() -> None:
     report = "F\nFAILED tests/test_a.py::test_b[x - y, z] - assert 1 == 2\nFAILED tests/test_c.py::test_d\n"
     assert first_failure(report) == "tests/test_a.py::test_b[x - y, z]"
     assert first_failure("1 passed") == ""
+
+
+def test_every_mistake_can_be_planted() -> None:
+    package = HOME / "qlora_dpo"
+    missing = [
+        (file, mutant[0])
+        for file, mutants in MUTANTS.items()
+        for mutant in mutants
+        if mutant[0] not in (package / file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
 
 
 def test_every_mistake_changes_something() -> None:
