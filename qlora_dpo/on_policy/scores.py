@@ -140,7 +140,7 @@ def judge_scorer(judge: Judge, where: str, model: str | None) -> Scorer:
             gain = 1.0 if verdicts == ["A", "B"] else 0.0 if verdicts == ["B", "A"] else 0.5
             won[first] += gain
             won[second] += 1 - gain
-        return [wins / max(len(answers) - 1, 1) for wins in won]
+        return [wins / (len(answers) - 1) if len(answers) > 1 else 0.5 for wins in won]
 
     return Scorer({"by": "judge", "judge": where.rpartition("@")[2], "judge_model": model}, score)
 

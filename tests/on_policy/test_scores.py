@@ -23,7 +23,7 @@ def preferring(*order: str) -> "object":
 def test_a_judges_score_is_the_share_of_the_others_that_an_answer_beats() -> None:
     scorer = judge_scorer(preferring("good", "better", "best"), "http://judge", "m")  # type: ignore[arg-type]
     assert scorer.score(ASKED, ANSWERS) == [0.0, 0.5, 1.0]
-    assert scorer.score(ASKED, ANSWERS[:1]) == [0.0]
+    assert scorer.score(ASKED, ANSWERS[:1]) == [0.5]
     unclear = judge_scorer(preferring("good", "best"), "http://judge", "m")  # type: ignore[arg-type]
     assert unclear.score(ASKED, ANSWERS) == [0.25, 0.5, 0.75]
 
