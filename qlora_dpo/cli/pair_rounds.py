@@ -12,7 +12,6 @@ import click
 
 from qlora_dpo.adapter import OpenedModel
 from qlora_dpo.cli.run_hooks import run_hooks
-from qlora_dpo.errors import RunError
 from qlora_dpo.files import write_json
 from qlora_dpo.model.device import select_device
 from qlora_dpo.model.memory import free_cached_memory
@@ -24,7 +23,7 @@ from qlora_dpo.on_policy.scores import Scorer
 from qlora_dpo.recipe import load_recipe
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 from qlora_dpo.talk.sampling import SamplingParams
-from qlora_dpo.training.checkpoint.save import newest_valid
+from qlora_dpo.training.checkpoint.save import has_valid_checkpoint
 from qlora_dpo.training.run import RunOptions, run_training
 from qlora_dpo.wilson import wilson_interval
 
@@ -135,23 +134,13 @@ def _train(rounds: Rounds, pairs: Path, folder: Path, start: Path) -> int:
     loaded = load_recipe(rounds.recipe, changes)
     if not (folder / RESULTS_FILE).is_file() or not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
         device = select_device(loaded.recipe.model.dtype)
-        resume = _has_checkpoint(folder)
+        resume = has_valid_checkpoint(folder)
         if folder.is_dir() and not resume:
             shutil.rmtree(folder)
         result = run_training(loaded, folder, device, RunOptions(resume=resume), run_hooks(loaded, folder, device))
         del result
         free_cached_memory()
     return int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["steps"])
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    try:
-        newest_valid(folder)
-        return True
-    except RunError:
-        return False
 
 
 def _judge_round(

@@ -25,7 +25,7 @@ from qlora_dpo.recipe.train import MetricName
 from qlora_dpo.report.runs import runs_table, summarize_run
 from qlora_dpo.report.sweep import format_metric, ranking_caveats
 from qlora_dpo.run_folder import ADAPTER_SAFE_WEIGHTS_NAME
-from qlora_dpo.training.checkpoint.save import newest_valid
+from qlora_dpo.training.checkpoint.save import has_valid_checkpoint
 from qlora_dpo.training.run import RunOptions, run_training
 from qlora_dpo.training.sweep import (
     BEST_RECIPE_FILE,
@@ -166,19 +166,16 @@ def _is_finished(folder: Path, entry: SweepEntry) -> bool:
 
 def _can_resume(folder: Path) -> bool:
     """True if a run can go on from a checkpoint there; what another attempt left is removed."""
-    if not folder.is_dir():
-        return False
-    try:
-        newest_valid(folder)
+    if has_valid_checkpoint(folder):
         return True
-    except RunError:
+    if folder.is_dir():
         with lock_folder(folder, _echo_stderr):
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
                 elif path.name != LOCK_FILE:
                     path.unlink()
-        return False
+    return False
 
 
 def _sweep_record(sweep: Sweep, runs: Sequence[dict[str, Any]], warnings: Sequence[str]) -> dict[str, Any]:

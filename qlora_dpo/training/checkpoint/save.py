@@ -103,6 +103,17 @@ def _prune_checkpoints(home: Path) -> list[Path]:
     return kept
 
 
+def has_valid_checkpoint(folder: Path) -> bool:
+    """True if a run can go on from a checkpoint in `folder`, which need not exist."""
+    if not folder.is_dir():
+        return False
+    try:
+        newest_valid(folder)
+        return True
+    except RunError:
+        return False
+
+
 def newest_valid(run_dir: Path) -> tuple[Path, list[str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that does not; RunError if none does."""
     skipped: list[str] = []
