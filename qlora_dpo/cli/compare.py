@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.options import base_model_option
+from qlora_dpo.cli.options import base_model_option, dtype_option
 from qlora_dpo.cli.startup.libraries import import_libraries
 
 if TYPE_CHECKING:
@@ -34,13 +34,7 @@ DEFAULT_PROMPTS = 3
 @click.option("-s", "--system", metavar="TEXT", help="System prompt; absent: what the model's template puts there.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--tokens", is_flag=True, help="Show the reward of every token.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
-    default="auto",
-    show_default=True,
-    help="What all models compute in.",
-)
+@dtype_option
 @base_model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -140,23 +134,13 @@ def _user_message(text: str) -> "list[Message]":
 def _read_prompts(file: Path) -> "list[list[Message]]":
     """The prompts of a data file's rows or of a text's lines; raises RecipeError with the place of one that is none."""
     from qlora_dpo.data.files import data_suffix, read_data_file
-    from qlora_dpo.errors import RecipeError
-    from qlora_dpo.files import text_lines
+    from qlora_dpo.data.text_prompts import read_prompt_lines
 
     path = file.expanduser()
     if data_suffix(path):
         rows = read_data_file(path)
         return [_row_prompt(row, rows.location(number)) for number, row in enumerate(rows.rows, 1)]
-    try:
-        lines = text_lines(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}; name a file of prompts") from error
-    prompts = [_user_message(line) for line in lines if line.strip()]
-    if not prompts:
-        raise RecipeError(f"{file}: holds no prompts; write one a line")
-    return prompts
+    return [_user_message(line) for line in read_prompt_lines(file)]
 
 
 def _row_prompt(row: "Row", place: str) -> "list[Message]":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.options import base_model_option
+from qlora_dpo.cli.options import base_model_option, dtype_option
 from qlora_dpo.cli.startup.libraries import import_libraries
 
 if TYPE_CHECKING:
@@ -70,13 +70,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Longest answer to judge, in tokens.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
-    default="auto",
-    show_default=True,
-    help="Compute dtype of both models.",
-)
+@dtype_option
 @base_model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def eval_command(

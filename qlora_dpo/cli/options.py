@@ -1,4 +1,4 @@
-"""Options that several commands have: `--set` of those that read a recipe, `--base-model` of those that open adapters.
+"""Options that several commands have: `--set` for a recipe, `--base-model` and `--dtype` for models that are opened.
 
 The keys of `--set` are those of the recipe; `dpo.`, as other tools call the table, means `objective.`.
 """
@@ -32,4 +32,12 @@ base_model_option = click.option(
     "--base-model",
     metavar="MODEL",
     help="Where an adapter's base lies now, a folder or a hub name, if that is not where the adapter says.",
+)
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="What models compute in.",
 )

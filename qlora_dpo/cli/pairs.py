@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_dpo.cli.options import base_model_option
+from qlora_dpo.cli.options import base_model_option, dtype_option
 from qlora_dpo.cli.startup.libraries import import_libraries
 
 if TYPE_CHECKING:
@@ -74,13 +74,7 @@ LARGE_EFFECT = 0.5
     show_default=True,
     help="The best answer with the one nearest to two deviations below the mean, with the worst, or all pairs.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
-    default="auto",
-    show_default=True,
-    help="What the model computes in.",
-)
+@dtype_option
 @click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Sample, train --recipe, and ask again.")
 @click.option("--recipe", metavar="RECIPE", help="What each of the --rounds trains; -o is then a folder.")
 @click.option("--resume", is_flag=True, help="Go on with the answers and scores that are kept beside FILE.")
@@ -363,6 +357,8 @@ def _write(
         return len(opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     result = make.write_pairs(asked, answers, scores, pairing, count_tokens, out, origin)
+    for journal in filter(None, (answers, scores)):
+        journal.close()
     _report(result, asked, out)
     return result
 

@@ -14,8 +14,8 @@ from qlora_dpo.data.mixture import parse_sources
 from qlora_dpo.data.rows.messages import parse_messages
 from qlora_dpo.data.rows.prompts import answer_text, parse_prompt, single_answer
 from qlora_dpo.data.sources import SourceRows, read_sources
+from qlora_dpo.data.text_prompts import read_prompt_lines
 from qlora_dpo.errors import DataError, RecipeError
-from qlora_dpo.files import text_lines
 from qlora_dpo.recipe.data import DataTable
 
 
@@ -44,25 +44,17 @@ def collect_prompts(
     if path.is_file() and not data_suffix(path):
         if chosen_column is not None:
             raise RecipeError(f"--chosen {chosen_column}: {source} is plain text, which has no columns; leave it out")
-        asked = [AskedPrompt(({"role": "user", "content": line},)) for line in _lines(path)]
+        lines = read_prompt_lines(Path(source))
+        asked = [AskedPrompt(({"role": "user", "content": line.strip()},)) for line in lines]
     else:
         asked = list(_from_rows(str(path) if path.exists() else source, split, chosen_column))
     distinct = list({prompt.digest: prompt for prompt in reversed(asked)}.values())[::-1]
     if not distinct:
-        raise DataError(f"{source}: holds no prompts; write one a line, or rows with a column prompt")
+        raise DataError(f"{source}: holds no usable prompts; `qlora-dpo data lint` says what is wrong with its rows")
     if max_prompts is None or max_prompts >= len(distinct):
         return distinct
     drawn = sorted(random.Random(seed).sample(range(len(distinct)), max_prompts))  # noqa: S311 - nothing secret
     return [distinct[index] for index in drawn]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in text_lines(path.read_text(encoding="utf-8")) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}; name a file of prompts") from error
 
 
 def _from_rows(source: str, split: str, chosen_column: str | None) -> Iterator[AskedPrompt]:

@@ -154,8 +154,7 @@ def test_the_datas_own_answer_is_chosen(place: Path) -> None:
 def test_an_adapters_reward_scores_anothers_answers(place: Path) -> None:
     assert pairs("asks.txt", "--model", "one", "--implicit", "two", "--pairing", "best_worst", "-o", "own.jsonl") == 0
     for row in lines(place / "own.jsonl"):
-        code = ["compare", "two", "-p", row["prompt"][0]["content"], "--json", "--dtype", "fp32"]
-        assert row["chosen_score"] > row["rejected_score"], code
+        assert row["chosen_score"] > row["rejected_score"]
     assert json.loads((place / "own.jsonl.manifest").read_text())["scores"] == {
         "by": "implicit",
         "adapter": "two",
@@ -296,7 +295,8 @@ REFUSED: list[tuple[Sequence[str], int, str]] = [
     (["asks.txt", "--longer", "--judge-model", "m"], 2, "--judge-model: names a model behind the address of --judge"),
     (["asks.txt", "--implicit", "base"], 2, "--implicit base: is no adapter; name the folder of a run"),
     (["missing.jsonl", "--longer"], 2, "missing.jsonl"),
-    (["empty.txt", "--longer"], 1, "empty.txt: holds no prompts; write one a line"),
+    (["equal.jsonl", "--longer"], 1, "equal.jsonl: holds no usable prompts; `qlora-dpo data lint` says"),
+    (["empty.txt", "--longer"], 2, "empty.txt: holds no prompts; write one a line"),
     (["asks.txt", "--matches", "this is nowhere"], 1, "own.jsonl: is not written, since there are no pairs: "),
 ]
 
@@ -307,6 +307,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
 ) -> None:
     (place / "broken.py").write_text("def score(:\n")
     (place / "empty.txt").write_text("\n\n")
+    (place / "equal.jsonl").write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "So."}\n')
     assert pairs(*arguments, "--model", "one", "-o", "own.jsonl") == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert sentence in last
