@@ -10,12 +10,14 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.encoded import EncodedPair
     from qlora_dpo.data.files import Row
     from qlora_dpo.data.lint import LintFinding
     from qlora_dpo.data.pairs import Pair, ParsedRows
     from qlora_dpo.data.sources import DataPart, SourceRows
     from qlora_dpo.data.templates.template_lint import TokenQuantiles
+    from qlora_dpo.evaluation.pair_forecast import PairForecast
     from qlora_dpo.recipe import Recipe
     from qlora_dpo.recipe.data import DataTable
 
@@ -75,7 +77,8 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
 
 @data_group.command("lint", short_help="Find problems in preference data.")
 @click.argument("source")
-@click.option("--model", metavar="NAME", help="Also find what this model's template makes of the rows.")
+@click.option("--model", metavar="NAME", help="Also find what this model and its template make of the rows.")
+@click.option("--no-forecast", is_flag=True, help="With --model, do not load its weights: its template alone is asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every row number.")
 @click.option(
     "--fix",
@@ -85,23 +88,30 @@ def show_command(source: str, model: str | None, row: int | None, sample: int | 
     help="Write the rows without fixable problems as JSON lines, mended where that is possible.",
 )
 @click.option("--strict", is_flag=True, help="Exit with 3 if there are problems.")
-def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | None, strict: bool) -> None:
+def lint_command(
+    source: str, model: str | None, no_forecast: bool, as_json: bool, fixed: Path | None, strict: bool
+) -> None:
     """Find problems in the rows of SOURCE, a recipe, data file, folder or hub data set.
 
     Reports rows that are no pairs, duplicates, contradictions, answers that repeat the question, keys that stand twice,
     length bias, unbalanced labels and, for a recipe, prompts that are both trained on and held out; with a model, also
-    what its template refuses or changes, and pairs that are too long.
+    what its template refuses or changes, pairs that are too long, and whether 200 of the pairs can teach it anything.
 
     \b
     qlora-dpo data lint recipes/quickstart.toml
     qlora-dpo data lint pairs.jsonl --fix mended.jsonl
     qlora-dpo data lint pairs.jsonl --model Qwen/Qwen2-0.5B-Instruct
     """
+    from qlora_dpo.cli.text.forecast_text import figure_lines
     from qlora_dpo.data import lint as linting
     from qlora_dpo.errors import EXIT_GATE
+    from qlora_dpo.evaluation.pair_forecast import forecast_warnings
 
+    if no_forecast and model is None:
+        raise click.UsageError("--no-forecast goes with --model; leave it out")
     table, recipe = _data_table_and_recipe(source)
-    tokenizer = _load_tokenizer(model, recipe) if model is not None else None
+    opened = _open_model(model) if model is not None and not no_forecast else None
+    tokenizer: Any = opened.tokenizer if opened else _load_tokenizer(model, recipe) if model is not None else None
     rows, parsed = _parse_part(table, "train", recipe, tokenizer)
     findings, bias = linting.find_problems(parsed), linting.length_stats(parsed.pairs)
     if recipe is not None and (shared := linting.prompt_overlap(*_train_and_heldout_pairs(table, recipe))):
@@ -116,12 +126,15 @@ def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | No
 
         template_findings, tokens = find_template_problems(parsed.pairs, tokenizer, table)
         findings += template_findings
+    forecast = _forecast(opened, table, parsed.pairs) if opened is not None and parsed.pairs else None
+    warnings = list(forecast_warnings(forecast).values()) if forecast is not None else []
     if fixed is not None:
         _write_mended_rows(fixed, rows, parsed, findings)
     if as_json:
         record = {"source": rows.name, "rows": len(rows.rows), **linting.findings_json(parsed, findings, bias)}
         quantiles = {part: dict(zip(("p50", "p95", "max"), each, strict=True)) for part, each in tokens.items()}
-        click.echo(json.dumps(record | ({"tokens": quantiles} if model is not None else {})))
+        judged = {"tokens": quantiles, "forecast": forecast and forecast.to_dict() | {"warnings": warnings}}
+        click.echo(json.dumps(record | (judged if model is not None else {})))
     else:
         click.echo(f"{rows.name}: {parsed.format.value}, {len(rows.rows):,} rows, {len(parsed.pairs):,} pairs")
         for finding in findings:
@@ -134,9 +147,11 @@ def lint_command(source: str, model: str | None, as_json: bool, fixed: Path | No
         if tokens:
             each = ", ".join(f"{part} {' / '.join(map(str, lengths))}" for part, lengths in tokens.items())
             click.echo(f"  tokens (p50 / p95 / max): {each}")
-        if not findings:
+        if forecast is not None:
+            click.echo("\n".join(f"  {line}" for line in (*figure_lines(forecast), *warnings)))
+        if not findings and not warnings:
             click.echo("  nothing odd")
-    if strict and findings:
+    if strict and (findings or warnings):
         raise click.exceptions.Exit(EXIT_GATE)
 
 
@@ -179,6 +194,25 @@ def split_command(source: str, folder: Path, share: float) -> None:
         click.echo(f"{folder / name}.jsonl: {len(numbers):,} rows")
     if dropped := sum(map(len, parsed.dropped.values())):
         click.echo(f"left out: {dropped:,} rows that are no pairs; qlora-dpo data lint lists them", err=True)
+
+
+def _open_model(model: str) -> "OpenedModel":
+    """The model whose judgement is asked for: a full one, or an adapter on its base."""
+    from qlora_dpo.cli.startup.libraries import import_libraries
+
+    import_libraries()
+    from qlora_dpo.adapter import open_model
+
+    return open_model(model)
+
+
+def _forecast(opened: "OpenedModel", table: "DataTable", pairs: "Sequence[Pair]") -> "PairForecast | None":
+    """What the model itself says of the pairs."""
+    from qlora_dpo.on_policy.forecast import MAX_FORECAST_PAIRS, forecast_rows
+    from qlora_dpo.tracking.progress import show_reading_progress
+
+    with show_reading_progress("forecast", min(MAX_FORECAST_PAIRS, len(pairs))) as advance:
+        return forecast_rows(opened, pairs, table.max_length, advance)
 
 
 def _write_mended_rows(path: Path, rows: "SourceRows", parsed: "ParsedRows", findings: "Sequence[LintFinding]") -> None:
@@ -259,7 +293,8 @@ def _load_tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
     from qlora_dpo.recipe.model import ModelTable
 
     if model is not None:
-        table = ModelTable(name=model)
+        folder = Path(model).expanduser()
+        table = ModelTable(name=str(folder.resolve()) if folder.is_dir() else model)
     elif recipe is not None:
         table = recipe.model
     else:

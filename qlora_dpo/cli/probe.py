@@ -38,17 +38,21 @@ def probe_axes(keys: str, over: Sequence[str]) -> tuple[str, ...]:
     return tuple(axes)
 
 
-def probe_overrides(recipe: Recipe) -> tuple[str, ...]:
-    """The `--set` options that make a run of `recipe` a short one."""
+def probe_overrides(recipe: Recipe, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The `--set` options that make a run of `recipe` a short one, the user's own `overrides` among them.
+
+    The user's go before the probe's, but no run is judged by more than MAX_PROBE_PAIRS held-out pairs.
+    """
     steps = math.ceil(MAX_PROBE_PAIRS / recipe.train.batch_size)
     held_out = min(recipe.data.max_eval_samples or MAX_PROBE_PAIRS, MAX_PROBE_PAIRS)
     return (
         f"train.max_steps={steps}",
         f"train.warmup_steps={min(recipe.train.warmup_steps, max(1, steps // 10))}",
         f"train.eval_steps={math.ceil(steps / 2)}",
-        f"data.max_eval_samples={held_out}",
         f"watch.stop={json.dumps(STOP_SIGNS)}",
         "samples.prompts=0",
+        *overrides,
+        f"data.max_eval_samples={held_out}",
     )
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import click
+from peft import PeftModel
 
 from qlora_dpo import adapter
 from qlora_dpo.cli.text import memory_text
+from qlora_dpo.cli.text.forecast_text import forecast_lines
 from qlora_dpo.cli.text.train_text import (
     SampleRecords,
     generate_samples,
@@ -19,12 +21,14 @@ from qlora_dpo.data.progress import ProgressCallback
 from qlora_dpo.errors import DoesNotFitError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
+from qlora_dpo.on_policy.forecast import forecast_run
 from qlora_dpo.planning.memory_advice import assess_fit
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.tracking.progress import show_reading_progress
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.build_model import load_base_for_run
+from qlora_dpo.training.context import TrainContext
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.prepare import PreparedData, prepare_data
 from qlora_dpo.training.run import RunHooks, TrainingResult
@@ -59,6 +63,10 @@ def run_hooks(
         if is_first and not engine_of(recipe).is_trl:  # nobody knows what TRL takes
             _check_memory(prepared, loaded, device)
 
+    def before_training(prepared: PreparedData, model: PeftModel, context: TrainContext) -> None:
+        if is_first and (forecast := forecast_run(prepared, model, context)):
+            click.echo("\n".join(forecast_lines(forecast)), err=True)
+
     def save(result: TrainingResult, run_log: RunLog) -> None:
         adapter.save_adapter(folder, result.model, result.prepared.tokenizer, result.prepared.source)
         # before the samples, which take a while: without it the adapter would not know its base
@@ -74,6 +82,7 @@ def run_hooks(
 
     return RunHooks(
         check_prepared=check_prepared,
+        before_training=before_training,
         sample_fn=lambda prepared: make_sample_fn(prepared, recipe, device),
         save=save,
         conclude=conclude,

@@ -58,15 +58,15 @@ def sweep_command(
     """
     from qlora_dpo.recipe import grid, load_recipe
 
-    short: tuple[str, ...] = ()
+    run_overrides = overrides
     if probe is not None:
         from qlora_dpo.cli.probe import probe_axes, probe_metric, probe_overrides
 
         whole = load_recipe(recipe_file, overrides)
-        over, short = probe_axes(probe, over), probe_overrides(whole.recipe)
+        over, run_overrides = probe_axes(probe, over), probe_overrides(whole.recipe, overrides)
         metric = metric or probe_metric(whole.recipe)
     axes = grid.parse_axes(over)
-    points = grid.expand_grid(recipe_file, (*short, *overrides), axes)
+    points = grid.expand_grid(recipe_file, run_overrides, axes)
     first = points[0].loaded
     folder = output or Path("adapters") / f"{first.name}-{'sweep' if probe is None else 'probe'}"
 
@@ -88,7 +88,9 @@ def sweep_command(
     with open_sweep(folder, axes, points, ranking_metric, resume=resume) as sweep:
         train_points(sweep, points)
         whole_recipes = {
-            point.name: load_recipe(recipe_file, (*overrides, *point.set_options)) for point in points if short
+            point.name: load_recipe(recipe_file, (*overrides, *point.set_options))
+            for point in points
+            if probe is not None
         }
         report_sweep(sweep, points, as_json=as_json, whole_recipes=whole_recipes)
 

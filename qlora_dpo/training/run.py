@@ -74,6 +74,8 @@ class RunHooks:
     """Called on rank 0 once data is read and before a weight is; raises to refuse the run."""
     sample_fn: Callable[[PreparedData], SampleFn | None] = lambda prepared: None
     """Makes what generates completions at evaluations."""
+    before_training: Callable[[PreparedData, PeftModel, TrainContext], None] = lambda prepared, model, context: None
+    """Called on rank 0 before the first step of a run that is not resumed; it changes nothing."""
     save: Callable[[TrainingResult, RunLog], None] = lambda result, run_log: None
     """Called on rank 0 with the trained model while the run log is open: saves the adapter and generates samples."""
     conclude: Callable[[TrainingResult], None] = lambda result: None
@@ -172,6 +174,9 @@ def train_prepared(
         row_tokens=loaded.packing.token_budget if is_auto else None,
     )
     processes.check_same_on_all_ranks(state.fingerprints)
+    if resume_from is None and processes.is_main():
+        with timed(seconds, "forecast"):
+            hooks.before_training(prepared, loaded.model, context)
     with timed(seconds, "train"):
         train_fn = engine_of(recipe).train_fn(prepared.tokenizer)
         state = train_fn(loaded.model, context, state, run_log, resume_from)

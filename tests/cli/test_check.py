@@ -60,8 +60,8 @@ def test_a_recipe_is_told_in_one_table_without_any_weights(place: Path, capsys: 
     told = capsys.readouterr()
     assert told.err == READING
     lines = told.out.splitlines()
-    verdicts = {line.split()[0]: line.split()[1] for line in lines[:-1] if not line.startswith(" ")}
-    assert verdicts == dict.fromkeys(("recipe", "data", "tokens", "device", "memory", "time"), "ok")
+    verdicts = {line[:10].strip(): line[10:19].strip() for line in lines[:-1] if not line.startswith(" ")}
+    assert verdicts == dict.fromkeys(("recipe", "data", "tokens", "device", "memory", "time"), "ok") | {"pairs": ""}
     assert lines[0] == "recipe    ok       r.toml: sigmoid, 15 steps of 4 pairs, learning rate 5e-06"
     assert "data      ok       train.jsonl: 60 rows read, 60 pairs used; strings (prompt, chosen and rejected)" in lines
     assert lines[-1] == "next: qlora-dpo train r.toml"

@@ -214,6 +214,12 @@ def test_lint_takes_a_model(empty_folder: Path, capsys: pytest.CaptureFixture[st
         "        1  longer than data.max_length = 512 tokens: rows 2; shorten it, or raise data.max_length" in told.out
     )
     assert "\n  tokens (p50 / p95 / max): prompt " in told.out
-    assert told.err == "m.jsonl: 1 of 2 rows\n"
+    assert told.err.splitlines()[-1] == "m.jsonl: 1 of 2 rows"
+    assert "\n  nats a token: " in told.out
     assert main(["data", "lint", "p.jsonl", "--model", model, "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["tokens"]) == {"prompt", "chosen", "rejected"}
+    judged = json.loads(capsys.readouterr().out)
+    assert set(judged["tokens"]) == {"prompt", "chosen", "rejected"}
+    assert judged["forecast"]["chosen"] == 1  # the other is too long
+    Path("p.jsonl").write_text(json.dumps(LONG | {"chosen": "No, " * 600}) + "\n")
+    assert main(["data", "lint", "p.jsonl", "--model", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forecast"] is None

@@ -445,13 +445,15 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
 
 def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None:
     rates = "train.learning_rate=[1e-4, 1e-2, 1e-3]"
-    done = said("sweep", "r.toml", "--probe", "--over", rates, "--set", "train.batch_size=2", "-o", "probe")
+    mine = ("--set", "train.batch_size=2", "--set", "data.max_eval_samples=600", "--set", "samples.max_new_tokens=4")
+    done = said("sweep", "r.toml", "--probe", "--over", rates, *mine, "-o", "probe")
     assert done.code == 0, done.err
     assert "the best by preference_loss" in done.err
     resolved = tomllib.loads((place / "probe" / "1_lr-0.0001" / "resolved.toml").read_text())
     assert resolved["train"]["max_steps"] == 100
     assert resolved["train"]["eval_steps"] == 50
     assert resolved["watch"]["stop"] == ["kl", "likelihood_displacement"]
+    assert (resolved["data"]["max_eval_samples"], resolved["samples"]["max_new_tokens"]) == (200, 4)
     best = tomllib.loads((place / "probe/best.toml").read_text())
     results = json.loads((place / "probe/sweep.json").read_text())
     finished = {entry["figure"]: entry for entry in results["points"] if entry["state"] == "finished"}
@@ -459,6 +461,7 @@ def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None
     assert best["train"]["learning_rate"] == chosen
     assert best["train"]["batch_size"] == 2
     assert "max_steps" not in best["train"]
+    assert best["data"]["max_eval_samples"] == 600
     assert best["samples"]["prompts"] == 1
     table = [line for line in done.out.splitlines() if line.startswith("train.learning_rate = ")]
     assert len(table) == 3

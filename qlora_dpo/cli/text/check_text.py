@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dpo.cli.text import memory_text, time_text
+from qlora_dpo.cli.text.forecast_text import figure_lines, forecast_warning_lines
 from qlora_dpo.data.audit import OVERLONG, Audit
 from qlora_dpo.data.dialogue import sanitize_text
+from qlora_dpo.evaluation.pair_forecast import PairForecast, forecast_warnings
 from qlora_dpo.planning.preflight import Preflight, format_row_count
 from qlora_dpo.recipe.model import QUANTIZATION_NAMES
 from qlora_dpo.recipe.recipe import LoadedRecipe
@@ -24,9 +26,9 @@ CheckRow = tuple[str, str, str]
 """Part, verdict and text; part and verdict are empty in a line that continues the one above."""
 
 
-def print_check(loaded: LoadedRecipe, preflight: Preflight) -> None:
+def print_check(loaded: LoadedRecipe, preflight: Preflight, forecast: PairForecast | None = None) -> None:
     """Print the table, wrapped to the width of a terminal; without a terminal, one line per row."""
-    rows = [(part, verdict, sanitize_text(text)) for part, verdict, text in _rows(loaded, preflight)]
+    rows = [(part, verdict, sanitize_text(text)) for part, verdict, text in _rows(loaded, preflight, forecast)]
     console = Console()
     if not console.is_terminal:
         sys.stdout.write("".join(f"{part:<9} {verdict:<8} {text}\n" for part, verdict, text in rows))
@@ -40,9 +42,10 @@ def print_check(loaded: LoadedRecipe, preflight: Preflight) -> None:
     console.print(table)
 
 
-def _rows(loaded: LoadedRecipe, preflight: Preflight) -> Iterator[CheckRow]:
+def _rows(loaded: LoadedRecipe, preflight: Preflight, forecast: PairForecast | None) -> Iterator[CheckRow]:
     yield from _recipe_rows(loaded, preflight)
     yield from _data_rows(preflight)
+    yield from _forecast_rows(forecast)
     yield from _token_rows(loaded, preflight)
     device_lines = [line.partition(" ")[2].strip() for line in preflight.device.describe()]
     if preflight.memory.padding_reason:
@@ -84,6 +87,14 @@ def _audit_line(audit: Audit) -> str:
     return f"{audit.source}: {audit.rows:,} rows read, {audit.used:,} {counted} used" + (
         f", {dropped:,} rows dropped ({audit.reason_summary()})" if dropped else ""
     )
+
+
+def _forecast_rows(forecast: PairForecast | None) -> Iterator[CheckRow]:
+    if forecast is None:
+        yield "pairs", "", "not judged; --forecast loads the model, and says whether they can teach it anything"
+        return
+    warnings = forecast_warnings(forecast).values()
+    yield from _group_rows("pairs", WARNING if warnings else OK, [*figure_lines(forecast), *warnings])
 
 
 def _token_rows(loaded: LoadedRecipe, preflight: Preflight) -> Iterator[CheckRow]:
@@ -132,7 +143,7 @@ def train_command_line(loaded: LoadedRecipe) -> str:
     return f"next: {shlex.join(['qlora-dpo', 'train', str(loaded.path), *options])}"
 
 
-def check_record(loaded: LoadedRecipe, preflight: Preflight) -> dict[str, Any]:
+def check_record(loaded: LoadedRecipe, preflight: Preflight, forecast: PairForecast | None = None) -> dict[str, Any]:
     """The content of the table as one JSON object."""
     memory, device, tokens = preflight.memory, preflight.device, preflight.tokens
     names = ("p50", "p95", "max")
@@ -191,7 +202,8 @@ def check_record(loaded: LoadedRecipe, preflight: Preflight) -> dict[str, Any]:
             ],
         },
         "time": time_text.time_record(preflight.time),
-        "warnings": list(preflight.warnings),
+        "forecast": forecast and forecast.to_dict(),
+        "warnings": [*preflight.warnings, *(forecast_warning_lines(forecast) if forecast else ())],
     }
 
 
