@@ -1,7 +1,9 @@
 """Has a model judge preference pairs before it trains on them, beside its own answers to some of their prompts."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,12 @@ import torch
 
 from qlora_dpo.adapter import OpenedModel
 from qlora_dpo.data.encode import encode_pairs
-from qlora_dpo.data.encoded import EncodedPair, digest_ids
+from qlora_dpo.data.encoded import EncodedPair, TokenIds, digest_ids
 from qlora_dpo.data.lazy_sequence import select_items
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.data.templates.chat_format import detect_chat_format
 from qlora_dpo.evaluation.pair_forecast import OwnAnswers, PairForecast, forecast_pairs
+from qlora_dpo.files import write_json
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
@@ -84,7 +87,8 @@ def forecast_rows(
 def forecast_run(prepared: PreparedData, model: Any, context: TrainContext) -> PairForecast | None:
     """The forecast for the pairs of a run whose reference log-probabilities are known before its first step.
 
-    None if the reference is not the model that training starts from, or computes no plain log-probabilities.
+    The model's own answers are among it if the recipe wants samples; those of an earlier run are used again. None if
+    the reference is not the model that training starts from, or computes no plain log-probabilities.
     """
     recipe, packing = context.recipe, context.packing
     has_reference = recipe.starts_as_reference and needs_reference(recipe.objective)
@@ -100,21 +104,38 @@ def forecast_run(prepared: PreparedData, model: Any, context: TrainContext) -> P
         logps.append(data.reference_P2[known])
     if not pairs:
         return None
-    sharded = processes.is_sharded()
-    own = None if sharded else own_answers(model, prepared.tokenizer, pairs, packing, context.device)
+    own = None
+    if recipe.samples.prompts and not processes.is_sharded():
+        first = select_items(context.train.pairs, range(min(len(context.train.pairs), MAX_FORECAST_PAIRS)))
+        prompts = _own_prompts(model, list(first))
+        file = context.reference_cache.folder / f"own-{digest_ids(*prompts).hex()}.json"
+        own = _read_own_answers(file)
+        if own is None:
+            own = own_answers(model, prepared.tokenizer, prompts, packing, context.device)
+            if own is not None:
+                write_json(file, asdict(own))
     return forecast_pairs(pairs, torch.cat(logps).double().numpy(), _known(labels), own)
 
 
-def own_answers(
-    model: Any, tokenizer: Any, pairs: Sequence[EncodedPair], packing: Packing, device: Device
-) -> OwnAnswers | None:
-    """The model's greedy answers to the first OWN_PROMPTS different prompts; None if it can answer none of them."""
+def _read_own_answers(file: Path) -> OwnAnswers | None:
+    """The figures of answers that an earlier run with the same base has given to the same prompts."""
+    try:
+        return OwnAnswers(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _own_prompts(model: Any, pairs: Sequence[EncodedPair]) -> list[TokenIds]:
+    """The first OWN_PROMPTS different prompts that leave room for an answer in the model's context."""
     limit = context_tokens(unwrap_peft(model))
-    prompts = [
-        prompt
-        for prompt in dict.fromkeys(pair.prompt for pair in pairs)
-        if limit is None or len(prompt) + MAX_OWN_TOKENS <= limit
-    ][:OWN_PROMPTS]
+    prompts = dict.fromkeys(pair.prompt for pair in pairs)
+    return [ids for ids in prompts if limit is None or len(ids) + MAX_OWN_TOKENS <= limit][:OWN_PROMPTS]
+
+
+def own_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[TokenIds], packing: Packing, device: Device
+) -> OwnAnswers | None:
+    """The model's greedy answers to `prompts`, token ids; None if there are none."""
     settings = SamplingParams(temperature=0, max_new_tokens=MAX_OWN_TOKENS)
     answered, was_training = list[EncodedPair](), model.training
     model.eval()
@@ -167,7 +188,7 @@ def _forecast(
             for place, state_2D in zip(group, mean_answer_states(hidden_TD, batch).cpu(), strict=True):
                 states[place] = state_2D
             advance(len(group))
-    own = own_answers(model, tokenizer, pairs, plain, device)
+    own = own_answers(model, tokenizer, _own_prompts(model, pairs), plain, device)
     model.train(training)
     known = _known(labels)
     return forecast_pairs(pairs, logps.double().numpy(), known, own, torch.stack(states).double().numpy())

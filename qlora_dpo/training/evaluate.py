@@ -85,14 +85,10 @@ def run_evaluation(model: PeftModel, context: TrainContext, state: TrainState, r
 
 
 def _evaluate_and_record(model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog) -> None:
-    device = context.device
-    packing = row_packing(context, state)
-    for attempt in row_attempts(f"evaluation after step {state.step}", packing):
-        with attempt:
-            record = _evaluate_heldout(model, context, attempt.packing, run_log)
-    keep_row_tokens(state, packing, attempt.packing)
-    if device.type == "cpu":
-        malloc_trim()  # blocks of other lengths than a step's
+    if state.step == 0 and context.start_evaluation is not None:
+        record = {**context.start_evaluation, "seconds": 0.0}
+    else:
+        record = _evaluate_in_rows_that_fit(model, context, state, run_log)
     since, state.since_eval = state.since_eval, SinceEval()
     if since.pairs:
         record |= {
@@ -107,6 +103,19 @@ def _evaluate_and_record(model: PeftModel, context: TrainContext, state: TrainSt
                 run_log.log_samples(state.step, context.sample_fn(model))
     _keep_best(model, context, state, run_log)
     _watch(context, state, run_log)
+
+
+def _evaluate_in_rows_that_fit(
+    model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog
+) -> dict[str, Any]:
+    packing = row_packing(context, state)
+    for attempt in row_attempts(f"evaluation after step {state.step}", packing):
+        with attempt:
+            record = _evaluate_heldout(model, context, attempt.packing, run_log)
+    keep_row_tokens(state, packing, attempt.packing)
+    if context.device.type == "cpu":
+        malloc_trim()  # blocks of other lengths than a step's
+    return record
 
 
 def _evaluate_heldout(model: PeftModel, context: TrainContext, packing: Packing, run_log: RunLog) -> dict[str, Any]:

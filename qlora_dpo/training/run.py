@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -84,6 +85,8 @@ class RunHooks:
         recipe, watch=watch
     )
     load_base: Callable[[PreparedData, Device], LoadedBase] = load_base_for_run
+    start_evaluation: Callable[[Recipe], Mapping[str, Any] | None] = lambda recipe: None
+    """The evaluation of step 0, if it is known already."""
     watch: ProgressCallback = no_progress
     """Receives the progress of reading."""
 
@@ -164,6 +167,7 @@ def train_prepared(
         planned_bytes=loaded.planned_bytes,
         allowed_changes=options.allowed_changes,
         deadline=options.deadline,
+        start_evaluation=hooks.start_evaluation(recipe),
         sample_fn=hooks.sample_fn(prepared),
     )
     state = TrainState(

@@ -12,6 +12,7 @@ from tiny_run import LIBRARIES_WARN
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_dpo.cli import main, run_hooks
+from qlora_dpo.on_policy import forecast
 
 pytestmark = LIBRARIES_WARN
 
@@ -60,9 +61,9 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 
 
 def test_check_gives_the_figures_of_plain_transformers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    forecast = said(capsys, *CHECK, "--forecast")["forecast"]
+    checked = said(capsys, *CHECK, "--forecast")["forecast"]
     used = said(capsys, *CHECK)["data"]["train"]["used"]
-    assert forecast["chosen"] == forecast["rejected"] == used >= 10
+    assert checked["chosen"] == checked["rejected"] == used >= 10
     model = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(place / "base")
     lint = said(capsys, "data", "lint", "pairs.jsonl", "--model", "base", "--json")["forecast"]
@@ -102,15 +103,22 @@ def test_an_adapter_is_asked_with_its_base(place: Path, capsys: pytest.CaptureFi
 
 
 def test_a_run_says_it_before_its_first_step_and_trains_the_same(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, own_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["train", "tiny.toml", "-o", "with"]) == 0
+    options = ("--set", "samples.prompts=1", "--set", "samples.max_new_tokens=2")
+    assert main(["train", "tiny.toml", "-o", "with", *options]) == 0
     lines = capsys.readouterr().err.splitlines()
     told = next(number for number, line in enumerate(lines) if line.startswith("pairs: nats a token: "))
     assert "of the model's own" in lines[told]
     assert told < next(number for number, line in enumerate(lines) if line.startswith("step 0/"))
+    monkeypatch.setattr(forecast, "own_answers", None)  # those of the first run are used again
+    assert main(["train", "tiny.toml", "-o", "again", *options]) == 0
+    again = next(line for line in capsys.readouterr().err.splitlines() if "nats a token" in line)
+    assert again.rpartition(", ")[2] == lines[told].rpartition(", ")[2]
+    assert main(["train", "tiny.toml", "-o", "silent"]) == 0
+    assert again.rpartition(", ")[0] in capsys.readouterr().err.splitlines()
     monkeypatch.setattr(run_hooks, "forecast_run", lambda *some: None)
-    assert main(["train", "tiny.toml", "-o", "without"]) == 0
+    assert main(["train", "tiny.toml", "-o", "without", *options]) == 0
     assert "nats a token" not in capsys.readouterr().err
     adapters = [(place / run / "adapter_model.safetensors").read_bytes() for run in ("with", "without")]
     assert adapters[0] == adapters[1]

@@ -101,6 +101,8 @@ def test_a_sweep_has_one_base_one_reading_and_one_reference(swept: Said) -> None
     assert sorted(each.name for each in home.iterdir()) == [*NAMES, "best.toml", "sweep.json"]
     asked = [record(home / name, "run.json")["reference_pairs_computed"] for name in NAMES]
     assert asked == [8, 0, 0, 0]  # the four held-out pairs are among the eight
+    starts = [record(home / name, "results.json")["evals"][0] for name in NAMES]
+    assert all(start["seconds"] > 0 for start in starts)  # no learning rate alone tells two of them apart
     for once in ("dpo.beta: read as objective.beta\n", "reading base and data", "weights: the linear ", "layout: "):
         assert swept.err.count(once) == 1, once
 
@@ -465,6 +467,10 @@ def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None
     assert best["samples"]["prompts"] == 1
     table = [line for line in done.out.splitlines() if line.startswith("train.learning_rate = ")]
     assert len(table) == 3
+    starts = [record(place / "probe" / entry["name"], "results.json")["evals"][0] for entry in finished.values()]
+    made_once = [start.pop("seconds") for start in starts]
+    assert sorted(bool(seconds) for seconds in made_once) == [False, False, True]
+    assert starts[0] == starts[1] == starts[2]
     at_the_end = f"train.learning_rate = {chosen:g} is the" in done.out
     assert at_the_end == (chosen in (1e-4, 1e-2))
     assert "qlora-dpo train probe/best.toml   # all of its pairs" in done.out
