@@ -2,7 +2,7 @@
 
     python benchmarks/pair_forecast.py MODEL DATA OTHER_MODEL WORK     # DATA holds hh/ and ultrafeedback/
 
-For each set, in WORK: the forecast of 200 training pairs by MODEL, a run over them, its held-out results, and the
+For each set, in WORK: the forecast of 120 training pairs by MODEL, a run over them, its held-out results, and the
 forecast of the same pairs by the trained adapter. The sets are HH, UltraFeedback, the house rules as written and as
 MODEL answers them, and three that are spoilt: HH with shuffled labels, with all rejected answers by OTHER_MODEL, and
 with rejected answers that differ from the chosen ones in a word. A set whose result stands in WORK is not measured
@@ -24,7 +24,7 @@ import transformers
 
 HERE = Path(__file__).parents[1]
 RULES = HERE / "recipes" / "house_rules"
-TRAIN, HELD_OUT = 200, 200
+TRAIN, HELD_OUT = 120, 120
 
 Row = dict[str, Any]
 
@@ -127,7 +127,7 @@ def measure(name: str, rows: list[Row], model: Path, work: Path, rate: float) ->
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe.write_text(
         f'[model]\nname = "{model}"\nquantization = "none"\ndtype = "fp32"\n'
-        f'[data]\ntrain = "{file}"\neval_share = 0.4\nmax_length = 320\nmax_train_samples = {TRAIN}\n'
+        f'[data]\ntrain = "{file}"\neval_share = 0.4\nmax_length = 256\nmax_train_samples = {TRAIN}\n'
         f"max_eval_samples = {HELD_OUT}\nmax_bad_share = 0.5\n"
         f"[train]\nlearning_rate = {rate:g}\nwarmup_steps = 2\nbatch_size = 8\nlogging_steps = 5\n"
         "[samples]\nprompts = 0\n"
