@@ -25,6 +25,8 @@ import transformers
 HERE = Path(__file__).parents[1]
 RULES = HERE / "recipes" / "house_rules"
 TRAIN, HELD_OUT = 120, 120
+PROMPTS = 340
+"""Prompts that a model is asked where it makes the answers."""
 
 Row = dict[str, Any]
 
@@ -84,7 +86,7 @@ def own_rows(model: Path, work: Path) -> list[Row]:
     if not own.exists():
         run(
             *("pairs", str(RULES / "train.jsonl"), "--model", str(model), "--rule", f"{RULES / 'rules.py'}:score"),
-            *("--max-new-tokens", "48", "--dtype", "fp32", "-o", str(own)),
+            *("--max-new-tokens", "48", "--max-prompts", str(PROMPTS), "--dtype", "fp32", "-o", str(own)),
         )
     return read_rows(own)
 
@@ -93,10 +95,10 @@ def other_model_rows(data: Path, other: Path, work: Path) -> list[Row]:
     """HH's chosen answers, each with an answer of another model as the rejected one."""
     prompts, own = work / "hh-prompts.jsonl", work / "hh-other-model.jsonl"
     if not own.exists():
-        rows = [row for row in hh_rows(data) if len(row["prompt"]) < 600][: 2 * (TRAIN + HELD_OUT)]
+        rows = [row for row in hh_rows(data) if len(row["prompt"]) < 400][:PROMPTS]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         run(
-            *("pairs", str(prompts), "--model", str(other), "--chosen", "chosen", "--max-new-tokens", "96"),
+            *("pairs", str(prompts), "--model", str(other), "--chosen", "chosen", "--max-new-tokens", "80"),
             *("--dtype", "fp32", "-o", str(own)),
         )
     return read_rows(own)
