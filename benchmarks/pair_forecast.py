@@ -1,12 +1,12 @@
 """What `check --forecast` says of sets of pairs, and what training on them then does.
 
-    python benchmarks/pair_forecast.py MODEL DATA OTHER_MODEL WORK     # DATA holds hh/ and ultrafeedback/
+    python benchmarks/pair_forecast.py MODEL DATA OTHER_MODEL WORK OWN   # DATA holds hh/ and ultrafeedback/
 
 For each set, in WORK: the forecast of 120 training pairs by MODEL, a run over them, its held-out results, and the
-forecast of the same pairs by the trained adapter. The sets are HH, UltraFeedback, the house rules as written and as
-MODEL answers them, and three that are spoilt: HH with shuffled labels, with all rejected answers by OTHER_MODEL, and
-with rejected answers that differ from the chosen ones in a word. A set whose result stands in WORK is not measured
-again.
+forecast of the same pairs by the trained adapter. The sets are HH, UltraFeedback, the house rules as written and, from
+OWN, as recipes/on-policy.toml has them made, and three that are spoilt: HH with shuffled labels, with all rejected
+answers by OTHER_MODEL, and with rejected answers that differ from the chosen ones in a word. A set whose result stands
+in WORK is not measured again.
 """
 
 import argparse
@@ -26,7 +26,8 @@ HERE = Path(__file__).parents[1]
 RULES = HERE / "recipes" / "house_rules"
 TRAIN, HELD_OUT = 120, 120
 PROMPTS = 340
-"""Prompts that a model is asked where it makes the answers."""
+"""Prompts that the other model is asked."""
+TURN, SHORT = "\n\nAssistant:", " (Answer in one short sentence.)"
 
 Row = dict[str, Any]
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("other_model", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("own", type=Path)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--sets", nargs="*", help="only these")
     asked = parser.parse_args()
@@ -46,7 +48,7 @@ def main() -> None:
         "hh": lambda: hh_rows(asked.data),
         "ultrafeedback": lambda: ultrafeedback_rows(asked.data),
         "rules-written": lambda: read_rows(RULES / "train.jsonl"),
-        "rules-own": lambda: own_rows(asked.model, asked.work),
+        "rules-own": lambda: read_rows(asked.own),
         "hh-shuffled": lambda: shuffled(hh_rows(asked.data)),
         "hh-other-model": lambda: other_model_rows(asked.data, asked.other_model, asked.work),
         "hh-equal": lambda: nearly_equal(hh_rows(asked.data)),
@@ -80,28 +82,21 @@ def read_rows(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def own_rows(model: Path, work: Path) -> list[Row]:
-    """Pairs of the model's own answers to the house rules' prompts, by their rule."""
-    own = work / "own.jsonl"
-    if not own.exists():
-        run(
-            *("pairs", str(RULES / "train.jsonl"), "--model", str(model), "--rule", f"{RULES / 'rules.py'}:score"),
-            *("--max-new-tokens", "48", "--max-prompts", str(PROMPTS), "--dtype", "fp32", "-o", str(own)),
-        )
-    return read_rows(own)
-
-
 def other_model_rows(data: Path, other: Path, work: Path) -> list[Row]:
-    """HH's chosen answers, each with an answer of another model as the rejected one."""
+    """HH's chosen answers, each with a short answer of another model as the rejected one."""
     prompts, own = work / "hh-prompts.jsonl", work / "hh-other-model.jsonl"
     if not own.exists():
         rows = [row for row in hh_rows(data) if len(row["prompt"]) < 400][:PROMPTS]
-        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        asked = [row | {"prompt": row["prompt"].removesuffix(TURN) + SHORT + TURN} for row in rows]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
         run(
             *("pairs", str(prompts), "--model", str(other), "--chosen", "chosen", "--max-new-tokens", "80"),
             *("--dtype", "fp32", "-o", str(own)),
         )
-    return read_rows(own)
+    rows = read_rows(own)
+    for row in rows:
+        row["prompt"][-1]["content"] = row["prompt"][-1]["content"].removesuffix(SHORT)
+    return rows
 
 
 def shuffled(rows: list[Row]) -> list[Row]:
