@@ -126,6 +126,13 @@ def forecast_pairs(
     )
 
 
+def side_names(forecast: PairForecast) -> tuple[str, str]:
+    """What the two groups of answers are called: those of pairs, of answers with labels, or of answers alone."""
+    if forecast.ranked_right is not None:
+        return "chosen answers", "rejected answers"
+    return ("good answers", "bad answers") if forecast.rejected else ("answers", "")
+
+
 def forecast_warnings(forecast: PairForecast) -> dict[str, str]:
     """A sentence of advice for each figure that is out of bounds, by its name; docs/pairs.md has the bounds."""
     return dict(_iter_warnings(forecast))

@@ -45,6 +45,7 @@ def state_of(process: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     return json.loads(process.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_it_has_what_a_new_process_has(tmp_path: Path) -> None:
     arguments = ["-c", PROCESS, "a", "b c"]
     forked = run_forked(arguments, input="given", cwd=tmp_path, env=ENVIRONMENT)

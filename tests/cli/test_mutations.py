@@ -1,8 +1,10 @@
 """A planted mistake that a test finds is told from one that survives."""
 
+import pytest
 from mutations import HOME, MUTANTS, Mutant, first_failure, run_mutants
 
 
+@pytest.mark.slow
 def test_a_mistake_that_no_test_finds_is_reported_as_a_survivor() -> None:
     lines = list[str]()
     mutants = [

@@ -132,6 +132,7 @@ def test_a_run_that_was_stopped_ends_with_the_adapter_of_one_that_was_not(traine
     insist_on_one_adapter(trained)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_on_an_h100_does_so_too(tmp_path: Path) -> None:
     insist_on_one_adapter(train_stop_and_resume("h100", tmp_path))
 

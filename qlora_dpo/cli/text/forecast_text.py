@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qlora_dpo.evaluation.pair_forecast import Auc, PairForecast, forecast_warnings
+from qlora_dpo.evaluation.pair_forecast import Auc, PairForecast, forecast_warnings, side_names
 
 
 def forecast_lines(forecast: PairForecast) -> list[str]:
@@ -17,11 +17,12 @@ def forecast_warning_lines(forecast: PairForecast) -> list[str]:
 
 def figure_lines(forecast: PairForecast) -> Iterator[str]:
     """The figures, a line for those that belong together."""
+    good, bad = side_names(forecast)
     sides = [
-        f"{nats:.2f} for the {count:,} {name} answers"
+        f"{nats:.2f} for the {count:,} {name}"
         for name, count, nats in (
-            ("chosen", forecast.chosen, forecast.chosen_nats),
-            ("rejected", forecast.rejected, forecast.rejected_nats),
+            (good, forecast.chosen, forecast.chosen_nats),
+            (bad, forecast.rejected, forecast.rejected_nats),
         )
         if nats is not None
     ]
@@ -41,7 +42,7 @@ def figure_lines(forecast: PairForecast) -> Iterator[str]:
     if told:
         yield "; ".join(told)
     shares = {
-        "chosen answers that the model finds next to impossible": forecast.nearly_impossible,
+        f"{good} that the model finds next to impossible": forecast.nearly_impossible,
         "pairs whose answers are alike": forecast.alike,
     }
     if known := [f"{name}: {share:.1%}" for name, share in shares.items() if share is not None]:
