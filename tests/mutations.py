@@ -312,7 +312,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if _leaks_across_spans(model, pairs, packed, device):", "if False:", PACK),
         ("unwrap_peft(model).set_attn_implementation(before)", "pass", PACK),
     ],
-    "model/attention.py": [
+    "model/packed/attention.py": [
         ("triu(keys - queries + 1)", "triu(keys - queries + 2)", PACK),
         (".tril(keys - queries - window)", ".tril(keys - queries - window - 1)", PACK),
         ("key_k <= last_Sq1 - window", "key_k < last_Sq1 - window", PACK),
@@ -320,15 +320,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
-    "model/span.py": [
+    "model/packed/span.py": [
         ("earlier = ((self.start, start),) if start > self.start else ()", "earlier = ()", PACK),
     ],
-    "model/buckets.py": [
+    "model/packed/buckets.py": [
         ("place_T[tile.start : tile.stop] = query_offset", "place_T[tile.start : tile.stop] = 0", PACK),
         ("key_slots.append(key_offset + s * k", "key_slots.append(s * k", PACK),
         ('kind="stable")], np.bincount(token_N)', 'kind="stable")][::-1], np.bincount(token_N)', PACK),
     ],
-    "model/gather.py": [
+    "model/packed/gather.py": [
         ("index_copy_(0, place_T, gradient_TW)", "clone()", PACK),
         (
             "return gradient_QW.index_select(0, place_T)",

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths
-from qlora_dpo.model import attention
 from qlora_dpo.model.decoder_layers import layer_stack
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.malloc import malloc_retain, malloc_trim
+from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized, compute_with_dequantized_weights
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import hidden_states, score_batch

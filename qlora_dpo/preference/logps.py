@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qlora_dpo.model.decoder_layers import decoder_body, unwrap_peft
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.gather import sum_rows
 from qlora_dpo.model.output_head import LogitMap, logit_map_of
+from qlora_dpo.model.packed.gather import sum_rows
 from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.preference.objective import Logps, LossColumns
 from qlora_dpo.preference.pack import MicroBatch

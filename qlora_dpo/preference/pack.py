@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, TokenIds
-from qlora_dpo.model.attention import Backend, PackedLayout
-from qlora_dpo.model.span import Span
+from qlora_dpo.model.packed.attention import Backend, PackedLayout
+from qlora_dpo.model.packed.span import Span
 from qlora_dpo.model.transfer import copy_batched
 from qlora_dpo.preference.token_weights import TokenWeighting
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, sequence_lengths
 from qlora_dpo.errors import ModelError, is_out_of_memory
-from qlora_dpo.model import attention
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.packed import attention
 from qlora_dpo.preference.logps import hidden_states
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import model_logps

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.lazy_sequence import concatenate_sequences
-from qlora_dpo.model.attention import Backend
 from qlora_dpo.model.base import check_vocabulary, disable_dropout, load_base, merge_obstacle
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.device import Device
@@ -21,6 +20,7 @@ from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.malloc import malloc_release_eagerly, malloc_retain, malloc_trim
 from qlora_dpo.model.memory import cache_dequantized_if_fits, free_bytes
 from qlora_dpo.model.output_head import logit_map_of
+from qlora_dpo.model.packed.attention import Backend
 from qlora_dpo.model.quantized import stacked_weights
 from qlora_dpo.model.saved_adapter import load_adapter_weights, opened_by_peft
 from qlora_dpo.preference.pack import Packing

@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_dpo.data.encode import PairSet
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths, sequence_lengths
 from qlora_dpo.errors import ModelError, QloraDpoError
-from qlora_dpo.model import attention
 from qlora_dpo.model.activation_memory import ActivationBytes, measure_pass
 from qlora_dpo.model.base import disable_dropout, store_embeddings
 from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import stacked_weights
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states

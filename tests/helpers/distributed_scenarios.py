@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from qlora_dpo.errors import QloraDpoError
 from qlora_dpo.files import write_json
-from qlora_dpo.model import attention
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.decoder_layers import checkpointable_layers
 from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
+from qlora_dpo.model.packed import attention
 from qlora_dpo.preference import reference
 from qlora_dpo.preference.reference import compute_reference_logps, model_logps
 from qlora_dpo.preference.reference_adapter import ReferenceAdapter, clone_adapter

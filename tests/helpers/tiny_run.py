@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
-from qlora_dpo.model import attention, device, sources
+from qlora_dpo.model import device, sources
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.pack import Packing

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.model.attention import BATCHED_TILE
-from qlora_dpo.model.buckets import KEY_ALIGNMENT, Buckets, make_buckets
-from qlora_dpo.model.gather import gather_rows, gather_rows_padded, gather_rows_unique
-from qlora_dpo.model.span import Span
+from qlora_dpo.model.packed.attention import BATCHED_TILE
+from qlora_dpo.model.packed.buckets import KEY_ALIGNMENT, Buckets, make_buckets
+from qlora_dpo.model.packed.gather import gather_rows, gather_rows_padded, gather_rows_unique
+from qlora_dpo.model.packed.span import Span
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 
 

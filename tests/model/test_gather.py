@@ -8,7 +8,7 @@ import torch
 from kernel_devices import ONE_PRODUCT, PLACES, Where, apart
 from torch import Tensor
 
-from qlora_dpo.model.gather import gather_rows, gather_rows_padded, gather_rows_unique, sum_rows
+from qlora_dpo.model.packed.gather import gather_rows, gather_rows_padded, gather_rows_unique, sum_rows
 
 TOKENS, WIDTH, PLACES_READ = 400, 96, 3000
 Function = Callable[[Tensor], Tensor]

@@ -11,9 +11,9 @@ from kernel_devices import ONE_PRODUCT, PLACES, Where, apart
 from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.model import attention
-from qlora_dpo.model.attention import PackedLayout
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.packed import attention
+from qlora_dpo.model.packed.attention import PackedLayout
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.preference.packing_choice import choose_packing
 

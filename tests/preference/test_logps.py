@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from qlora_dpo.data.encoded import EncodedPair
-from qlora_dpo.model import attention
 from qlora_dpo.model.lora import trainable_parameters
 from qlora_dpo.model.output_head import LogitMap
+from qlora_dpo.model.packed import attention
 from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.logps import Scores, score_batch
 from qlora_dpo.preference.pack import collate

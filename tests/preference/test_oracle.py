@@ -13,7 +13,7 @@ from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.pairs import Pair
 from qlora_dpo.data.templates.chat_format import detect_chat_format
-from qlora_dpo.model import attention
+from qlora_dpo.model.packed import attention
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import Logps, compute_losses, dpo
 from qlora_dpo.preference.pack import collate, micro_batches

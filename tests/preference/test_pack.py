@@ -6,7 +6,7 @@ import pytest
 import tiny_run
 
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
-from qlora_dpo.model.attention import Span
+from qlora_dpo.model.packed.attention import Span
 from qlora_dpo.preference.pack import MicroBatch, Packing, collate, max_sequence_tokens, micro_batches, padded_length
 
 

@@ -15,10 +15,10 @@ from torch.nn.attention import varlen
 
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model import attention
-from qlora_dpo.model.attention import Backend, PackedLayout, Span
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.packed import attention
+from qlora_dpo.model.packed.attention import Backend, PackedLayout, Span
 from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate, micro_batches

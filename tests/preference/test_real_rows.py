@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
-from qlora_dpo.model import attention
 from qlora_dpo.model.fused_lora import fuse_lora
+from qlora_dpo.model.packed import attention
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import compute_losses
 from qlora_dpo.preference.pack import Packing, collate, micro_batches

@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_dpo.model.buckets import Buckets, make_buckets, slots_by_token
-from qlora_dpo.model.gather import gather_rows, gather_rows_padded, gather_rows_unique
-from qlora_dpo.model.span import Span
+from qlora_dpo.model.packed.buckets import Buckets, make_buckets, slots_by_token
+from qlora_dpo.model.packed.gather import gather_rows, gather_rows_padded, gather_rows_unique
+from qlora_dpo.model.packed.span import Span
 
 Backend = Literal["spans", "batched", "varlen"]
 UNSUPPORTED_KWARGS = ("softcap", "position_bias", "s_aux")

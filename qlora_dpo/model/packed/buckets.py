@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qlora_dpo.model.span import Span
+from qlora_dpo.model.packed.span import Span
 
 Array = NDArray[np.int64]
 
