@@ -320,6 +320,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))", "pass", PACK),
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
+    "model/packed/recurrent.py": [
+        ("span.prefix[-1][1] - 1 if span.prefix else -1", "span.start - 1"),
+        ("states |= dict(zip(batch, last, strict=True))", "states = dict(zip(batch, last, strict=True))"),
+        ("(taps_TK != near_TK).any(1)", "(taps_TK != near_TK).all(1)"),
+        ("fixed_CF = fixed_CF + bias_C[:, None]", "pass"),
+        (".clamp(*dt_limit)", ""),
+    ],
     "model/packed/span.py": [
         ("earlier = ((self.start, start),) if start > self.start else ()", "earlier = ()", PACK),
     ],

@@ -24,7 +24,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.malloc import malloc_retain, malloc_trim
-from qlora_dpo.model.packed import attention
+from qlora_dpo.model.packed.support import enable_packed_rows
 from qlora_dpo.model.quantized import cache_dequantized, compute_with_dequantized_weights
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import hidden_states, score_batch
@@ -133,7 +133,7 @@ def _build_one_layer_model(
     if dense:
         cache_dequantized(base, device.torch_dtype)
     if packing.backend is not None:
-        attention.enable_packed_attention(base)
+        enable_packed_rows(base)
     model = attach_lora(base, recipe.lora.model_copy(update={"layers_to_transform": None}), recipe.train.seed)
     fuse_lora(model, device.torch_dtype)
     if layer_stack(model) is None:

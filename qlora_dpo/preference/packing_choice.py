@@ -16,6 +16,7 @@ from qlora_dpo.errors import ModelError, is_out_of_memory
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.packed import attention
+from qlora_dpo.model.packed.support import enable_packed_rows, packing_unsupported_reason
 from qlora_dpo.preference.logps import hidden_states
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import model_logps
@@ -38,9 +39,9 @@ def choose_packing(model: Any, pairs: Sequence[EncodedPair], padded: Packing, de
         probe_pairs = [*probe_pairs[: PROBE_PAIRS - 1], *longer]
     expected_P2 = model_logps(model, probe_pairs, padded, device)
     _check_finite(expected_P2, device)
-    if reason := attention.packing_unsupported_reason(unwrap_peft(model)):
+    if reason := packing_unsupported_reason(unwrap_peft(model)):
         return padded, f"padded batches, since {reason}"
-    before = attention.enable_packed_attention(unwrap_peft(model))
+    before = enable_packed_rows(unwrap_peft(model))
     failed = ""
     for backend in dict.fromkeys((device.attention, "batched")):
         packed = replace(padded, backend=backend)

@@ -25,7 +25,7 @@ from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
-from qlora_dpo.model.packed import attention
+from qlora_dpo.model.packed.support import enable_packed_rows, packing_unsupported_reason
 from qlora_dpo.model.quantized import stacked_weights
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.logps import VOCAB_TILE, hidden_states
@@ -139,7 +139,7 @@ def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, work
     )
     elements = [layer.weight.numel() for layer in linear]
     widest = max((features for layer in linear for features in layer.weight.shape), default=0)
-    padded = attention.packing_unsupported_reason(base)
+    padded = packing_unsupported_reason(base)
     head, width = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size
     model = _with_adapter(base, recipe, device, packed=not padded)
     trained = trainable_parameters(model)
@@ -177,7 +177,7 @@ def _with_adapter(base: Any, recipe: Recipe, device: Device, *, packed: bool) ->
     """`base`, on meta, as a run trains it."""
     linear = _linear_layers(base)
     if packed:
-        attention.enable_packed_attention(base)
+        enable_packed_rows(base)
     model = attach_lora(base, recipe.lora, recipe.train.seed)
     mimic_quantized(linear, recipe.model, device)
     fuse_lora(model, device.torch_dtype)

@@ -38,8 +38,6 @@ IDS = torch.arange(3, 43)[None]
 UNPLANNED = {
     "Mixtral": "RuntimeError: Expected inputs of BF16 type but got mat_a.dtype=torch.float32 and "
     "mat_b.dtype=torch.float32",
-    "Qwen3Next": "DataDependentOutputException: aten._local_scalar_dense.default",
-    "Bamba": "DataDependentOutputException: aten._local_scalar_dense.default",
 }
 
 

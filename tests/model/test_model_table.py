@@ -21,11 +21,11 @@ MODELS = Path(__file__).parents[2] / "docs" / "models.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 HEADINGS = ("family", "class in transformers", "layout", "4 bits", "GGUF")
 REASONS = {
-    "does not use transformers' attention interface": "padded: an attention of its own, or recurrent layers",
+    "does not use transformers' attention interface": "padded: an attention of its own",
     "has no rotary positions": "padded: no rotary positions",
     "it caps attention scores": "padded: capped attention scores",
     "asks attention for s_aux": "padded: attention sinks",
-    "gives other log-probabilities": "padded: recurrent layers, or an attention of its own",
+    "gives other log-probabilities": "padded: an attention of its own",
 }
 """The reasons that a run gives for padded batches, in the words of the table."""
 

@@ -135,21 +135,6 @@ class PackedLayout:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def packing_unsupported_reason(model: Any) -> str:
-    """Why `model` cannot train on packed rows; empty if no reason is known.
-
-    Predicted from its class and config; `preference.packing_choice` verifies it on real pairs.
-    """
-    config = model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not use transformers' attention interface"
-    if not any("Rotary" in type(module).__name__ for module in model.modules()):
-        return f"{type(model).__name__} has no rotary positions"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it caps attention scores"
-    return ""
-
-
 def shortest_window(model: Any) -> int | None:
     """Tokens of the shortest sliding window of a layer, itself included; None if every layer looks back all the way."""
     config = model.config.get_text_config()
