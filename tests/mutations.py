@@ -39,6 +39,7 @@ TIMEOUT = 900
 LOSS = "preference/test_objective.py preference/test_oracle.py training/test_trl_engine.py preference/test_losses.py"
 LOGPS = "preference/test_logps.py preference/test_packed_rows.py"
 PACK = "preference/test_pack.py preference/test_packed_rows.py"
+RECURRENT = "model/test_recurrent_rows.py"
 LEAN = "model/test_fused_lora.py preference/test_packed_rows.py"
 LOOP = "training/test_loop.py training/test_checkpoint.py"
 REFERENCE = "preference/test_reference.py training/test_loop.py"
@@ -321,11 +322,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('kwargs.get("scaling") or query.shape[-1] ** -0.5', "query.shape[-1] ** -0.5 * 2", PACK),
     ],
     "model/packed/recurrent.py": [
-        ("span.prefix[-1][1] - 1 if span.prefix else -1", "span.start - 1"),
-        ("states |= dict(zip(batch, last, strict=True))", "states = dict(zip(batch, last, strict=True))"),
-        ("(taps_TK != near_TK).any(1)", "(taps_TK != near_TK).all(1)"),
-        ("fixed_CF = fixed_CF + bias_C[:, None]", "pass"),
-        (".clamp(*dt_limit)", ""),
+        ("span.prefix[-1][1] - 1 if span.prefix else -1", "span.start - 1", RECURRENT),
+        ("states |= dict(zip(batch, last, strict=True))", "states = dict(zip(batch, last, strict=True))", RECURRENT),
+        ("(taps_TK != near_TK).any(1)", "(taps_TK != near_TK).all(1)", RECURRENT),
+        ("fixed_CF = fixed_CF + bias_C[:, None]", "pass", RECURRENT),
+        (".clamp(*dt_limit)", "", RECURRENT),
     ],
     "model/packed/span.py": [
         ("earlier = ((self.start, start),) if start > self.start else ()", "earlier = ()", PACK),
