@@ -21,6 +21,14 @@ NEARLY_IMPOSSIBLE_NATS = 3.0
 ALIKE = 0.9
 """Share of common tokens from which the two answers of a pair count as alike."""
 
+EASY_SHARE = 0.95
+"""Share of the pairs that a linear probe ranks right from which they are called easy."""
+MAX_LENGTH_AUC = 0.7
+MAX_LIKELIHOOD_AUC = 0.8
+MAX_IMPOSSIBLE_SHARE = 0.25
+MAX_ALIKE_SHARE = 0.25
+"""Bounds beyond which there is a sentence; docs/pairs.md has what they were measured on."""
+
 FloatArray = NDArray[np.float64]
 
 
@@ -139,7 +147,49 @@ def forecast_warnings(forecast: PairForecast) -> dict[str, str]:
 
 
 def _iter_warnings(forecast: PairForecast) -> Iterator[tuple[str, str]]:
-    yield from ()
+    good, bad = side_names(forecast)
+    if forecast.separable is not None and forecast.separable[1] <= 0.5:
+        yield (
+            "separable",
+            f"a linear probe of the model's states ranks {forecast.separable[0]:.0%} of the pairs right, which a coin "
+            f"may do too ({forecast.separable[1]:.0%} to {forecast.separable[2]:.0%}): a small set will teach little; "
+            "look at the labels with `qlora-dpo data show`, or take many more pairs",
+        )
+    if forecast.separable is not None and forecast.separable[0] >= EASY_SHARE:
+        yield (
+            "separable",
+            f"a linear probe of the model's states ranks {forecast.separable[0]:.0%} of the pairs right: they are told "
+            "apart at a glance, and most of their gradient vanishes after a few dozen steps; few pairs are enough, and "
+            "what is learned may be no more than the difference between two writers",
+        )
+    if forecast.auc_length is not None and abs(forecast.auc_length.value - 0.5) >= MAX_LENGTH_AUC - 0.5:
+        side = "longer" if forecast.auc_length.value > 0.5 else "shorter"
+        yield (
+            "auc_length",
+            f"length alone tells {good} from {bad} (AUC {forecast.auc_length.value:.2f}): the model will learn to "
+            f'write {side} answers; if that is not what you want, try loss_type = "sampo", "rdpo" or "sigmoid_norm"',
+        )
+    if forecast.auc_likelihood is not None and abs(forecast.auc_likelihood.value - 0.5) >= MAX_LIKELIHOOD_AUC - 0.5:
+        likelier = bad if forecast.auc_likelihood.value < 0.5 else good
+        yield (
+            "auc_likelihood",
+            f"log-probability alone tells {good} from {bad} (AUC {forecast.auc_likelihood.value:.2f}): the {likelier} "
+            "are much more like the model's own, as when another writer made the others; the first thing learned is "
+            "that difference; pairs of the model's own answers have none (`qlora-dpo pairs`)",
+        )
+    if forecast.nearly_impossible is not None and forecast.nearly_impossible >= MAX_IMPOSSIBLE_SHARE:
+        yield (
+            "nearly_impossible",
+            f"{forecast.nearly_impossible:.0%} of the {good} are next to impossible for the model: training on them "
+            "moves it far from what it was, so other abilities may suffer; lower train.learning_rate, or begin with "
+            "supervised tuning on them (recipes/sft.toml)",
+        )
+    if forecast.alike is not None and forecast.alike >= MAX_ALIKE_SHARE:
+        yield (
+            "alike",
+            f"{forecast.alike:.0%} of the pairs have nearly the same tokens on both sides: what both share cancels, so "
+            "there is little gradient from the first step on; take answers that differ in more than a few words",
+        )
 
 
 def auc(good_G: FloatArray, bad_B: FloatArray, *, paired: bool) -> Auc:

@@ -1,10 +1,13 @@
 """The figures of a forecast are those of their definitions, whatever the pairs are."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
-from qlora_dpo.evaluation.pair_forecast import OwnAnswers, auc, forecast_pairs
+from qlora_dpo.evaluation.pair_forecast import Auc, OwnAnswers, PairForecast, auc, forecast_pairs, forecast_warnings
 
 
 def pair(prompt: int, chosen: tuple[int, ...], rejected: tuple[int, ...]) -> EncodedPair:
@@ -98,3 +101,48 @@ def test_states_without_a_difference_tell_nothing() -> None:
     forecast = forecast_pairs(FOUR, LOGPS, states_P2D=np.zeros((4, 2, 3)))
     assert forecast.separable is not None
     assert forecast.separable[0] == 0.5
+
+
+INSIDE = PairForecast(
+    chosen=200,
+    rejected=200,
+    own=OwnAnswers(20, 0.8),
+    chosen_nats=2.0,
+    rejected_nats=2.1,
+    ranked_right=(0.5, 0.43, 0.57),
+    separable=(0.6, 0.53, 0.67),
+    auc_length=Auc(0.55, 0.5, 0.6),
+    auc_likelihood=Auc(0.45, 0.4, 0.5),
+    nearly_impossible=0.1,
+    alike=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "part"),
+    [
+        (
+            {"separable": (0.55, 0.48, 0.62)},
+            "separable",
+            "55% of the pairs right, which a coin may do too (48% to 62%)",
+        ),
+        ({"separable": (0.96, 0.93, 0.98)}, "separable", "they are told apart at a glance"),
+        ({"auc_length": Auc(0.25, 0.2, 0.3)}, "auc_length", "the model will learn to write shorter answers"),
+        ({"auc_length": Auc(0.71, 0.6, 0.8)}, "auc_length", "the model will learn to write longer answers"),
+        (
+            {"auc_likelihood": Auc(0.1, 0.0, 0.2)},
+            "auc_likelihood",
+            "the rejected answers are much more like the model's",
+        ),
+        ({"auc_likelihood": Auc(0.9, 0.8, 1.0)}, "auc_likelihood", "the chosen answers are much more like the model's"),
+        ({"nearly_impossible": 0.3}, "nearly_impossible", "30% of the chosen answers are next to impossible"),
+        ({"alike": 0.4}, "alike", "40% of the pairs have nearly the same tokens"),
+    ],
+)
+def test_what_is_out_of_bounds_has_a_sentence_and_nothing_else_has(
+    changed: dict[str, Any], name: str, part: str
+) -> None:
+    assert forecast_warnings(INSIDE) == {}
+    (told,) = forecast_warnings(replace(INSIDE, **changed)).items()
+    assert told[0] == name
+    assert part in told[1]

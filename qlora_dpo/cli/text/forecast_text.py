@@ -16,7 +16,7 @@ def forecast_warning_lines(forecast: PairForecast) -> list[str]:
 
 
 def figure_lines(forecast: PairForecast) -> Iterator[str]:
-    """The figures, a line for those that belong together."""
+    """The figures, a line each."""
     good, bad = side_names(forecast)
     sides = [
         f"{nats:.2f} for the {count:,} {name}"
@@ -29,24 +29,22 @@ def figure_lines(forecast: PairForecast) -> Iterator[str]:
     if forecast.own is not None:
         sides.append(f"{forecast.own.nats_per_token:.2f} for {forecast.own.answers} of the model's own")
     yield f"nats a token: {', '.join(sides)}"
-    told = []
     if forecast.ranked_right is not None:
-        share, low, high = forecast.ranked_right
-        told.append(f"ranked right before training: {share:.1%} ({low:.1%} to {high:.1%})")
+        yield f"ranked right before training: {_share(forecast.ranked_right)}"
     if forecast.separable is not None:
-        share, low, high = forecast.separable
-        told.append(f"by a linear probe of the model's states: {share:.1%} ({low:.1%} to {high:.1%})")
+        yield f"ranked right by a linear probe of the model's states: {_share(forecast.separable)}"
     if forecast.auc_length is not None and forecast.auc_likelihood is not None:
-        told.append(f"told apart by length alone: AUC {_auc(forecast.auc_length)}")
-        told.append(f"by log-probability a token alone: {_auc(forecast.auc_likelihood)}")
-    if told:
-        yield "; ".join(told)
-    shares = {
-        f"{good} that the model finds next to impossible": forecast.nearly_impossible,
-        "pairs whose answers are alike": forecast.alike,
-    }
-    if known := [f"{name}: {share:.1%}" for name, share in shares.items() if share is not None]:
-        yield "; ".join(known)
+        yield f"told apart by length alone: AUC {_auc(forecast.auc_length)}"
+        yield f"told apart by log-probability a token alone: AUC {_auc(forecast.auc_likelihood)}"
+    if forecast.nearly_impossible is not None:
+        yield f"next to impossible for the model: {forecast.nearly_impossible:.1%} of the {good}"
+    if forecast.alike is not None:
+        yield f"with nearly the same tokens on both sides: {forecast.alike:.1%} of the pairs"
+
+
+def _share(interval: tuple[float, float, float]) -> str:
+    share, low, high = interval
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _auc(auc: Auc) -> str:
