@@ -22,6 +22,7 @@ from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.gpu_specs import GPU_SPECS
 from qlora_dpo.model.live_tensors import LiveTensorBytes
 from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource, fetch_without_weights
 from qlora_dpo.planning.memory_advice import find_memory_fixes
@@ -100,7 +101,7 @@ def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, 
         model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel()
     )
     base = from_shapes.build_on_meta(tiny_run.source(), place)
-    from_shapes.attention.enable_packed_attention(base)
+    attention.enable_packed_attention(base)
     alone = from_shapes.attach_lora(base, what.lora, 0)
     from_shapes.fuse_lora(alone, place.torch_dtype)
     told = from_shapes.activation_bytes_per_token(alone, place)
@@ -170,7 +171,7 @@ def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int
     def told(few: int) -> ActivationBytes:
         from_shapes.PROBE_LAYERS = few
         base = from_shapes.build_on_meta(folder(tmp_path, half_billion(layers=count)), T4)
-        from_shapes.attention.enable_packed_attention(base)
+        attention.enable_packed_attention(base)
         model = from_shapes.attach_lora(base, what.lora, 0)
         from_shapes.fuse_lora(model, T4.torch_dtype)
         return from_shapes.activation_bytes_per_token(model, T4)
@@ -318,7 +319,7 @@ def test_a_large_vocabulary_adds_nothing_to_what_a_token_keeps_in_fp16(quantizat
     (pair,) = from_shapes._longest_pair(Workload(64, 512, 96))
     loaded = load_base(source, what.model, place)
     cache_dequantized(loaded, place.torch_dtype)
-    from_shapes.attention.enable_packed_attention(loaded)
+    attention.enable_packed_attention(loaded)
     model = from_shapes.attach_lora(loaded, what.lora, 0)
     from_shapes.fuse_lora(model, place.torch_dtype)
     batch = collate([pair], Packing(10**6, 0, place.attention))
