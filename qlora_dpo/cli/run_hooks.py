@@ -18,7 +18,7 @@ from qlora_dpo.cli.text.train_text import (
 )
 from qlora_dpo.data.audit import check_bad_share
 from qlora_dpo.data.progress import ProgressCallback
-from qlora_dpo.errors import DoesNotFitError
+from qlora_dpo.errors import DoesNotFitError, QloraDpoError, is_out_of_memory
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.on_policy.forecast import forecast_run
@@ -64,7 +64,14 @@ def run_hooks(
             _check_memory(prepared, loaded, device)
 
     def before_training(prepared: PreparedData, model: PeftModel, context: TrainContext) -> None:
-        if is_first and (forecast := forecast_run(prepared, model, context)):
+        try:
+            forecast = forecast_run(prepared, model, context) if is_first else None
+        except Exception as error:  # a run is not worth less for want of a forecast
+            if not (isinstance(error, QloraDpoError) or is_out_of_memory(error)):
+                raise
+            click.echo(f"pairs: not judged, since {error}", err=True)
+            return
+        if forecast is not None:
             click.echo("\n".join(forecast_lines(forecast)), err=True)
 
     def save(result: TrainingResult, run_log: RunLog) -> None:

@@ -12,6 +12,7 @@ from tiny_run import LIBRARIES_WARN
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_dpo.cli import main, run_hooks
+from qlora_dpo.errors import ModelError
 from qlora_dpo.on_policy import forecast
 
 pytestmark = LIBRARIES_WARN
@@ -117,6 +118,13 @@ def test_a_run_says_it_before_its_first_step_and_trains_the_same(
     assert again.rpartition(", ")[2] == lines[told].rpartition(", ")[2]
     assert main(["train", "tiny.toml", "-o", "silent"]) == 0
     assert again.rpartition(", ")[0] in capsys.readouterr().err.splitlines()
+
+    def fails(*some: object) -> None:
+        raise ModelError("its template fails")
+
+    monkeypatch.setattr(forecast, "_read_own_answers", fails)
+    assert main(["train", "tiny.toml", "-o", "failed", *options]) == 0
+    assert "pairs: not judged, since its template fails" in capsys.readouterr().err.splitlines()
     monkeypatch.setattr(run_hooks, "forecast_run", lambda *some: None)
     assert main(["train", "tiny.toml", "-o", "without", *options]) == 0
     assert "nats a token" not in capsys.readouterr().err

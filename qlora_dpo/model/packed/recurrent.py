@@ -26,8 +26,6 @@ from qlora_dpo.model.packed.span import Span
 
 MAX_SCAN_CHUNK = 64
 """Tokens of a chunk of Mamba 2's scan: most answers are shorter than the 256 of configs, and are padded to chunks."""
-
-
 MAX_PADDING = 1.5
 """The longest segment of a batch, by its shortest, unless both are short."""
 MIN_BATCH_TOKENS = 32
@@ -269,7 +267,7 @@ def _run_levels(
     inputs: Sequence[Tensor],
     run: Callable[[Sequence[Tensor], Tensor | None], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Run the segments of each depth as one batch, from their parents' last states; the outputs (1, T, ...) of all.
+    """Run the segments in batches of one depth, from their parents' last states; the outputs (1, T, ...) of all.
 
     `inputs` are (1, T, ...); shorter segments are padded with zeros at their end, which must leave a state as it is.
     `run` takes the padded inputs (N, L, ...) and the states, and returns outputs and last states (N, ...).
