@@ -23,7 +23,8 @@ from qlora_dpo.model.lora import attach_lora, trainable_parameters
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource
-from qlora_dpo.preference.pack import Packing
+from qlora_dpo.preference.logps import score_batch
+from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import compute_reference_logps
 from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.recipe import Recipe
@@ -143,6 +144,20 @@ def start(of: TrainContext) -> TrainState:
 def adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of the adapter's weights by name."""
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+
+
+def logps_and_gradients(
+    model: Any, given: Sequence[EncodedPair], packing: Packing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (P, 2), and the adapter's gradient of a sum that weighs every answer differently."""
+    model.zero_grad()
+    found_P2, weight_P2 = torch.zeros(len(given), 2), torch.linspace(-1, 2, 2 * len(given)).view(-1, 2)
+    for group in micro_batches(given, packing):
+        scores = score_batch(model, collate([given[place] for place in group], packing), CPU)
+        both_P2 = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
+        (weight_P2[group] * both_P2).sum().backward()
+        found_P2[group] = both_P2.detach()
+    return found_P2, gradients(model)
 
 
 def gradients(model: PeftModel) -> torch.Tensor:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from torch import Tensor
 
 from qlora_dpo.data.encoded import EncodedPair, digest_ids
 from qlora_dpo.model.fused_lora import fuse_lora
@@ -18,7 +17,6 @@ from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.packed import recurrent
 from qlora_dpo.model.packed.recurrent import Branches, branches_of, recurrent_layers
 from qlora_dpo.model.packed.span import Span
-from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.packing_choice import choose_packing
 
@@ -71,33 +69,21 @@ def tuned(kind: str, *, lean: bool = False) -> Any:
     return model.train()
 
 
-def logps_and_gradients(model: Any, given: list[EncodedPair], packing: Packing) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (P, 2), and the adapter's gradient of a sum that weighs every answer differently."""
-    model.zero_grad()
-    found_P2, weight_P2 = torch.zeros(len(given), 2), torch.linspace(-1, 2, 2 * len(given)).view(-1, 2)
-    for group in micro_batches(given, packing):
-        scores = score_batch(model, collate([given[place] for place in group], packing), tiny_run.CPU)
-        both_P2 = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
-        (weight_P2[group] * both_P2).sum().backward()
-        found_P2[group] = both_P2.detach()
-    return found_P2, tiny_run.gradients(model)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_are_exact_for_recurrent_models(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, padded = pairs(9), Packing(BUDGET, tiny_run.PAD, backend=None)
-    wanted = logps_and_gradients(tuned(kind), given, padded)
+    wanted = tiny_run.logps_and_gradients(tuned(kind), given, padded)
     model = tuned(kind, lean=True)
     assert recurrent_layers(model)
     packing, reason = choose_packing(model.eval(), given, padded, tiny_run.CPU)
     assert packing.backend == "spans", reason
     assert len(micro_batches(given, packing)) < len(given)
-    found = logps_and_gradients(model.train(), given, packing)
+    found = tiny_run.logps_and_gradients(model.train(), given, packing)
     assert tiny_run.apart(found[0], wanted[0]) < EXACT
     assert tiny_run.apart(found[1], wanted[1]) < EXACT
     # and what is exact depends on the branches: without them answers see each other
     monkeypatch.setattr(recurrent, "branches_of", lambda layout: Branches((Span(0, layout.spans[-1].stop),)))
-    wrong = logps_and_gradients(model, given, packing)
+    wrong = tiny_run.logps_and_gradients(model, given, packing)
     assert tiny_run.apart(wrong[0], wanted[0]) > 100 * EXACT
 
 

@@ -21,7 +21,7 @@ from qlora_dpo.model.packed import attention
 from qlora_dpo.model.packed.attention import Backend, PackedLayout, Span
 from qlora_dpo.preference import logps, pack
 from qlora_dpo.preference.logps import score_batch
-from qlora_dpo.preference.pack import Packing, collate, micro_batches
+from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.preference.packing_choice import choose_packing
 
 pytestmark = tiny_run.LIBRARIES_WARN
@@ -71,19 +71,6 @@ def drawn(seed: int, count: int) -> list[EncodedPair]:
     return pairs
 
 
-def asked(model: Any, pairs: list[EncodedPair], packing: Packing) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (P, 2), and the adapter's gradient of a sum that weighs every answer differently."""
-    model.zero_grad()
-    found_P2 = torch.zeros(len(pairs), 2)
-    weight_P2 = torch.linspace(-1, 2, 2 * len(pairs)).view(-1, 2)
-    for group in micro_batches(pairs, packing):
-        scores = score_batch(model, collate([pairs[i] for i in group], packing), tiny_run.CPU)
-        both_P2 = torch.stack([scores.chosen_logp_P, scores.rejected_logp_P], dim=1)
-        (weight_P2[group] * both_P2).sum().backward()
-        found_P2[group] = both_P2.detach()
-    return found_P2, tiny_run.gradients(model)
-
-
 def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=EXACT, atol=1e-4)
     assert tiny_run.apart(found[0], expected[0]) < EXACT
@@ -94,17 +81,20 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 @BACKENDS
 def test_packed_rows_are_exact_for_every_architecture(kind: str, backend: Backend) -> None:
     model, pairs = tuned(kind), drawn(1, 12)
-    expected = asked(tuned(kind, lean=False), pairs, tiny_run.PADDED)
-    assert_same(asked(model, pairs, Packing(200, tiny_run.PAD, backend)), expected)
+    expected = tiny_run.logps_and_gradients(tuned(kind, lean=False), pairs, tiny_run.PADDED)
+    assert_same(tiny_run.logps_and_gradients(model, pairs, Packing(200, tiny_run.PAD, backend)), expected)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_packed_rows_are_exact_for_random_pairs(seed: int) -> None:
     pairs = drawn(seed, [1, 2, 3, 5, 8, 13, 16, 24, 32, 40, 50, 64][seed])
     model = tuned("qwen2")
-    expected = asked(model, pairs, tiny_run.PADDED)
+    expected = tiny_run.logps_and_gradients(model, pairs, tiny_run.PADDED)
     assert_same(
-        asked(model, pairs, Packing(random.Random(seed).choice([64, 150, 600]), tiny_run.PAD, "spans")), expected
+        tiny_run.logps_and_gradients(
+            model, pairs, Packing(random.Random(seed).choice([64, 150, 600]), tiny_run.PAD, "spans")
+        ),
+        expected,
     )
 
 
@@ -112,46 +102,49 @@ def test_packed_rows_are_exact_for_random_pairs(seed: int) -> None:
 @BACKENDS
 def test_the_row_budget_changes_nothing(budget: int, backend: Backend) -> None:
     model, pairs = tuned("llama"), drawn(3, 14)
-    assert_same(asked(model, pairs, Packing(budget, tiny_run.PAD, backend)), asked(model, pairs, tiny_run.PADDED))
+    assert_same(
+        tiny_run.logps_and_gradients(model, pairs, Packing(budget, tiny_run.PAD, backend)),
+        tiny_run.logps_and_gradients(model, pairs, tiny_run.PADDED),
+    )
 
 
 def test_the_order_of_pairs_changes_nothing() -> None:
     model, pairs = tuned("llama"), drawn(4, 10)
-    logps_P2, _ = asked(model, pairs, tiny_run.PACKED)
-    turned_P2, _ = asked(model, pairs[::-1], tiny_run.PACKED)
+    logps_P2, _ = tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED)
+    turned_P2, _ = tiny_run.logps_and_gradients(model, pairs[::-1], tiny_run.PACKED)
     torch.testing.assert_close(turned_P2.flip(0), logps_P2, rtol=EXACT, atol=1e-5)
 
 
 def test_sharing_a_prefix_or_not_changes_nothing() -> None:
     model, pairs = tuned("qwen3"), drawn(5, 9)
-    together, _ = asked(model, pairs, tiny_run.PACKED)
-    alone = torch.cat([asked(model, [pair], tiny_run.PACKED)[0] for pair in pairs])
+    together, _ = tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED)
+    alone = torch.cat([tiny_run.logps_and_gradients(model, [pair], tiny_run.PACKED)[0] for pair in pairs])
     torch.testing.assert_close(together, alone, rtol=EXACT, atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_checkpointing_changes_nothing(layers: int) -> None:
     model, pairs = tuned("qwen2"), drawn(6, 8)
-    expected = asked(model, pairs, tiny_run.PACKED)
+    expected = tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED)
     set_gradient_checkpointing(model.train(), layers)
-    assert_same(asked(model, pairs, tiny_run.PACKED), expected)
+    assert_same(tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED), expected)
 
 
 @pytest.mark.parametrize(("states", "words"), [(1, 7), (5, 64), (1000, 1000)])
 def test_the_heads_chunks_change_nothing(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = tuned("gemma"), drawn(7, 8)
-    expected = asked(model, pairs, tiny_run.PACKED)
+    expected = tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED)
     monkeypatch.setattr(pack, "STATES_PER_CHUNK", states)
     monkeypatch.setattr(logps, "VOCAB_TILE", {"cpu": words})
-    assert_same(asked(model, pairs, tiny_run.PACKED), expected)
+    assert_same(tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED), expected)
 
 
 @pytest.mark.parametrize("tile", [3, 16])
 def test_the_tiles_of_attention_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = tuned("llama"), drawn(8, 8)
-    expected = asked(model, pairs, tiny_run.PACKED)
+    expected = tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED)
     monkeypatch.setattr(attention, "SPAN_TILE", tile)
-    assert_same(asked(model, pairs, tiny_run.PACKED), expected)
+    assert_same(tiny_run.logps_and_gradients(model, pairs, tiny_run.PACKED), expected)
 
 
 def test_a_row_where_rejected_sees_chosen_is_not_exact() -> None:
