@@ -24,7 +24,7 @@ from qlora_dpo.model import base, device, sources
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.preference.logps import score_batch
-from qlora_dpo.preference.pack import Packing, collate, micro_batches
+from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches
 from qlora_dpo.preference.packing_choice import choose_packing
 from qlora_dpo.recipe.data import DataTable
 from qlora_dpo.recipe.model import LoraTable, ModelTable
@@ -79,9 +79,7 @@ def main() -> None:
     encoded = [
         pair for pair in encode_pairs(rows, tokenizer, detect_chat_format(tokenizer)) if isinstance(pair, EncodedPair)
     ]
-    fitting = [
-        pair for pair in encoded if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= asked.max_length
-    ]
+    fitting = [pair for pair in encoded if max_sequence_tokens(pair) <= asked.max_length]
     pairs = fitting[: asked.pairs]
     print(f"{here.name}, fp32, {len(pairs)} pairs; torch {torch.__version__}, transformers {transformers.__version__}")
     print("| family | padded, s | packed, s | padded / packed | gradients apart |\n| --- | --- | --- | --- | --- |")

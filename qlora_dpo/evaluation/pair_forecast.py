@@ -20,7 +20,6 @@ NEARLY_IMPOSSIBLE_NATS = 3.0
 """Nats a token beyond the model's own answers from which an answer counts as next to impossible."""
 ALIKE = 0.9
 """Share of common tokens from which the two answers of a pair count as alike."""
-
 EASY_SHARE = 0.95
 """Share of the pairs that a linear probe ranks right from which they are called easy."""
 MAX_LENGTH_AUC = 0.7

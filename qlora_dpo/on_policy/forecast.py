@@ -22,7 +22,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference.logps import hidden_states, mean_answer_states, score_batch
 from qlora_dpo.preference.objective import needs_reference
-from qlora_dpo.preference.pack import Packing, collate, micro_batches
+from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches
 from qlora_dpo.preference.packing_choice import choose_packing
 from qlora_dpo.preference.reference import model_logps
 from qlora_dpo.recipe import Recipe
@@ -70,10 +70,7 @@ def forecast_rows(
     drawn = [pairs[place] for place in _draw(len(pairs))]
     encoded, labels = list[EncodedPair](), list[bool | None]()
     for pair, result in zip(drawn, encode_pairs(drawn, tokenizer, detect_chat_format(tokenizer)), strict=True):
-        if (
-            isinstance(result, EncodedPair)
-            and len(result.prompt) + max(len(result.chosen), len(result.rejected)) <= limit
-        ):
+        if isinstance(result, EncodedPair) and max_sequence_tokens(result) <= limit:
             encoded.append(result)
             labels.append(pair.label)
     if not encoded:
