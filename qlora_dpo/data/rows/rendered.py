@@ -43,9 +43,9 @@ END_MARKS = (
 """Marks that end a turn or a text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MarkFamily:
-    """The marks that a family of chat templates writes around turns."""
+    """The marks that a family of chat templates writes around turns. Each is equal to itself alone."""
 
     name: str
     """Its name in the audit."""
@@ -165,8 +165,14 @@ def _may_be_rendered(text: str, families: tuple[MarkFamily, ...]) -> bool:
     return (
         _OPENER.match(text) is not None
         or _DEEPSEEK_USER in text
-        or any(family.opens(text) for family in families if family not in FAMILIES)
+        or any(family.opens(text) for family in _unnamed(families))
     )
+
+
+@lru_cache(maxsize=8)
+def _unnamed(families: tuple[MarkFamily, ...]) -> tuple[MarkFamily, ...]:
+    """Those whose openings are not in `_OPENER`: a model's own marks."""
+    return tuple(family for family in families if family not in FAMILIES)
 
 
 def _read_as(family: MarkFamily, text: str) -> RenderedText | None:
