@@ -1,100 +1,153 @@
-"""Sampled answers per second: many prompts and samples in batches against `transformers.generate`, asked one at a time.
+"""Answers of `chat`, `samples` and `pairs` against `transformers.generate` with the same model, in turn in one process.
 
-    python benchmarks/answers.py MODEL PROMPTS.jsonl      # a model folder, and any data whose prompts are asked
+    python benchmarks/answers.py MODEL PROMPTS.jsonl     # a model or adapter folder; any data whose prompts are asked
 
-Every round has both answer the same prompts with the same dense weights, dtype, temperature and number of samples, in
-turn in one process. `generate` is asked for the samples of a prompt together (num_return_sequences) in a third variant.
+chat: the first prompt, greedily, token by token, each in a new conversation. samples: all prompts, greedily. pairs:
+several sampled answers to each prompt. `generate` gets one prompt at a time, or all of them in one padded batch; of
+sampled answers, one at a time or those of a prompt together. Both end an answer at the same tokens.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from qlora_dpo.adapter import OpenedModel, open_model
 from qlora_dpo.cli.startup.quiet import quiet_libraries
-from qlora_dpo.model import base, device, sources
-from qlora_dpo.on_policy.prompts import collect_prompts
-from qlora_dpo.recipe.model import ModelTable
-from qlora_dpo.talk.generate import sample_completions, stop_token_ids, tokenize_prompt
+from qlora_dpo.on_policy.prompts import AskedPrompt, collect_prompts
+from qlora_dpo.talk.fused_decoder import fused_decoder
+from qlora_dpo.talk.generate import (
+    KVCache,
+    TokenUsage,
+    generate_greedy,
+    generate_stream,
+    sample_completions,
+    stop_token_ids,
+    tokenize_prompt,
+)
 from qlora_dpo.talk.sampling import SamplingParams
 
 BATCH_TOKENS = 2**16
+Variant = Callable[[], int]
+"""Answers, and returns the number of tokens."""
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=Path)
     parser.add_argument("prompts")
+    parser.add_argument("--only", default="chat,samples,pairs")
     parser.add_argument("--count", type=int, default=16, help="prompts")
-    parser.add_argument("--samples", type=int, default=4, help="answers to each")
+    parser.add_argument("--samples", type=int, default=4, help="answers of `pairs` to each")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     quiet_libraries()
-    table, here = ModelTable(name=asked.model, quantization="none"), device.select_device(asked.dtype)
-    source = sources.fetch_model(table)
-    tokenizer, model = base.load_tokenizer(source), base.load_base(source, table, here).to(here.torch_dtype).eval()
+    opened = open_model(str(asked.model))
+    opened.model.eval()
     prompts = collect_prompts(asked.prompts, "train", None, asked.count, 0)
-    ids = [tokenize_prompt(tokenizer, prompt.messages) for prompt in prompts]
-    settings = SamplingParams(temperature=0.9, top_p=1.0, max_new_tokens=asked.max_new_tokens, seed=0)
-    variants: dict[str, Callable[[], int]] = {
-        "ours": lambda: ours(model, tokenizer, ids, asked.samples, settings),
-        "generate, one at a time": lambda: theirs(model, tokenizer, ids, asked.samples, settings, together=False),
-        "generate, a prompt at a time": lambda: theirs(model, tokenizer, ids, asked.samples, settings, together=True),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in variants}
-    tokens: dict[str, int] = {}
-    with torch.inference_mode():
-        for _ in range(asked.rounds + 1):
-            for name, answer in variants.items():
-                started = time.perf_counter()
-                tokens[name] = answer()
-                rates[name].append(len(ids) * asked.samples / (time.perf_counter() - started))
-    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}  # the first round warms up
-    print(f"{asked.model}, {here.compute_dtype}, {here.name}, {len(ids)} prompts, {asked.samples} answers each,")
     print(
-        f"at most {asked.max_new_tokens} tokens, medians of {asked.rounds} rounds; torch {torch.__version__}, ", end=""
+        f"{asked.model.name}, {opened.device.compute_dtype}, {opened.device.name}; at most {asked.max_new_tokens} ",
+        end="",
     )
-    print(f"transformers {transformers.__version__}")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.2f} answers/s | {tokens[name]} tokens | {medians['ours'] / median:.1f} |")
+    print(f"tokens, {asked.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}")
+    for kind in asked.only.split(","):
+        variants = {"chat": chat, "samples": greedy, "pairs": sampled}[kind](opened, prompts, asked)
+        with torch.inference_mode(), opened.device.autocast():
+            measure(kind, variants, asked.rounds)
 
 
-def ours(model: Any, tokenizer: Any, ids: list[list[int]], samples: int, settings: SamplingParams) -> int:
-    """The tokens of all answers."""
-    seeds = [str(number) for number in range(len(ids))]
-    batches = sample_completions(model, tokenizer, ids, samples, settings, seeds, BATCH_TOKENS)
-    return sum(answer.tokens for _, of_batch in batches for of_prompt in of_batch for answer in of_prompt)
+def measure(kind: str, variants: dict[str, Variant], rounds: int) -> None:
+    """Run the variants in turn and print medians, without a first round that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    tokens: dict[str, int] = {}
+    for _ in range(rounds + 1):
+        for name, answer in variants.items():
+            started = time.perf_counter()
+            tokens[name] = answer()
+            seconds[name].append((time.perf_counter() - started) / tokens[name])
+    ours = seconds[kind][1:]
+    for name, of_variant in seconds.items():
+        ratios = [theirs / own for theirs, own in zip(of_variant[1:], ours, strict=True)]
+        rate = 1 / statistics.median(of_variant[1:])
+        print(f"| {name} | {tokens[name]} | {rate:.1f} | {statistics.median(ratios):.2f} |", flush=True)
 
 
-def theirs(
-    model: Any, tokenizer: Any, ids: list[list[int]], samples: int, settings: SamplingParams, *, together: bool
-) -> int:
-    """The tokens of all answers by `generate`, the samples of a prompt together or each on its own."""
-    torch.manual_seed(0)
-    stop_ids, tokens = sorted(stop_token_ids(model, tokenizer)), 0
-    for prompt in ids:
-        for _ in range(1 if together else samples):
-            found = model.generate(
-                input_ids=torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                do_sample=True,
-                temperature=settings.temperature,
-                top_p=1.0,
-                top_k=0,
-                max_new_tokens=settings.max_new_tokens,
-                num_return_sequences=samples if together else 1,
-                eos_token_id=stop_ids,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            tokens += int((found[:, len(prompt) :] != tokenizer.pad_token_id).sum())
-    return tokens
+def chat(opened: OpenedModel, prompts: list[AskedPrompt], asked: argparse.Namespace) -> dict[str, Variant]:
+    """One reply, as `chat` and `serve` stream it; their decoder is built for the first reply of a session."""
+    ids = tokenize_prompt(opened.tokenizer, prompts[0].messages)
+    settings = SamplingParams(temperature=0, max_new_tokens=asked.max_new_tokens, seed=0)
+    decoder = fused_decoder(opened.model)
+
+    def ours() -> int:
+        usage = TokenUsage()
+        for _ in generate_stream(opened.model, opened.tokenizer, ids, settings, KVCache(), usage, decoder):
+            pass
+        return usage.completion_tokens
+
+    return {"chat": ours, "generate": lambda: generated(opened, [ids], asked, do_sample=False)}
+
+
+def greedy(opened: OpenedModel, prompts: list[AskedPrompt], asked: argparse.Namespace) -> dict[str, Variant]:
+    """One answer to each prompt, as `samples`, `eval` and the end of a run write them."""
+    ids = [tokenize_prompt(opened.tokenizer, prompt.messages) for prompt in prompts]
+    messages = [prompt.messages for prompt in prompts]
+
+    def ours() -> int:
+        answers = generate_greedy(opened.model, opened.tokenizer, messages, asked.max_new_tokens)
+        return sum(answer.tokens for answer in answers)
+
+    return {
+        "samples": ours,
+        "generate, all in one batch": lambda: generated(opened, ids, asked, do_sample=False),
+        "generate, one at a time": lambda: sum(generated(opened, [each], asked, do_sample=False) for each in ids),
+    }
+
+
+def sampled(opened: OpenedModel, prompts: list[AskedPrompt], asked: argparse.Namespace) -> dict[str, Variant]:
+    """Several sampled answers to each prompt, as `pairs` writes them."""
+    ids = [tokenize_prompt(opened.tokenizer, prompt.messages) for prompt in prompts]
+    settings = SamplingParams(temperature=0.9, top_p=1.0, max_new_tokens=asked.max_new_tokens, seed=0)
+    seeds, samples = [str(number) for number in range(len(ids))], asked.samples
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
+
+    def ours() -> int:
+        batches = sample_completions(opened.model, opened.tokenizer, ids, samples, settings, seeds, BATCH_TOKENS)
+        return sum(answer.tokens for _, of_batch in batches for of_prompt in of_batch for answer in of_prompt)
+
+    def together() -> int:
+        return sum(generated(opened, [each], asked, num_return_sequences=samples, **sampling) for each in ids)
+
+    def one_at_a_time() -> int:
+        return sum(generated(opened, [each], asked, **sampling) for each in ids for _ in range(samples))
+
+    return {
+        "pairs": ours,
+        "generate, a prompt at a time": together,
+        "generate, one answer at a time": one_at_a_time,
+    }
+
+
+def generated(opened: OpenedModel, prompts: list[list[int]], asked: argparse.Namespace, **sampling: Any) -> int:
+    """The tokens of answers by `generate` to prompts in one batch, without end tokens."""
+    stop_ids, pad = sorted(stop_token_ids(opened.model, opened.tokenizer)), opened.tokenizer.pad_token_id
+    longest = max(map(len, prompts))
+    found = opened.model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
+        max_new_tokens=asked.max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=pad,
+        **sampling,
+    )
+    ends = torch.tensor([*stop_ids, pad])
+    return int(torch.isin(found[:, longest:], ends, invert=True).sum())
 
 
 if __name__ == "__main__":

@@ -75,12 +75,28 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "talk/generate.py": [
         ("uniform_RT[list(rows), count, None]", "uniform_RT[list(rows), 0, None]", "talk/test_sample_completions.py"),
         ("_generator(settings.seed, seeds[index], copy)", "_generator(0, copy)", "talk/test_sample_completions.py"),
+        ("*decoded[: cache.count]]", "*decoded]", "talk/test_fused_decoder.py"),
+    ],
+    "talk/fused_decoder.py": [
+        (" * self.scaling  # (S, K, G, D)", "  # (S, K, G, D)", "talk/test_fused_decoder.py"),
+        ("slot_R // cache.copies] + cache.count", "slot_R // cache.copies]", "talk/test_fused_decoder.py"),
+        ("if cache.padding_P11L is not None:", "if False:", "talk/test_fused_decoder.py"),
+        (".mul_(norm.weight)", "", "talk/test_fused_decoder.py"),
+        ("if not layer.disable_adapters:", "if True:", "talk/test_fused_decoder.py"),
+        (
+            "+ torch.arange(self.copies)).flatten()",
+            "+ torch.zeros(self.copies, dtype=int)).flatten()",
+            "talk/test_fused_decoder.py",
+        ),
+        ("cache.keys[index][slot_R, :, cache.count]", "cache.keys[index][slot_R, :, 0]", "talk/test_fused_decoder.py"),
+        ("or _has_hooks(model):", "or False:", "talk/test_fused_decoder.py"),
     ],
     "cli/probe.py": [
         ("in (numbers[0], numbers[-1]):", "in (numbers[0],):", "training/test_sweep.py"),
     ],
     "talk/decode.py": [
         ("past.reorder_cache(prompt_R)", "past.reorder_cache(prompt_R * 0)", "talk/test_generate_families.py"),
+        ("tokens > PADDING_LIMIT * sum(padded)", "False", "talk/test_fused_decoder.py"),
     ],
     "model/malloc.py": [
         ("if rss_bytes() > limit:", "if rss_bytes() < limit:", "model/test_memory.py"),
@@ -435,7 +451,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "preference/kl.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
-        ("batch.tokens_S[: batch.pairs].sum()", "batch.tokens_S.sum()", WATCH),
+        ("pairs_without_rejected(pairs[:max_pairs])", "pairs[:max_pairs]", WATCH),
         ("return total / tokens", "return total / len(measured_pairs)", WATCH),
     ],
     "training/train_step.py": [

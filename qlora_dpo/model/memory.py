@@ -1,6 +1,7 @@
 """Memory that is free and in use, and which weights may be cached in the compute dtype within it."""
 
 import gc
+import os
 from pathlib import Path
 
 import torch
@@ -15,20 +16,25 @@ USABLE_FRACTION = 0.9
 
 
 def free_bytes(device: Device) -> int:
-    """Bytes that this process can still allocate: on its GPU, or in RAM within the limit of its control group.
-
-    RAM is divided evenly among the ranks on one machine.
-    """
+    """Bytes that this process can still allocate: on its GPU, or in RAM as `free_ram_bytes` says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return min(_available_bytes(device), _cgroup_free_bytes()) // processes.local_world_size()
+    return free_ram_bytes()
 
 
-def _available_bytes(device: Device) -> int:
+def free_ram_bytes() -> int:
+    """Bytes of RAM that this process can still allocate within the limit of its control group.
+
+    They are divided evenly among the ranks on one machine.
+    """
+    return min(_available_bytes(), _cgroup_free_bytes()) // processes.local_world_size()
+
+
+def _available_bytes() -> int:
     meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return device.total_bytes // 2  # macOS and others do not report it; half is usually available
+    if not meminfo.is_file():  # macOS and others do not report it; half is usually available
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     return int(lines["MemAvailable"].split()[0]) * 1024
 

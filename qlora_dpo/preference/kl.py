@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qlora_dpo.data.encoded import EncodedPair
+from qlora_dpo.data.encoded import EncodedPair, pairs_without_rejected
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
@@ -32,7 +32,7 @@ def kl_to_base(
 
     None takes all pairs. Each rank computes its share of them; all ranks get the same result.
     """
-    training, measured_pairs = model.training, pairs[:max_pairs]
+    training, measured_pairs = model.training, pairs_without_rejected(pairs[:max_pairs])
     local_indices = rank_split.rank_indices(measured_pairs)
     model.eval()
     try:
@@ -47,7 +47,7 @@ def kl_to_base(
 def _sum_kl(
     model: nn.Module, pairs: Sequence[EncodedPair], local_indices: Sequence[int], packing: Packing, device: Device
 ) -> tuple[float, int]:
-    """KL in nats, summed over the chosen completion tokens of this rank's pairs, and the number of those tokens."""
+    """KL in nats, summed over the completion tokens of this rank's `pairs`, and the number of those tokens."""
     head = unwrap_peft(model).get_output_embeddings()
     weight_VD, total, tokens = dense_weight(head, device.torch_dtype), 0.0, 0
     local_pairs = [pairs[index] for index in local_indices]
@@ -55,8 +55,7 @@ def _sum_kl(
     for group in rank_split.pad_group_count(micro_batches(local_pairs, packing)):
         batch_pairs = [local_pairs[index] for index in group] if group is not None else pairs[:1]
         batch = collate(batch_pairs, packing).to(device.torch_device)
-        chosen_M = torch.arange(len(batch.scored_M), device=device.torch_device) < batch.tokens_S[: batch.pairs].sum()
-        states_R = batch.state_R[batch.row_N[batch.scored_M[chosen_M]]]
+        states_R = batch.state_R[batch.row_N[batch.scored_M]]
         policy_RD = hidden_states(model, batch, device)[states_R].to(weight_VD.dtype)
         with adapter_disabled(model):
             base_RD = hidden_states(model, batch, device)[states_R].to(weight_VD.dtype)

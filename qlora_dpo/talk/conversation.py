@@ -1,7 +1,7 @@
 """A conversation with a model: its messages, the variants that reply, and how the history fits in the context."""
 
-from collections.abc import Generator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,14 @@ from qlora_dpo.data.dialogue import Message
 from qlora_dpo.errors import RecipeError
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.talk.fused_decoder import FusedDecoder, fused_decoder
 from qlora_dpo.talk.generate import KVCache, TokenUsage, context_tokens, generate_stream, tokenize_prompt
 from qlora_dpo.talk.sampling import SamplingParams
 from qlora_dpo.talk.terminal import EscapeFilter
 
 ModelVariant = Literal["tuned", "base", "model"]
+Decoders = dict[ModelVariant, FusedDecoder | None]
+"""The decoder of each variant that has replied; None for one that has to decode with the model's own forward."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Conversation:
     draws: int = 0
     """Replies started so far; each is sampled with another seed, so that a retry gives another reply."""
     kv_caches: dict[ModelVariant, KVCache] = field(default_factory=dict)
+    decoders: Decoders = field(default_factory=dict)
     last_prompt: list[Message] = field(default_factory=list)
     """The messages of the last prompt, up to the user's last message."""
     replies: list[Reply] = field(default_factory=list)
@@ -111,14 +115,11 @@ def stream_reply(conversation: Conversation, variant: ModelVariant, seed: int) -
     settings = SamplingParams(**{**vars(conversation.settings), "seed": seed})
     conversation.usage = TokenUsage()
     try:
-        ids = tokenize_prompt(conversation.tokenizer, _prompt_messages(conversation))
-        with ExitStack() as stack:
-            stack.enter_context(conversation.device.autocast())
-            if variant == "base":
-                stack.enter_context(adapter_disabled(conversation.model))
-            stream = generate_stream(
-                conversation.model, conversation.tokenizer, ids, settings, kv_cache, conversation.usage
-            )
+        model, tokenizer = conversation.model, conversation.tokenizer
+        ids = tokenize_prompt(tokenizer, _prompt_messages(conversation))
+        with use_variant(model, conversation.device, variant):
+            decoder = variant_decoder(conversation.decoders, model, variant)
+            stream = generate_stream(model, tokenizer, ids, settings, kv_cache, conversation.usage, decoder)
             while True:
                 try:
                     chunk = escape_filter.feed(next(stream))
@@ -134,6 +135,20 @@ def stream_reply(conversation: Conversation, variant: ModelVariant, seed: int) -
         return ended
     finally:
         _record_reply(conversation, Reply(variant, "".join(chunks), ended))
+
+
+@contextmanager
+def use_variant(model: Any, device: Device, variant: ModelVariant) -> Iterator[None]:
+    """Run `model` as the variant inside the device's autocast: the base is the model with its adapter disabled."""
+    with device.autocast(), adapter_disabled(model) if variant == "base" else nullcontext():
+        yield
+
+
+def variant_decoder(decoders: Decoders, model: Any, variant: ModelVariant) -> FusedDecoder | None:
+    """The decoder of a variant, built for its first reply; call it inside `use_variant`."""
+    if variant not in decoders:
+        decoders[variant] = fused_decoder(model)
+    return decoders[variant]
 
 
 def next_seed(conversation: Conversation) -> int:

@@ -12,7 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from qlora_dpo.model.decoder_layers import unwrap_peft
+from qlora_dpo.talk.fused_decoder import FusedDecoder
 
+FEW_TOKENS = 256
+"""A pass over up to this many tokens is hardly slower with padding among them."""
+PADDING_LIMIT = 1.1
+"""Tokens with padding, for each token of a prompt, up to which prompts share a pass."""
 ChooseTokens = Callable[[Tensor, Sequence[int], int], Tensor]
 """Chooses the next token (R,) of each row by logits (R, V), the numbers of the rows, and how many tokens they have."""
 
@@ -55,16 +60,17 @@ def decode_batch(
     max_new_tokens: int,
     choose: ChooseTokens,
     copies: int = 1,
+    decoder: FusedDecoder | None = None,
 ) -> list[list[int]]:
     """Continue left-padded `prompts`, each `copies` times, with the tokens that `choose` names, end tokens included.
 
     A prompt is run once for all of its copies, which follow each other in the result. A finished row leaves the batch.
+    `decoder` has the weights of `model`, and takes over after the prompts.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    device = model.get_input_embeddings().weight.device
-    ids_RT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask_RT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    position_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
+    if decoder is not None:
+        return _decode_fused(model, decoder, prompts, stop_ids, pad, max_new_tokens, choose, copies)
+    ids_RT, mask_RT, position_RT = _left_padded(model, prompts, pad)
+    device = ids_RT.device
     past = empty_cache(model)
     is_recurrent = getattr(unwrap_peft(model), "_is_stateful", False) and not _takes_positions(model)
     completions: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
@@ -97,6 +103,61 @@ def decode_batch(
         else:
             ids_RT, position_RT = new_R1, position_RT[unfinished, -1:] + 1
     return completions
+
+
+def _left_padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and positions (R, T) of prompts."""
+    longest = max(len(prompt) for prompt in prompts)
+    device = model.get_input_embeddings().weight.device
+    ids_RT = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask_RT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids_RT, mask_RT, (mask_RT.cumsum(-1) - 1).clamp(min=0)
+
+
+def _decode_fused(
+    model: Any,
+    decoder: FusedDecoder,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Collection[int],
+    pad: int,
+    max_new_tokens: int,
+    choose: ChooseTokens,
+    copies: int,
+) -> list[list[int]]:
+    """Continue prompts as `decode_batch` does: the model runs those of similar length at once, `decoder` the rest."""
+    passes, logits = list[tuple[DynamicCache, list[int]]](), list[Tensor]()
+    for start, end in _similar_lengths([len(prompt) for prompt in prompts]):
+        ids_RT, mask_RT, position_RT = _left_padded(model, prompts[start:end], pad)
+        past = DynamicCache(config=model.config)
+        logits.append(last_logits(model, ids_RT, past, position_ids=position_RT, attention_mask=mask_RT))
+        passes.append((past, [len(prompt) for prompt in prompts[start:end]]))
+    cache = decoder.cache(passes, copies, max_new_tokens)
+    del passes
+    logits_RV = torch.cat(logits).repeat_interleave(copies, dim=0)
+    completions: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
+    live, slot_R = list(range(len(completions))), torch.arange(len(completions))
+    for count in range(max_new_tokens):
+        chosen_R = choose(logits_RV, live, count)
+        for row, token in zip(live, chosen_R.tolist(), strict=True):
+            completions[row].append(token)
+        unfinished = [index for index, row in enumerate(live) if completions[row][-1] not in stop_ids]
+        if not unfinished or count + 1 == max_new_tokens:
+            break
+        live = [live[index] for index in unfinished]
+        slot_R = cache.keep_rows(slot_R[unfinished])
+        logits_RV = decoder.next_logits(chosen_R[unfinished], cache, slot_R)
+    return completions
+
+
+def _similar_lengths(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbours whose padding takes at most a tenth of their tokens, or that are few tokens anyway."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        padded = lengths[start : end + 1]
+        tokens = max(padded) * len(padded)
+        if end == len(lengths) or (tokens > FEW_TOKENS and tokens > PADDING_LIMIT * sum(padded)):
+            yield start, end
+            start = end
 
 
 def last_logits(model: Any, ids_RT: Tensor, past: DynamicCache | None, **padding: Tensor) -> Tensor:

@@ -5,15 +5,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_dpo.data.dialogue import Message, sanitize_text
 from qlora_dpo.errors import ModelError, QloraDpoError, RecipeError
 from qlora_dpo.model.device import Device
-from qlora_dpo.model.lora import adapter_disabled
-from qlora_dpo.talk.conversation import ModelVariant
+from qlora_dpo.talk.conversation import Decoders, ModelVariant, use_variant, variant_decoder
 from qlora_dpo.talk.generate import KVCache, TokenUsage, context_tokens, generate_stream, tokenize_prompt
 from qlora_dpo.talk.sampling import SamplingParams
 from qlora_dpo.talk.stop_strings import StopStringFilter
@@ -143,6 +141,7 @@ class Engine:
     max_concurrent: int = MAX_CONCURRENT
     timeout_seconds: float = REQUEST_TIMEOUT_SECONDS
     _kv_caches: list[tuple[ModelVariant, KVCache]] = field(default_factory=list)
+    _decoders: Decoders = field(default_factory=dict)
 
     def run(self, stopping: threading.Event) -> None:
         """Generate replies until `stopping` is set; requests that are unfinished then fail with status 503."""
@@ -176,7 +175,9 @@ class Engine:
             ids = tokenize_prompt(self.tokenizer, request.messages)
             sampling = sampling_within_context(request, len(ids), context_tokens(self.model))
             kv_cache, usage = self._take_kv_cache(request.variant, ids), TokenUsage(prompt_tokens=len(ids))
-            chunks = generate_stream(self.model, self.tokenizer, ids, sampling, kv_cache, usage)
+            with use_variant(self.model, self.device, request.variant):
+                decoder = variant_decoder(self._decoders, self.model, request.variant)
+            chunks = generate_stream(self.model, self.tokenizer, ids, sampling, kv_cache, usage, decoder)
             return _Reply(request, chunks, usage, kv_cache, StopStringFilter(request.stop_strings))
         except Exception as error:  # one client's failure does not stop the others' replies
             request.emit(self._failure_for(error, begun=False))
@@ -189,10 +190,7 @@ class Engine:
             if request.cancelled.is_set():
                 return self._store_kv_cache(reply)
             late = time.monotonic() - request.queued_at > self.timeout_seconds
-            with ExitStack() as stack:
-                stack.enter_context(self.device.autocast())
-                if request.variant == "base":
-                    stack.enter_context(adapter_disabled(self.model))
+            with use_variant(self.model, self.device, request.variant):
                 text = "" if late else reply.stop_filter.feed(reply.escape_filter.feed(next(reply.chunks)))
             if text:
                 request.emit(TextChunk(text))

@@ -5,7 +5,7 @@ In names: R rows of a batch, T tokens, V vocabulary.
 
 import hashlib
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from qlora_dpo.data.templates.chat_template import TEMPLATE_ERRORS, render_chats
 from qlora_dpo.data.templates.template_limits import LimitExceeded
 from qlora_dpo.errors import ModelError, RecipeError, is_out_of_memory
 from qlora_dpo.talk.decode import decode_batch, empty_cache, last_logits, prompt_batches, supports_dynamic_cache
+from qlora_dpo.talk.fused_decoder import FusedDecoder, fused_decoder
 from qlora_dpo.talk.sampling import SamplingParams
 
 NOT_A_NUMBER = "the model's output is not a number; its weights or its compute dtype are broken"
@@ -59,9 +60,10 @@ def generate_greedy(
     training = model.training
     model.eval()
     try:
-        padded = supports_dynamic_cache(model)
+        padded, decoder = supports_dynamic_cache(model), fused_decoder(model) if prompts else None
         for batch in prompt_batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=padded):
-            rows = decode_batch(model, [encoded[index] for index in batch], stop_ids, pad, max_new_tokens, _likeliest)
+            in_batch = [encoded[index] for index in batch]
+            rows = decode_batch(model, in_batch, stop_ids, pad, max_new_tokens, _likeliest, decoder=decoder)
             for index, ids in zip(batch, rows, strict=True):
                 completions[index] = ids
     finally:
@@ -88,6 +90,7 @@ def sample_completions(
     """
     stop_ids = stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id or 0
+    decoder = fused_decoder(model)
     batches = prompt_batches(
         [len(ids) for ids in prompts],
         settings.max_new_tokens,
@@ -111,9 +114,8 @@ def sample_completions(
         )
         choose = partial(_sample_rows, settings, uniform_RT)
         try:
-            rows = decode_batch(
-                model, [prompts[index] for index in batch], stop_ids, pad, settings.max_new_tokens, choose, copies
-            )
+            in_batch = [prompts[index] for index in batch]
+            rows = decode_batch(model, in_batch, stop_ids, pad, settings.max_new_tokens, choose, copies, decoder)
         except Exception as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
@@ -166,29 +168,54 @@ def generate_stream(
     settings: SamplingParams,
     kv_cache: KVCache,
     usage: TokenUsage | None = None,
+    decoder: FusedDecoder | None = None,
 ) -> Generator[str, None, bool]:
     """Yield the reply to the prompt `ids` in chunks of whole characters; return True if the model ended it itself.
 
     Only tokens that `kv_cache` does not hold are run, so a longer conversation costs its new part. Closing the
     generator stops the reply; the tokens until then stay in `kv_cache`. The model must be in evaluation mode. `usage`
-    is updated as the reply grows.
+    is updated as the reply grows. `decoder` has the weights of `model`, and takes over after the prompt.
     """
     usage = TokenUsage() if usage is None else usage
     stop_ids = stop_token_ids(model, tokenizer)
     generator = torch.Generator().manual_seed(settings.seed)
-    decoder = _IncrementalDecoder(tokenizer)
+    text = _IncrementalDecoder(tokenizer)
     new_ids = _reuse_prefix(kv_cache, model, ids)
     usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = len(ids), len(ids) - len(new_ids), 0
-    for _ in range(settings.max_new_tokens):
-        token = _sample(_next_logits(model, new_ids, kv_cache), settings, generator)
-        if token in stop_ids:
-            yield from decoder.flush()
-            return True
-        usage.completion_tokens += 1
-        yield from decoder.add(token)
-        new_ids = [token]
-    yield from decoder.flush()
-    return False
+    with closing(_logits_stream(model, new_ids, settings.max_new_tokens, kv_cache, decoder)) as logits:
+        logits_V = next(logits)
+        while True:
+            token = _sample(logits_V, settings, generator)
+            if token in stop_ids:
+                yield from text.flush()
+                return True
+            usage.completion_tokens += 1
+            yield from text.add(token)
+            if usage.completion_tokens == settings.max_new_tokens:
+                yield from text.flush()
+                return False
+            logits_V = logits.send(token)
+
+
+def _logits_stream(
+    model: Any, new_ids: list[int], most: int, kv_cache: KVCache, decoder: FusedDecoder | None
+) -> Generator[Tensor, int, None]:
+    """Yield the next token's logits (V,) after `new_ids`, and after each token that is sent; all stay in `kv_cache`."""
+    if decoder is None:
+        while True:
+            new_ids = [(yield _next_logits(model, new_ids, kv_cache))]
+    logits_V, decoded = _next_logits(model, new_ids, kv_cache), list[int]()
+    cache = decoder.cache([(kv_cache.past, [len(kv_cache.ids)])], 1, most)
+    slot_R = torch.zeros(1, dtype=torch.long)
+    try:
+        while True:
+            decoded.append((yield logits_V))
+            logits_V = decoder.next_logits(torch.tensor(decoded[-1:]), cache, slot_R)[0]
+    finally:
+        past, kv_cache.past = kv_cache.past, None
+        ids, kv_cache.ids = [*kv_cache.ids, *decoded[: cache.count]], []  # without a token whose step was interrupted
+        cache.append_completion(past)
+        kv_cache.past, kv_cache.ids = past, ids
 
 
 def tokenize_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
