@@ -449,6 +449,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if folder.name not in needed:", "if False:", BEST),
         ("if folder.name not in needed:", "if True:", BEST),
     ],
+    "preference/start_evaluation.py": [
+        ("if not recipe.starts_as_reference:", "if False:", "preference/test_start_evaluation.py"),
+        ("[FORMAT, pairs, values, tables,", "[FORMAT, values, tables,", "preference/test_start_evaluation.py"),
+        ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
+    ],
     "preference/kl.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),
         ("pairs_without_rejected(pairs[:max_pairs])", "pairs[:max_pairs]", WATCH),

@@ -86,8 +86,6 @@ def run_hooks(
         results = write_results(folder, result, samples, recipe)
         if sweep_base is None:
             print_result(folder, results, samples, recipe)
-        else:
-            sweep_base.keep_start_evaluation(recipe, result.state.evals[0])
 
     return RunHooks(
         check_prepared=check_prepared,
@@ -97,7 +95,6 @@ def run_hooks(
         conclude=conclude,
         prepare=prepare,
         load_base=sweep_base.load_base if sweep_base else load_base_for_run,
-        start_evaluation=sweep_base.start_evaluation if sweep_base else lambda recipe: None,
         watch=show_reading_progress,
     )
 

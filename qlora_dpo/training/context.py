@@ -74,8 +74,8 @@ class TrainContext:
     """Keys of the recipe that may differ from the checkpoint's on resume."""
     deadline: float = math.inf
     """The time, by `time.monotonic`, at which the run must have ended."""
-    start_evaluation: Mapping[str, Any] | None = None
-    """The evaluation of step 0, where an earlier run of a sweep has made it; None if it is still to be made."""
+    start_evaluation_file: Path | None = None
+    """Where the evaluation of step 0 is kept for runs that start alike; None if it is not."""
     sample_fn: SampleFn | None = None
     """Called at every evaluation; None if the recipe asks for no samples."""
     save_errors: list[str] = field(default_factory=list)

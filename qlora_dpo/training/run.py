@@ -2,10 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
@@ -16,6 +15,8 @@ from qlora_dpo.files import write_json
 from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
+from qlora_dpo.preference.start_evaluation import start_evaluation_file
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.tracking import run_log as tracking
@@ -24,7 +25,7 @@ from qlora_dpo.training.build_model import LoadedBase, build_model, load_base_fo
 from qlora_dpo.training.checkpoint.best import load_best
 from qlora_dpo.training.checkpoint.save import newest_valid, saved_row_tokens
 from qlora_dpo.training.checkpoint.state import TrainState
-from qlora_dpo.training.context import SampleFn, TrainContext
+from qlora_dpo.training.context import PreferenceDataset, SampleFn, TrainContext
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.interrupts import explain_interrupt
 from qlora_dpo.training.prepare import PreparedData, check_sync_steps, data_fingerprint, prepare_data, timed
@@ -85,8 +86,6 @@ class RunHooks:
         recipe, watch=watch
     )
     load_base: Callable[[PreparedData, Device], LoadedBase] = load_base_for_run
-    start_evaluation: Callable[[Recipe], Mapping[str, Any] | None] = lambda recipe: None
-    """The evaluation of step 0, if it is known already."""
     watch: ProgressCallback = no_progress
     """Receives the progress of reading."""
 
@@ -167,7 +166,7 @@ def train_prepared(
         planned_bytes=loaded.planned_bytes,
         allowed_changes=options.allowed_changes,
         deadline=options.deadline,
-        start_evaluation=hooks.start_evaluation(recipe),
+        start_evaluation_file=_start_evaluation_file(recipe, heldout, cache),
         sample_fn=hooks.sample_fn(prepared),
     )
     state = TrainState(
@@ -213,6 +212,13 @@ def open_run_log(prepared: PreparedData, loaded: LoadedRecipe, folder: Path, res
         silent=not processes.is_main(),
         evaluation_steps=[step for step in range(1, order.total_steps + 1) if order.evaluates_after(step, eval_steps)],
     )
+
+
+def _start_evaluation_file(recipe: Recipe, heldout: PreferenceDataset, cache: ReferenceLogpCache) -> Path | None:
+    """Where the evaluation of step 0 is kept; None if it is made anew in every run."""
+    if processes.world_size() > 1 or engine_of(recipe).is_trl:
+        return None
+    return start_evaluation_file(cache.folder, recipe, heldout.pairs, heldout.columns)
 
 
 def _fingerprints(prepared: PreparedData) -> dict[str, str]:

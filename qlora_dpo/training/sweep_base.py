@@ -1,8 +1,6 @@
 """One base and one reading of the data for the runs of a sweep, whose recipes share [model] and [data]."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -39,7 +37,6 @@ class SweepBase:
         self.prepared: PreparedData | None = None
         self.base: LoadedBase | None = None
         self.restore: Callable[[], None] = lambda: None
-        self.start_evaluations: dict[str, Mapping[str, Any]] = {}
 
     def prepare(self, recipe: Recipe, watch: ProgressCallback = no_progress) -> PreparedData:
         """The data for one run; raises RunError if base or pairs have changed since the sweep began."""
@@ -72,18 +69,3 @@ class SweepBase:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return self.base
-
-    def keep_start_evaluation(self, recipe: Recipe, evaluation: Mapping[str, Any]) -> None:
-        """Keep the evaluation of step 0 for later runs that start from the same model."""
-        self.start_evaluations[_start_key(recipe)] = evaluation
-
-    def start_evaluation(self, recipe: Recipe) -> Mapping[str, Any] | None:
-        """The evaluation of step 0 of an earlier run with no other key than the learning rate, which it must equal."""
-        return self.start_evaluations.get(_start_key(recipe))
-
-
-def _start_key(recipe: Recipe) -> str:
-    """All of a recipe but its learning rate."""
-    tables = recipe.model_dump(mode="json")
-    del tables["train"]["learning_rate"]
-    return json.dumps(tables, sort_keys=True)

@@ -448,6 +448,7 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
 def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None:
     rates = "train.learning_rate=[1e-4, 1e-2, 1e-3]"
     mine = ("--set", "train.batch_size=2", "--set", "data.max_eval_samples=600", "--set", "samples.max_new_tokens=4")
+    mine += ("--set", "objective.beta=0.37")  # an evaluation that no other test has made
     done = said("sweep", "r.toml", "--probe", "--over", rates, *mine, "-o", "probe")
     assert done.code == 0, done.err
     assert "the best by preference_loss" in done.err

@@ -1,0 +1,58 @@
+"""The evaluation before training, kept beside the reference's log-probabilities for later runs that start alike.
+
+A policy that starts as its reference gives the same figures whatever the learning rate, the rank and the seed are, so a
+second run of a recipe, or the next run of a sweep, need not wait for them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qlora_dpo.data.encoded import EncodedPair, pair_digests
+from qlora_dpo.errors import SourceError
+from qlora_dpo.files import write_json
+from qlora_dpo.preference.objective import LossColumns
+from qlora_dpo.recipe import Recipe
+
+FORMAT = 1
+"""Raised when an evaluation has other figures than before."""
+
+
+def start_evaluation_file(
+    cache_folder: Path, recipe: Recipe, heldout: Sequence[EncodedPair], columns: LossColumns
+) -> Path | None:
+    """Where the evaluation of these held-out pairs is kept in a reference's cache folder, whose name tells the model.
+
+    None if the policy starts as another model than its reference.
+    """
+    if not recipe.starts_as_reference:
+        return None
+    values = {name: value.tolist() for name, value in vars(columns).items() if value is not None}
+    tables = [table.model_dump(mode="json") for table in (recipe.objective, recipe.reference) if table is not None]
+    pairs = hashlib.sha256(pair_digests(heldout).tobytes()).hexdigest()
+    # DoRA computes the same output in another way, which rounds differently
+    key = json.dumps([FORMAT, pairs, values, tables, recipe.lora.use_dora], sort_keys=True)
+    return cache_folder / f"evaluation-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def read_start_evaluation(file: Path) -> dict[str, Any] | None:
+    """The evaluation in `file`; None if there is none, or a damaged one."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = kept["evaluation"]
+        return record if kept["digest"] == _digest(record) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_start_evaluation(file: Path, record: dict[str, Any]) -> None:
+    """Keep an evaluation, unless the disk is full or read-only, or a figure is no number."""
+    with suppress(SourceError, ValueError):
+        write_json(file, {"digest": _digest(record), "evaluation": record})
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
