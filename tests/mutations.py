@@ -450,7 +450,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if folder.name not in needed:", "if True:", BEST),
     ],
     "preference/start_evaluation.py": [
-        ("if not recipe.starts_as_reference:", "if False:", "preference/test_start_evaluation.py"),
+        ("if not recipe.starts_as_reference or", "if", "preference/test_start_evaluation.py"),
+        (" or isinstance(recipe.reference, EmaReference):", ":", "preference/test_start_evaluation.py"),
         ("[FORMAT, pairs, values, tables,", "[FORMAT, values, tables,", "preference/test_start_evaluation.py"),
         ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
     ],

@@ -16,6 +16,7 @@ from qlora_dpo.errors import SourceError
 from qlora_dpo.files import write_json
 from qlora_dpo.preference.objective import LossColumns
 from qlora_dpo.recipe import Recipe
+from qlora_dpo.recipe.reference import EmaReference
 
 FORMAT = 1
 """Raised when an evaluation has other figures than before."""
@@ -26,9 +27,10 @@ def start_evaluation_file(
 ) -> Path | None:
     """Where the evaluation of these held-out pairs is kept in a reference's cache folder, whose name tells the model.
 
-    None if the policy starts as another model than its reference.
+    None if the policy starts as another model than its reference, and for a moving reference, which has no cache: it
+    starts as the policy, and so as whatever adapter training starts from.
     """
-    if not recipe.starts_as_reference:
+    if not recipe.starts_as_reference or isinstance(recipe.reference, EmaReference):
         return None
     values = {name: value.tolist() for name, value in vars(columns).items() if value is not None}
     tables = [table.model_dump(mode="json") for table in (recipe.objective, recipe.reference) if table is not None]

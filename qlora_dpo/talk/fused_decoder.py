@@ -254,10 +254,12 @@ def _is_fusable(model: Any) -> bool:
         return False
     if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return False
-    weights = [body.embed_tokens.weight, head.weight, *(layer.input_layernorm.weight for layer in body.layers)]
+    norms = [*(norm for layer in body.layers for norm in _norms(layer)), body.norm]
+    weights = [body.embed_tokens.weight, head.weight, *(norm.weight for norm in norms)]
     if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights):
         return False
-    return all(map(_is_plain, _linear_layers(body)))
+    # a norm that is trained in whole is wrapped by PEFT
+    return all(type(norm) is type(body.norm) for norm in norms) and all(map(_is_plain, _linear_layers(body)))
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -265,6 +267,11 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(
         module._forward_pre_hooks or (module._forward_hooks and not casts_output(module)) for module in model.modules()
     )
+
+
+def _norms(layer: Any) -> list[Any]:
+    of_attention = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in of_attention if norm is not None)]
 
 
 def _linear_layers(body: Any) -> list[Any]:

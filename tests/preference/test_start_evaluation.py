@@ -68,7 +68,6 @@ def test_what_changes_the_figures_has_another_file(tmp_path: Path) -> None:
         file_of(tiny_run.recipe(objective={"beta": 0.3}), tmp_path),
         file_of(tiny_run.recipe(objective={"loss_type": "ipo"}), tmp_path),
         file_of(tiny_run.recipe(lora={"use_dora": True}), tmp_path),
-        file_of(tiny_run.recipe(reference={"kind": "ema"}), tmp_path),
         file_of(what, tmp_path / "another reference"),
     ]
     assert len(set(files)) == len(files)
@@ -76,7 +75,10 @@ def test_what_changes_the_figures_has_another_file(tmp_path: Path) -> None:
 
 
 def test_a_run_that_starts_as_another_model_has_none(tmp_path: Path) -> None:
-    assert file_of(tiny_run.recipe(lora={"init_from": "adapters/first"}), tmp_path) is None
+    first = {"init_from": "adapters/first"}
+    assert file_of(tiny_run.recipe(lora=first), tmp_path) is None
+    assert file_of(tiny_run.recipe(lora=first, reference={"kind": "ema"}), tmp_path) is None
+    assert file_of(tiny_run.recipe(reference={"kind": "adapter", "path": "adapters/first"}), tmp_path) is not None
 
 
 def test_a_damaged_file_is_not_read_and_a_full_disk_costs_nothing(

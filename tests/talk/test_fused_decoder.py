@@ -129,6 +129,7 @@ UNKNOWN: dict[str, Callable[[], Any]] = {
     "a bias of the adapter": lambda: with_lora(varied(KNOWN["llama with biases"]), lora_bias=True),
     "a merged adapter": lambda: _merged(with_lora(varied(KNOWN["qwen2"]))),
     "a head that is trained": lambda: with_lora(varied(KNOWN["llama"]), modules_to_save=["lm_head"]),
+    "a norm that is trained": lambda: with_lora(varied(KNOWN["qwen3"]), modules_to_save=["k_norm"]),
     "another activation": lambda: gelu(varied(KNOWN["qwen2"])),
     "bfloat16": lambda: varied(KNOWN["qwen2"]).bfloat16(),
     "a hook": lambda: hooked(varied(KNOWN["qwen2"])),
