@@ -4,13 +4,17 @@
 
 chat: the first prompt, greedily, token by token, each in a new conversation. samples: all prompts, greedily. pairs:
 several sampled answers to each prompt. `generate` gets one prompt at a time, or all of them in one padded batch; of
-sampled answers, one at a time or those of a prompt together. Both end an answer at the same tokens.
+sampled answers, one at a time or those of a prompt together. Both end an answer at the same tokens. With `--gguf FILE`,
+what `export --quant q8_0` wrote, llama.cpp (xllamacpp, of the extra `engines`) is asked too, for orientation.
 """
 
 import argparse
+import json
 import statistics
 import time
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("prompts")
+    parser.add_argument("--gguf", type=Path)
     parser.add_argument("--only", default="chat,samples,pairs")
     parser.add_argument("--count", type=int, default=16, help="prompts")
     parser.add_argument("--samples", type=int, default=4, help="answers of `pairs` to each")
@@ -59,6 +64,9 @@ def main() -> None:
     print(f"tokens, {asked.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}")
     for kind in asked.only.split(","):
         variants = {"chat": chat, "samples": greedy, "pairs": sampled}[kind](opened, prompts, asked)
+        if asked.gguf is not None and kind != "pairs":
+            ids = [tokenize_prompt(opened.tokenizer, prompt.messages) for prompt in prompts]
+            variants["llama.cpp"] = llama_cpp(asked, ids[:1] if kind == "chat" else ids)
         with torch.inference_mode(), opened.device.autocast():
             measure(kind, variants, asked.rounds)
 
@@ -132,6 +140,33 @@ def sampled(opened: OpenedModel, prompts: list[AskedPrompt], asked: argparse.Nam
         "generate, a prompt at a time": together,
         "generate, one answer at a time": one_at_a_time,
     }
+
+
+def llama_cpp(asked: argparse.Namespace, prompts: list[list[int]]) -> Variant:
+    """One greedy answer to each prompt by llama.cpp, all at once."""
+    import xllamacpp  # type: ignore[import-not-found]
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.warmup = str(asked.gguf), len(prompts), False
+    params.n_ctx = sum(len(ids) + asked.max_new_tokens for ids in prompts) * 2
+    params.cpuparams.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+
+    def answer(ids: list[int]) -> int:
+        body = {"prompt": ids, "n_predict": asked.max_new_tokens, "temperature": 0, "cache_prompt": False}
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion",
+            json.dumps({**body, "return_tokens": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as reply:
+            return len(json.load(reply)["tokens"])
+
+    def answers() -> int:
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            return sum(threads.map(answer, prompts))
+
+    return answers
 
 
 def generated(opened: OpenedModel, prompts: list[list[int]], asked: argparse.Namespace, **sampling: Any) -> int:

@@ -28,6 +28,8 @@ MODEL_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Models whose layers are those of `_Layer`; others decode with their own forward."""
 MEMORY_SHARE = 0.25
 """Share of the free RAM that the copies of a model's weights may take."""
+MIN_PACKED_ROWS = 4
+"""Completions at once from which on weights are packed."""
 KEPT_SHARE = 0.75
 """The other prompts are dropped once this share or less is still being completed, since that copies the cache."""
 
@@ -41,6 +43,26 @@ class _Product:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.weight, self.bias)
+
+
+class _PackedProduct(_Product):
+    """A product whose weight lies in oneDNN's own blocks, by the operators that torch.compile calls on a CPU.
+
+    4 to 32 rows take a fifth to a third less time than with `linear`, which reorders the weight in each call; one row
+    takes a third more.
+    """
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return output
+
+
+def _packed(product: _Product, rows: int) -> _Product:
+    """The product as it is computed fastest for so many rows."""
+    if rows < MIN_PACKED_ROWS or not torch.backends.mkldnn.is_available():
+        return product
+    weight = torch.ops.mkldnn._reorder_linear_weight(product.weight.contiguous(), rows)
+    return _PackedProduct(weight, product.bias)
 
 
 @dataclass(frozen=True)
@@ -119,7 +141,7 @@ def _selected(stored: Tensor, slots: Tensor, count: int) -> Tensor:
 class FusedDecoder:
     """A model's weights as they were when it was built, the adapter merged unless it was disabled."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rows: int = 1) -> None:
         """Copy the weights of `model`, for which `fused_decoder` has made sure that it is possible."""
         body = model.model
         config = model.config
@@ -128,9 +150,9 @@ class FusedDecoder:
         self.scaling = float(body.layers[0].self_attn.scaling)
         self.embedding = body.embed_tokens.weight.detach()
         self.rotary = body.rotary_emb
-        self.layers = [_fused_layer(layer) for layer in body.layers]
+        self.layers = [_fused_layer(layer, rows) for layer in body.layers]
         self.norm = _norm(body.norm)
-        self.head = _Product(model.lm_head.weight.detach(), None)
+        self.head = _packed(_Product(model.lm_head.weight.detach(), None), rows)
 
     def cache(self, prompts: Sequence[tuple[DynamicCache, Sequence[int]]], copies: int, most: int) -> FusedCache:
         """A cache for `copies` completions of up to `most` tokens each, after prompts that the model has run.
@@ -228,8 +250,8 @@ def _joined(batches: Sequence[Tensor], longest: int) -> Tensor:
     return joined
 
 
-def fused_decoder(model: Any) -> FusedDecoder | None:
-    """A decoder with the weights that `model` has now, without an adapter that is disabled.
+def fused_decoder(model: Any, rows: int = 1) -> FusedDecoder | None:
+    """A decoder with the weights that `model` has now, without an adapter that is disabled, for so many completions.
 
     None for models, devices and dtypes that it does not know, and if its copies of the weights take too much memory.
     Call it inside the device's autocast.
@@ -240,8 +262,8 @@ def fused_decoder(model: Any) -> FusedDecoder | None:
     if not _is_fusable(plain):
         return None
     linear = [module for module in plain.modules() if isinstance(module, nn.Linear)]
-    copied = sum(layer.in_features * layer.out_features * 4 for layer in linear if layer is not plain.lm_head)
-    return FusedDecoder(plain) if copied <= MEMORY_SHARE * free_ram_bytes() else None
+    copied = sum(layer.in_features * layer.out_features * 4 for layer in linear)
+    return FusedDecoder(plain, rows) if copied <= MEMORY_SHARE * free_ram_bytes() else None
 
 
 def _is_fusable(model: Any) -> bool:
@@ -296,17 +318,19 @@ def _is_plain(layer: Any) -> bool:
     return type(base) is bnb.nn.Linear8bitLt or (type(base) is nn.Linear and base.weight.dtype == torch.float32)
 
 
-def _fused_layer(layer: Any) -> _Layer:
+def _fused_layer(layer: Any, rows: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         _Norm(None, layer.input_layernorm.variance_epsilon),
-        _product_of_normalized(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
+        _packed(
+            _product_of_normalized(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj), rows
+        ),
         _norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         _norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        _product(attention.o_proj),
+        _packed(_product(attention.o_proj), rows),
         _Norm(None, layer.post_attention_layernorm.variance_epsilon),
-        _product_of_normalized(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj),
-        _product(mlp.down_proj),
+        _packed(_product_of_normalized(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj), rows),
+        _packed(_product(mlp.down_proj), rows),
     )
 
 

@@ -60,7 +60,7 @@ def generate_greedy(
     training = model.training
     model.eval()
     try:
-        padded, decoder = supports_dynamic_cache(model), fused_decoder(model) if prompts else None
+        padded, decoder = supports_dynamic_cache(model), fused_decoder(model, len(prompts)) if prompts else None
         for batch in prompt_batches([len(ids) for ids in encoded], max_new_tokens, batch_tokens, padded=padded):
             in_batch = [encoded[index] for index in batch]
             rows = decode_batch(model, in_batch, stop_ids, pad, max_new_tokens, _likeliest, decoder=decoder)
@@ -90,7 +90,7 @@ def sample_completions(
     """
     stop_ids = stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id or 0
-    decoder = fused_decoder(model)
+    decoder = fused_decoder(model, min(len(prompts) * copies, max_rows))
     batches = prompt_batches(
         [len(ids) for ids in prompts],
         settings.max_new_tokens,

@@ -55,8 +55,8 @@ def with_lora(model: Any, **config: Any) -> Any:
     return get_peft_model(model, lora).eval()
 
 
-def decoder_of(model: Any) -> FusedDecoder:
-    decoder = fused_decoder.fused_decoder(model)
+def decoder_of(model: Any, rows: int = 1) -> FusedDecoder:
+    decoder = fused_decoder.fused_decoder(model, rows)
     assert decoder is not None
     return decoder
 
@@ -68,9 +68,9 @@ def own_logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_against_forward(model: Any, copies: int) -> None:
+def check_against_forward(model: Any, copies: int, rows: int = 1) -> None:
     """Decode different tokens for every copy, rows ending at different steps, and compare with passes over all text."""
-    decoder, chosen = decoder_of(model), dict[int, list[int]]()
+    decoder, chosen = decoder_of(model, rows), dict[int, list[int]]()
 
     def choose(logits_RV: torch.Tensor, rows: Any, count: int) -> torch.Tensor:
         for row, logits_V in zip(rows, logits_RV, strict=True):
@@ -86,10 +86,10 @@ def check_against_forward(model: Any, copies: int) -> None:
     assert {len(completion) for completion in completions} == {2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize(("copies", "rows"), [(1, 1), (1, 4), (3, 12)])
 @pytest.mark.parametrize("kind", KNOWN)
-def test_logits_are_those_of_the_models_own_forward(kind: str, copies: int) -> None:
-    check_against_forward(varied(KNOWN[kind]), copies)
+def test_logits_are_those_of_the_models_own_forward(kind: str, copies: int, rows: int) -> None:
+    check_against_forward(varied(KNOWN[kind]), copies, rows)
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True, "lora_dropout": 0.5, "rank_pattern": {"q_proj": 2}}])
@@ -150,7 +150,8 @@ def test_it_is_not_built_under_autocast_nor_without_memory(monkeypatch: pytest.M
     model = varied(KNOWN["qwen2"])
     with torch.autocast("cpu", torch.bfloat16):
         assert fused_decoder.fused_decoder(model) is None
-    copied = sum(p.numel() for name, p in model.named_parameters() if "proj" in name and name.endswith("weight")) * 4
+    copied = sum(p.numel() for name, p in model.named_parameters() if "proj" in name and name.endswith("weight"))
+    copied = 4 * (copied + model.lm_head.weight.numel())
     monkeypatch.setattr(fused_decoder, "free_ram_bytes", lambda: int(copied / 0.25) - 4)
     assert fused_decoder.fused_decoder(model) is None
     monkeypatch.setattr(fused_decoder, "free_ram_bytes", lambda: int(copied / 0.25) + 4)
