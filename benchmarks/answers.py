@@ -64,15 +64,18 @@ def main() -> None:
     print(f"tokens, {asked.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}")
     for kind in asked.only.split(","):
         variants = {"chat": chat, "samples": greedy, "pairs": sampled}[kind](opened, prompts, asked)
-        if asked.gguf is not None and kind != "pairs":
-            ids = [tokenize_prompt(opened.tokenizer, prompt.messages) for prompt in prompts]
-            variants["llama.cpp"] = llama_cpp(asked, ids[:1] if kind == "chat" else ids)
         with torch.inference_mode(), opened.device.autocast():
-            measure(kind, variants, asked.rounds)
+            measure(variants, asked.rounds)
+    if asked.gguf is not None:  # last, since its idle threads slow down the others
+        ids = [tokenize_prompt(opened.tokenizer, prompt.messages) for prompt in prompts]
+        for name, of_kind in (("chat", ids[:1]), ("samples", ids)):
+            measure({f"llama.cpp, as {name}": llama_cpp(asked, of_kind)}, asked.rounds)
 
 
-def measure(kind: str, variants: dict[str, Variant], rounds: int) -> None:
-    """Run the variants in turn and print medians, without a first round that warms up."""
+def measure(variants: dict[str, Variant], rounds: int) -> None:
+    """Run the variants in turn and print medians, without a first round that warms up: tokens, tokens/s, and how many
+    times as long as the first variant they take.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens: dict[str, int] = {}
     for _ in range(rounds + 1):
@@ -80,7 +83,7 @@ def measure(kind: str, variants: dict[str, Variant], rounds: int) -> None:
             started = time.perf_counter()
             tokens[name] = answer()
             seconds[name].append((time.perf_counter() - started) / tokens[name])
-    ours = seconds[kind][1:]
+    ours = next(iter(seconds.values()))[1:]
     for name, of_variant in seconds.items():
         ratios = [theirs / own for theirs, own in zip(of_variant[1:], ours, strict=True)]
         rate = 1 / statistics.median(of_variant[1:])

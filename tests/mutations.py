@@ -78,7 +78,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("*decoded[: cache.count]]", "*decoded]", "talk/test_fused_decoder.py"),
     ],
     "talk/fused_decoder.py": [
-        (" * self.scaling  # (S, K, G, D)", "  # (S, K, G, D)", "talk/test_fused_decoder.py"),
+        ("joined.bias[: attention.q_proj.out_features].mul_(attention.scaling)", "pass", "talk/test_fused_decoder.py"),
+        ("query_norm.weight * attention.scaling", "query_norm.weight", "talk/test_fused_decoder.py"),
         ("slot_R // cache.copies] + cache.count", "slot_R // cache.copies]", "talk/test_fused_decoder.py"),
         ("if cache.padding_P11L is not None:", "if False:", "talk/test_fused_decoder.py"),
         (".mul_(norm.weight)", "", "talk/test_fused_decoder.py"),
@@ -88,7 +89,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "+ torch.zeros(self.copies, dtype=int)).flatten()",
             "talk/test_fused_decoder.py",
         ),
-        ("cache.keys[index][slot_R, :, cache.count]", "cache.keys[index][slot_R, :, 0]", "talk/test_fused_decoder.py"),
+        ("cache.keys[index][place, :, cache.count]", "cache.keys[index][place, :, 0]", "talk/test_fused_decoder.py"),
         ("or _has_hooks(model):", "or False:", "talk/test_fused_decoder.py"),
     ],
     "cli/probe.py": [
@@ -498,6 +499,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("step - 1, self.steps_per_epoch", "step, self.steps_per_epoch", "training/test_data_order.py"),
     ],
     "training/evaluate.py": [
+        ("is_interim = 0 < state.step <", "is_interim = 0 <= state.step <", "training/test_sweep.py"),
+        ("context.interim_eval_pairs if is_interim else None", "None", "training/test_sweep.py"),
         ("        state.row_tokens = fitting.token_budget\n", "        pass\n", FITTING),
         ("logps.chosen_tokens_P - logps.rejected_tokens_P", "logps.chosen_tokens_P", WATCH),
         ("/ pairs**0.5", "", WATCH),

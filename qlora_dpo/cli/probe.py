@@ -13,6 +13,8 @@ from qlora_dpo.report.sweep import metric_interval
 
 MAX_PROBE_PAIRS = 200
 """Training pairs of each short run, and held-out pairs that it is judged by, at most."""
+INTERIM_EVAL_PAIRS = 32
+"""Held-out pairs by which a short run may end halfway, enough for signs of trouble."""
 PROBE_VALUES: dict[str, tuple[float, ...]] = {
     "train.learning_rate": (5e-6, 1.2e-5, 3e-5, 8e-5, 2e-4, 5e-4),
     "objective.beta": (0.05, 0.1, 0.3),

@@ -58,13 +58,15 @@ def sweep_command(
     """
     from qlora_dpo.recipe import grid, load_recipe
 
-    run_overrides = overrides
+    run_overrides, interim_eval_pairs = overrides, None
     if probe is not None:
-        from qlora_dpo.cli.probe import probe_axes, probe_metric, probe_overrides
+        from qlora_dpo.cli.probe import INTERIM_EVAL_PAIRS, probe_axes, probe_metric, probe_overrides
 
         whole = load_recipe(recipe_file, overrides)
         over, run_overrides = probe_axes(probe, over), probe_overrides(whole.recipe, overrides)
         metric = metric or probe_metric(whole.recipe)
+        if not whole.recipe.train.load_best_model_at_end:  # else it would compare evaluations of other pairs
+            interim_eval_pairs = INTERIM_EVAL_PAIRS
     axes = grid.parse_axes(over)
     points = grid.expand_grid(recipe_file, run_overrides, axes)
     first = points[0].loaded
@@ -86,7 +88,7 @@ def sweep_command(
     from qlora_dpo.cli.sweep_points import open_sweep, report_sweep, train_points
 
     with open_sweep(folder, axes, points, ranking_metric, resume=resume) as sweep:
-        train_points(sweep, points)
+        train_points(sweep, points, interim_eval_pairs)
         whole_recipes = {
             point.name: load_recipe(recipe_file, (*overrides, *point.set_options))
             for point in points

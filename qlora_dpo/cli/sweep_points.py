@@ -56,8 +56,10 @@ def open_sweep(
         raise
 
 
-def train_points(sweep: Sweep, points: Sequence[GridPoint]) -> None:
+def train_points(sweep: Sweep, points: Sequence[GridPoint], interim_eval_pairs: int | None = None) -> None:
     """Train every point that has not ended yet; one that fails is noted, and the next one has its turn.
+
+    `interim_eval_pairs` is how many held-out pairs an evaluation on the way takes; None for all of them.
 
     Raises Interrupted after SIGINT or SIGTERM, and whatever keeps base or pairs from being read, since no point could
     be trained then.
@@ -85,7 +87,8 @@ def train_points(sweep: Sweep, points: Sequence[GridPoint]) -> None:
         folder = sweep.folder / point.name
         try:
             hooks = run_hooks(point.loaded, folder, device, sweep_base=sweep_base)
-            result = run_training(point.loaded, folder, device, RunOptions(resume=_can_resume(folder)), hooks)
+            options = RunOptions(resume=_can_resume(folder), interim_eval_pairs=interim_eval_pairs)
+            result = run_training(point.loaded, folder, device, options, hooks)
             stopped = result.state.stopped if result.state.stopped_by_sign else ""
             for sentence in result.save_errors:
                 _echo_stderr(f"{place}: the adapter is whole, but a checkpoint could not be saved: {sentence}")

@@ -80,7 +80,10 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Layer:
-    """The weights of a decoder layer; only Qwen3 normalizes queries and keys."""
+    """The weights of a decoder layer, those of queries multiplied by the scaling of scores.
+
+    Only Qwen3 normalizes queries and keys.
+    """
 
     input_norm: _Norm
     query_key_value: _Product
@@ -147,7 +150,6 @@ class FusedDecoder:
         config = model.config
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
-        self.scaling = float(body.layers[0].self_attn.scaling)
         self.embedding = body.embed_tokens.weight.detach()
         self.rotary = body.rotary_emb
         self.layers = [_fused_layer(layer, rows) for layer in body.layers]
@@ -191,8 +193,9 @@ class FusedDecoder:
                 queries, keys = rotated[:, : self.heads], rotated[:, self.heads :]
                 rotated = torch.cat([layer.query_norm(queries), layer.key_norm(keys)], dim=1)
             rotated = rotated * cos_R1D + rotated.roll(half, -1) * sin_R1D
-            cache.keys[index][slot_R, :, cache.count] = rotated[:, self.heads :]
-            cache.values[index][slot_R, :, cache.count] = value_RKD
+            place = slot_R if len(slot_R) < len(cache.keys[index]) else slice(None)  # a copy is faster than scattering
+            cache.keys[index][place, :, cache.count] = rotated[:, self.heads :]
+            cache.values[index][place, :, cache.count] = value_RKD
             attended = self._attend(rotated[:, : self.heads], cache, index, slot_R)
             hidden_RE = hidden_RE + layer.attention_output(attended)
             gate_RI, up_RI = layer.gate_up(layer.mlp_norm(hidden_RE)).chunk(2, dim=-1)
@@ -209,7 +212,7 @@ class FusedDecoder:
         query = query_RHD
         if len(query_RHD) < slots:
             query = query_RHD.new_zeros(slots, *query_RHD.shape[1:]).index_copy_(0, slot_R, query_RHD)
-        query = query.reshape(slots, kv_heads, -1, width) * self.scaling  # (S, K, G, D)
+        query = query.reshape(slots, kv_heads, -1, width)  # (S, K, G, D)
         prompt_scores = _by_prompt(query, cache.copies) @ prompt_keys.transpose(-1, -2)
         if cache.padding_P11L is not None:
             prompt_scores = prompt_scores + cache.padding_P11L
@@ -318,14 +321,21 @@ def _is_plain(layer: Any) -> bool:
     return type(base) is bnb.nn.Linear8bitLt or (type(base) is nn.Linear and base.weight.dtype == torch.float32)
 
 
+@torch.no_grad()
 def _fused_layer(layer: Any, rows: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    joined = _product_of_normalized(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+    query_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+    if query_norm is not None:
+        query_norm = _Norm(query_norm.weight * attention.scaling, query_norm.epsilon)
+    else:
+        joined.weight[: attention.q_proj.out_features].mul_(attention.scaling)
+        if joined.bias is not None:
+            joined.bias[: attention.q_proj.out_features].mul_(attention.scaling)
     return _Layer(
         _Norm(None, layer.input_layernorm.variance_epsilon),
-        _packed(
-            _product_of_normalized(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj), rows
-        ),
-        _norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        _packed(joined, rows),
+        query_norm,
         _norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         _packed(_product(attention.o_proj), rows),
         _Norm(None, layer.post_attention_layernorm.variance_epsilon),

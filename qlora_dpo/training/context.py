@@ -50,6 +50,12 @@ class PreferenceDataset:
         pairs = [self.pairs[i] for i in indices]
         return PreferenceDataset(pairs, self.reference_P2[indices], self.columns.select(indices), is_dummy=not local)
 
+    def first(self, count: int | None) -> "PreferenceDataset":
+        """The first `count` pairs; None for all of them."""
+        if count is None or count >= len(self.pairs):
+            return self
+        return PreferenceDataset(self.pairs[:count], self.reference_P2[:count], self.columns.select(list(range(count))))
+
     def set_reference(self, indices: Sequence[int], reference_P2: Tensor) -> None:
         """Fill in reference log-probabilities (P, 2) that were computed during training."""
         self.reference_P2[list(indices)] = reference_P2
@@ -74,6 +80,8 @@ class TrainContext:
     """Keys of the recipe that may differ from the checkpoint's on resume."""
     deadline: float = math.inf
     """The time, by `time.monotonic`, at which the run must have ended."""
+    interim_eval_pairs: int | None = None
+    """Held-out pairs of an evaluation between the first and the last; None for all of them."""
     start_evaluation_file: Path | None = None
     """Where the evaluation of step 0 is kept for runs that start alike; None if it is not."""
     sample_fn: SampleFn | None = None

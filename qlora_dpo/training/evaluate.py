@@ -115,24 +115,28 @@ def _evaluate_in_rows_that_fit(
     model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog
 ) -> dict[str, Any]:
     packing = row_packing(context, state)
+    is_interim = 0 < state.step < context.data_order.total_steps
+    heldout = context.heldout.first(context.interim_eval_pairs if is_interim else None)
     for attempt in row_attempts(f"evaluation after step {state.step}", packing):
         with attempt:
-            record = _evaluate_heldout(model, context, attempt.packing, run_log)
+            record = _evaluate_heldout(model, context, heldout, attempt.packing, run_log)
     keep_row_tokens(state, packing, attempt.packing)
     if context.device.type == "cpu":
         malloc_trim()  # blocks of other lengths than a step's
     return record
 
 
-def _evaluate_heldout(model: PeftModel, context: TrainContext, packing: Packing, run_log: RunLog) -> dict[str, Any]:
-    """The metrics of the held-out pairs and their KL divergence to the base; an EMA reference is computed anew."""
-    device, data = context.device, context.heldout.for_this_rank()
+def _evaluate_heldout(
+    model: PeftModel, context: TrainContext, heldout: PreferenceDataset, packing: Packing, run_log: RunLog
+) -> dict[str, Any]:
+    """The metrics of held-out pairs and their KL divergence to the base; an EMA reference is computed anew."""
+    device, data = context.device, heldout.for_this_rank()
     with run_log.phase("evaluate", len(data.pairs)) as advance:
         if context.reference_adapter.ema is not None:
             fresh_P2 = fresh_reference_logps(model, data.pairs, packing, device, context.reference_adapter)
             data = replace(data, reference_P2=fresh_P2)
         record = evaluate(model, data, context.recipe.objective, packing, device, advance)
-    return record | {"eval_kl": kl_to_base(model, context.heldout.pairs, packing, device)}
+    return record | {"eval_kl": kl_to_base(model, heldout.pairs, packing, device)}
 
 
 def row_packing(context: TrainContext, state: TrainState) -> Packing:

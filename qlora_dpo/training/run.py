@@ -48,6 +48,8 @@ class RunOptions:
     """Keys of the recipe that may differ from the checkpoint's."""
     deadline: float = math.inf
     """The last step that ends before this time of `time.monotonic` is followed by a checkpoint and Interrupted."""
+    interim_eval_pairs: int | None = None
+    """Held-out pairs of an evaluation on the way, between the first and the last; None for all of them."""
 
 
 @dataclass
@@ -166,6 +168,7 @@ def train_prepared(
         planned_bytes=loaded.planned_bytes,
         allowed_changes=options.allowed_changes,
         deadline=options.deadline,
+        interim_eval_pairs=options.interim_eval_pairs,
         start_evaluation_file=_start_evaluation_file(recipe, heldout, cache),
         sample_fn=hooks.sample_fn(prepared),
     )

@@ -20,7 +20,7 @@ from file_faults import struck
 from saved_adapters import save_base, save_pairs
 from sweep_recipe import RECIPE
 
-from qlora_dpo.cli import main
+from qlora_dpo.cli import main, probe
 from qlora_dpo.model.base_snapshot import snapshot_base
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
@@ -445,16 +445,17 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
     assert list(ranking_caveats({"a": evaluated(0.84, 0.4)}, "loss", ["lora.r"], "s/a")) == []
 
 
-def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None:
+def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "INTERIM_EVAL_PAIRS", 3)
     rates = "train.learning_rate=[1e-4, 1e-2, 1e-3]"
     mine = ("--set", "train.batch_size=2", "--set", "data.max_eval_samples=600", "--set", "samples.max_new_tokens=4")
-    mine += ("--set", "objective.beta=0.37")  # an evaluation that no other test has made
+    mine += ("--set", "train.eval_steps=4", "--set", "objective.beta=0.37")  # an evaluation that no other test has made
     done = said("sweep", "r.toml", "--probe", "--over", rates, *mine, "-o", "probe")
     assert done.code == 0, done.err
     assert "the best by preference_loss" in done.err
     resolved = tomllib.loads((place / "probe" / "1_lr-0.0001" / "resolved.toml").read_text())
     assert resolved["train"]["max_steps"] == 100
-    assert resolved["train"]["eval_steps"] == 50
+    assert "train.eval_steps=50" in probe.probe_overrides(tiny_run.recipe(train={"batch_size": 2}), ())
     assert resolved["watch"]["stop"] == ["kl", "likelihood_displacement"]
     assert (resolved["data"]["max_eval_samples"], resolved["samples"]["max_new_tokens"]) == (200, 4)
     best = tomllib.loads((place / "probe/best.toml").read_text())
@@ -472,6 +473,8 @@ def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path) -> None
     made_once = [start.pop("seconds") for start in starts]
     assert sorted(bool(seconds) for seconds in made_once) == [False, False, True]
     assert starts[0] == starts[1] == starts[2]
+    evals = record(place / "probe" / "1_lr-0.0001", "results.json")["evals"]
+    assert [(each["step"], each["eval_pairs"]) for each in evals] == [(0, 4), (4, 3), (8, 4)]
     at_the_end = f"train.learning_rate = {chosen:g} is the" in done.out
     assert at_the_end == (chosen in (1e-4, 1e-2))
     assert "qlora-dpo train probe/best.toml   # all of its pairs" in done.out
