@@ -24,7 +24,7 @@ from qlora_dpo.preference.pack import Packing
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.prepare import PreparedData, prepare_data
 
-ROWS = (1024, 2048, 4096, 8192)
+ROWS = (1024, 2048, 4096)
 
 
 def main() -> None:

@@ -227,9 +227,11 @@ class FusedDecoder:
 
 def _by_prompt(by_slot: Tensor, copies: int) -> Tensor:
     """(S, K, G, ...) as (P, K, C * G, ...): the queries of all completions of a prompt in one matrix."""
+    if copies == 1:
+        return by_slot
     slots, kv_heads, groups, width = by_slot.shape
-    by_copy = by_slot.view(slots // copies, copies, kv_heads, groups, width) if copies > 1 else by_slot
-    return by_copy.transpose(1, 2).reshape(slots // copies, kv_heads, -1, width) if copies > 1 else by_slot
+    by_copy = by_slot.view(slots // copies, copies, kv_heads, groups, width)
+    return by_copy.transpose(1, 2).reshape(slots // copies, kv_heads, copies * groups, width)
 
 
 def _by_slot(by_prompt: Tensor, copies: int) -> Tensor:
