@@ -453,7 +453,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "preference/start_evaluation.py": [
         ("if not recipe.starts_as_reference or", "if", "preference/test_start_evaluation.py"),
         (" or isinstance(recipe.reference, EmaReference):", ":", "preference/test_start_evaluation.py"),
-        ("[FORMAT, pairs, values, tables,", "[FORMAT, values, tables,", "preference/test_start_evaluation.py"),
+        ("[FORMAT, data_fingerprint(heldout), values,", "[FORMAT, values,", "preference/test_start_evaluation.py"),
         ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
     ],
     "preference/kl.py": [

@@ -65,7 +65,8 @@ def sweep_command(
         whole = load_recipe(recipe_file, overrides)
         over, run_overrides = probe_axes(probe, over), probe_overrides(whole.recipe, overrides)
         metric = metric or probe_metric(whole.recipe)
-        if not whole.recipe.train.load_best_model_at_end:  # else it would compare evaluations of other pairs
+        train = whole.recipe.train
+        if not train.load_best_model_at_end and train.early_stopping_patience is None:  # which compare evaluations
             interim_eval_pairs = INTERIM_EVAL_PAIRS
     axes = grid.parse_axes(over)
     points = grid.expand_grid(recipe_file, run_overrides, axes)

@@ -57,6 +57,11 @@ def pair_digests(pairs: Sequence[EncodedPair]) -> NDArray[np.bytes_]:
     return np.array([pair.digest for pair in pairs], dtype="S32") if column is None else column
 
 
+def data_fingerprint(pairs: Sequence[EncodedPair]) -> str:
+    """SHA-256 over the token ids of all pairs in their order."""
+    return sha256(pair_digests(pairs).tobytes()).hexdigest()
+
+
 def pair_rows(pairs: Sequence[EncodedPair]) -> NDArray[np.int64]:
     """The row number of each pair (P); the ids of pairs on disk are not read."""
     column = _known_column(pairs, "row")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.encoded import EncodedPair, pair_digests
+from qlora_dpo.data.encoded import EncodedPair, data_fingerprint
 from qlora_dpo.errors import SourceError
 from qlora_dpo.files import write_json
 from qlora_dpo.preference.objective import LossColumns
@@ -34,9 +34,8 @@ def start_evaluation_file(
         return None
     values = {name: value.tolist() for name, value in vars(columns).items() if value is not None}
     tables = [table.model_dump(mode="json") for table in (recipe.objective, recipe.reference) if table is not None]
-    pairs = hashlib.sha256(pair_digests(heldout).tobytes()).hexdigest()
     # DoRA computes the same output in another way, which rounds differently
-    key = json.dumps([FORMAT, pairs, values, tables, recipe.lora.use_dora], sort_keys=True)
+    key = json.dumps([FORMAT, data_fingerprint(heldout), values, tables, recipe.lora.use_dora], sort_keys=True)
     return cache_folder / f"evaluation-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

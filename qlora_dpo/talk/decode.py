@@ -87,9 +87,7 @@ def decode_batch(
             if past is not None:
                 past.reorder_cache(prompt_R)
         chosen_R = choose(logits_RV, live, count)
-        for row, token in zip(live, chosen_R.tolist(), strict=True):
-            completions[row].append(token)
-        unfinished = [index for index, row in enumerate(live) if completions[row][-1] not in stop_ids]
+        unfinished = _append_tokens(completions, live, chosen_R, stop_ids)
         if not unfinished:
             break
         if len(unfinished) < len(live):
@@ -138,15 +136,23 @@ def _decode_fused(
     live, slot_R = list(range(len(completions))), torch.arange(len(completions))
     for count in range(max_new_tokens):
         chosen_R = choose(logits_RV, live, count)
-        for row, token in zip(live, chosen_R.tolist(), strict=True):
-            completions[row].append(token)
-        unfinished = [index for index, row in enumerate(live) if completions[row][-1] not in stop_ids]
+        unfinished = _append_tokens(completions, live, chosen_R, stop_ids)
         if not unfinished or count + 1 == max_new_tokens:
             break
         live = [live[index] for index in unfinished]
         slot_R = cache.keep_rows(slot_R[unfinished])
         logits_RV = decoder.next_logits(chosen_R[unfinished], cache, slot_R)
     return completions
+
+
+def _append_tokens(
+    completions: list[list[int]], live: Sequence[int], chosen_R: Tensor, stop_ids: Collection[int]
+) -> list[int]:
+    """Append each live row's token; returns the indices in `live` of rows that it does not end."""
+    tokens = chosen_R.tolist()
+    for row, token in zip(live, tokens, strict=True):
+        completions[row].append(token)
+    return [index for index, token in enumerate(tokens) if token not in stop_ids]
 
 
 def _similar_lengths(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

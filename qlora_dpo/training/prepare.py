@@ -1,6 +1,5 @@
 """All that is read before the first weight: the source of the base, its tokenizer, the pairs, and the reference."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.data.encode import PairSet, load_pairs
 from qlora_dpo.data.encoded import (
-    EncodedPair,
     have_rejected,
-    pair_digests,
     pair_rows,
     pairs_without_rejected,
     sequence_lengths,
@@ -286,11 +283,6 @@ def reference_metadata(recipe: Recipe, spec: ReferenceSpec) -> dict[str, Any]:
         else None
     )
     return {"init_from": start, "reference": reference}
-
-
-def data_fingerprint(pairs: Sequence[EncodedPair]) -> str:
-    """SHA-256 over the token ids of all pairs in their order."""
-    return hashlib.sha256(pair_digests(pairs).tobytes()).hexdigest()
 
 
 @contextmanager

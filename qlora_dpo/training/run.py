@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from qlora_dpo import run_folder
+from qlora_dpo.data.encoded import data_fingerprint
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.data.templates.chat_template import template_date
 from qlora_dpo.files import write_json
@@ -28,7 +29,7 @@ from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.context import PreferenceDataset, SampleFn, TrainContext
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.interrupts import explain_interrupt
-from qlora_dpo.training.prepare import PreparedData, check_sync_steps, data_fingerprint, prepare_data, timed
+from qlora_dpo.training.prepare import PreparedData, check_sync_steps, prepare_data, timed
 from qlora_dpo.training.reference_pass import (
     open_reference_cache,
     precompute_reference_logps,

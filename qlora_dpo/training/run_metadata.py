@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo import __version__
+from qlora_dpo.data.encoded import data_fingerprint
 from qlora_dpo.data.pair_origin import read_origin
 from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.redact import redact_secrets
-from qlora_dpo.training.prepare import data_fingerprint, reference_metadata
+from qlora_dpo.training.prepare import reference_metadata
 from qlora_dpo.training.run import TrainingResult
 
 _VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qlora_dpo.data.encoded import data_fingerprint
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.errors import RunError
 from qlora_dpo.model.base_snapshot import snapshot_base
@@ -11,7 +12,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.memory import free_cached_memory
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.build_model import LoadedBase, load_base_for_run
-from qlora_dpo.training.prepare import PreparedData, data_fingerprint, prepare_data, reuse_prepared_data
+from qlora_dpo.training.prepare import PreparedData, prepare_data, reuse_prepared_data
 
 SWEEP_FINGERPRINTS = {
     "base": "the base model's weights",

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from qlora_dpo.data.encoded import EncodedPair, digest_ids
+from qlora_dpo.data.encoded import EncodedPair, data_fingerprint, digest_ids
 from qlora_dpo.model import device, sources
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
@@ -32,7 +32,6 @@ from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.training.checkpoint.state import TrainState
 from qlora_dpo.training.context import PreferenceDataset, TrainContext
 from qlora_dpo.training.data_order import make_data_order
-from qlora_dpo.training.prepare import data_fingerprint
 
 # PEFT 0.21 and TRL 1.16 call things in transformers 5.23 by their older names
 LIBRARIES_WARN = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is:FutureWarning")
