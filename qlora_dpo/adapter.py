@@ -113,7 +113,7 @@ def open_adapter(
     tokenizer = base.load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder))
     # The template's fingerprint only: another release of transformers may build the tokenizer differently
     template = (run or {}).get("tokenizer", {}).get("template")
-    if template and template != base.tokenizer_fingerprints(tokenizer)["template"]:
+    if template and template != base.template_fingerprint(tokenizer):
         raise ModelError(
             f"{folder}: its chat template is another than it was trained with; take chat_template.jinja from a backup"
         )

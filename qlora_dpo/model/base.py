@@ -198,8 +198,13 @@ def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
     else:
         tokenization = tokenizer.get_vocab()
     tokenizer_json = json.dumps([tokenization, tokenizer.special_tokens_map], sort_keys=True)
-    texts = {"tokenizer": tokenizer_json, "template": str(tokenizer.chat_template)}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    tokenization_fingerprint = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+    return {"tokenizer": tokenization_fingerprint, "template": template_fingerprint(tokenizer)}
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the chat template of `tokenizer`."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

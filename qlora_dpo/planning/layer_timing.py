@@ -34,11 +34,11 @@ from qlora_dpo.recipe.model import ModelTable
 
 MAX_VOCAB_SIZE = {"cpu": 2**14, "cuda": 2**17}
 """Largest vocabulary of the timed model. The head works in smaller tiles, so its time is scaled to the full one."""
-MAX_PASS_SECONDS = 0.3
+MAX_PASS_SECONDS = 0.2
 """Longest pass to time, in seconds; a slower one is timed on fewer pairs."""
 MAX_IDLE_LOAD = 0.1
 """Cores that other processes may keep busy on a machine that counts as idle."""
-MIN_TIMING_SECONDS, MAX_REPEATS = 0.4, 9
+MIN_TIMING_SECONDS, MAX_REPEATS = 0.2, 9
 """A pass is repeated until either is reached."""
 
 

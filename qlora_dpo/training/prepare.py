@@ -26,6 +26,7 @@ from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import (
     check_stored_quantization,
     load_tokenizer,
+    template_fingerprint,
     tokenizer_fingerprints,
     vocabulary_fingerprint,
 )
@@ -101,6 +102,11 @@ class PreparedData:
         starts = tuple(np.flatnonzero(np.diff(rows, prepend=-1)).tolist()) if is_chats else None
         chat_starts = starts if starts is not None and len(starts) < len(rows) else None
         return make_data_order(len(rows), self.recipe.train, chat_starts)
+
+    @cached_property
+    def tokenizer_fingerprints(self) -> dict[str, str]:
+        """`tokenizer_fingerprints` of the tokenizer, which take half a second for a large vocabulary."""
+        return tokenizer_fingerprints(self.tokenizer)
 
     @property
     def pad_token_id(self) -> int:
@@ -234,7 +240,7 @@ def resolve_reference(recipe: Recipe, source: ModelSource, tokenizer: PreTrained
 
     Raises RecipeError or ModelError for an adapter of another shape or base, and for a model with another vocabulary.
     """
-    template = tokenizer_fingerprints(tokenizer)["template"]
+    template = template_fingerprint(tokenizer)
 
     def saved(folder: str, key: str) -> SavedAdapter:
         return check_base_matches(find_saved_adapter(Path(folder), key, recipe.lora), recipe.model, source, template)

@@ -13,7 +13,6 @@ from qlora_dpo.data.encoded import data_fingerprint
 from qlora_dpo.data.progress import ProgressCallback, no_progress
 from qlora_dpo.data.templates.chat_template import template_date
 from qlora_dpo.files import write_json
-from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.preference.reference_cache import ReferenceLogpCache
@@ -229,7 +228,7 @@ def _fingerprints(prepared: PreparedData) -> dict[str, str]:
     """SHA-256 of everything beside the recipe that decides what a step does."""
     return {
         "base": prepared.source.fingerprint,
-        **tokenizer_fingerprints(prepared.tokenizer),
+        **prepared.tokenizer_fingerprints,
         "pairs": data_fingerprint(prepared.train.encoded),
         "heldout": data_fingerprint(prepared.heldout.encoded),
         **prepared.reference_spec.fingerprints,

@@ -11,7 +11,6 @@ from typing import Any
 from qlora_dpo import __version__
 from qlora_dpo.data.encoded import data_fingerprint
 from qlora_dpo.data.pair_origin import read_origin
-from qlora_dpo.model.base import tokenizer_fingerprints
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.recipe import Recipe
@@ -62,7 +61,7 @@ def build_run_metadata(
             "quantization": recipe.model.quantization,
             "double_quant": recipe.model.double_quant,
         },
-        "tokenizer": tokenizer_fingerprints(prepared.tokenizer),
+        "tokenizer": prepared.tokenizer_fingerprints,
         "data": {
             "train": recipe.data.train_description,
             "eval": recipe.data.eval or recipe.data.train_description,

@@ -241,11 +241,12 @@ def _added_tokens(tokenizer: Any) -> _AddedTokens | None:
     """
     if not tokenizer.is_fast or tokenizer.split_special_tokens:
         return None
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    looks_around = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in state["added_tokens"])
+    backend = tokenizer.backend_tokenizer  # its JSON would hold the whole vocabulary
+    tokens = backend.get_added_tokens_decoder()
+    looks_around = any(token.lstrip or token.rstrip or token.single_word for token in tokens.values())
     # tokens that are matched in normalized text are found within the pieces
-    ids = {token["content"]: [token["id"]] for token in state["added_tokens"] if not token["normalized"]}
-    if not ids or looks_around or "Metaspace" in json.dumps(state["pre_tokenizer"]):
+    ids = {token.content: [number] for number, token in tokens.items() if not token.normalized}
+    if not ids or looks_around or "Metaspace" in repr(backend.pre_tokenizer):
         return None
     return _AddedTokens(re.compile(f"({'|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))})"), ids)
 
