@@ -450,6 +450,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if folder.name not in needed:", "if False:", BEST),
         ("if folder.name not in needed:", "if True:", BEST),
     ],
+    "training/run.py": [
+        ("processes.world_size() > 1 or ", "", "preference/test_start_evaluation.py"),
+        (" or engine_of(recipe).is_trl:", ":", "preference/test_start_evaluation.py"),
+    ],
     "preference/start_evaluation.py": [
         ("if not recipe.starts_as_reference or", "if", "preference/test_start_evaluation.py"),
         (" or isinstance(recipe.reference, EmaReference):", ":", "preference/test_start_evaluation.py"),

@@ -10,8 +10,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from qlora_dpo.errors import SourceError
+from qlora_dpo.model.distributed import processes
 from qlora_dpo.preference import start_evaluation
 from qlora_dpo.preference.objective import LossColumns
+from qlora_dpo.preference.reference_cache import ReferenceLogpCache
 from qlora_dpo.preference.start_evaluation import (
     read_start_evaluation,
     start_evaluation_file,
@@ -19,7 +21,9 @@ from qlora_dpo.preference.start_evaluation import (
 )
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.tracking.run_log import RunLog
+from qlora_dpo.training.context import PreferenceDataset
 from qlora_dpo.training.loop import train_loop
+from qlora_dpo.training.run import _start_evaluation_file
 
 pytestmark = tiny_run.LIBRARIES_WARN
 
@@ -79,6 +83,15 @@ def test_a_run_that_starts_as_another_model_has_none(tmp_path: Path) -> None:
     assert file_of(tiny_run.recipe(lora=first), tmp_path) is None
     assert file_of(tiny_run.recipe(lora=first, reference={"kind": "ema"}), tmp_path) is None
     assert file_of(tiny_run.recipe(reference={"kind": "adapter", "path": "adapters/first"}), tmp_path) is not None
+
+
+def test_trl_and_several_processes_make_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, plain = ReferenceLogpCache(tmp_path), tiny_run.recipe()
+    heldout = PreferenceDataset(tiny_run.pairs(6, 1), torch.zeros(6, 2))
+    assert _start_evaluation_file(plain, heldout, cache) == file_of(plain, tmp_path)
+    assert _start_evaluation_file(tiny_run.recipe(train={"engine": "trl"}), heldout, cache) is None
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    assert _start_evaluation_file(plain, heldout, cache) is None
 
 
 def test_a_damaged_file_is_not_read_and_a_full_disk_costs_nothing(
