@@ -52,9 +52,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers of `pairs` to each")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", help="model.dtype: auto, fp32 or bf16")
     asked = parser.parse_args()
     quiet_libraries()
-    opened = open_model(str(asked.model))
+    opened = open_model(str(asked.model), asked.dtype)
     opened.model.eval()
     prompts = collect_prompts(asked.prompts, "train", None, asked.count, 0)
     print(
@@ -94,7 +95,8 @@ def chat(opened: OpenedModel, prompts: list[AskedPrompt], asked: argparse.Namesp
     """One reply, as `chat` and `serve` stream it; their decoder is built for the first reply of a session."""
     ids = tokenize_prompt(opened.tokenizer, prompts[0].messages)
     settings = SamplingParams(temperature=0, max_new_tokens=asked.max_new_tokens, seed=0)
-    decoder = fused_decoder(opened.model)
+    with opened.device.autocast():
+        decoder = fused_decoder(opened.model)
 
     def ours() -> int:
         usage = TokenUsage()

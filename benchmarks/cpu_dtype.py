@@ -1,11 +1,13 @@
 """Which compute dtype a CPU should train in: bf16 against fp32 on the same 4-bit model, the same pairs, in turn.
 
-    python benchmarks/cpu_dtype.py            # prints a table; figures stand in benchmarks/README.md
+    python benchmarks/cpu_dtype.py            # 8 pairs of the quickstart; figures stand in benchmarks/README.md
+    python benchmarks/cpu_dtype.py recipes/hh.toml --set model.name=FOLDER --set data.train=HH.jsonl.gz
 
-Each round times one forward and backward pass of 8 quickstart pairs in either dtype; medians of the rounds are
+Each round times one forward and backward pass of the recipe's first pairs in either dtype; medians of the rounds are
 compared. Exactness is the cosine between the LoRA gradients and the largest change of an answer's log-probability.
 """
 
+import argparse
 import statistics
 import time
 
@@ -18,6 +20,7 @@ from qlora_dpo.model.base import load_base, load_tokenizer
 from qlora_dpo.model.device import select_device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.malloc import malloc_retain
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import fetch_model
@@ -30,11 +33,17 @@ ROUNDS = 7
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="recipes/quickstart.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    parser.add_argument("--pairs", type=int, default=8)
+    options = parser.parse_args()
     quiet_libraries()
-    asked = recipe.load_recipe("recipes/quickstart.toml").recipe
+    malloc_retain()  # as in training
+    asked = recipe.load_recipe(options.recipe, options.set).recipe
     source = fetch_model(asked.model)
     tokenizer = load_tokenizer(source)
-    pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[:8]
+    pairs = load_pairs(asked.data, "train", tokenizer, seed=0).encoded[: options.pairs]
     packing = Packing(2048, int(tokenizer.pad_token_id or 0), "spans")
     devices = {name: select_device(name) for name in ("bf16", "fp32")}
     batches = {name: collate(pairs, packing) for name in devices}  # each keeps its masks, which have a dtype

@@ -90,7 +90,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "talk/test_fused_decoder.py",
         ),
         ("cache.keys[index][place, :, cache.count]", "cache.keys[index][place, :, 0]", "talk/test_fused_decoder.py"),
-        ("or _has_hooks(model):", "or False:", "talk/test_fused_decoder.py"),
+        ("or _has_hooks(model) or", "or", "talk/test_fused_decoder.py"),
+        (
+            "dense_weight(layer.get_base_layer(), dtype).float()",
+            "dense_weight(layer.get_base_layer(), torch.float32)",
+            "talk/test_fused_decoder.py",
+        ),
+        (".to(layer.values.dtype)", "", "talk/test_fused_decoder.py"),
     ],
     "cli/probe.py": [
         ("in (numbers[0], numbers[-1]):", "in (numbers[0],):", "training/test_sweep.py"),

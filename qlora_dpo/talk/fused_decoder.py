@@ -3,6 +3,9 @@
 Adapters are merged into copies of the weights, weights that read the same input are concatenated, and keys and values
 are written in place. Those of a prompt are stored once for all of its completions.
 
+It computes in float32 under autocast too, with weights as autocast rounds them: a step that reads every weight for a
+few rows gains nothing from products in 16 bits, and autocast would convert all weights anew for each token.
+
 In names: P prompts, C completions of a prompt, S = P * C slots for completions, R rows (slots still decoded), E width,
 I width inside the MLP, H query heads, K key-value heads, G query heads for each of them, D width of a head, L tokens
 of the longest prompt, T tokens of a completion, V vocabulary.
@@ -121,9 +124,10 @@ class FusedCache:
         return kept_R
 
     def append_completion(self, past: Any) -> None:
-        """Append the only completion to the cache of its prompt."""
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            past.update(keys[:, :, : self.count], values[:, :, : self.count], layer)
+        """Append the only completion to the cache of its prompt, in the dtypes of that cache."""
+        for index, (layer, keys, values) in enumerate(zip(past.layers, self.keys, self.values, strict=True)):
+            decoded = keys[:, :, : self.count].to(layer.keys.dtype), values[:, :, : self.count].to(layer.values.dtype)
+            past.update(*decoded, index)
 
     def _keep_prompts(self, prompts: Tensor) -> None:
         slots = (prompts[:, None] * self.copies + torch.arange(self.copies)).flatten()
@@ -144,15 +148,18 @@ def _selected(stored: Tensor, slots: Tensor, count: int) -> Tensor:
 class FusedDecoder:
     """A model's weights as they were when it was built, the adapter merged unless it was disabled."""
 
-    def __init__(self, model: Any, rows: int = 1) -> None:
-        """Copy the weights of `model`, for which `fused_decoder` has made sure that it is possible."""
+    def __init__(self, model: Any, rows: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        """Copy the weights of `model`, for which `fused_decoder` has made sure that it is possible.
+
+        The weights of its layers are rounded to `dtype`, that of the model's own products, before adapters are added.
+        """
         body = model.model
         config = model.config
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
         self.embedding = body.embed_tokens.weight.detach()
         self.rotary = body.rotary_emb
-        self.layers = [_fused_layer(layer, rows) for layer in body.layers]
+        self.layers = [_fused_layer(layer, rows, dtype) for layer in body.layers]
         self.norm = _norm(body.norm)
         self.head = _packed(_Product(model.lm_head.weight.detach(), None), rows)
 
@@ -180,6 +187,10 @@ class FusedDecoder:
     @torch.no_grad()
     def next_logits(self, token_R: Tensor, cache: FusedCache, slot_R: Tensor) -> Tensor:
         """Append a token to each row's completion in `cache`; returns the logits (R, V) of the token after it."""
+        with torch.autocast("cpu", enabled=False):
+            return self._next_logits(token_R, cache, slot_R)
+
+    def _next_logits(self, token_R: Tensor, cache: FusedCache, slot_R: Tensor) -> Tensor:
         hidden_RE = functional.embedding(token_R, self.embedding)
         position_R = cache.length_P[slot_R // cache.copies] + cache.count
         cos_R1D, sin_R1D = self.rotary(hidden_RE[:, None], position_R[:, None])
@@ -244,10 +255,10 @@ def _by_slot(by_prompt: Tensor, copies: int) -> Tensor:
 
 
 def _joined(batches: Sequence[Tensor], longest: int) -> Tensor:
-    """Keys or values of batches of prompts (p, K, tokens, D) as one tensor (P, K, longest, D), padded on the left."""
+    """Keys or values of batches of prompts (p, K, tokens, D) in one (P, K, longest, D), float32, padded on the left."""
     if len(batches) == 1:
-        return batches[0]
-    joined = batches[0].new_zeros(sum(map(len, batches)), batches[0].shape[1], longest, batches[0].shape[3])
+        return batches[0].float()
+    joined = torch.zeros(sum(map(len, batches)), batches[0].shape[1], longest, batches[0].shape[3])
     start = 0
     for batch in batches:
         joined[start : start + len(batch), :, longest - batch.shape[2] :] = batch
@@ -262,17 +273,18 @@ def fused_decoder(model: Any, rows: int = 1) -> FusedDecoder | None:
     Call it inside the device's autocast.
     """
     plain = unwrap_peft(model)
-    if type(plain).__name__ not in MODEL_CLASSES or torch.is_autocast_enabled("cpu") or _has_hooks(model):
-        return None
-    if not _is_fusable(plain):
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    if type(plain).__name__ not in MODEL_CLASSES or _has_hooks(model) or not _is_fusable(plain):
         return None
     linear = [module for module in plain.modules() if isinstance(module, nn.Linear)]
-    copied = sum(layer.in_features * layer.out_features * 4 for layer in linear)
-    return FusedDecoder(plain, rows) if copied <= MEMORY_SHARE * free_ram_bytes() else None
+    if sum(layer.in_features * layer.out_features * 4 for layer in linear) > MEMORY_SHARE * free_ram_bytes():
+        return None
+    with torch.autocast("cpu", enabled=False):
+        return FusedDecoder(plain, rows, dtype)
 
 
 def _is_fusable(model: Any) -> bool:
-    """Whether every part is one that the decoder computes, in float32 on the CPU."""
+    """Whether every part is one that the decoder computes, on the CPU and with a float32 residual stream."""
     config, body, head = model.config, model.model, model.lm_head
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
@@ -311,7 +323,7 @@ def _linear_layers(body: Any) -> list[Any]:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether the layer is linear, dense or quantized, with plain LoRA or none, and computes in float32."""
+    """Whether the layer is linear, dense or quantized, with plain LoRA or none, and computes in float32 or autocast."""
     base = layer
     if isinstance(layer, LoraLayer):
         base = layer.get_base_layer()
@@ -319,14 +331,14 @@ def _is_plain(layer: Any) -> bool:
         if not is_plain_lora or layer.merged or any(layer.lora_bias.values()):
             return False
     if type(base) is bnb.nn.Linear4bit:
-        return bool(base.compute_dtype == torch.float32)
+        return bool(base.compute_dtype == torch.float32) or torch.is_autocast_enabled("cpu")
     return type(base) is bnb.nn.Linear8bitLt or (type(base) is nn.Linear and base.weight.dtype == torch.float32)
 
 
 @torch.no_grad()
-def _fused_layer(layer: Any, rows: int) -> _Layer:
+def _fused_layer(layer: Any, rows: int, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    joined = _product_of_normalized(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+    joined = _product_of_normalized(layer.input_layernorm, dtype, attention.q_proj, attention.k_proj, attention.v_proj)
     query_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
     if query_norm is not None:
         query_norm = _Norm(query_norm.weight * attention.scaling, query_norm.epsilon)
@@ -339,10 +351,10 @@ def _fused_layer(layer: Any, rows: int) -> _Layer:
         _packed(joined, rows),
         query_norm,
         _norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        _packed(_product(attention.o_proj), rows),
+        _packed(_product(attention.o_proj, dtype), rows),
         _Norm(None, layer.post_attention_layernorm.variance_epsilon),
-        _packed(_product_of_normalized(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj), rows),
-        _packed(_product(mlp.down_proj), rows),
+        _packed(_product_of_normalized(layer.post_attention_layernorm, dtype, mlp.gate_proj, mlp.up_proj), rows),
+        _packed(_product(mlp.down_proj, dtype), rows),
     )
 
 
@@ -351,24 +363,24 @@ def _norm(norm: Any) -> _Norm:
 
 
 @torch.no_grad()
-def _product_of_normalized(norm: Any, *layers: Any) -> _Product:
+def _product_of_normalized(norm: Any, dtype: torch.dtype, *layers: Any) -> _Product:
     """The product of layers that read the output of `norm`, with the norm's weight multiplied into theirs."""
     bases = [layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers]
     bias = None if bases[0].bias is None else torch.cat([base.bias.float() for base in bases])
-    return _Product(torch.cat([_merged_weight(layer) for layer in layers]).mul_(norm.weight), bias)
+    return _Product(torch.cat([_merged_weight(layer, dtype) for layer in layers]).mul_(norm.weight), bias)
 
 
-def _product(layer: Any) -> _Product:
+def _product(layer: Any, dtype: torch.dtype) -> _Product:
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    return _Product(_merged_weight(layer).detach(), None if base.bias is None else base.bias.detach().float())
+    return _Product(_merged_weight(layer, dtype).detach(), None if base.bias is None else base.bias.detach().float())
 
 
 @torch.no_grad()
-def _merged_weight(layer: Any) -> Tensor:
-    """The layer's weight (out, in) in float32, with its active adapters unless they are disabled."""
+def _merged_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The layer's weight (out, in), rounded to `dtype`, plus its active adapters unless they are disabled; float32."""
     if not isinstance(layer, LoraLayer):
-        return dense_weight(layer, torch.float32)
-    weight = dense_weight(layer.get_base_layer(), torch.float32)
+        return dense_weight(layer, dtype).float()
+    weight = dense_weight(layer.get_base_layer(), dtype).float()
     if not layer.disable_adapters:
         for name in layer.active_adapters:
             if name in layer.lora_A:

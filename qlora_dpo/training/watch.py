@@ -94,7 +94,8 @@ def _iter_warnings(history: RunHistory) -> Iterator[tuple[WarningName, str]]:
         yield (
             "stuck",
             f"the held-out loss {now['eval_loss']:.4f} is still that of step {first['step']}; raise "
-            "train.learning_rate (5e-6 to 1e-4 are usual), or look at the labels with `qlora-dpo data lint`",
+            "train.learning_rate (`qlora-dpo sweep RECIPE --probe` finds one), or look at the labels with "
+            "`qlora-dpo data lint`",
         )
     if history.skipped_steps > MAX_SKIPPED_SHARE * now["step"]:
         yield (

@@ -86,6 +86,11 @@ class Terminal:
         before, _, self.shown = self.shown.partition(words)
         return before + words
 
+    def until_anything(self) -> None:
+        """Read on until something is shown after what the last call returned."""
+        while not self.shown:
+            self.shown += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
+
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
 

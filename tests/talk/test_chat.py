@@ -436,7 +436,7 @@ def hold_the_stopped_chat(terminal: Terminal, folders: Path) -> None:
     assert header.endswith(" · /help lists commands, Ctrl+D leaves\n\nyou: ")
     terminal.type("rice?\n")
     terminal.until("tuned: ")
-    time.sleep(0.3)
+    terminal.until_anything()  # the whole reply takes a third of a second
     terminal.type("\x03")
     terminal.until("\n(stopped; what was said is kept)\n")
     terminal.until("you: ")

@@ -15,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig
 
 from qlora_dpo.adapter import open_model
 from qlora_dpo.model.lora import adapter_disabled
+from qlora_dpo.model.quantized import dense_weight
 from qlora_dpo.talk import fused_decoder
 from qlora_dpo.talk.decode import decode_batch, last_logits
 from qlora_dpo.talk.fused_decoder import FusedDecoder
@@ -101,7 +102,7 @@ def test_an_adapter_is_merged_unless_it_is_disabled(config: dict[str, Any]) -> N
 
 
 def test_a_quantized_base_with_an_adapter_is_decoded_as_it_computes(tmp_path: Any) -> None:
-    model = open_model(str(saved_adapters.save_both(tmp_path) / "nf4")).model
+    model = open_model(str(saved_adapters.save_both(tmp_path) / "nf4"), "fp32").model
     check_against_forward(model, 2)
 
 
@@ -146,10 +147,58 @@ def test_what_it_does_not_know_is_left_to_the_model(kind: str) -> None:
     assert fused_decoder.fused_decoder(UNKNOWN[kind]()) is None
 
 
-def test_it_is_not_built_under_autocast_nor_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = varied(KNOWN["qwen2"])
+@pytest.fixture(params=["none", "nf4"])
+def with_adapter(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
+    if request.param == "nf4":
+        return open_model(str(saved_adapters.save_both(tmp_path) / "nf4"), "fp32").model
+    return with_lora(varied(KNOWN["qwen2"]))
+
+
+@torch.no_grad()
+def decoded_logits(model: Any, decoder: FusedDecoder, past: DynamicCache) -> list[torch.Tensor]:
+    """Logits after a prompt and each of three tokens, which are left in `past`."""
+    first = last_logits(model, torch.tensor([PROMPTS[1]]), past)[0].float()
+    cache = decoder.cache([(past, [len(PROMPTS[1])])], 1, 3)
+    others = [decoder.next_logits(torch.tensor([token]), cache, torch.tensor([0]))[0] for token in (40, 41, 42)]
+    cache.append_completion(past)
+    return [first, *others]
+
+
+def test_under_autocast_logits_are_the_models_own_up_to_the_rounding_of_products(with_adapter: Any) -> None:
+    past = DynamicCache()
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused_decoder.fused_decoder(model) is None
+        logits = decoded_logits(with_adapter, decoder_of(with_adapter), past)
+        expected = [own_logits(with_adapter, PROMPTS[1] + [40, 41, 42][:count]).float() for count in range(4)]
+    for ours, own in zip(logits, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours, own, atol=0.03 * float(own.abs().max()), rtol=0)
+    # a longer conversation goes on from this cache, in the model's own dtypes
+    assert {layer.values.dtype for layer in past.layers} == {torch.bfloat16}
+    assert past.get_seq_length() == len(PROMPTS[1]) + 3
+
+
+def test_under_autocast_weights_are_rounded_as_autocast_rounds_them(with_adapter: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder = decoder_of(with_adapter)
+    rounded, past = copy.deepcopy(with_adapter), DynamicCache()
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "proj" in name and "lora" not in name:
+            layer.dense_weight = dense_weight(layer, torch.bfloat16).float()
+    expected = decoded_logits(with_adapter, decoder_of(rounded), past)
+    assert all(map(torch.equal, decoded_logits(with_adapter, decoder, DynamicCache()), expected))
+    unrounded = decoded_logits(with_adapter, decoder_of(with_adapter), DynamicCache())
+    assert not torch.equal(unrounded[1], expected[1])
+
+
+def test_a_quantized_base_that_computes_in_bf16_is_decoded_under_autocast_alone(tmp_path: Any) -> None:
+    model = open_model(str(saved_adapters.save_both(tmp_path) / "nf4"), "bf16").model
+    assert fused_decoder.fused_decoder(model) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_decoder.fused_decoder(model) is not None
+
+
+def test_it_is_not_built_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = varied(KNOWN["qwen2"])
     copied = sum(p.numel() for name, p in model.named_parameters() if "proj" in name and name.endswith("weight"))
     copied = 4 * (copied + model.lm_head.weight.numel())
     monkeypatch.setattr(fused_decoder, "free_ram_bytes", lambda: int(copied / 0.25) - 4)

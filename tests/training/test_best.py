@@ -200,8 +200,8 @@ def test_a_run_that_a_sign_ends_exits_with_3_and_has_an_adapter_and_a_report(
 ) -> None:
     code, told, folder = stopped_by_a_sign
     sentence = (
-        "the held-out loss 0.6931 is still that of step 0; raise train.learning_rate (5e-6 to 1e-4 are usual), or look "
-        "at the labels with `qlora-dpo data lint`"
+        "the held-out loss 0.6931 is still that of step 0; raise train.learning_rate (`qlora-dpo sweep RECIPE --probe` "
+        "finds one), or look at the labels with `qlora-dpo data lint`"
     )
     results, run = (json.loads((folder / name).read_text()) for name in ("results.json", "run.json"))
     (stuck,) = (sign for sign in results["signs"] if sign["name"] == "stuck")

@@ -129,8 +129,8 @@ def test_a_loss_that_stays_where_it_was_is_told(tmp_path: Path) -> None:
     _, told = trained(tmp_path, taught(16, 0), taught(16, 1), train={"learning_rate": 1e-9, "num_train_epochs": 4})
     assert [record["step"] for record in told if record["name"] == "stuck"] == [4]
     assert told[0]["sentence"] == (
-        "the held-out loss 0.6931 is still that of step 0; raise train.learning_rate (5e-6 to 1e-4 are usual), or look "
-        "at the labels with `qlora-dpo data lint`"
+        "the held-out loss 0.6931 is still that of step 0; raise train.learning_rate (`qlora-dpo sweep RECIPE --probe` "
+        "finds one), or look at the labels with `qlora-dpo data lint`"
     )
 
 
