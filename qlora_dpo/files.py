@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,26 @@ def _temporary_prefix(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON; raises ValueError for NaN and infinity."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_cached_record(path: Path) -> dict[str, Any] | None:
+    """The record that `write_cached_record` wrote to `path`; None if there is none, or a damaged one."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = kept["record"]
+        return record if kept["digest"] == _digest(record) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_cached_record(path: Path, record: dict[str, Any]) -> None:
+    """Keep a record with its SHA-256, unless the disk is full or read-only, or a figure is no number."""
+    with suppress(SourceError, ValueError):
+        write_json(path, {"digest": _digest(record), "record": record})
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

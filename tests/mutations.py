@@ -460,11 +460,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("processes.world_size() > 1 or ", "", "preference/test_start_evaluation.py"),
         (" or engine_of(recipe).is_trl:", ":", "preference/test_start_evaluation.py"),
     ],
+    "files.py": [
+        ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
+    ],
+    "training/meta_model.py": [
+        ("[_code_digest(), libraries, key]", "[libraries, key]", "training/test_row_plan.py"),
+    ],
     "preference/start_evaluation.py": [
         ("if not recipe.starts_as_reference or", "if", "preference/test_start_evaluation.py"),
         (" or isinstance(recipe.reference, EmaReference):", ":", "preference/test_start_evaluation.py"),
         ("[FORMAT, data_fingerprint(heldout), values,", "[FORMAT, values,", "preference/test_start_evaluation.py"),
-        ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
     ],
     "preference/kl.py": [
         ("policy_cV.exp() * (policy_cV - base_cV)", "base_cV.exp() * (policy_cV - base_cV)", WATCH),

@@ -7,13 +7,9 @@ second run of a recipe, or the next run of a sweep, need not wait for them.
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from qlora_dpo.data.encoded import EncodedPair, data_fingerprint
-from qlora_dpo.errors import SourceError
-from qlora_dpo.files import write_json
 from qlora_dpo.preference.objective import LossColumns
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.reference import EmaReference
@@ -37,23 +33,3 @@ def start_evaluation_file(
     # DoRA computes the same output in another way, which rounds differently
     key = json.dumps([FORMAT, data_fingerprint(heldout), values, tables, recipe.lora.use_dora], sort_keys=True)
     return cache_folder / f"evaluation-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
-def read_start_evaluation(file: Path) -> dict[str, Any] | None:
-    """The evaluation in `file`; None if there is none, or a damaged one."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        record: dict[str, Any] = kept["evaluation"]
-        return record if kept["digest"] == _digest(record) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_start_evaluation(file: Path, record: dict[str, Any]) -> None:
-    """Keep an evaluation, unless the disk is full or read-only, or a figure is no number."""
-    with suppress(SourceError, ValueError):
-        write_json(file, {"digest": _digest(record), "evaluation": record})
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

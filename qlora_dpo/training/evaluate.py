@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_dpo.data.audit import length_baselines
 from qlora_dpo.errors import SourceError
+from qlora_dpo.files import read_cached_record, write_cached_record
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes, sharding
 from qlora_dpo.model.malloc import malloc_trim
@@ -23,7 +24,6 @@ from qlora_dpo.preference.metrics import MetricSums, make_metric_sums
 from qlora_dpo.preference.objective import Logps, Losses, compute_losses, concat_logps, uses_wpo_weighting
 from qlora_dpo.preference.pack import Packing, collate, micro_batches
 from qlora_dpo.preference.reference import fresh_reference_logps
-from qlora_dpo.preference.start_evaluation import read_start_evaluation, write_start_evaluation
 from qlora_dpo.recipe.objective import Objective, Sft
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.checkpoint.best import best_step, out_of_patience, save_best
@@ -87,14 +87,14 @@ def run_evaluation(model: PeftModel, context: TrainContext, state: TrainState, r
 
 def _evaluate_and_record(model: PeftModel, context: TrainContext, state: TrainState, run_log: RunLog) -> None:
     file = context.start_evaluation_file if state.step == 0 else None
-    known = read_start_evaluation(file) if file is not None else None
+    known = read_cached_record(file) if file is not None else None
     if known is not None:
         logger.info("evaluation: that of step 0 is known from an earlier run")
         record = {**known, "seconds": 0.0}
     else:
         record = _evaluate_in_rows_that_fit(model, context, state, run_log)
         if file is not None:
-            write_start_evaluation(file, record)
+            write_cached_record(file, record)
     since, state.since_eval = state.since_eval, SinceEval()
     if since.pairs:
         record |= {

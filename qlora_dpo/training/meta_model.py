@@ -3,11 +3,15 @@
 V vocabulary, D width.
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, assert_never
 
 import torch
@@ -16,13 +20,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import qlora_dpo
 from qlora_dpo.data.encode import PairSet
 from qlora_dpo.data.encoded import EncodedPair, pair_lengths, sequence_lengths
 from qlora_dpo.errors import ModelError, QloraDpoError
+from qlora_dpo.files import cache_home, read_cached_record, write_cached_record
 from qlora_dpo.model.activation_memory import ActivationBytes, measure_pass
 from qlora_dpo.model.base import disable_dropout, store_embeddings
 from qlora_dpo.model.decoder_layers import checkpointable_layers, layer_stack
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
 from qlora_dpo.model.packed.support import enable_packed_rows, packing_unsupported_reason
@@ -117,16 +124,44 @@ _footprints: dict[tuple[str, ...], ModelFootprint] = {}
 
 
 def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workload: Workload) -> ModelFootprint:
-    """The footprint of a recipe's base and adapter; cached, since weights and row sizes do not change it."""
+    """The footprint of a recipe's base and adapter; cached, also on disk: weights and row sizes do not change it."""
     config = (source.folder / "config.json").read_text(encoding="utf-8")
     quantization = recipe.model.model_dump_json(exclude={"name", "revision", "sha256"})
     lengths = f"{workload.max_sequence_tokens} {workload.max_pair_tokens}"
     key = (config, quantization, recipe.lora.model_dump_json(), recipe.train.optim, str(device), lengths)
     if key not in _footprints:
-        before = get_rng_states()
-        _footprints[key] = _measure_footprint(source, recipe, device, workload)
-        set_rng_states(before)  # attaching an adapter on meta seeds the generators, as a real one does
+        file = _footprint_file(key)
+        kept = _footprint_from(read_cached_record(file))
+        if kept is None:
+            before = get_rng_states()
+            kept = _measure_footprint(source, recipe, device, workload)
+            set_rng_states(before)  # attaching an adapter on meta seeds the generators, as a real one does
+            if processes.is_main():
+                write_cached_record(file, asdict(kept))
+        _footprints[key] = kept
     return _footprints[key]
+
+
+def _footprint_file(key: Sequence[str]) -> Path:
+    """Where the footprint of `key` is kept by this code with these libraries."""
+    libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
+    text = json.dumps([_code_digest(), libraries, key])
+    return cache_home() / "footprints" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+@cache
+def _code_digest() -> str:
+    """SHA-256 of this package's source files, which decide what is measured."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(qlora_dpo.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _footprint_from(record: dict[str, Any] | None) -> ModelFootprint | None:
+    if record is None:
+        return None
+    return ModelFootprint(**{**record, "activations": ActivationBytes(**record["activations"])})
 
 
 def _measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workload: Workload) -> ModelFootprint:

@@ -9,16 +9,13 @@ import tiny_run
 import torch
 from accelerate.state import AcceleratorState
 
+from qlora_dpo import files
 from qlora_dpo.errors import SourceError
+from qlora_dpo.files import read_cached_record, write_cached_record
 from qlora_dpo.model.distributed import processes
-from qlora_dpo.preference import start_evaluation
 from qlora_dpo.preference.objective import LossColumns
 from qlora_dpo.preference.reference_cache import ReferenceLogpCache
-from qlora_dpo.preference.start_evaluation import (
-    read_start_evaluation,
-    start_evaluation_file,
-    write_start_evaluation,
-)
+from qlora_dpo.preference.start_evaluation import start_evaluation_file
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training.context import PreferenceDataset
@@ -98,20 +95,20 @@ def test_a_damaged_file_is_not_read_and_a_full_disk_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "evaluation.json"
-    assert read_start_evaluation(file) is None
-    write_start_evaluation(file, {"eval_loss": 0.5, "eval_pairs": 4})
-    assert read_start_evaluation(file) == {"eval_loss": 0.5, "eval_pairs": 4}
+    assert read_cached_record(file) is None
+    write_cached_record(file, {"eval_loss": 0.5, "eval_pairs": 4})
+    assert read_cached_record(file) == {"eval_loss": 0.5, "eval_pairs": 4}
     whole = file.read_text()
     for damaged in (whole[:-9], whole.replace("0.5", "0.4"), "[]", '{"digest": ""}', "\x00"):
         file.write_text(damaged)
-        assert read_start_evaluation(file) is None
+        assert read_cached_record(file) is None
     file.unlink()
-    write_start_evaluation(file, {"eval_perplexity": float("inf")})
+    write_cached_record(file, {"eval_perplexity": float("inf")})
     assert not file.exists()
 
     def full(path: Path, value: Any) -> None:
         raise SourceError(f"{path}: no space left on device")
 
-    monkeypatch.setattr(start_evaluation, "write_json", full)
-    write_start_evaluation(file, {"eval_loss": 0.5})
+    monkeypatch.setattr(files, "write_json", full)
+    write_cached_record(file, {"eval_loss": 0.5})
     assert not file.exists()

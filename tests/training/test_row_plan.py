@@ -25,7 +25,7 @@ from qlora_dpo.preference import packing_choice, reference
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
-from qlora_dpo.training import build_model, run
+from qlora_dpo.training import build_model, meta_model, run
 from qlora_dpo.training.checkpoint import save
 from qlora_dpo.training.checkpoint.save import checkpoint_dir
 from qlora_dpo.training.checkpoint.state import TrainState
@@ -297,6 +297,36 @@ def test_check_plans_the_rows_that_a_run_takes(free: int, train: Train) -> None:
     assert plan.smaller_rows_reason == ", ".join(
         each.removeprefix("memory: ") for each in ran.said if "since 2,048" in each
     )
+
+
+def test_a_footprint_is_measured_once_by_the_same_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In this process and, by a file, in later ones; a damaged file is as good as none."""
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path))
+    asked = tiny_run.source(), tiny_run.recipe(lora={"r": 3}), tiny_run.CPU, Workload(40, 300, 60)
+    measure, measured = meta_model._measure_footprint, list[ModelFootprint]()
+
+    def counted(*given: Any) -> ModelFootprint:
+        measured.append(measure(*given))
+        return measured[-1]
+
+    monkeypatch.setattr(meta_model, "_measure_footprint", counted)
+    monkeypatch.setattr(meta_model, "_footprints", {})
+    first = measure_footprint(*asked)
+    (file,) = (tmp_path / "footprints").iterdir()
+
+    def later() -> ModelFootprint:
+        monkeypatch.setattr(meta_model, "_footprints", {})
+        return measure_footprint(*asked)
+
+    assert later() == first
+    assert len(measured) == 1
+    file.write_text(file.read_text()[:-9])
+    assert later() == first
+    assert len(measured) == 2
+    monkeypatch.setattr(meta_model, "_code_digest", lambda: "another version")
+    assert later() == first
+    assert len(measured) == 3
+    assert len(list((tmp_path / "footprints").iterdir())) == 2
 
 
 def test_where_there_is_room_auto_is_2048(train: Train, ample: Ran) -> None:
