@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_dpo.cli import main, run_hooks
 from qlora_dpo.errors import ModelError
+from qlora_dpo.model.device import select_device
 from qlora_dpo.on_policy import forecast
 
 pytestmark = LIBRARIES_WARN
@@ -87,8 +88,9 @@ def test_check_gives_the_figures_of_plain_transformers(place: Path, capsys: pyte
         right += sums["chosen"] > sums["rejected"]
         states += 1
     assert lint["ranked_right"][0] == right / states
+    bound = 1e-5 if select_device("auto").compute_dtype == "fp32" else 1e-3
     for side in logps:
-        assert lint[f"{side}_nats"] == pytest.approx(-logps[side] / tokens[side], rel=1e-5)
+        assert lint[f"{side}_nats"] == pytest.approx(-logps[side] / tokens[side], rel=bound)
     assert 0 < lint["own"]["nats_per_token"] < lint["chosen_nats"]
     assert lint["own"]["answers"] == 20
     assert lint["separable"][0] > 0.5

@@ -209,11 +209,11 @@ def test_a_run_that_a_sign_ends_exits_with_3_and_has_an_adapter_and_a_report(
     assert code == 3, told
     assert told.count("Traceback") == 0
     assert (
-        f"qlora-dpo: adapters/hh: stopped after step {step} by watch.stop, stuck: {sentence}; the adapter is as it was "
-        "then, and --resume goes on" in told
+        f"qlora-dpo: adapters/hh: stopped after step {step} by watch.stop, stuck: {sentence}; the adapter is that of "
+        "step 0, and --resume goes on" in told
     )
     assert stuck == {"step": step, "name": "stuck", "sentence": sentence}
-    assert (run["status"], run["steps"], run["adapter_step"]) == ("stopped", step, step)
+    assert (run["status"], run["steps"], run["adapter_step"]) == ("stopped", step, 0)  # the best, by the recipe
     assert run["stopped"].startswith(f"stopped after step {step} by watch.stop, stuck: ")
     assert (folder / "adapter_model.safetensors").is_file()
     assert f"- Step {step}: the held-out loss 0.6931 is still" in (folder / "README.md").read_text()
