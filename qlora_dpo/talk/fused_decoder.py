@@ -3,8 +3,9 @@
 Adapters are merged into copies of the weights, weights that read the same input are concatenated, and keys and values
 are written in place. Those of a prompt are stored once for all of its completions.
 
-It computes in float32 under autocast too, with weights as autocast rounds them: a step that reads every weight for a
-few rows gains nothing from products in 16 bits, and autocast would convert all weights anew for each token.
+It computes in float32 under autocast too, with weights as autocast rounds them. Autocast would convert all weights anew
+for each token; for one row products in 16 bits are no faster (benchmarks/README.md), and an adapter merged into 16 bits
+would lose its small updates.
 
 In names: P prompts, C completions of a prompt, S = P * C slots for completions, R rows (slots still decoded), E width,
 I width inside the MLP, H query heads, K key-value heads, G query heads for each of them, D width of a head, L tokens

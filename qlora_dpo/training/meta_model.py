@@ -136,7 +136,7 @@ def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workl
             before = get_rng_states()
             kept = _measure_footprint(source, recipe, device, workload)
             set_rng_states(before)  # attaching an adapter on meta seeds the generators, as a real one does
-            if processes.is_main():
+            if processes.is_main() and not kept.unplanned_reason:
                 write_cached_record(file, asdict(kept))
         _footprints[key] = kept
     return _footprints[key]

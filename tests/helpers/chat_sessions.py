@@ -5,6 +5,7 @@ import pty
 import select
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,18 +79,20 @@ class Terminal:
 
     def until(self, words: str, seconds: float = 60) -> str:
         """Read on until `words` are shown; return what was shown since the last call, up to and with them."""
-        end = time.monotonic() + seconds
-        while words not in self.shown:
-            assert time.monotonic() < end, f"{words!r} is not in {self.shown!r}"
-            if select.select([self.screen], [], [], 0.2)[0]:
-                self.shown += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
+        self._read_on(lambda: words in self.shown, repr(words), seconds)
         before, _, self.shown = self.shown.partition(words)
         return before + words
 
-    def until_anything(self) -> None:
+    def until_anything(self, seconds: float = 60) -> None:
         """Read on until something is shown after what the last call returned."""
-        while not self.shown:
-            self.shown += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
+        self._read_on(lambda: bool(self.shown), "anything", seconds)
+
+    def _read_on(self, found: Callable[[], bool], what: str, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not found():
+            assert time.monotonic() < end, f"{what} is not in {self.shown!r}"
+            if select.select([self.screen], [], [], 0.2)[0]:
+                self.shown += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
 
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())

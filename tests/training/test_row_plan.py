@@ -327,6 +327,10 @@ def test_a_footprint_is_measured_once_by_the_same_code(monkeypatch: pytest.Monke
     assert later() == first
     assert len(measured) == 3
     assert len(list((tmp_path / "footprints").iterdir())) == 2
+    monkeypatch.setattr(meta_model, "_code_digest", lambda: "one that fails, and may succeed another time")
+    monkeypatch.setattr(meta_model, "_measure_footprint", lambda *given: replace(first, unplanned_reason="no reason"))
+    assert later().unplanned_reason
+    assert len(list((tmp_path / "footprints").iterdir())) == 2
 
 
 def test_where_there_is_room_auto_is_2048(train: Train, ample: Ran) -> None:
