@@ -136,8 +136,8 @@ def _check_result(result: "TrainingResult", folder: Path) -> None:
     from qlora_dpo.errors import GateError, RunError
 
     if result.state.stopped_by_sign:
-        kept = result.state.step if result.state.best is None else result.state.best
-        raise GateError(f"{folder}: {result.state.stopped}; the adapter is that of step {kept}, and --resume goes on")
+        kept = f"the adapter is that of step {result.state.adapter_step}"
+        raise GateError(f"{folder}: {result.state.stopped}; {kept}, and --resume goes on")
     if result.save_errors:
         raise RunError(
             f"{folder}: the adapter is whole, but {len(result.save_errors)} checkpoints could not be saved: "

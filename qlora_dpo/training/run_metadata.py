@@ -30,7 +30,7 @@ def build_run_metadata(
         "name": folder.resolve().name,
         "status": "stopped" if outcome.state.stopped else "finished",
         **({"stopped": outcome.state.stopped} if outcome.state.stopped else {}),
-        "adapter_step": outcome.state.step if outcome.state.best is None else outcome.state.best,
+        "adapter_step": outcome.state.adapter_step,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redact_secrets(command),
         "versions": {

@@ -92,6 +92,11 @@ class TrainState:
         return cls(**values | {"since_eval": SinceEval(**since)})
 
     @property
+    def adapter_step(self) -> int:
+        """The step whose adapter the run writes at its end: the best, or the last."""
+        return self.step if self.best is None else self.best
+
+    @property
     def has_stepped(self) -> bool:
         """True once a step has changed the adapter: not all steps so far were skipped."""
         return self.step > self.skipped_steps
