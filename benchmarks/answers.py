@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto", help="model.dtype: auto, fp32 or bf16")
+    parser.add_argument("--against", default="", help='only the peers with this in their name: "batch"')
     asked = parser.parse_args()
     quiet_libraries()
     opened = open_model(str(asked.model), asked.dtype)
@@ -65,6 +66,7 @@ def main() -> None:
     print(f"tokens, {asked.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}")
     for kind in asked.only.split(","):
         variants = {"chat": chat, "samples": greedy, "pairs": sampled}[kind](opened, prompts, asked)
+        variants = {name: answer for name, answer in variants.items() if name == kind or asked.against in name}
         with torch.inference_mode(), opened.device.autocast():
             measure(variants, asked.rounds)
     if asked.gguf is not None:  # last, since its idle threads slow down the others
@@ -100,7 +102,7 @@ def chat(opened: OpenedModel, prompts: list[AskedPrompt], asked: argparse.Namesp
 
     def ours() -> int:
         usage = TokenUsage()
-        for _ in generate_stream(opened.model, opened.tokenizer, ids, settings, KVCache(), usage, decoder):
+        for _ in generate_stream(opened.model, opened.tokenizer, ids, settings, KVCache(), usage, lambda: decoder):
             pass
         return usage.completion_tokens
 

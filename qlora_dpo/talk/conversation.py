@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,8 +119,8 @@ def stream_reply(conversation: Conversation, variant: ModelVariant, seed: int) -
         model, tokenizer = conversation.model, conversation.tokenizer
         ids = tokenize_prompt(tokenizer, _prompt_messages(conversation))
         with use_variant(model, conversation.device, variant):
-            decoder = variant_decoder(conversation.decoders, model, variant)
-            stream = generate_stream(model, tokenizer, ids, settings, kv_cache, conversation.usage, decoder)
+            get_decoder = partial(variant_decoder, conversation.decoders, model, variant)
+            stream = generate_stream(model, tokenizer, ids, settings, kv_cache, conversation.usage, get_decoder)
             while True:
                 try:
                     chunk = escape_filter.feed(next(stream))
@@ -145,7 +146,7 @@ def use_variant(model: Any, device: Device, variant: ModelVariant) -> Iterator[N
 
 
 def variant_decoder(decoders: Decoders, model: Any, variant: ModelVariant) -> FusedDecoder | None:
-    """The decoder of a variant, built for its first reply; call it inside `use_variant`."""
+    """The decoder of a variant, built in the first call; call it inside `use_variant`."""
     if variant not in decoders:
         decoders[variant] = fused_decoder(model)
     return decoders[variant]

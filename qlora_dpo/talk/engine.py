@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qlora_dpo.data.dialogue import Message, sanitize_text
@@ -175,9 +176,8 @@ class Engine:
             ids = tokenize_prompt(self.tokenizer, request.messages)
             sampling = sampling_within_context(request, len(ids), context_tokens(self.model))
             kv_cache, usage = self._take_kv_cache(request.variant, ids), TokenUsage(prompt_tokens=len(ids))
-            with use_variant(self.model, self.device, request.variant):
-                decoder = variant_decoder(self._decoders, self.model, request.variant)
-            chunks = generate_stream(self.model, self.tokenizer, ids, sampling, kv_cache, usage, decoder)
+            get_decoder = partial(variant_decoder, self._decoders, self.model, request.variant)
+            chunks = generate_stream(self.model, self.tokenizer, ids, sampling, kv_cache, usage, get_decoder)
             return _Reply(request, chunks, usage, kv_cache, StopStringFilter(request.stop_strings))
         except Exception as error:  # one client's failure does not stop the others' replies
             request.emit(self._failure_for(error, begun=False))

@@ -1,11 +1,8 @@
 """Decodes on a CPU with fewer and larger operations than a model's own forward, for models whose layers are Llama's.
 
-Adapters are merged into copies of the weights, weights that read the same input are concatenated, and keys and values
-are written in place. Those of a prompt are stored once for all of its completions.
-
-It computes in float32 under autocast too, with weights as autocast rounds them. Autocast would convert all weights anew
-for each token; for one row products in 16 bits are no faster (benchmarks/README.md), and an adapter merged into 16 bits
-would lose its small updates.
+Weights that read the same input are joined in one product, in the form that is fastest on a CPU (decoder_products.py),
+and keys and values are written in place. Those of a prompt are stored once for all of its completions. Under autocast
+products are computed in its dtype, and everything else in float32.
 
 In names: P prompts, C completions of a prompt, S = P * C slots for completions, R rows (slots still decoded), E width,
 I width inside the MLP, H query heads, K key-value heads, G query heads for each of them, D width of a head, L tokens
@@ -26,77 +23,42 @@ from transformers import DynamicCache
 from qlora_dpo.model.cast_output import casts_output
 from qlora_dpo.model.decoder_layers import unwrap_peft
 from qlora_dpo.model.memory import free_ram_bytes
-from qlora_dpo.model.quantized import dense_weight
+from qlora_dpo.talk.decoder_products import Product, fused_product, product_bytes
 
 MODEL_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Models whose layers are those of `_Layer`; others decode with their own forward."""
 MEMORY_SHARE = 0.25
 """Share of the free RAM that the copies of a model's weights may take."""
-MIN_PACKED_ROWS = 4
-"""Completions at once from which on weights are packed."""
 KEPT_SHARE = 0.75
 """The other prompts are dropped once this share or less is still being completed, since that copies the cache."""
 
 
 @dataclass(frozen=True)
-class _Product:
-    """A linear layer, or several with the same input: weight (out, in) and bias (out,)."""
+class _Norm:
+    """An RMSNorm over the last dimension."""
 
     weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight, self.bias)
-
-
-class _PackedProduct(_Product):
-    """A product whose weight lies in oneDNN's own blocks, by the operators that torch.compile calls on a CPU.
-
-    4 to 32 rows take a fifth to a third less time than with `linear`, which reorders the weight in each call; one row
-    takes a third more.
-    """
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return output
-
-
-def _packed(product: _Product, rows: int) -> _Product:
-    """The product as it is computed fastest for so many rows."""
-    if rows < MIN_PACKED_ROWS or not torch.backends.mkldnn.is_available():
-        return product
-    weight = torch.ops.mkldnn._reorder_linear_weight(product.weight.contiguous(), rows)
-    return _PackedProduct(weight, product.bias)
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """An RMSNorm over the last dimension; `weight` is None if it was multiplied into the product that follows."""
-
-    weight: Tensor | None
     epsilon: float
 
     def __call__(self, inputs: Tensor) -> Tensor:
         # torch's own takes three times as long for a few rows on a CPU
         normalized = inputs * inputs.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
-        return normalized if self.weight is None else normalized.mul_(self.weight)
+        return normalized.mul_(self.weight)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The weights of a decoder layer, those of queries multiplied by the scaling of scores.
-
-    Only Qwen3 normalizes queries and keys.
-    """
+    """The parts of a decoder layer, and what scores are multiplied by. Only Qwen3 normalizes queries and keys."""
 
     input_norm: _Norm
-    query_key_value: _Product
+    query_key_value: Product
     query_norm: _Norm | None
     key_norm: _Norm | None
-    attention_output: _Product
+    scaling: float
+    attention_output: Product
     mlp_norm: _Norm
-    gate_up: _Product
-    down: _Product
+    gate_up: Product
+    down: Product
 
 
 @dataclass
@@ -152,7 +114,7 @@ class FusedDecoder:
     def __init__(self, model: Any, rows: int = 1, dtype: torch.dtype = torch.float32) -> None:
         """Copy the weights of `model`, for which `fused_decoder` has made sure that it is possible.
 
-        The weights of its layers are rounded to `dtype`, that of the model's own products, before adapters are added.
+        `dtype` is that of the model's own products.
         """
         body = model.model
         config = model.config
@@ -162,7 +124,7 @@ class FusedDecoder:
         self.rotary = body.rotary_emb
         self.layers = [_fused_layer(layer, rows, dtype) for layer in body.layers]
         self.norm = _norm(body.norm)
-        self.head = _packed(_Product(model.lm_head.weight.detach(), None), rows)
+        self.head = fused_product([model.lm_head], rows, dtype)
 
     def cache(self, prompts: Sequence[tuple[DynamicCache, Sequence[int]]], copies: int, most: int) -> FusedCache:
         """A cache for `copies` completions of up to `most` tokens each, after prompts that the model has run.
@@ -208,7 +170,7 @@ class FusedDecoder:
             place = slot_R if len(slot_R) < len(cache.keys[index]) else slice(None)  # a copy is faster than scattering
             cache.keys[index][place, :, cache.count] = rotated[:, self.heads :]
             cache.values[index][place, :, cache.count] = value_RKD
-            attended = self._attend(rotated[:, : self.heads], cache, index, slot_R)
+            attended = self._attend(rotated[:, : self.heads] * layer.scaling, cache, index, slot_R)
             hidden_RE = hidden_RE + layer.attention_output(attended)
             gate_RI, up_RI = layer.gate_up(layer.mlp_norm(hidden_RE)).chunk(2, dim=-1)
             hidden_RE = hidden_RE + layer.down(functional.silu(gate_RI) * up_RI)
@@ -275,10 +237,12 @@ def fused_decoder(model: Any, rows: int = 1) -> FusedDecoder | None:
     """
     plain = unwrap_peft(model)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if type(plain).__name__ not in MODEL_CLASSES or _has_hooks(model) or not _is_fusable(plain):
+    if dtype not in (torch.float32, torch.bfloat16) or type(plain).__name__ not in MODEL_CLASSES:
+        return None
+    if _has_hooks(model) or not _is_fusable(plain):
         return None
     linear = [module for module in plain.modules() if isinstance(module, nn.Linear)]
-    if sum(layer.in_features * layer.out_features * 4 for layer in linear) > MEMORY_SHARE * free_ram_bytes():
+    if sum(product_bytes(layer, dtype) for layer in linear) > MEMORY_SHARE * free_ram_bytes():
         return None
     with torch.autocast("cpu", enabled=False):
         return FusedDecoder(plain, rows, dtype)
@@ -336,55 +300,20 @@ def _is_plain(layer: Any) -> bool:
     return type(base) is bnb.nn.Linear8bitLt or (type(base) is nn.Linear and base.weight.dtype == torch.float32)
 
 
-@torch.no_grad()
 def _fused_layer(layer: Any, rows: int, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    joined = _product_of_normalized(layer.input_layernorm, dtype, attention.q_proj, attention.k_proj, attention.v_proj)
-    query_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
-    if query_norm is not None:
-        query_norm = _Norm(query_norm.weight * attention.scaling, query_norm.epsilon)
-    else:
-        joined.weight[: attention.q_proj.out_features].mul_(attention.scaling)
-        if joined.bias is not None:
-            joined.bias[: attention.q_proj.out_features].mul_(attention.scaling)
     return _Layer(
-        _Norm(None, layer.input_layernorm.variance_epsilon),
-        _packed(joined, rows),
-        query_norm,
+        _norm(layer.input_layernorm),
+        fused_product([attention.q_proj, attention.k_proj, attention.v_proj], rows, dtype),
+        _norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         _norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        _packed(_product(attention.o_proj, dtype), rows),
-        _Norm(None, layer.post_attention_layernorm.variance_epsilon),
-        _packed(_product_of_normalized(layer.post_attention_layernorm, dtype, mlp.gate_proj, mlp.up_proj), rows),
-        _packed(_product(mlp.down_proj, dtype), rows),
+        attention.scaling,
+        fused_product([attention.o_proj], rows, dtype),
+        _norm(layer.post_attention_layernorm),
+        fused_product([mlp.gate_proj, mlp.up_proj], rows, dtype),
+        fused_product([mlp.down_proj], rows, dtype),
     )
 
 
 def _norm(norm: Any) -> _Norm:
     return _Norm(norm.weight.detach(), norm.variance_epsilon)
-
-
-@torch.no_grad()
-def _product_of_normalized(norm: Any, dtype: torch.dtype, *layers: Any) -> _Product:
-    """The product of layers that read the output of `norm`, with the norm's weight multiplied into theirs."""
-    bases = [layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers]
-    bias = None if bases[0].bias is None else torch.cat([base.bias.float() for base in bases])
-    return _Product(torch.cat([_merged_weight(layer, dtype) for layer in layers]).mul_(norm.weight), bias)
-
-
-def _product(layer: Any, dtype: torch.dtype) -> _Product:
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    return _Product(_merged_weight(layer, dtype).detach(), None if base.bias is None else base.bias.detach().float())
-
-
-@torch.no_grad()
-def _merged_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The layer's weight (out, in), rounded to `dtype`, plus its active adapters unless they are disabled; float32."""
-    if not isinstance(layer, LoraLayer):
-        return dense_weight(layer, dtype).float()
-    weight = dense_weight(layer.get_base_layer(), dtype).float()
-    if not layer.disable_adapters:
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                a_rI, b_Or = layer.lora_A[name].weight, layer.lora_B[name].weight
-                weight = torch.addmm(weight, b_Or.float(), a_rI.float(), alpha=layer.scaling[name])
-    return weight

@@ -4,7 +4,7 @@ In names: R rows of a batch, T tokens, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,8 @@ from qlora_dpo.talk.decode import decode_batch, empty_cache, last_logits, prompt
 from qlora_dpo.talk.fused_decoder import FusedDecoder, fused_decoder
 from qlora_dpo.talk.sampling import SamplingParams
 
+GetDecoder = Callable[[], FusedDecoder | None]
+"""Returns the decoder of a model, built in the first call; None for a model that has to decode with its own forward."""
 NOT_A_NUMBER = "the model's output is not a number; its weights or its compute dtype are broken"
 
 
@@ -168,13 +170,14 @@ def generate_stream(
     settings: SamplingParams,
     kv_cache: KVCache,
     usage: TokenUsage | None = None,
-    decoder: FusedDecoder | None = None,
+    get_decoder: GetDecoder | None = None,
 ) -> Generator[str, None, bool]:
     """Yield the reply to the prompt `ids` in chunks of whole characters; return True if the model ended it itself.
 
     Only tokens that `kv_cache` does not hold are run, so a longer conversation costs its new part. Closing the
     generator stops the reply; the tokens until then stay in `kv_cache`. The model must be in evaluation mode. `usage`
-    is updated as the reply grows. `decoder` has the weights of `model`, and takes over after the prompt.
+    is updated as the reply grows. The decoder of `get_decoder` has the weights of `model`, and takes over after the
+    first token, so that this token need not wait until the decoder is built.
     """
     usage = TokenUsage() if usage is None else usage
     stop_ids = stop_token_ids(model, tokenizer)
@@ -182,7 +185,7 @@ def generate_stream(
     text = _IncrementalDecoder(tokenizer)
     new_ids = _reuse_prefix(kv_cache, model, ids)
     usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = len(ids), len(ids) - len(new_ids), 0
-    with closing(_logits_stream(model, new_ids, settings.max_new_tokens, kv_cache, decoder)) as logits:
+    with closing(_logits_stream(model, new_ids, settings.max_new_tokens, kv_cache, get_decoder)) as logits:
         logits_V = next(logits)
         while True:
             token = _sample(logits_V, settings, generator)
@@ -198,19 +201,20 @@ def generate_stream(
 
 
 def _logits_stream(
-    model: Any, new_ids: list[int], most: int, kv_cache: KVCache, decoder: FusedDecoder | None
+    model: Any, new_ids: list[int], most: int, kv_cache: KVCache, get_decoder: GetDecoder | None
 ) -> Generator[Tensor, int, None]:
     """Yield the next token's logits (V,) after `new_ids`, and after each token that is sent; all stay in `kv_cache`."""
+    token = yield _next_logits(model, new_ids, kv_cache)
+    decoder = None if get_decoder is None else get_decoder()
     if decoder is None:
         while True:
-            new_ids = [(yield _next_logits(model, new_ids, kv_cache))]
-    logits_V, decoded = _next_logits(model, new_ids, kv_cache), list[int]()
-    cache = decoder.cache([(kv_cache.past, [len(kv_cache.ids)])], 1, most)
+            token = yield _next_logits(model, [token], kv_cache)
+    cache, decoded = decoder.cache([(kv_cache.past, [len(kv_cache.ids)])], 1, most), list[int]()
     slot_R = torch.zeros(1, dtype=torch.long)
     try:
         while True:
-            decoded.append((yield logits_V))
-            logits_V = decoder.next_logits(torch.tensor(decoded[-1:]), cache, slot_R)[0]
+            decoded.append(token)
+            token = yield decoder.next_logits(torch.tensor([token]), cache, slot_R)[0]
     finally:
         past, kv_cache.past = kv_cache.past, None
         ids, kv_cache.ids = [*kv_cache.ids, *decoded[: cache.count]], []  # without a token whose step was interrupted
