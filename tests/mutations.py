@@ -468,7 +468,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "files.py": [
         ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
     ],
-    "training/meta_model.py": [
+    "training/memory/footprint.py": [
         ("[_code_digest(), libraries, key]", "[libraries, key]", "training/test_row_plan.py"),
     ],
     "preference/start_evaluation.py": [

@@ -9,7 +9,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.planning.memory_estimate import MemoryEstimate, estimate_memory
 from qlora_dpo.recipe import Recipe
-from qlora_dpo.training.meta_model import Workload, workload_of
+from qlora_dpo.training.memory.workload import Workload, workload_of
 from qlora_dpo.training.prepare import PreparedData
 
 MIN_MAX_LENGTH = 128

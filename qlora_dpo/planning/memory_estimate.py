@@ -10,8 +10,8 @@ from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.reference import EmaReference, ModelReference
-from qlora_dpo.training.meta_model import ModelFootprint, Workload, measure_footprint
-from qlora_dpo.training.row_plan import (
+from qlora_dpo.training.memory.footprint import ModelFootprint, measure_footprint
+from qlora_dpo.training.memory.row_plan import (
     RowPlan,
     adapter_bytes,
     choose_row_plan,
@@ -22,6 +22,7 @@ from qlora_dpo.training.row_plan import (
     reference_row_tokens,
     step_bytes,
 )
+from qlora_dpo.training.memory.workload import Workload
 
 RESERVED_BYTES = {"cuda": 512 * 2**20, "cpu": 80 * 2**20}
 """Bytes that the libraries take before the first step: on a GPU, CUDA's context and cuBLAS; on a CPU, the growth that

@@ -33,7 +33,7 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.training.data_order import make_data_order
 from qlora_dpo.training.engine import engine_of
 from qlora_dpo.training.loss_columns import read_loss_columns
-from qlora_dpo.training.meta_model import workload_of
+from qlora_dpo.training.memory.workload import workload_of
 from qlora_dpo.training.optim import check_optimizer
 from qlora_dpo.training.prepare import PreparedData, prepare_data
 

@@ -34,15 +34,8 @@ from qlora_dpo.preference.start_checks import (
 )
 from qlora_dpo.recipe.reference import EmaReference
 from qlora_dpo.training.engine import engine_of
-from qlora_dpo.training.meta_model import (
-    ModelFootprint,
-    Workload,
-    measure_footprint,
-    measure_loaded,
-    workload_of,
-)
-from qlora_dpo.training.prepare import PreparedData
-from qlora_dpo.training.row_plan import (
+from qlora_dpo.training.memory.footprint import ModelFootprint, measure_footprint, measure_loaded
+from qlora_dpo.training.memory.row_plan import (
     adapter_bytes,
     choose_row_plan,
     conversion_bytes,
@@ -52,6 +45,8 @@ from qlora_dpo.training.row_plan import (
     reference_row_tokens,
     total_step_bytes,
 )
+from qlora_dpo.training.memory.workload import Workload, workload_of
+from qlora_dpo.training.prepare import PreparedData
 
 logger = logging.getLogger(__name__)
 

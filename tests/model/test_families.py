@@ -29,7 +29,7 @@ from qlora_dpo.preference.start_checks import check_training_mode, probe_logits
 from qlora_dpo.recipe.model import LoraTable, ModelTable
 from qlora_dpo.tracking.run_log import RunLog
 from qlora_dpo.training import run
-from qlora_dpo.training.meta_model import Workload
+from qlora_dpo.training.memory.workload import Workload
 from qlora_dpo.training.prepare import prepare_data
 
 pytestmark = tiny_run.LIBRARIES_WARN

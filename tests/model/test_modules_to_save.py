@@ -32,9 +32,10 @@ from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.training.checkpoint.save import newest_valid
 from qlora_dpo.training.loop import train_loop
-from qlora_dpo.training.meta_model import Workload, measure_footprint
+from qlora_dpo.training.memory.footprint import measure_footprint
+from qlora_dpo.training.memory.row_plan import adapter_bytes
+from qlora_dpo.training.memory.workload import Workload
 from qlora_dpo.training.optim import create_optimizer
-from qlora_dpo.training.row_plan import adapter_bytes
 
 pytestmark = [tiny_run.LIBRARIES_WARN, pytest.mark.filterwarnings("ignore::UserWarning")]
 

@@ -19,9 +19,10 @@ from qlora_dpo.model.activation_memory import ActivationBytes, measure_activatio
 from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device, device_for_gpu
 from qlora_dpo.model.distributed import processes
+from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.gpu_specs import GPU_SPECS
 from qlora_dpo.model.live_tensors import LiveTensorBytes
-from qlora_dpo.model.lora import trainable_parameters
+from qlora_dpo.model.lora import attach_lora, trainable_parameters
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource, fetch_without_weights
@@ -31,8 +32,11 @@ from qlora_dpo.preference.logps import hidden_states, score_batch
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import Recipe, load_recipe
 from qlora_dpo.recipe.model import LoraTable, ModelTable
-from qlora_dpo.training import meta_model as from_shapes
-from qlora_dpo.training.meta_model import Workload
+from qlora_dpo.training.memory import traced_activations
+from qlora_dpo.training.memory.footprint import measure_footprint
+from qlora_dpo.training.memory.meta_model import base_weight_bytes, build_on_meta, optimizer_bytes
+from qlora_dpo.training.memory.traced_activations import DUMMY_PAIRS, activation_bytes_per_token
+from qlora_dpo.training.memory.workload import Workload
 from qlora_dpo.training.optim import create_optimizer
 
 pytestmark = tiny_run.LIBRARIES_WARN
@@ -80,7 +84,7 @@ def bytes_of(model: torch.nn.Module) -> int:
 def test_the_bases_bytes_are_those_of_the_loaded_base(quantization: Any, double: bool, dtype: Any) -> None:
     place = replace(tiny_run.CPU, compute_dtype=dtype)
     table = ModelTable(name=tiny_run.source().name, quantization=quantization, double_quant=double)
-    told = from_shapes.base_weight_bytes(from_shapes.build_on_meta(tiny_run.source(), place), table, place)
+    told = base_weight_bytes(build_on_meta(tiny_run.source(), place), table, place)
     assert sum(told.values()) == bytes_of(load_base(tiny_run.source(), table, place))
 
 
@@ -96,15 +100,15 @@ def test_what_a_token_keeps_is_what_it_keeps_on_real_weights(quantization: str, 
     place = replace(tiny_run.CPU, compute_dtype=dtype, attention=backend)
     what = tiny_run.recipe(quantization)
     model = tiny_run.fresh(what, place).train()
-    batch = collate(from_shapes.DUMMY_PAIRS, Packing(10**6, 0, backend))
+    batch = collate(DUMMY_PAIRS, Packing(10**6, 0, backend))
     found = measure_activation_bytes(
         model.get_base_model(), partial(hidden_states, model, batch, place), batch.input_ids_BL.numel()
     )
-    base = from_shapes.build_on_meta(tiny_run.source(), place)
+    base = build_on_meta(tiny_run.source(), place)
     attention.enable_packed_attention(base)
-    alone = from_shapes.attach_lora(base, what.lora, 0)
-    from_shapes.fuse_lora(alone, place.torch_dtype)
-    told = from_shapes.activation_bytes_per_token(alone, place)
+    alone = attach_lora(base, what.lora, 0)
+    fuse_lora(alone, place.torch_dtype)
+    told = activation_bytes_per_token(alone, place)
     # a 4-bit layer gives back the dtype that it is given; the dense one that stands for it here, that of its product
     assert told.layer == pytest.approx(found.layer, rel=0.1 if (quantization, dtype) == ("nf4", "bf16") else 0.001)
     assert told.layer_input == found.layer_input
@@ -124,7 +128,7 @@ def test_the_optimizers_state_is_as_large_as_told(optim: Any) -> None:
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name != "step"
     ]
-    assert from_shapes.optimizer_bytes(moved, what.train) == sum(each.numel() * 4 for each in held)
+    assert optimizer_bytes(moved, what.train) == sum(each.numel() * 4 for each in held)
 
 
 def test_the_half_billion_on_a_t4_is_a_worked_number(tmp_path: Path) -> None:
@@ -169,18 +173,18 @@ def test_every_part_that_a_reader_looks_for_is_told() -> None:
 @pytest.mark.parametrize("count", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_what_one_more_layer_keeps_is_told_from_a_few(tmp_path: Path, count: int) -> None:
     def told(few: int) -> ActivationBytes:
-        from_shapes.PROBE_LAYERS = few
-        base = from_shapes.build_on_meta(folder(tmp_path, half_billion(layers=count)), T4)
+        traced_activations.PROBE_LAYERS = few
+        base = build_on_meta(folder(tmp_path, half_billion(layers=count)), T4)
         attention.enable_packed_attention(base)
-        model = from_shapes.attach_lora(base, what.lora, 0)
-        from_shapes.fuse_lora(model, T4.torch_dtype)
-        return from_shapes.activation_bytes_per_token(model, T4)
+        model = attach_lora(base, what.lora, 0)
+        fuse_lora(model, T4.torch_dtype)
+        return activation_bytes_per_token(model, T4)
 
-    what, before = tiny_run.recipe("nf4"), from_shapes.PROBE_LAYERS
+    what, before = tiny_run.recipe("nf4"), traced_activations.PROBE_LAYERS
     try:
         few, every = told(2), told(100)
     finally:
-        from_shapes.PROBE_LAYERS = before
+        traced_activations.PROBE_LAYERS = before
     assert few.layer == pytest.approx(every.layer, rel=1e-9)
     assert few.working == pytest.approx(every.working, rel=0.01)
 
@@ -316,17 +320,17 @@ def test_a_large_vocabulary_adds_nothing_to_what_a_token_keeps_in_fp16(quantizat
     source = ModelSource("org/model", tmp_path)
     what = tiny_run.recipe(quantization)
     # one pair as the plan takes it
-    (pair,) = from_shapes._longest_pair(Workload(64, 512, 96))
+    pair = Workload(64, 512, 96).longest_pair()
     loaded = load_base(source, what.model, place)
     cache_dequantized(loaded, place.torch_dtype)
     attention.enable_packed_attention(loaded)
-    model = from_shapes.attach_lora(loaded, what.lora, 0)
-    from_shapes.fuse_lora(model, place.torch_dtype)
+    model = attach_lora(loaded, what.lora, 0)
+    fuse_lora(model, place.torch_dtype)
     batch = collate([pair], Packing(10**6, 0, place.attention))
     tokens = batch.input_ids_BL.numel()
     body = measure_activation_bytes(loaded, partial(hidden_states, model.train(), batch, place), tokens)
     with_head = measure_activation_bytes(loaded, lambda: score_batch(model, batch, place).chosen_logp_P, tokens)
-    found = from_shapes.measure_footprint(source, what, place, Workload(64, 512, 96))
+    found = measure_footprint(source, what, place, Workload(64, 512, 96))
     assert found.activations.layer == pytest.approx(body.layer, rel=0.1)
     # what `train` once took for it: a copy of the head, divided by the tokens of a few pairs
     assert with_head.layer > 3 * body.layer
@@ -414,7 +418,7 @@ def test_modules_that_are_not_there_are_refused() -> None:
 def test_a_config_that_is_unknown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
     with pytest.raises(ModelError) as refused:
-        from_shapes.build_on_meta(ModelSource("org/model", tmp_path), tiny_run.CPU)
+        build_on_meta(ModelSource("org/model", tmp_path), tiny_run.CPU)
     assert str(refused.value) == "org/model: its config is not that of a known causal language model"
 
 

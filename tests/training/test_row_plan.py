@@ -25,13 +25,13 @@ from qlora_dpo.preference import packing_choice, reference
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
 from qlora_dpo.tracking.run_log import METRICS, RunLog, read_metrics
-from qlora_dpo.training import build_model, meta_model, run
+from qlora_dpo.training import build_model, run
 from qlora_dpo.training.checkpoint import save
 from qlora_dpo.training.checkpoint.save import checkpoint_dir
 from qlora_dpo.training.checkpoint.state import TrainState
-from qlora_dpo.training.meta_model import ModelFootprint, Workload, measure_footprint, workload_of
-from qlora_dpo.training.prepare import prepare_data
-from qlora_dpo.training.row_plan import (
+from qlora_dpo.training.memory import footprint
+from qlora_dpo.training.memory.footprint import ModelFootprint, measure_footprint
+from qlora_dpo.training.memory.row_plan import (
     RowPlan,
     choose_row_plan,
     dense_weight_budget,
@@ -42,6 +42,8 @@ from qlora_dpo.training.row_plan import (
     step_bytes,
     total_step_bytes,
 )
+from qlora_dpo.training.memory.workload import Workload, workload_of
+from qlora_dpo.training.prepare import prepare_data
 
 pytestmark = tiny_run.LIBRARIES_WARN
 
@@ -303,19 +305,19 @@ def test_a_footprint_is_measured_once_by_the_same_code(monkeypatch: pytest.Monke
     """In this process and, by a file, in later ones; a damaged file is as good as none."""
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path))
     asked = tiny_run.source(), tiny_run.recipe(lora={"r": 3}), tiny_run.CPU, Workload(40, 300, 60)
-    measure, measured = meta_model._measure_footprint, list[ModelFootprint]()
+    measure, measured = footprint._measure_footprint, list[ModelFootprint]()
 
     def counted(*given: Any) -> ModelFootprint:
         measured.append(measure(*given))
         return measured[-1]
 
-    monkeypatch.setattr(meta_model, "_measure_footprint", counted)
-    monkeypatch.setattr(meta_model, "_footprints", {})
+    monkeypatch.setattr(footprint, "_measure_footprint", counted)
+    monkeypatch.setattr(footprint, "_footprints", {})
     first = measure_footprint(*asked)
     (file,) = (tmp_path / "footprints").iterdir()
 
     def later() -> ModelFootprint:
-        monkeypatch.setattr(meta_model, "_footprints", {})
+        monkeypatch.setattr(footprint, "_footprints", {})
         return measure_footprint(*asked)
 
     assert later() == first
@@ -323,12 +325,12 @@ def test_a_footprint_is_measured_once_by_the_same_code(monkeypatch: pytest.Monke
     file.write_text(file.read_text()[:-9])
     assert later() == first
     assert len(measured) == 2
-    monkeypatch.setattr(meta_model, "_code_digest", lambda: "another version")
+    monkeypatch.setattr(footprint, "_code_digest", lambda: "another version")
     assert later() == first
     assert len(measured) == 3
     assert len(list((tmp_path / "footprints").iterdir())) == 2
-    monkeypatch.setattr(meta_model, "_code_digest", lambda: "one that fails, and may succeed another time")
-    monkeypatch.setattr(meta_model, "_measure_footprint", lambda *given: replace(first, unplanned_reason="no reason"))
+    monkeypatch.setattr(footprint, "_code_digest", lambda: "one that fails, and may succeed another time")
+    monkeypatch.setattr(footprint, "_measure_footprint", lambda *given: replace(first, unplanned_reason="no reason"))
     assert later().unplanned_reason
     assert len(list((tmp_path / "footprints").iterdir())) == 2
 

@@ -11,7 +11,8 @@ from qlora_dpo.preference.pack import STATES_PER_CHUNK
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.reference import AdapterReference, EmaReference
 from qlora_dpo.recipe.train import DEFAULT_ROW_TOKENS, TrainTable
-from qlora_dpo.training.meta_model import ModelFootprint, Workload
+from qlora_dpo.training.memory.footprint import ModelFootprint
+from qlora_dpo.training.memory.workload import Workload
 
 MAX_REFERENCE_ROW_FACTOR = 8
 """How many times larger than a step's rows those of the reference pass may be on a GPU."""

@@ -1,0 +1,1 @@
+"""What a run will take in memory, and how long its rows may be."""
