@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.data.encode import load_pairs
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import select_device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
@@ -24,6 +24,7 @@ from qlora_dpo.model.malloc import malloc_retain
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import fetch_model
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate
 from qlora_dpo.recipe import recipe

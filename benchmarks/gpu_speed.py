@@ -18,8 +18,8 @@ from gpu_table import GIB, Report, gib
 
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import is_out_of_memory
-from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.device import Device
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches
 from qlora_dpo.preference.reference import model_logps
 from qlora_dpo.recipe.model import ModelTable

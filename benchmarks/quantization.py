@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
 from qlora_dpo.evaluation.merge_texts import load_comparison_texts
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import select_device
 from qlora_dpo.model.quantized import quantized_layers
 from qlora_dpo.model.sources import fetch_model
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.recipe import recipe
 from qlora_dpo.recipe.model import QUANTIZATION_NAMES
 

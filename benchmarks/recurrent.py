@@ -20,9 +20,10 @@ from qlora_dpo.data.encode import encode_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.data.mixture import parse_sources
 from qlora_dpo.data.templates.chat_format import detect_chat_format
-from qlora_dpo.model import base, device, sources
+from qlora_dpo.model import device, sources
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches
 from qlora_dpo.preference.packing_choice import choose_packing
@@ -74,7 +75,7 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     here = device.select_device("fp32")
-    tokenizer = base.load_tokenizer(sources.fetch_model(ModelTable(name=asked.tokenizer)))
+    tokenizer = load_tokenizer(sources.fetch_model(ModelTable(name=asked.tokenizer)))
     rows = parse_sources(DataTable(train=asked.data), "train", {}).parsed.pairs[: 8 * asked.pairs]
     encoded = [
         pair for pair in encode_pairs(rows, tokenizer, detect_chat_format(tokenizer)) if isinstance(pair, EncodedPair)

@@ -32,7 +32,7 @@ from qlora_dpo.cli.startup.quiet import quiet_libraries
 from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.model import device
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.decoder_layers import checkpointable_layers, set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
@@ -41,6 +41,7 @@ from qlora_dpo.model.memory import USABLE_FRACTION, dense_bytes, free_bytes
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.quantized import cache_dequantized
 from qlora_dpo.model.sources import ModelSource, fetch_model
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import compute_losses
 from qlora_dpo.preference.pack import Packing, collate, max_sequence_tokens, micro_batches

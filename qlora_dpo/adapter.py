@@ -18,6 +18,7 @@ from qlora_dpo.model.device import Device
 from qlora_dpo.model.lora import nonfinite_names
 from qlora_dpo.model.memory import cache_at_first_use_if_fits
 from qlora_dpo.model.sources import ModelSource
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, find_model_folder
@@ -110,7 +111,7 @@ def open_adapter(
     if cache_dense:
         cache_at_first_use_if_fits(model, selected)
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = base.load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder))
+    tokenizer = load_tokenizer(ModelSource(source.name, folder if has_tokenizer else source.folder))
     # The template's fingerprint only: another release of transformers may build the tokenizer differently
     template = (run or {}).get("tokenizer", {}).get("template")
     if template and template != base.template_fingerprint(tokenizer):
@@ -123,4 +124,4 @@ def open_adapter(
 def _open_dense(table: ModelTable, dtype: str, folder: Path | None) -> OpenedModel:
     selected = device.select_device(dtype)  # type: ignore[arg-type]
     source = sources.fetch_model(table)
-    return OpenedModel(base.load_base(source, table, selected), base.load_tokenizer(source), selected, source, folder)
+    return OpenedModel(base.load_base(source, table, selected), load_tokenizer(source), selected, source, folder)

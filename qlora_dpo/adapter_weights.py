@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_dpo.data.dialogue import sanitize_text
-from qlora_dpo.errors import ModelError
+from qlora_dpo.errors import ModelError, first_line
 from qlora_dpo.manifest import MANIFEST, find_damage
 from qlora_dpo.model import dora, modules_to_save
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
@@ -358,4 +358,4 @@ def _conversion_hint(folder: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return sanitize_text((str(error).splitlines() or [type(error).__name__])[0])
+    return sanitize_text(first_line(error))

@@ -25,6 +25,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or from_torch or any(part in message for part in OOM_MESSAGES)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class QloraDpoError(Exception):
     """Base of all errors whose text is meant for the user: where, what was found, what would be right, what to do."""
 

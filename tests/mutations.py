@@ -468,6 +468,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "files.py": [
         ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
     ],
+    "model/tokenizer.py": [
+        ("libraries, digests]", "libraries]", "model/test_tokenizer.py"),
+        ("SPLIT_TEXTS, libraries,", "SPLIT_TEXTS,", "model/test_tokenizer.py"),
+    ],
     "training/memory/footprint.py": [
         ("[_code_digest(), libraries, key]", "[libraries, key]", "training/test_row_plan.py"),
     ],

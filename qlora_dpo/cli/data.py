@@ -300,8 +300,8 @@ def _load_tokenizer(model: str | None, recipe: "Recipe | None") -> Any:
     else:
         return None
     from qlora_dpo.data.templates.template_settings import apply_template_settings
-    from qlora_dpo.model.base import load_tokenizer
     from qlora_dpo.model.sources import fetch_model
+    from qlora_dpo.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(fetch_model(table))
     for sentence in apply_template_settings(tokenizer, table, table.name):

@@ -276,11 +276,12 @@ def _open_base(recipe: str, dtype: str) -> "OpenedModel":
     from qlora_dpo.adapter import OpenedModel
     from qlora_dpo.data.templates.template_settings import apply_template_settings
     from qlora_dpo.model import base, device, memory, sources
+    from qlora_dpo.model.tokenizer import load_tokenizer
     from qlora_dpo.recipe.recipe import load_recipe
 
     table = load_recipe(recipe).recipe.model
     source, selected = sources.fetch_model(table), device.select_device(dtype)  # type: ignore[arg-type]
-    tokenizer = base.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for sentence in apply_template_settings(tokenizer, table, source.name):
         click.echo(sentence, err=True)
     model = base.load_base(source, table, selected)

@@ -18,8 +18,8 @@ from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.files import atomic_folder, atomic_write, check_disk_space, write_json
 from qlora_dpo.manifest import write_manifest
 from qlora_dpo.model import sources
-from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.sources import ModelSource
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.recipe.model import ModelTable
 from qlora_dpo.run_folder import ADAPTER_CONFIG_NAME
 

@@ -1,31 +1,25 @@
-"""Loads the tokenizer and the frozen base model, quantized or dense."""
+"""Loads the frozen base model, quantized or dense."""
 
 import hashlib
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, assert_never
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from qlora_dpo.errors import ModelError, RecipeError
+from qlora_dpo.errors import ModelError, RecipeError, first_line
 from qlora_dpo.model.cast_output import CastOutput
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.distributed import processes
@@ -34,73 +28,6 @@ from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe.model import ModelTable
 
 logger = logging.getLogger(__name__)
-
-SPLIT_TEXTS = (
-    "Hello, world!  It's 12345.67 at 2 a.m.; WE'LL see: (x**2) != y_1\n\n\tdef f(x):\r\n    return -x  \n",
-    "na\u00efve cafe\u0301 \u00c5ngstr\u00f6m \ufb01 \u4f60\u597d\uff0c\u4e16\u754c\u3002 "
-    "\u043f\u0440\u0438\u0432\u0435\u0442 \U0001f44d\U0001f3fd \u00a0\u200b",
-    " a leading space, and\u2581a mark",
-)
-"""Texts in which normalizers and splitting rules differ: spaces, digits, contractions, accents, other scripts."""
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; if it has no padding token, the end-of-sequence token takes its place.
-
-    transformers builds the tokenizer of a known class from the vocabulary in tokenizer.json alone. Where that splits
-    texts in another way than tokenizer.json says, which other programs follow, the file is used as it is.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-        if _differs_from_file(tokenizer, source.folder / "tokenizer.json"):
-            logger.info(
-                f"{source.name}: tokenizer.json is used as it is; transformers' {type(tokenizer).__name__} would split "
-                "texts in another way"
-            )
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-    if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = _default_template(tokenizer.chat_template, source)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _vocab_size(source):
-        tokenizer.pad_token = tokenizer.eos_token
-    result: PreTrainedTokenizerBase = tokenizer
-    return result
-
-
-def _differs_from_file(tokenizer: Any, file: Path) -> bool:
-    """Whether a tokenizer that transformers has rebuilt splits SPLIT_TEXTS in another way than its own file says."""
-    if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
-        return False
-    as_written = Tokenizer.from_file(str(file))
-    try:
-        rebuilt_ids = [tokenizer.encode(text, add_special_tokens=False) for text in SPLIT_TEXTS]
-    except Exception:  # what `tokenizers` raises for a token that the class expects and the vocabulary lacks
-        return True
-    return rebuilt_ids != [as_written.encode(text, add_special_tokens=False).ids for text in SPLIT_TEXTS]
-
-
-def _default_template(templates: dict[str, str], source: ModelSource) -> str:
-    """The chat template called "default" of several named ones, as Hermes and Command R have."""
-    if "default" not in templates:
-        raise ModelError(
-            f"{source.name}: has several chat templates ({', '.join(sorted(templates))}) and none is called default; "
-            "write the one to use into chat_template.jinja of a copy of the model folder, and name that"
-        )
-    return templates["default"]
-
-
-def _vocab_size(source: ModelSource) -> float:
-    """Embeddings that the config promises; infinity in a folder without a config, such as an adapter's."""
-    config = _config_dict(source)
-    size = (config.get("text_config") or config).get("vocab_size") or config.get("vocab_size")
-    return size if isinstance(size, int) else math.inf
-
-
-def _config_dict(source: ModelSource) -> dict[str, Any]:
-    file = source.folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config if isinstance(config, dict) else {}
 
 
 def check_vocabulary(
@@ -126,14 +53,14 @@ def check_stored_quantization(source: ModelSource, table: ModelTable) -> None:
     A base that bitsandbytes has quantized is loaded as it is stored, and may be named as that. Other tools' formats
     have layers of their own, which neither train here nor merge.
     """
-    stored = _config_dict(source).get("quantization_config")
+    stored = source.read_config().get("quantization_config")
     if not isinstance(stored, dict):
         return
     method = str(stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown"))
     if method == "mxfp4" and table.quantization == "none":  # GPT-OSS, which transformers dequantizes as it loads
         return
     if method != "bitsandbytes":
-        original = likely_original(source.hub_id or source.name, _config_dict(source))
+        original = likely_original(source.hub_id or source.name, source.read_config())
         raise ModelError(
             f"{source.name}: is stored in the format {method}, whose layers cannot be trained here; name the original "
             f"model that it was made from{f', probably {original},' if original else ','} and let "
@@ -175,7 +102,7 @@ def merge_obstacle(model: PeftModel, source: ModelSource) -> str:
     A base that is stored quantized is merged layer by layer from its own files, which must name each layer as the code
     does; transformers loads some models of experts under other names.
     """
-    if not isinstance(_config_dict(source).get("quantization_config"), dict):
+    if not isinstance(source.read_config().get("quantization_config"), dict):
         return ""
     names: set[str] = set()
     for file in source.folder.glob("*.safetensors"):
@@ -218,7 +145,7 @@ def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrai
     Linear layers are quantized as `table` says, embeddings and output head have the device's `embedding_dtype`, other
     weights its `weight_dtype`. Raises ModelError if it cannot be loaded.
     """
-    is_stored = "quantization_config" in _config_dict(source)
+    is_stored = "quantization_config" in source.read_config()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -228,7 +155,7 @@ def load_base(source: ModelSource, table: ModelTable, device: Device) -> PreTrai
             **({} if is_stored else _quantization(table, device)),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise ModelError(f"{source.name}: cannot be loaded as a causal language model: {first_line(error)}") from error
     if is_stored:
         _compute_in_device_dtype(model, device)
     compute_with_dequantized_weights(model)
@@ -321,7 +248,3 @@ def store_embeddings(model: PreTrainedModel, device: Device) -> None:
         embeddings.register_forward_hook(CastOutput(device.weight_dtype))
     if type(head) is nn.Linear:
         head.weight.data = head.weight.data.to(device.embedding_dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

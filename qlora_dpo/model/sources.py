@@ -59,6 +59,12 @@ class ModelSource:
         """`model_fingerprint` of the folder, which reads all weights; empty if they were not fetched."""
         return model_fingerprint(self.folder) if self.has_weights else ""
 
+    def read_config(self) -> dict[str, Any]:
+        """config.json; empty in a folder without one, such as an adapter's."""
+        file = self.folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return config if isinstance(config, dict) else {}
+
 
 def fetch_model(table: ModelTable) -> ModelSource:
     """Find the model of `table` on disk, or download it.

@@ -15,7 +15,7 @@ from qlora_dpo.data.lazy_sequence import select_items
 from qlora_dpo.data.lint import LengthStats, LintFinding
 from qlora_dpo.data.pairs import ParsedRows
 from qlora_dpo.data.truncation import PROMPT_TRUNCATED
-from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.errors import QloraDpoError, first_line
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.sources import fetch_without_weights
 from qlora_dpo.planning.layer_timing import measure_layer_timing
@@ -138,7 +138,7 @@ def _estimate_time(
             prepared.source, recipe, device, step_pairs, packing, dense=memory.caches_dequantized
         )
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, QloraDpoError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return TimeEstimate(passes, unknown_reason=f"one layer alone cannot be timed: {reason}")
     seconds = estimate_seconds(passes, timing, layers, *sizes)
     return TimeEstimate(passes, seconds, timing.probe_seconds, timing.other_load)

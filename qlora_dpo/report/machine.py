@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from qlora_dpo import __version__
-from qlora_dpo.errors import QloraDpoError
+from qlora_dpo.errors import QloraDpoError, first_line
 from qlora_dpo.model import memory
 from qlora_dpo.model.device import Device, cpu_has_bf16, select_device
 from qlora_dpo.redact import redact_secrets
@@ -133,8 +133,7 @@ def _probe_four_bit(device: Device) -> Capability:
         codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = float((bnb.functional.dequantize_4bit(codes, state) - weight).norm() / weight.norm())
     except (ImportError, RuntimeError, ValueError, QloraDpoError) as problem:
-        first_line = (str(problem).splitlines() or [type(problem).__name__])[0]
-        return Capability("4-bit", False, f"bitsandbytes fails: {first_line}")
+        return Capability("4-bit", False, f"bitsandbytes fails: {first_line(problem)}")
     return Capability("4-bit", error < 0.15, f"NF4 reproduces a weight with an error of {error:.1%}")
 
 

@@ -25,7 +25,6 @@ from qlora_dpo.data.templates.template_settings import apply_template_settings
 from qlora_dpo.errors import ModelError, RecipeError
 from qlora_dpo.model.base import (
     check_stored_quantization,
-    load_tokenizer,
     template_fingerprint,
     tokenizer_fingerprints,
     vocabulary_fingerprint,
@@ -33,6 +32,7 @@ from qlora_dpo.model.base import (
 from qlora_dpo.model.distributed import processes
 from qlora_dpo.model.saved_adapter import SavedAdapter, check_base_matches, find_saved_adapter
 from qlora_dpo.model.sources import ModelSource, fetch_model
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.metrics import REJECTED_METRICS
 from qlora_dpo.preference.objective import needs_reference
 from qlora_dpo.preference.pack import Packing

@@ -10,6 +10,7 @@ import torch
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.model import base, device, lora, sources
 from qlora_dpo.model.quantized import dequantized
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.recipe.model import Quantization
 from qlora_dpo.recipe.recipe import LoadedRecipe
@@ -80,7 +81,7 @@ def save_adapter(
             inner = module.get_base_layer()
             weight = dequantized(inner) if quantization != "none" else inner.weight
             b.data *= size * weight.norm() / (3 * (b @ a).norm())
-    adapter.save_adapter(folder, model, base.load_tokenizer(source), source)
+    adapter.save_adapter(folder, model, load_tokenizer(source), source)
     run = {"name": folder.name, "base": {"fingerprint": source.fingerprint}}
     (folder / "run.json").write_text(json.dumps(run))
     return folder

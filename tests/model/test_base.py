@@ -1,7 +1,5 @@
 """The 4-bit base: what is read back is what is computed with, before and after any forward pass."""
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from saved_adapters import save_base
-from tokenizers import Tokenizer as TokenizerFile
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import device
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers
 from qlora_dpo.model.sources import ModelSource
 from qlora_dpo.recipe.model import ModelTable
@@ -137,53 +134,6 @@ def test_reading_back_leaves_the_layer_as_it_was(source: ModelSource) -> None:
     dequantized(layer)
     assert torch.equal(layer.weight.data, kept)
     assert state_of(layer).dtype == state
-
-
-def test_a_tokenizer_without_padding_token_pads_with_its_end_token(source: ModelSource) -> None:
-    import tiny
-
-    bare = tiny.tokenizer()
-    bare.pad_token = None
-    bare.save_pretrained(source.folder)
-    assert load_tokenizer(source).pad_token == "<|im_end|>"
-
-
-SPLIT_AT_E = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changed", "told"),
-    [
-        ("qwen2", {}, False),
-        ("qwen2", {"normalizer": None}, True),
-        ("qwen2", {"pre_tokenizer": SPLIT_AT_E}, True),
-        ("llama", {}, True),  # GemmaTokenizer wants an unknown token that this vocabulary has not
-    ],
-)
-def test_texts_are_split_as_the_models_own_file_says(
-    source: ModelSource, model_type: str, changed: dict[str, Any], told: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The class of a family in transformers would replace the normalizer and the splitting rules of the file."""
-    import tiny
-
-    tiny.tokenizer().save_pretrained(source.folder)
-    (source.folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    config = source.folder / "tokenizer_config.json"
-    kind = "GemmaTokenizer" if model_type == "llama" else "Qwen2Tokenizer"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": kind}))
-    file = source.folder / "tokenizer.json"
-    written = json.loads(file.read_text())
-    if "pre_tokenizer" in changed:
-        both = [changed["pre_tokenizer"], written["pre_tokenizer"]]
-        changed = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": both}}
-    file.write_text(json.dumps(written | changed))
-    caplog.set_level(logging.INFO)
-    tokenizer, as_written = load_tokenizer(source), TokenizerFile.from_file(str(file))
-    text = "cafe\u0301 12345 the bees"
-    assert tokenizer.encode(text, add_special_tokens=False) == as_written.encode(text, add_special_tokens=False).ids
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert tokenizer.chat_template
-    assert ("would split texts in another way" in caplog.text) == told
 
 
 def test_weights_that_are_no_causal_language_model_are_refused_in_one_sentence(source: ModelSource) -> None:

@@ -9,8 +9,9 @@ import pytest
 import tiny_run
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.sources import ModelSource, fetch_model
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.recipe.model import ModelTable
 
 pytestmark = tiny_run.LIBRARIES_WARN

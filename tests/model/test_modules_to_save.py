@@ -19,12 +19,13 @@ from qlora_dpo.adapter_weights import attach_adapter
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, RecipeError
 from qlora_dpo.model import modules_to_save, sources
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.decoder_layers import set_gradient_checkpointing
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.sources import ModelSource
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.start_checks import check_adapter_off_is_base, probe_logits

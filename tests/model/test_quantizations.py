@@ -19,11 +19,12 @@ from qlora_dpo.deploy import merge as merging
 from qlora_dpo.deploy.merge_card import describe_base
 from qlora_dpo.errors import ModelError
 from qlora_dpo.evaluation.merge_fidelity import compare_merged, record_trained
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora
 from qlora_dpo.model.memory import dense_bytes
 from qlora_dpo.model.quantized import dense_weight, dequantized, linear4bit_layers, quantization_of, quantized_layers
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.pack import collate
 from qlora_dpo.preference.reference_cache import reference_cache_dir

@@ -15,14 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dpo.data.templates.chat_template import CONTROL_AS_TEXT, list_repairs, template_traits, tokenize_chats
 from qlora_dpo.errors import ModelError, RecipeError
-from qlora_dpo.model.base import (
-    check_stored_quantization,
-    check_vocabulary,
-    likely_original,
-    load_base,
-    load_tokenizer,
-    merge_obstacle,
-)
+from qlora_dpo.model.base import check_stored_quantization, check_vocabulary, likely_original, load_base, merge_obstacle
 from qlora_dpo.model.lora import attach_lora
 from qlora_dpo.model.quantized import quantization_of
 from qlora_dpo.model.sources import ModelSource
@@ -150,28 +143,6 @@ def test_a_token_without_an_embedding_is_named() -> None:
     with pytest.raises(ModelError, match=r"^org/model: its tokenizer writes token 350 "):
         check_vocabulary(model, tokenizer, lambda: 350, source)
     check_vocabulary(tiny.qwen2(), tokenizer, lambda: pytest.fail("no pair needs to be read"), source)
-
-
-def test_a_padding_token_without_an_embedding_is_replaced_by_the_end_token(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    tokenizer.save_pretrained(tmp_path)
-    tiny.qwen2(vocab_size=len(tiny.tokenizer())).config.save_pretrained(tmp_path)
-    assert load_tokenizer(ModelSource("org/model", tmp_path)).pad_token == "<|im_end|>"
-
-
-def test_of_several_chat_templates_the_default_is_used(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "other"}
-    tokenizer.save_pretrained(tmp_path / "default")
-    loaded = load_tokenizer(ModelSource("org/model", tmp_path / "default"))
-    assert loaded.chat_template == tiny.CHATML
-    loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "chat_template.jinja").read_text() == tiny.CHATML
-    tokenizer.chat_template = {"rag": tiny.CHATML, "tool_use": "other"}
-    tokenizer.save_pretrained(tmp_path / "none")
-    with pytest.raises(ModelError, match=r"has several chat templates \(rag, tool_use\) and none is called default"):
-        load_tokenizer(ModelSource("org/model", tmp_path / "none"))
 
 
 TURNS = (

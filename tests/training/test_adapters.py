@@ -17,9 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_dpo import adapter, run_folder
 from qlora_dpo.deploy import merge as merging
 from qlora_dpo.errors import Interrupted, RecipeError
-from qlora_dpo.model.base import load_tokenizer
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import attach_lora, trainable_parameters
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.preference.start_checks import check_adapter_off_is_base, probe_logits
 from qlora_dpo.recipe.recipe import LoadedRecipe
 from qlora_dpo.tracking.run_log import RunLog

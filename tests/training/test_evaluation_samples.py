@@ -15,7 +15,7 @@ from stopping_tracker import tracker_that_stops
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import Interrupted
-from qlora_dpo.model.base import load_tokenizer
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.recipe import Recipe
 from qlora_dpo.talk.generate import generate_greedy
 from qlora_dpo.tracking import run_log as tracking

@@ -35,12 +35,13 @@ from qlora_dpo.data.encode import load_pairs
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import EXIT_INTERRUPTED
 from qlora_dpo.model import device, sources
-from qlora_dpo.model.base import load_base, load_tokenizer
+from qlora_dpo.model.base import load_base
 from qlora_dpo.model.device import Device
 from qlora_dpo.model.fused_lora import fuse_lora
 from qlora_dpo.model.lora import adapter_disabled, attach_lora, trainable_parameters
 from qlora_dpo.model.packed import attention
 from qlora_dpo.model.sources import ModelSource
+from qlora_dpo.model.tokenizer import load_tokenizer
 from qlora_dpo.planning.memory_advice import assess_fit
 from qlora_dpo.preference.logps import score_batch
 from qlora_dpo.preference.objective import LossColumns, dpo
