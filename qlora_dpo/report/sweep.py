@@ -45,10 +45,12 @@ def ranking_caveats(
     that differ, and `folder` is that of the best point.
     """
     keys = [key for key in swept if key.startswith("objective.")]
-    if keys and metric not in OBJECTIVE_FREE_METRICS:
+    others = [key for key in keys if key != "objective.sft_weight"]
+    depends_on = others if metric == "preference_loss" else keys
+    if depends_on and metric not in OBJECTIVE_FREE_METRICS:
         yield (
-            f"{metric} depends on {' and '.join(keys)}, which the points do not share, so it cannot rank them fairly; "
-            "--metric rewards/accuracies can"
+            f"{metric} depends on {' and '.join(depends_on)}, which the points do not share, so it cannot rank them "
+            f"fairly; --metric {'rewards/accuracies' if others else 'preference_loss'} can"
         )
     if len(best_first) < 2:
         return

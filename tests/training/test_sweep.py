@@ -445,6 +445,38 @@ def test_best_and_second_are_told_apart_by_their_intervals() -> None:
     assert list(ranking_caveats({"a": evaluated(0.84, 0.4)}, "loss", ["lora.r"], "s/a")) == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "swept_keys", "told"),
+    [
+        (
+            "loss",
+            ["objective.sft_weight"],
+            ("loss depends on objective.sft_weight, which", "--metric preference_loss can"),
+        ),
+        ("preference_loss", ["objective.sft_weight"], None),
+        (
+            "preference_loss",
+            ["objective.beta", "objective.sft_weight"],
+            ("preference_loss depends on objective.beta, which", "--metric rewards/accuracies can"),
+        ),
+        (
+            "loss",
+            ["objective.beta", "objective.sft_weight"],
+            ("loss depends on objective.beta and objective.sft_weight, which", "--metric rewards/accuracies can"),
+        ),
+    ],
+)
+def test_runs_of_other_objectives_are_ranked_by_what_these_do_not_change(
+    metric: str, swept_keys: list[str], told: tuple[str, str] | None
+) -> None:
+    """A preference loss leaves the SFT term out, so its weight does not change what is compared."""
+    caveats = list(ranking_caveats({"a": {}}, metric, swept_keys, "s/a"))
+    assert bool(caveats) == bool(told)
+    if told:
+        assert caveats[0].startswith(told[0])
+        assert caveats[0].endswith(f"so it cannot rank them fairly; {told[1]}")
+
+
 def test_a_probe_has_short_runs_and_writes_the_whole_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "INTERIM_EVAL_PAIRS", 3)
     rates = "train.learning_rate=[1e-4, 1e-2, 1e-3]"
