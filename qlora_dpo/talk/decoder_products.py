@@ -145,10 +145,17 @@ class _WithAdapters:
 
 def _packed(weight_OI: Tensor, bias: Tensor | None, rows: int) -> _Packed | None:
     """The product with a packed weight; None where that is slower."""
-    if rows < MIN_PACKED_ROWS[weight_OI.dtype] or not torch.backends.mkldnn.is_available():
+    if rows < MIN_PACKED_ROWS[weight_OI.dtype] or not _packs(weight_OI.dtype):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), rows)
     return _Packed(packed, weight_OI.dtype, bias)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in `dtype` on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _has_4bit_kernel(base: Any) -> bool:
