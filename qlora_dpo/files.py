@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ def _temporary_prefix(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON; raises ValueError for NaN and infinity."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def cached_record_path(folder: str, key: Sequence[Any], libraries: Sequence[str]) -> Path:
+    """Where the cache keeps a record on `key`, of JSON's types, made with the installed versions of these libraries."""
+    text = json.dumps([[version(name) for name in libraries], *key])
+    return cache_home() / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def read_cached_record(path: Path) -> dict[str, Any] | None:

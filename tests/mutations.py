@@ -466,14 +466,14 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (" or engine_of(recipe).is_trl:", ":", "preference/test_start_evaluation.py"),
     ],
     "files.py": [
+        ("[version(name) for name in libraries]", "libraries", "model/test_tokenizer.py"),
         ('if kept["digest"] == _digest(record) else None', "", "preference/test_start_evaluation.py"),
     ],
     "model/tokenizer.py": [
-        ("libraries, digests]", "libraries]", "model/test_tokenizer.py"),
-        ("SPLIT_TEXTS, libraries,", "SPLIT_TEXTS,", "model/test_tokenizer.py"),
+        ("SPLIT_TEXTS, digests]", "SPLIT_TEXTS]", "model/test_tokenizer.py"),
     ],
     "training/memory/footprint.py": [
-        ("[_code_digest(), libraries, key]", "[libraries, key]", "training/test_row_plan.py"),
+        ("[_code_digest(), key]", "[key]", "training/test_row_plan.py"),
     ],
     "preference/start_evaluation.py": [
         ("if not recipe.starts_as_reference or", "if", "preference/test_start_evaluation.py"),

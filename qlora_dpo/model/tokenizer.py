@@ -1,10 +1,7 @@
 """Loads the tokenizer of a base, and sees to it that it splits texts as the model's own file says."""
 
-import hashlib
-import json
 import logging
 import math
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qlora_dpo.errors import ModelError, first_line
-from qlora_dpo.files import cache_home, file_sha256, read_cached_record, write_cached_record
+from qlora_dpo.files import cached_record_path, file_sha256, read_cached_record, write_cached_record
 from qlora_dpo.model.sources import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -61,10 +58,9 @@ def _differs_from_file(tokenizer: Any, file: Path) -> bool:
     if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
         return False
     beside = [file.with_name(name) for name in TOKENIZER_FILES]
-    libraries = [version(name) for name in ("transformers", "tokenizers")]
     digests = [file_sha256(each) for each in (file, *beside) if each.is_file()]
-    key = json.dumps([type(tokenizer).__name__, SPLIT_TEXTS, libraries, digests])
-    place = cache_home() / "tokenizers" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    key = [type(tokenizer).__name__, SPLIT_TEXTS, digests]
+    place = cached_record_path("tokenizers", key, ["transformers", "tokenizers"])
     kept = read_cached_record(place)
     if kept is None:
         kept = {"differs": _splits_differently(tokenizer, Tokenizer.from_file(str(file)))}

@@ -10,6 +10,7 @@ import tiny
 from saved_adapters import save_base
 from tokenizers import Tokenizer as TokenizerFile
 
+from qlora_dpo import files
 from qlora_dpo.errors import ModelError
 from qlora_dpo.model import tokenizer as tokenizers_of_bases
 from qlora_dpo.model.sources import ModelSource
@@ -85,7 +86,7 @@ def test_what_a_tokenizers_file_says_is_read_once(source: ModelSource, monkeypat
         file.write_text(file.read_text() + " ")
         load_tokenizer(source)
         assert len(read) == times
-    monkeypatch.setattr(tokenizers_of_bases, "version", lambda name: "another release")
+    monkeypatch.setattr(files, "version", lambda name: "another release")
     load_tokenizer(source)
     assert len(read) == 4
 

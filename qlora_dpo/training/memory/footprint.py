@@ -1,12 +1,10 @@
 """Sizes of base and adapter, measured without loading weights, and kept on disk."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from peft import PeftModel
 import qlora_dpo
 from qlora_dpo.data.encoded import EncodedPair
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.files import cache_home, read_cached_record, write_cached_record
+from qlora_dpo.files import cached_record_path, read_cached_record, write_cached_record
 from qlora_dpo.model.activation_memory import ActivationBytes, measure_pass
 from qlora_dpo.model.decoder_layers import checkpointable_layers
 from qlora_dpo.model.device import Device
@@ -91,7 +89,9 @@ def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workl
     lengths = f"{workload.max_sequence_tokens} {workload.max_pair_tokens}"
     key = (config, quantization, recipe.lora.model_dump_json(), recipe.train.optim, str(device), lengths)
     if key not in _footprints:
-        file = _footprint_file(key)
+        file = cached_record_path(
+            "footprints", [_code_digest(), key], ["torch", "transformers", "peft", "bitsandbytes"]
+        )
         kept = _footprint_from(read_cached_record(file))
         if kept is None:
             before = get_rng_states()
@@ -101,13 +101,6 @@ def measure_footprint(source: ModelSource, recipe: Recipe, device: Device, workl
                 write_cached_record(file, asdict(kept))
         _footprints[key] = kept
     return _footprints[key]
-
-
-def _footprint_file(key: Sequence[str]) -> Path:
-    """Where the footprint of `key` is kept by this code with these libraries."""
-    libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
-    text = json.dumps([_code_digest(), libraries, key])
-    return cache_home() / "footprints" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 @cache
