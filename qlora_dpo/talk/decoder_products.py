@@ -100,8 +100,8 @@ class _Packed:
 class _FourBit:
     """Weights in bitsandbytes' blocks for CPUs with AVX512-BF16; a kernel dequantizes them as it multiplies.
 
-    Up to 6 rows take a third to a half of the time that dense weights in bf16 take. Scales are rounded to bf16 and not
-    weights: outputs are as far from float32's as with weights in bf16.
+    Up to 6 rows take a third to two thirds of the time that dense weights in bf16 take. Scales are rounded to bf16 and
+    not weights: outputs are as far from float32's as with weights in bf16.
     """
 
     weight: Tensor
